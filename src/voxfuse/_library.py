@@ -1,0 +1,77 @@
+"""Loading of the compiled operator libraries."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+_DIRECTORY = Path(__file__).resolve().parent
+
+
+class _State:
+    cpu_error: str | None = "not looked for yet"
+    cuda_error: str | None = "not looked for yet"
+
+
+def _load(path: Path) -> str | None:
+    """Load one operator library; return None, or why it could not be loaded."""
+    if not path.exists():
+        return f"{path.name} is not installed (the package was built without it)"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Load the libraries that fit this PyTorch, once, and warn once if there is no compiled one.
+
+    ``VOXFUSE_LIBRARY=0`` pretends that nothing was compiled.
+    """
+    if os.environ.get("VOXFUSE_LIBRARY", "1") == "0":
+        _State.cpu_error = _State.cuda_error = "disabled by VOXFUSE_LIBRARY=0"
+    else:
+        _State.cpu_error = _load(_DIRECTORY / "libvoxfuse_cpu.so")
+        if _State.cpu_error is not None:
+            _State.cuda_error = "needs libvoxfuse_cpu.so, which declares the operators"
+        elif torch.version.cuda is None:
+            # The CUDA library calls into libtorch_cuda, which this PyTorch does not have.
+            _State.cuda_error = "this PyTorch is built without CUDA"
+        else:
+            _State.cuda_error = _load(_DIRECTORY / "libvoxfuse_cuda.so")
+    if _State.cpu_error is not None:
+        warnings.warn(
+            f"voxfuse runs without its compiled CPU kernels ({_State.cpu_error}); "
+            "CPU tensors use the slow PyTorch reference. Reinstall with a C++ compiler, CMake and "
+            "Ninja at hand; `voxfuse info` shows every backend.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def cpu_error() -> str | None:
+    """Why the compiled CPU kernels are missing, or None when they are loaded."""
+    load()
+    return _State.cpu_error
+
+
+def cuda_error() -> str | None:
+    """Why the compiled CUDA kernels are missing, or None when they are loaded."""
+    load()
+    return _State.cuda_error
+
+
+def defines_operators() -> bool:
+    """Whether the compiled CPU library is loaded (it owns the operators' schemas)."""
+    return cpu_error() is None
+
+
+def cuda_loaded() -> bool:
+    """Whether the compiled CUDA kernels are loaded."""
+    return cuda_error() is None

@@ -1,0 +1,1 @@
+"""PyTorch operators: wrappers, backend choice, fakes and autograd. One file an operator."""

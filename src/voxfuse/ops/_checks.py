@@ -1,0 +1,64 @@
+"""Argument checks shared by the operators' wrappers: one place, one wording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Strip a ``__torch_function__`` subclass such as MONAI's MetaTensor, keeping the graph.
+
+    Such a subclass triples the cost of every dispatch. Subclasses that work below dispatch
+    (FakeTensor, DTensor) and parameters are left alone.
+    """
+    kind = type(tensor)
+    if (
+        kind is Tensor
+        or kind is torch.nn.Parameter
+        or kind.__torch_function__ is torch._C._disabled_torch_function_impl
+        or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape, dtype and device of a tensor, for error messages."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    """Return ``value`` as a plain tensor or raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return plain(value)
+
+
+def choice(name: str, value: str, allowed: Mapping[str, int]) -> int:
+    """Translate an option's name to the number that travels through the schema."""
+    try:
+        return allowed[value]
+    except (KeyError, TypeError):
+        listed = ", ".join(repr(key) for key in allowed)
+        raise ValueError(f"{name}: got {value!r}, expected one of {listed}") from None
+
+
+#: Prefixes of messages that the kernels raise for bad values (RuntimeError under the stable ABI).
+_VALUE_ERRORS = ("target:", "weight:", "input:", "origins:", "patches:", "ring:", "stats:", "grad:")
+
+
+def reraise(error: RuntimeError) -> NoReturn:
+    """Raise a kernel's complaint about an argument's value as the ValueError it is."""
+    message = str(error)
+    for prefix in _VALUE_ERRORS:
+        position = message.find(prefix)
+        if position >= 0:
+            raise ValueError(message[position:].split("\n")[0]) from None
+    raise error

@@ -1,0 +1,257 @@
+"""The soft confusion operator: wrapper, fakes and autograd."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voxfuse.ops import _checks, _registry
+from voxfuse.reference.soft_confusion import label_error
+
+ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
+OVERLAPS = {"product": 0, "min": 1}
+
+_LABEL_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+)
+_DENSE_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
+_INDICATOR_DTYPES = (*_DENSE_DTYPES, torch.int16, torch.int32, torch.int64)
+_WEIGHT_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def soft_confusion(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    activation: str = "softmax",
+    likelihood: str | None = None,
+    overlap: str = "product",
+    ignore_index: int | None = None,
+    gamma: float = 0.0,
+    full: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Soft true positives, false positives, false negatives and log-likelihood in one pass.
+
+    With p the prediction after ``activation``, r the probability after ``likelihood`` (the same
+    activation unless given), g the target and w the voxel weight, for every sample b and class c:
+
+    .. math::
+        TP = \sum_v w p g, \quad FP = \sum_v w p (1-g), \quad FN = \sum_v w (1-p) g, \quad
+        NLL = \sum_v w g (1-r)^\gamma (-\log r)
+
+    and with ``full`` also OFF (:math:`\sum w (1-g)(-\log r)` for a softmax likelihood, else
+    :math:`\sum w (1-g) r^\gamma (-\log(1-r))`), P2 = :math:`\sum w p^2`,
+    G2 = :math:`\sum w g^2` and W = :math:`\sum w`. Every overlap loss is a function of these sums
+    (Salehi et al. 2017, arXiv 1706.05721; Hashemi et al. 2018, arXiv 1803.11078).
+
+    Args:
+        input: logits, or probabilities with ``activation="none"``: (B, C, \*spatial) with any
+            number of spatial axes; float32, float16, bfloat16 or float64; any strides.
+        target: labels (B, \*spatial) or (B, 1, \*spatial) in bool, uint8, int16, int32, int64,
+            float16 or float32; or dense (B, C, \*spatial) in bool, uint8 or a float. With C = 1
+            it is the foreground indicator.
+        weight: voxel weights or mask (B, \*spatial) or (B, 1, \*spatial), bool or float. A voxel
+            of weight 0 contributes exactly 0, even if its logits are NaN.
+        activation: "softmax", "sigmoid" or "none".
+        likelihood: activation behind NLL and OFF; None means the same as ``activation``.
+        overlap: "product" (p g), or "min" (min(p, g) in place of p g).
+        ignore_index: voxels with this label are left out.
+        gamma: focal modulation of the log-likelihood, >= 0.
+        full: also return OFF, P2, G2 and W.
+        backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
+
+    Returns:
+        float64 tensor (B, C, 4), or (B, C, 8) with ``full``. Differentiable in ``input``; nothing
+        volume-sized is kept for the backward pass but ``input`` and ``target`` themselves.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is outside
+            [0, C). On a GPU such a voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> logits = torch.tensor([[[2.0, -1.0], [0.0, 3.0]]])  # 1 sample, 2 classes, 2 voxels
+        >>> labels = torch.tensor([[0, 1]])
+        >>> voxfuse.soft_confusion(logits, labels)[0, 1, :3].round(decimals=4)  # TP, FP, FN
+        tensor([0.9820, 0.1192, 0.0180], dtype=torch.float64)
+    """
+    input = _checks.require_tensor("input", input)
+    target = _checks.require_tensor("target", target)
+    if weight is not None:
+        weight = _checks.require_tensor("weight", weight)
+    activation_code = _checks.choice("activation", activation, ACTIVATIONS)
+    likelihood_code = (
+        activation_code
+        if likelihood is None
+        else _checks.choice("likelihood", likelihood, ACTIVATIONS)
+    )
+    overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
+    _check_inputs(input, target, weight, ignore_index)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
+    operators = _registry.namespace_of(backend, input.device)
+    try:
+        result: Tensor = operators.soft_confusion(
+            input,
+            target,
+            weight,
+            activation_code,
+            likelihood_code,
+            overlap_code,
+            ignore_index,
+            float(gamma),
+            full,
+        )
+    except RuntimeError as error:
+        _checks.reraise(error)
+    return result
+
+
+def is_dense(input: Tensor, target: Tensor) -> bool:
+    """Whether ``target`` holds one value a class (or the foreground indicator of one class)."""
+    return input.shape[1] == 1 or (target.ndim == input.ndim and target.shape[1] == input.shape[1])
+
+
+def _check_inputs(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
+) -> None:
+    if input.dtype not in _checks.LOGIT_DTYPES:
+        raise TypeError(
+            f"input: got {_checks.describe(input)}, expected float32, float16, bfloat16 or float64"
+        )
+    if input.ndim < 2 or input.shape[1] == 0:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, expected (B, C, *spatial) with C >= 1"
+        )
+    batch, classes, *spatial = input.shape
+    _check_companion("target", target, input, (1, classes))
+    if target.requires_grad:
+        raise ValueError("target: requires grad, but no gradient flows to the target; detach it")
+    dense = is_dense(input, target)
+    allowed = _LABEL_DTYPES if not dense else _INDICATOR_DTYPES if classes == 1 else _DENSE_DTYPES
+    if target.dtype not in allowed:
+        kind = "a dense target" if dense else "labels"
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"target: got {_checks.describe(target)}; {kind} may be {names}")
+    if ignore_index is not None:
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: got {ignore_index!r}, expected an int or None")
+        if dense and classes > 1:
+            raise ValueError(
+                f"ignore_index: got {ignore_index} with a dense target {tuple(target.shape)}; it "
+                "needs labels. Pass the mask of valid voxels as weight instead"
+            )
+    if weight is not None:
+        _check_companion("weight", weight, input, (1,))
+        if weight.dtype not in _WEIGHT_DTYPES:
+            raise TypeError(f"weight: got {_checks.describe(weight)}, expected bool or float")
+        if weight.requires_grad:
+            raise ValueError("weight: requires grad, but no gradient flows to it; detach it")
+    if (
+        not dense
+        and input.device.type != "cpu"
+        and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"
+        and not torch.compiler.is_compiling()
+    ):
+        validate_labels(target, classes, ignore_index)
+
+
+def _check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[int, ...]) -> None:
+    """``tensor`` must be (B, *spatial), or (B, k, *spatial) with k in ``channels``."""
+    batch, _, *spatial = input.shape
+    shape = list(tensor.shape)
+    fits = shape == [batch, *spatial] or any(shape == [batch, k, *spatial] for k in channels)
+    if not fits:
+        forms = [(batch, *spatial)] + [(batch, k, *spatial) for k in dict.fromkeys(channels)]
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected "
+            + " or ".join(str(form) for form in forms)
+            + f" to go with input of shape {tuple(input.shape)}"
+        )
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: is on {tensor.device}, but input is on {input.device}")
+
+
+def validate_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raise ValueError if a label is outside [0, C). Synchronises with the device."""
+    labels = target.to(torch.int64)
+    valid = (labels >= 0) & (labels < classes)
+    if ignore_index is not None:
+        valid |= labels == ignore_index
+    if not bool(valid.all()):
+        raise ValueError(label_error(int(labels[~valid][0]), classes, ignore_index))
+
+
+def _fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    likelihood: int,
+    overlap: int,
+    ignore_index: int | None,
+    gamma: float,
+    full: bool,
+) -> Tensor:
+    return input.new_empty((input.shape[0], input.shape[1], 8 if full else 4), dtype=torch.float64)
+
+
+def _fake_backward(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, target, weight, activation, likelihood, overlap, ignore_index, gamma, _ = inputs
+    ctx.save_for_backward(input, target, weight)
+    ctx.options = (activation, likelihood, overlap, ignore_index, gamma)
+
+
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, target, weight = ctx.saved_tensors
+    gradient = None
+    if ctx.needs_input_grad[0]:
+        gradient = operators.soft_confusion_backward(
+            grad.contiguous(), input, target, weight, *ctx.options
+        )
+    return (gradient,) + (None,) * 8
+
+
+_registry.register(
+    "soft_confusion",
+    "(Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, int overlap, "
+    "int? ignore_index, float gamma, bool full) -> Tensor",
+    _fake,
+    stem="soft_confusion",
+)
+_registry.register(
+    "soft_confusion_backward",
+    "(Tensor grad, Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, "
+    "int overlap, int? ignore_index, float gamma) -> Tensor",
+    _fake_backward,
+    stem="soft_confusion",
+)
+_registry.register_autograd("soft_confusion", _setup_context, _backward)
+_registry.register_no_double_backward(
+    "soft_confusion_backward",
+    "second derivatives of the overlap losses are not implemented",
+)

@@ -1,0 +1,1 @@
+"""The readable PyTorch reference of every operator: it defines the truth."""

@@ -1,0 +1,248 @@
+"""Soft confusion counts in plain PyTorch: the truth that every kernel is measured against.
+
+For sample b and class c, with voxel weight w, prediction p and target g::
+
+    TP = sum w p g        FP = sum w p (1 - g)        FN = sum w (1 - p) g
+    NLL = sum w g (1 - r)^gamma (-log r)
+
+and, on request, OFF, P2, G2 and W (see :func:`soft_confusion`). Written to be read; it
+materialises what the kernels never do. In float64 it is accurate to rounding even where a
+prediction is almost perfect, because ``1 - p`` and ``-log p`` are never differences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NONE, SIGMOID, SOFTMAX = 0, 1, 2
+PRODUCT, MIN = 0, 1
+
+
+class Probabilities(NamedTuple):
+    """Probabilities, their complements and the negative logarithms of both."""
+
+    p: Tensor
+    complement: Tensor
+    minus_log: Tensor
+    minus_log_complement: Tensor
+
+
+def _sum_of_others(p: Tensor) -> Tensor:
+    """Return ``sum_{k != c} p_k`` for every class c (axis 1) without a subtraction."""
+    zero = torch.zeros_like(p[:, :1])
+    before = torch.cat([zero, p[:, :-1]], 1).cumsum(1)
+    after = torch.cat([p[:, 1:], zero], 1).flip(1).cumsum(1).flip(1)
+    return before + after
+
+
+def probabilities(values: Tensor, activation: int) -> Probabilities:
+    """Apply ``activation`` to (B, C, V) values."""
+    if activation == SOFTMAX:
+        logits = _finite(values)
+        exponentials = (logits - logits.amax(1, keepdim=True)).exp()
+        total = exponentials.sum(1, keepdim=True)
+        p = exponentials / total
+        complement = _sum_of_others(exponentials) / total
+        # log1p of the complement keeps -log p accurate where p is close to 1.
+        minus_log = torch.where(
+            p > 0.5,
+            -torch.log1p(-complement.clamp(max=0.5)),
+            logits.amax(1, keepdim=True) - logits + total.log(),
+        )
+    elif activation == SIGMOID:
+        logits = _finite(values)
+        p, complement = logits.sigmoid(), (-logits).sigmoid()
+        minus_log = _softplus(-logits)
+        return Probabilities(p, complement, minus_log, _softplus(logits))
+    else:
+        p, complement = values, 1 - values
+        minus_log = -p.log()
+    return Probabilities(p, complement, minus_log, -complement.log())
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Treat +-inf as the limit of ever larger logits; NaN stays."""
+    limit = torch.finfo(logits.dtype).max
+    return logits.clamp(-limit, limit)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return x.clamp(min=0) + torch.log1p((-x.abs()).exp())
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """``base ** exponent`` with ``0 ** 0 = 1`` and no gradient trouble at exponent 0."""
+    return torch.ones_like(base) if exponent == 0 else base**exponent
+
+
+def _product(factor: Tensor, value: Tensor) -> Tensor:
+    """``factor * value`` where ``0 * inf`` (as in 0 log 0) is 0."""
+    zero = factor == 0
+    return torch.where(zero, torch.zeros_like(value), factor * value.masked_fill(zero, 0))
+
+
+class Voxels(NamedTuple):
+    """Flattened inputs: (B, C, V) values and target, (B, 1, V) weight, excluded voxels made harmless."""
+
+    values: Tensor
+    target: Tensor
+    weight: Tensor
+    included: Tensor
+
+
+def voxels(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
+) -> Voxels:
+    """Flatten the spatial axes, expand labels to one-hot and exclude ignored or zero-weight voxels."""
+    batch, classes = input.shape[:2]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    values = input.to(dtype).reshape(batch, classes, -1)
+    count = values.shape[2]
+    dense = target.ndim == input.ndim and (classes == 1 or target.shape[1] == classes)
+    included = torch.ones(batch, 1, count, dtype=torch.bool, device=input.device)
+    if dense:
+        g = target.reshape(batch, classes, count)
+        if ignore_index is not None:
+            included = g.to(torch.int64) == ignore_index
+            included = ~included[:, :1]
+        g = g.to(dtype)
+    else:
+        labels = target.reshape(batch, 1, count).to(torch.int64)
+        valid = (labels >= 0) & (labels < classes)
+        if ignore_index is not None:
+            ignored = labels == ignore_index
+            included, valid = ~ignored, valid | ignored
+        if not bool(valid.all()):
+            if input.device.type == "cpu":
+                wrong = int(labels[~valid][0])
+                raise RuntimeError(label_error(wrong, classes, ignore_index))
+            included = included & valid
+        index = torch.arange(classes, device=input.device).reshape(1, classes, 1)
+        g = (labels == index).to(dtype)
+    if weight is None:
+        w = torch.ones(batch, 1, count, dtype=dtype, device=input.device)
+    else:
+        w = weight.reshape(batch, 1, count).to(dtype)
+        included = included & (w != 0)
+    return Voxels(
+        values.masked_fill(~included, 0.5), g * included, w.masked_fill(~included, 0), included
+    )
+
+
+def label_error(label: int, classes: int, ignore_index: int | None) -> str:
+    """The message for a label that no class has; the same on every backend."""
+    allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+    return f"target: label {label} is outside [0, {classes}){allowed}"
+
+
+def soft_confusion(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    likelihood: int,
+    overlap: int,
+    ignore_index: int | None,
+    gamma: float,
+    full: bool,
+) -> Tensor:
+    """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums.
+
+    The four further sums are OFF = ``sum w (1-g) (-log r)`` for a softmax likelihood and
+    ``sum w (1-g) r^gamma (-log(1-r))`` otherwise, P2 = ``sum w p^2``, G2 = ``sum w g^2`` and
+    W = ``sum w``.
+    """
+    values, g, w, _ = voxels(input, target, weight, ignore_index)
+    p, complement, _, _ = probabilities(values, activation)
+    r = probabilities(values, likelihood)
+    if overlap == MIN:
+        tp, fp, fn = torch.minimum(p, g), (p - g).clamp(min=0), (g - p).clamp(min=0)
+    else:
+        tp, fp, fn = p * g, p * (1 - g), complement * g
+    terms = [tp, fp, fn, _product(g, _power(r.complement, gamma) * r.minus_log)]
+    if full:
+        if likelihood == SOFTMAX:
+            off = _product(1 - g, r.minus_log)
+        else:
+            off = _product(1 - g, _power(r.p, gamma) * r.minus_log_complement)
+        terms += [off, p * p, g * g, torch.ones_like(p)]
+    return torch.stack([_weighted_sum(w, term) for term in terms], -1)
+
+
+def _weighted_sum(weight: Tensor, term: Tensor) -> Tensor:
+    # An infinite term (log of a zero probability) of an excluded voxel must not become NaN.
+    return _product(weight.expand_as(term), term).sum(-1, dtype=torch.float64)
+
+
+def soft_confusion_backward(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    likelihood: int,
+    overlap: int,
+    ignore_index: int | None,
+    gamma: float,
+) -> Tensor:
+    """Return the gradient at ``input``, in its dtype and layout, from ``grad`` (B, C, 4 or 8)."""
+    values, g, w, included = voxels(input, target, weight, ignore_index)
+    cotangent = [x.unsqueeze(-1) for x in grad.to(values.dtype).unbind(-1)]
+    t, f, n, l = cotangent[:4]
+    o, s = (cotangent[4], cotangent[5]) if len(cotangent) == 8 else (None, None)
+    p, complement, _, _ = probabilities(values, activation)
+    r = probabilities(values, likelihood)
+
+    a = (1 - torch.sign(p - g)) / 2 if overlap == MIN else g
+    h = a * (t - n) + (1 - a) * f
+    if s is not None:
+        h = h + 2 * p * s
+    gradient = _through_activation(h, p, complement, activation)
+
+    q = _q(r, gamma)
+    if likelihood == SOFTMAX:
+        u = l * g * q
+        if o is not None:
+            u = u - o * (1 - g)
+        gradient = gradient + u - r.p * u.sum(1, keepdim=True)
+    else:
+        chain = r.complement if likelihood == SIGMOID else 1 / r.p
+        gradient = gradient + _product(g, l * q * chain)
+        if o is not None:
+            mirrored = Probabilities(r.complement, r.p, r.minus_log_complement, r.minus_log)
+            chain = r.p if likelihood == SIGMOID else 1 / r.complement
+            gradient = gradient - _product(1 - g, o * _q(mirrored, gamma) * chain)
+
+    gradient = torch.where(included, w * gradient, torch.zeros_like(gradient))
+    result = torch.empty_like(input)
+    result.copy_(gradient.reshape(input.shape))
+    return result
+
+
+def _through_activation(h: Tensor, p: Tensor, complement: Tensor, activation: int) -> Tensor:
+    """Pull the cotangent ``h`` of the probabilities back to the values."""
+    if activation == SOFTMAX:
+        # p_c (h_c - sum_k p_k h_k), with h measured from the most probable class's so that the
+        # small gradients of a nearly perfect prediction are not differences of large numbers.
+        h = h - h.gather(1, p.argmax(1, keepdim=True))
+        return p * (h - (p * h).sum(1, keepdim=True))
+    if activation == SIGMOID:
+        return p * complement * h
+    return h
+
+
+def _q(r: Probabilities, gamma: float) -> Tensor:
+    """``q = gamma r (1-r)^(gamma-1) log r - (1-r)^gamma``: r times d/dr of (1-r)^gamma (-log r)...
+
+    with the sign that makes ``dz = l g q (1-r)`` for a sigmoid. For gamma > 0 it tends to 0 as
+    r tends to 1.
+    """
+    if gamma == 0:
+        return -torch.ones_like(r.p)
+    at_one = r.complement == 0
+    complement = r.complement.masked_fill(at_one, 1)
+    q = -gamma * _product(r.p, complement ** (gamma - 1) * r.minus_log) - complement**gamma
+    return q.masked_fill(at_one, 0)

@@ -1,0 +1,1 @@
+"""Triton kernels. One file an operator."""
