@@ -51,7 +51,19 @@ def choice(name: str, value: str, allowed: Mapping[str, int]) -> int:
 
 
 #: Prefixes of messages that the kernels raise for bad values (RuntimeError under the stable ABI).
-_VALUE_ERRORS = ("target:", "weight:", "input:", "origins:", "patches:", "ring:", "stats:", "grad:")
+_VALUE_ERRORS = (
+    "target:",
+    "weight:",
+    "input:",
+    "origins:",
+    "rows:",
+    "weights:",
+    "total:",
+    "patches:",
+    "ring:",
+    "stats:",
+    "grad:",
+)
 
 
 def reraise(error: RuntimeError) -> NoReturn:

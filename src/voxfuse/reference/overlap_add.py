@@ -1,0 +1,194 @@
+"""Weighted addition of overlapping patches in plain PyTorch: the truth for every kernel.
+
+Patch i lies at origin o_i and has the weight w_i; parts outside the volume are clipped::
+
+    V(x) = sum_i w_i(x - o_i) P_i(x - o_i)
+
+added in patch order at every voxel, in float32 for half and float32 patches and in float64 for
+float64 patches. The weights come in float64, in one of two forms: one (k_a, patch_a) tensor an
+axis, of which patch i uses row ``rows[i, a]`` (their product is the weight), or a single dense
+(1, \\*patch) window. Without ``total`` they are used as they are, rounded to the accumulation type
+an axis (on a grid they are a partition of unity). With ``total``, a float64 volume holding
+``sum_i w_i(x - o_i)``, the weight is ``w_i / total`` divided in float64, 0 where the total is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def patch_shape(weights: Sequence[Tensor], axes: int) -> tuple[int, ...]:
+    """Extent of a patch, read from its weights: one (k, extent) tensor an axis, or a dense one."""
+    if len(weights) == axes:
+        return tuple(w.shape[1] for w in weights)
+    return tuple(weights[0].shape[1:])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Part(NamedTuple):
+    """A block of patch ``index`` and the block of the volume or ring that it falls on."""
+
+    index: int
+    source: tuple[slice, ...]
+    destination: tuple[slice, ...]
+
+
+def _parts(
+    origins: Tensor,
+    patch: Sequence[int],
+    extent: Sequence[int],
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> Iterator[Part]:
+    """Yield the blocks of every patch that lie inside, in patch order.
+
+    Along ``ring_axis`` coordinate x is kept if ``start <= x < stop`` and lies in slot
+    ``x % extent[ring_axis]``, so that a patch may fall apart in two blocks.
+    """
+    for index, origin in enumerate(origins.tolist()):
+        low = [max(o, 0) for o in origin]
+        high = [min(o + p, e) for o, p, e in zip(origin, patch, extent, strict=True)]
+        low[ring_axis] = max(origin[ring_axis], start)
+        high[ring_axis] = min(origin[ring_axis] + patch[ring_axis], stop)
+        if any(b <= a for a, b in zip(low, high, strict=True)):
+            continue
+        depth, first = extent[ring_axis], low[ring_axis]
+        while first < high[ring_axis]:
+            last = min(high[ring_axis], (first // depth + 1) * depth)
+            source = [slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True)]
+            source[ring_axis] = slice(first - origin[ring_axis], last - origin[ring_axis])
+            destination = [slice(a, b) for a, b in zip(low, high, strict=True)]
+            slot = first % depth
+            destination[ring_axis] = slice(slot, slot + last - first)
+            yield Part(index, tuple(source), tuple(destination))
+            first = last
+
+
+def _outer(vectors: Sequence[Tensor]) -> Tensor:
+    """Product of one vector an axis, first axis first."""
+    result = vectors[0]
+    for vector in vectors[1:]:
+        result = result.unsqueeze(-1) * vector
+    return result
+
+
+def _weight(
+    part: Part,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    total: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weight of every voxel of ``part``, in ``dtype``."""
+    if len(weights) == len(part.source):
+        vectors = [
+            w[row][s]
+            for w, row, s in zip(weights, rows[part.index].tolist(), part.source, strict=True)
+        ]
+    else:
+        vectors = [weights[0][0][part.source]]
+    if total is None:
+        return _outer([v.to(dtype) for v in vectors])
+    sums = total[part.destination]
+    return torch.where(sums == 0, 0.0, _outer(vectors) / sums).to(dtype)
+
+
+def _add(
+    accumulator: Tensor,
+    patches: Tensor,
+    origins: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    total: Tensor | None,
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> None:
+    weights = [w.to(accumulator.device) for w in weights]
+    extent = accumulator.shape[1:]
+    for part in _parts(origins, patches.shape[2:], extent, ring_axis, start, stop):
+        weight = _weight(part, rows, weights, total, accumulator.dtype)
+        block = patches[part.index][(slice(None), *part.source)].to(accumulator.dtype)
+        accumulator[(slice(None), *part.destination)] += weight * block
+
+
+def overlap_add(
+    patches: Tensor,
+    origins: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    total: Tensor | None,
+    volume_shape: Sequence[int],
+) -> Tensor:
+    """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
+    volume = torch.zeros(
+        (patches.shape[1], *volume_shape),
+        dtype=accumulation_dtype(patches.dtype),
+        device=patches.device,
+    )
+    _add(volume, patches, origins, rows, weights, total, 0, 0, volume_shape[0])
+    return volume.to(patches.dtype)
+
+
+def overlap_add_backward(
+    grad: Tensor,
+    origins: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    total: Tensor | None,
+) -> Tensor:
+    """Return the gradient (N, C, \\*patch) of the patches: ``w_i(t) grad(o_i + t)``, 0 outside."""
+    volume_shape = grad.shape[1:]
+    patch = patch_shape(weights, len(volume_shape))
+    dtype = accumulation_dtype(grad.dtype)
+    result = grad.new_zeros((origins.shape[0], grad.shape[0], *patch))
+    weights = [w.to(grad.device) for w in weights]
+    for part in _parts(origins, patch, volume_shape, 0, 0, volume_shape[0]):
+        weight = _weight(part, rows, weights, total, dtype)
+        block = grad[(slice(None), *part.destination)].to(dtype)
+        result[part.index][(slice(None), *part.source)] = (weight * block).to(grad.dtype)
+    return result
+
+
+def overlap_add_(
+    ring: Tensor,
+    patches: Tensor,
+    origins: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    total: Tensor | None,
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
+
+    Coordinate x of spatial axis ``ring_axis`` lives in slot ``x % extent[ring_axis]``; parts of
+    patches outside [start, stop) are left out. ``total`` has the ring's spatial layout.
+    """
+    _add(ring, patches, origins, rows, weights, total, ring_axis, start, stop)
+
+
+def overlap_weights_(
+    total: Tensor,
+    origins: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Add every patch's weights into the float64 ``total`` (\\*extent), laid out as a ring."""
+    weights = [w.to(total.device) for w in weights]
+    patch = patch_shape(weights, total.ndim)
+    for part in _parts(origins, patch, total.shape, ring_axis, start, stop):
+        total[part.destination] += _weight(part, rows, weights, None, torch.float64)
