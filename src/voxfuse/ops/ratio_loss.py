@@ -1,0 +1,270 @@
+"""The ratio loss operator, epilogue of every overlap loss: wrapper, fakes and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voxfuse.ops import _checks, _registry
+
+CLASS_POOLINGS = {"none": 0, "uniform": 1, "simple": 2, "square": 3}
+ABSENT = {"keep": 0, "ignore": 1, "zero": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NORMALISERS = {"one": 0, "target": 1, "voxels": 2, "elements": 3, "volume": 4}
+
+
+def ratio_loss(
+    stats: Tensor,
+    *,
+    numerator: Sequence[float] = (1.0,),
+    denominator: Sequence[float] = (1.0, 0.5, 0.5),
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    min_denominator: float = 0.0,
+    exponent: float = 1.0,
+    log: bool = False,
+    class_weight: Tensor | None = None,
+    first_class: int = 0,
+    batch: bool = False,
+    class_pooling: str = "none",
+    absent: str = "keep",
+    reduction: str = "mean",
+    ratio_scale: float = 1.0,
+    nll_weight: Tensor | None = None,
+    off_weight: Tensor | None = None,
+    nll_scale: float = 0.0,
+    off_scale: float = 0.0,
+    normaliser: str = "one",
+    double_loss: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Turn the sums of :func:`voxfuse.soft_confusion` into a loss, in one small launch.
+
+    For every sample (or for the pooled batch) and class, with s the sums of that row,
+
+    .. math::
+        N = \sum_k num_k s_k + s_n, \qquad D = \max(\sum_k den_k s_k + s_d, D_{min}), \qquad
+        term = (1 - N/D)^{exponent} \text{ or } -\log(N/D)
+
+    and loss = ratio_scale * (sum or mean of the terms) + (nll_scale * sum of w NLL + off_scale *
+    sum of w' OFF) / normaliser. Everything is evaluated in float64 and ``1 - N/D`` without a
+    subtraction of nearly equal numbers. Two empty sets without smoothing (0/0) agree: term 0.
+
+    Args:
+        stats: float64 (B, C, 4) or (B, C, 8), the order of :func:`voxfuse.soft_confusion`.
+        numerator, denominator: coefficients of the sums; shorter lists are padded with 0.
+        smooth_nr, smooth_dr: added to the numerator and to the denominator.
+        min_denominator: smallest D and, with ``log``, smallest N/D; below it the slope is 0.
+        exponent: power of the term, > 0; its slope at 0 is 0. Ignored with ``log``.
+        log: use the negative logarithm of the ratio.
+        class_weight: (C - first_class,), multiplies the terms.
+        first_class: 1 leaves the background out of the terms.
+        batch: sum over the samples before the ratio.
+        class_pooling: "none"; or sum N and D over the classes before the ratio (generalised Dice)
+            with weights "uniform" 1, "simple" 1/G or "square" 1/G^2, where G = TP + FN. An
+            infinite weight becomes the largest finite one of its row, or 1 where there is none.
+        absent: classes without any target volume: "keep" them; "ignore" (left out of the sum and
+            of the mean's count); "zero" (term 0, counted). With ``class_pooling`` "ignore" leaves
+            them out of the sums, and rows with no class at all count as absent.
+        reduction: "none", "mean" or "sum" over the terms.
+        ratio_scale: factor of the terms; 0 leaves them out.
+        nll_weight, off_weight: (C,), weights of the classes in NLL and OFF.
+        nll_scale, off_scale: factors of the log-likelihood; 0 leaves it out.
+        normaliser: divisor of the log-likelihood: "one"; "target", the sum of nll_weight (TP+FN)
+            as in a weighted cross-entropy; "volume", the sum of TP+FN; "voxels", the sum of W of
+            one class; "elements", the sum of W. Where it is 0 the log-likelihood is 0.
+        double_loss: return float64 instead of float32.
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
+
+    Returns:
+        the loss: a scalar, or with ``reduction="none"`` (B, C'), (C',) with ``batch``, and without
+        the class axis with ``class_pooling``, where C' = C - first_class. Differentiable in
+        ``stats``.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or options do not fit.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> from voxfuse.ops.ratio_loss import ratio_loss
+        >>> stats = torch.tensor([[[6.0, 2.0, 2.0, 0.0]]], dtype=torch.float64)  # TP, FP, FN, NLL
+        >>> ratio_loss(stats).round(decimals=4)  # 1 - Dice = 1 - 6 / 8
+        tensor(0.2500)
+    """
+    stats = _checks.require_tensor("stats", stats)
+    if stats.dtype != torch.float64:
+        raise TypeError(f"stats: got {_checks.describe(stats)}, expected float64")
+    if stats.ndim != 3 or stats.shape[2] not in (4, 8):
+        raise ValueError(f"stats: got shape {tuple(stats.shape)}, expected (B, C, 4) or (B, C, 8)")
+    classes, width = stats.shape[1:]
+    if not 0 <= first_class < max(classes, 1):
+        raise ValueError(f"first_class: got {first_class}, expected 0 to {classes - 1}")
+    for name, coefficients in (("numerator", numerator), ("denominator", denominator)):
+        if len(coefficients) > width:
+            raise ValueError(f"{name}: got {len(coefficients)} numbers for {width} sums")
+    if not exponent > 0:
+        raise ValueError(f"exponent: got {exponent}, expected a number > 0")
+    class_weight = _weights("class_weight", class_weight, classes - first_class, stats)
+    nll_weight = _weights("nll_weight", nll_weight, classes, stats)
+    off_weight = _weights("off_weight", off_weight, classes, stats)
+    reduction_code = _checks.choice("reduction", reduction, REDUCTIONS)
+    normaliser_code = _checks.choice("normaliser", normaliser, NORMALISERS)
+    check_likelihood(width, reduction_code, nll_scale, off_scale, normaliser_code)
+    operators = _registry.namespace_of(backend, stats.device)
+    try:
+        loss, _ = operators.ratio_loss(
+            stats,
+            [float(x) for x in numerator],
+            [float(x) for x in denominator],
+            float(smooth_nr),
+            float(smooth_dr),
+            float(min_denominator),
+            float(exponent),
+            log,
+            class_weight,
+            first_class,
+            batch,
+            _checks.choice("class_pooling", class_pooling, CLASS_POOLINGS),
+            _checks.choice("absent", absent, ABSENT),
+            reduction_code,
+            float(ratio_scale),
+            nll_weight,
+            off_weight,
+            float(nll_scale),
+            float(off_scale),
+            normaliser_code,
+            double_loss,
+        )
+    except RuntimeError as error:
+        _checks.reraise(error)
+    result: Tensor = loss
+    return result
+
+
+def check_likelihood(
+    width: int, reduction: int, nll_scale: float, off_scale: float, normaliser: int
+) -> None:
+    """Raise unless the sums that the log-likelihood needs are there."""
+    if reduction == REDUCTIONS["none"] and (nll_scale != 0 or off_scale != 0):
+        raise ValueError("reduction: 'none' cannot be combined with a log-likelihood term")
+    needs_full = off_scale != 0 or normaliser in (NORMALISERS["voxels"], NORMALISERS["elements"])
+    if needs_full and width != 8:
+        raise ValueError(
+            f"stats: got {width} sums a class, but off_scale and the normalisers 'voxels' and "
+            "'elements' need all 8 (soft_confusion with full=True)"
+        )
+
+
+def _weights(name: str, weights: Tensor | None, length: int, stats: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    weights = _checks.require_tensor(name, weights)
+    if tuple(weights.shape) != (length,):
+        raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected ({length},)")
+    if weights.requires_grad:
+        raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
+    if weights.device != stats.device:
+        raise ValueError(f"{name}: is on {weights.device}, but stats is on {stats.device}")
+    return weights.to(torch.float64)
+
+
+def _fake(
+    stats: Tensor,
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    smooth_nr: float,
+    smooth_dr: float,
+    min_denominator: float,
+    exponent: float,
+    log: bool,
+    class_weight: Tensor | None,
+    first_class: int,
+    batch: bool,
+    class_pooling: int,
+    absent: int,
+    reduction: int,
+    ratio_scale: float,
+    nll_weight: Tensor | None,
+    off_weight: Tensor | None,
+    nll_scale: float,
+    off_scale: float,
+    normaliser: int,
+    double_loss: bool,
+) -> tuple[Tensor, Tensor]:
+    shape: list[Any] = []
+    if reduction == REDUCTIONS["none"]:
+        if not batch:
+            shape.append(stats.shape[0])
+        if class_pooling == CLASS_POOLINGS["none"]:
+            shape.append(stats.shape[1] - first_class)
+    dtype = torch.float64 if double_loss else torch.float32
+    return stats.new_empty(shape, dtype=dtype), stats.new_empty(stats.shape)
+
+
+def _fake_backward(
+    grad_loss: Tensor, cotangents: Tensor, first_class: int, batch: bool, class_pooling: int
+) -> Tensor:
+    return cotangents.new_empty(cotangents.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.options = (inputs[9], inputs[10], inputs[11])
+
+
+class _AttachTo(torch.autograd.Function):
+    """Pass ``cotangents`` on as a function of ``stats`` that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: Tensor, stats: Tensor) -> Tensor:
+        return cotangents.view_as(cotangents)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "ratio_loss cannot be differentiated twice: second derivatives of the overlap losses "
+            "are not implemented"
+        )
+
+
+def _backward(
+    operators: Any, ctx: Any, grad_loss: Tensor, grad_cotangents: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    stats, cotangents = ctx.saved_tensors
+    gradient = None
+    if ctx.needs_input_grad[0]:
+        if torch.is_grad_enabled():
+            # create_graph=True: without this the part through the cotangents would be missing
+            # from a second derivative, and nothing would say so.
+            cotangents = _AttachTo.apply(cotangents, stats)  # type: ignore[no-untyped-call]
+        gradient = operators.ratio_loss_backward(grad_loss, cotangents, *ctx.options)
+    return (gradient,) + (None,) * 20
+
+
+_registry.register(
+    "ratio_loss",
+    "(Tensor stats, float[] numerator, float[] denominator, float smooth_nr, float smooth_dr, "
+    "float min_denominator, float exponent, bool log, Tensor? class_weight, int first_class, "
+    "bool batch, int class_pooling, int absent, int reduction, float ratio_scale, "
+    "Tensor? nll_weight, Tensor? off_weight, float nll_scale, float off_scale, int normaliser, "
+    "bool double_loss) -> (Tensor loss, Tensor cotangents)",
+    _fake,
+    stem="ratio_loss",
+)
+_registry.register(
+    "ratio_loss_backward",
+    "(Tensor grad_loss, Tensor cotangents, int first_class, bool batch, int class_pooling) "
+    "-> Tensor",
+    _fake_backward,
+    stem="ratio_loss",
+)
+_registry.register_autograd("ratio_loss", _setup_context, _backward)
+_registry.register_no_double_backward(
+    "ratio_loss_backward",
+    "second derivatives of the overlap losses are not implemented",
+)

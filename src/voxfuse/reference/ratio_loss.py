@@ -1,0 +1,224 @@
+"""The epilogue of every overlap loss in plain PyTorch: from the sums to the loss and its slopes.
+
+For a sample (or the pooled batch) and a class with sums s::
+
+    N = numerator . s + smooth_nr        D = max(denominator . s + smooth_dr, min_denominator)
+    I = 1 - N / D                        term = I ** exponent    or    -log(N / D)
+
+``1 - N/D`` is evaluated as ``((denominator - numerator) . s + smooth_dr - smooth_nr) / D``, so that
+a nearly perfect prediction keeps its small loss to full relative precision. The derivatives are
+written out because the kernels return them together with the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TP, FN, NLL, OFF, WEIGHT = 0, 2, 3, 4, 7
+UNPOOLED, UNIFORM, SIMPLE, SQUARE = 0, 1, 2, 3
+KEEP, IGNORE, ZERO = 0, 1, 2
+NONE, MEAN, SUM = 0, 1, 2
+BY_ONE, BY_TARGET, BY_VOXELS, BY_ELEMENTS, BY_VOLUME = 0, 1, 2, 3, 4
+
+
+class Terms(NamedTuple):
+    """Terms of the loss and their slopes: d term / d s_k = a (den_k - num_k) + b den_k."""
+
+    value: Tensor
+    a: Tensor
+    b: Tensor
+
+
+def ratio_loss(
+    stats: Tensor,
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    smooth_nr: float,
+    smooth_dr: float,
+    min_denominator: float,
+    exponent: float,
+    log: bool,
+    class_weight: Tensor | None,
+    first_class: int,
+    batch: bool,
+    class_pooling: int,
+    absent: int,
+    reduction: int,
+    ratio_scale: float,
+    nll_weight: Tensor | None,
+    off_weight: Tensor | None,
+    nll_scale: float,
+    off_scale: float,
+    normaliser: int,
+    double_loss: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its derivative at ``stats`` (B, C, S), both from float64 arithmetic."""
+    cotangents = torch.zeros_like(stats)
+    rows = stats.sum(0, keepdim=True) if batch else stats
+    rows = rows[:, first_class:]
+    loss = rows.new_zeros(_loss_shape(rows, batch, class_pooling) if reduction == NONE else ())
+    if ratio_scale != 0:
+        num, den = (_padded(x, stats.shape[2]) for x in (numerator, denominator))
+        volume = rows[..., TP] + rows[..., FN]
+        present = volume != 0
+        misses = _combine(rows, [d - n for n, d in zip(num, den, strict=True)])
+        hits, size = _combine(rows, num), _combine(rows, den)
+        pooling = None
+        if class_pooling != UNPOOLED:
+            pooling = _pooling_weights(volume, present, class_pooling, absent)
+            if class_weight is not None:
+                pooling = pooling * class_weight
+            misses, hits, size = ((pooling * x).sum(1, keepdim=True) for x in (misses, hits, size))
+            present = present.any(1, keepdim=True)
+        terms = _terms(misses, hits, size, smooth_nr, smooth_dr, min_denominator, exponent, log)
+        if class_weight is not None and pooling is None:
+            terms = Terms(*(x * class_weight for x in terms))
+        if absent != KEEP:
+            terms = Terms(*(x.masked_fill(~present, 0) for x in terms))
+
+        scale: float | Tensor = ratio_scale
+        if reduction == MEAN:
+            counted = present if absent == IGNORE else torch.ones_like(present)
+            scale = ratio_scale / counted.sum().clamp(min=1).to(torch.float64)
+        value = scale * terms.value
+        loss = value.reshape(loss.shape) if reduction == NONE else value.sum()
+        slopes = torch.stack(
+            [terms.a * (d - n) + terms.b * d for n, d in zip(num, den, strict=True)], -1
+        )
+        if pooling is not None:
+            slopes = slopes * pooling.unsqueeze(-1)
+        cotangents[:, first_class:] = scale * slopes
+
+    weights = (nll_weight, off_weight)
+    scales = (nll_scale, off_scale)
+    if reduction != NONE and scales != (0, 0):
+        loss = loss + _likelihood(stats, weights, scales, normaliser, cotangents)
+    return loss.to(torch.float64 if double_loss else torch.float32), cotangents
+
+
+def _loss_shape(rows: Tensor, batch: bool, class_pooling: int) -> tuple[int, ...]:
+    """Shape of the loss without a reduction."""
+    shape = () if batch else (rows.shape[0],)
+    return shape if class_pooling != UNPOOLED else (*shape, rows.shape[1])
+
+
+def _padded(coefficients: Sequence[float], length: int) -> list[float]:
+    return [*coefficients, *[0.0] * (length - len(coefficients))]
+
+
+def _combine(rows: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """``coefficients . s`` for every row and class; sums with coefficient 0 are not looked at."""
+    result = torch.zeros_like(rows[..., 0])
+    for k, coefficient in enumerate(coefficients):
+        if coefficient != 0:
+            result = result + coefficient * rows[..., k]
+    return result
+
+
+def _pooling_weights(volume: Tensor, present: Tensor, kind: int, absent: int) -> Tensor:
+    """Weights of the classes in the generalised Dice loss (Sudre et al. 2017)."""
+    if kind == UNIFORM:
+        weights = torch.ones_like(volume)
+    else:
+        weights = 1 / (volume if kind == SIMPLE else volume * volume)
+    infinite = weights.isinf()
+    largest = weights.masked_fill(infinite, 0).amax(1, keepdim=True)
+    # A row without any target volume has no finite weight to borrow.
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    weights = torch.where(infinite, largest, weights)
+    return weights.masked_fill(~present, 0) if absent == IGNORE else weights
+
+
+def _terms(
+    misses: Tensor,
+    hits: Tensor,
+    size: Tensor,
+    smooth_nr: float,
+    smooth_dr: float,
+    min_denominator: float,
+    exponent: float,
+    log: bool,
+) -> Terms:
+    """The terms from ``misses = D - N``, ``hits = N`` and ``size = D``, all without smoothing."""
+    n = hits + smooth_nr
+    d = size + smooth_dr
+    clamped = d < min_denominator
+    d = d.masked_fill(clamped, min_denominator)
+    # Two empty sets and no smoothing: 0 / 0 agrees perfectly.
+    empty = d == 0
+    d = d.masked_fill(empty, 1)
+    index = torch.where(clamped, d - n, misses + (smooth_dr - smooth_nr)) / d
+    index = index.masked_fill(empty, 0)
+    if log:
+        ratio = n / d
+        floored = ratio < min_denominator
+        value = torch.where(
+            (index < 0.5) & ~floored,
+            -torch.log1p(-index),
+            -ratio.clamp(min=min_denominator).log(),
+        )
+        a = (1 / n).masked_fill(empty | floored, 0)
+    elif exponent == 1:
+        value = index
+        a = (1 / d).masked_fill(empty, 0)
+    else:
+        # The slope of I ** exponent at I = 0 is taken as 0, for exponents below 1 too.
+        flat = index <= 0
+        positive = index.masked_fill(flat, 1)
+        value = (positive**exponent).masked_fill(flat, 0)
+        a = (exponent * positive ** (exponent - 1) / d).masked_fill(flat, 0)
+    # d (1 - N/D) = (dD - dN - (1 - N/D) dD) / D, and just -dN / D where D is clamped.
+    return Terms(value, a, torch.where(clamped, -a, -index * a))
+
+
+def _likelihood(
+    stats: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    scales: tuple[float, float],
+    normaliser: int,
+    cotangents: Tensor,
+) -> Tensor:
+    """The weighted log-likelihood over its normaliser; adds its slopes to ``cotangents``."""
+    divisor = _divisor(stats, weights[0], normaliser)
+    empty = divisor == 0
+    divisor = divisor.masked_fill(empty, 1)
+    total = stats.new_zeros(())
+    for column, weight, scale in zip((NLL, OFF), weights, scales, strict=True):
+        if scale == 0:
+            continue
+        w = torch.ones_like(stats[0, :, 0]) if weight is None else weight
+        # A class of weight 0 is left out, however large its sum.
+        total = total + scale * (w * stats[..., column].masked_fill(w == 0, 0)).sum()
+        cotangents[..., column] += (scale * w / divisor).masked_fill(empty, 0)
+    return (total / divisor).masked_fill(empty, 0)
+
+
+def _divisor(stats: Tensor, nll_weight: Tensor | None, normaliser: int) -> Tensor:
+    """What the log-likelihood is divided by; treated as a constant by the derivative."""
+    if normaliser == BY_ONE:
+        return stats.new_ones(())
+    if normaliser == BY_VOXELS:
+        return stats[:, 0, WEIGHT].sum()
+    if normaliser == BY_ELEMENTS:
+        return stats[..., WEIGHT].sum()
+    volume = stats[..., TP] + stats[..., FN]
+    if normaliser == BY_TARGET and nll_weight is not None:
+        volume = volume * nll_weight
+    return volume.sum()
+
+
+def ratio_loss_backward(
+    grad_loss: Tensor, cotangents: Tensor, first_class: int, batch: bool, class_pooling: int
+) -> Tensor:
+    """Return ``grad_loss`` times ``cotangents``, with the loss's axes aligned to (B, C)."""
+    grad = grad_loss.to(torch.float64)
+    if grad.ndim == 0:
+        return grad * cotangents
+    if class_pooling != UNPOOLED:
+        return grad[:, None, None] * cotangents
+    grad = torch.nn.functional.pad(grad, (first_class, 0))
+    return grad.unsqueeze(-1) * cotangents
