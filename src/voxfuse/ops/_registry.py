@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 
-from voxfuse import _library
-
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
 
 _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES}
@@ -53,18 +51,15 @@ def register(name: str, signature: str, fake: Callable[..., Any], *, stem: str) 
     reference = _lazy(f"voxfuse.reference.{stem}", name)
     triton = _lazy(f"voxfuse.triton_kernels.{stem}", name)
     for namespace, library in _libraries.items():
-        compiled = namespace == "voxfuse" and _library.defines_operators()
-        if not compiled:
-            # The library of stable-ABI kernels owns the schemas when it is loaded; a second
-            # definition would raise.
+        # The compiled library declares its operators when it is loaded; a second definition of a
+        # schema would raise.
+        if not torch._C._dispatch_has_kernel(f"{namespace}::{name}"):
             library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
-    main = _libraries["voxfuse"]
-    if not _library.defines_operators():
-        main.impl(name, reference, "CPU")
-    if not _library.cuda_loaded():
-        main.impl(name, triton, "CUDA")
+    for key, implementation in (("CPU", reference), ("CUDA", triton)):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"voxfuse::{name}", key):
+            _libraries["voxfuse"].impl(name, implementation, key)
     for key in ("CPU", "CUDA"):
         _libraries["voxfuse_reference"].impl(name, reference, key)
         _libraries["voxfuse_triton"].impl(name, triton, key)

@@ -85,7 +85,7 @@ def _product(factor: Tensor, value: Tensor) -> Tensor:
 
 
 class Voxels(NamedTuple):
-    """Flattened inputs: (B, C, V) values and target, (B, 1, V) weight, excluded voxels made harmless."""
+    """(B, C, V) values and target and (B, 1, V) weight, with excluded voxels made harmless."""
 
     values: Tensor
     target: Tensor
@@ -96,7 +96,7 @@ class Voxels(NamedTuple):
 def voxels(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
 ) -> Voxels:
-    """Flatten the spatial axes, expand labels to one-hot and exclude ignored or zero-weight voxels."""
+    """Flatten the spatial axes, expand labels to one-hot, exclude ignored and zero-weight voxels."""
     batch, classes = input.shape[:2]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     values = input.to(dtype).reshape(batch, classes, -1)
@@ -108,6 +108,9 @@ def voxels(
         if ignore_index is not None:
             included = g.to(torch.int64) == ignore_index
             included = ~included[:, :1]
+        if classes == 1 and not g.is_floating_point() and g.dtype != torch.bool:
+            valid = (g[:, :1] == 0) | (g[:, :1] == 1) | ~included
+            included = included & _check_labels(valid, g, 2, ignore_index)
         g = g.to(dtype)
     else:
         labels = target.reshape(batch, 1, count).to(torch.int64)
@@ -115,11 +118,7 @@ def voxels(
         if ignore_index is not None:
             ignored = labels == ignore_index
             included, valid = ~ignored, valid | ignored
-        if not bool(valid.all()):
-            if input.device.type == "cpu":
-                wrong = int(labels[~valid][0])
-                raise RuntimeError(label_error(wrong, classes, ignore_index))
-            included = included & valid
+        included = included & _check_labels(valid, labels, classes, ignore_index)
         index = torch.arange(classes, device=input.device).reshape(1, classes, 1)
         g = (labels == index).to(dtype)
     if weight is None:
@@ -130,6 +129,14 @@ def voxels(
     return Voxels(
         values.masked_fill(~included, 0.5), g * included, w.masked_fill(~included, 0), included
     )
+
+
+def _check_labels(valid: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """Raise for a label without a class on the CPU; elsewhere such voxels count as ignored."""
+    if labels.device.type == "cpu" and not bool(valid.all()):
+        wrong = int(labels[~valid][0])
+        raise RuntimeError(label_error(wrong, classes, ignore_index))
+    return valid
 
 
 def label_error(label: int, classes: int, ignore_index: int | None) -> str:
@@ -191,7 +198,7 @@ def soft_confusion_backward(
     """Return the gradient at ``input``, in its dtype and layout, from ``grad`` (B, C, 4 or 8)."""
     values, g, w, included = voxels(input, target, weight, ignore_index)
     cotangent = [x.unsqueeze(-1) for x in grad.to(values.dtype).unbind(-1)]
-    t, f, n, l = cotangent[:4]
+    t, f, n, nll = cotangent[:4]
     o, s = (cotangent[4], cotangent[5]) if len(cotangent) == 8 else (None, None)
     p, complement, _, _ = probabilities(values, activation)
     r = probabilities(values, likelihood)
@@ -204,13 +211,13 @@ def soft_confusion_backward(
 
     q = _q(r, gamma)
     if likelihood == SOFTMAX:
-        u = l * g * q
+        u = nll * g * q
         if o is not None:
             u = u - o * (1 - g)
         gradient = gradient + u - r.p * u.sum(1, keepdim=True)
     else:
         chain = r.complement if likelihood == SIGMOID else 1 / r.p
-        gradient = gradient + _product(g, l * q * chain)
+        gradient = gradient + _product(g, nll * q * chain)
         if o is not None:
             mirrored = Probabilities(r.complement, r.p, r.minus_log_complement, r.minus_log)
             chain = r.p if likelihood == SIGMOID else 1 / r.complement
@@ -235,10 +242,10 @@ def _through_activation(h: Tensor, p: Tensor, complement: Tensor, activation: in
 
 
 def _q(r: Probabilities, gamma: float) -> Tensor:
-    """``q = gamma r (1-r)^(gamma-1) log r - (1-r)^gamma``: r times d/dr of (1-r)^gamma (-log r)...
+    """``q = gamma r (1-r)^(gamma-1) log r - (1-r)^gamma``, r times d/dr of NLL's summand.
 
-    with the sign that makes ``dz = l g q (1-r)`` for a sigmoid. For gamma > 0 it tends to 0 as
-    r tends to 1.
+    A sigmoid's gradient is then ``dz = (cotangent of NLL) g q (1-r)``. For gamma > 0 it tends to 0
+    as r tends to 1.
     """
     if gamma == 0:
         return -torch.ones_like(r.p)

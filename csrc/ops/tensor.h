@@ -1,0 +1,104 @@
+// What every operator needs to know about its tensors, on LibTorch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "math/layout.h"
+
+namespace voxfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool has_element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Double:
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+      return true;
+    default:
+      return false;
+  }
+}
+
+inline Element element_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Half:
+      return Element::f16;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::Bool:
+      return Element::boolean;
+    case ScalarType::Byte:
+      return Element::u8;
+    case ScalarType::Short:
+      return Element::i16;
+    case ScalarType::Int:
+      return Element::i32;
+    case ScalarType::Long:
+      return Element::i64;
+    default:
+      STD_TORCH_CHECK(false, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                      " is not supported");
+  }
+}
+
+inline bool is_floating(Element e) { return e <= Element::f64; }
+
+// The shape as "(1, 2, 3)", for messages.
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(tensor.size(i));
+  }
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+// The stride from voxel to voxel when axes [first, dim) can be walked as one, else nothing.
+inline std::optional<int64_t> voxel_stride(const Tensor& tensor, int64_t first) {
+  int64_t stride = 1, expected = 0;
+  bool found = false;
+  for (int64_t axis = tensor.dim() - 1; axis >= first; --axis) {
+    const int64_t size = tensor.size(axis);
+    if (size == 1) continue;
+    if (!found) {
+      stride = tensor.stride(axis);
+      expected = stride * size;
+      found = true;
+    } else {
+      if (tensor.stride(axis) != expected) return std::nullopt;
+      expected *= size;
+    }
+  }
+  return stride;
+}
+
+// (batch, channel, voxel) strides of (B, *spatial) or (B, k, *spatial), or nothing if the spatial
+// axes do not collapse.
+inline std::optional<Strides> strides_of(const Tensor& tensor, bool has_channel) {
+  if (tensor.numel() == 0) return Strides{0, 0, 1};
+  const std::optional<int64_t> voxel = voxel_stride(tensor, has_channel ? 2 : 1);
+  if (!voxel) return std::nullopt;
+  return Strides{tensor.stride(0), has_channel ? tensor.stride(1) : 0, *voxel};
+}
+
+}  // namespace voxfuse
