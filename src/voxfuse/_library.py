@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,3 +78,23 @@ def defines_operators() -> bool:
 def cuda_loaded() -> bool:
     """Whether the compiled CUDA kernels are loaded."""
     return cuda_error() is None
+
+
+def cpu_capability() -> str | None:
+    """The instruction set whose kernels run here (baseline, avx2, avx512), or None."""
+    if not defines_operators():
+        return None
+    function = ctypes.CDLL(str(_DIRECTORY / "libvoxfuse_cpu.so")).voxfuse_cpu_capability
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the libraries were built from and for, or None if nothing was built."""
+    path = _DIRECTORY / "_build_info.json"
+    if not path.exists():
+        return None
+    info: dict[str, Any] = json.loads(path.read_text())
+    for key in ("cpu_instruction_sets", "cuda_architectures"):
+        info[key] = [item for item in info[key].split(";") if item]
+    return info

@@ -143,7 +143,7 @@ def _check_inputs(
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, expected (B, C, *spatial) with C >= 1"
         )
-    batch, classes, *spatial = input.shape
+    classes = input.shape[1]
     _check_companion("target", target, input, (1, classes))
     if target.requires_grad:
         raise ValueError("target: requires grad, but no gradient flows to the target; detach it")

@@ -96,7 +96,7 @@ class Voxels(NamedTuple):
 def voxels(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
 ) -> Voxels:
-    """Flatten the spatial axes, expand labels to one-hot, exclude ignored and zero-weight voxels."""
+    """Flatten the spatial axes, make labels one-hot, exclude ignored and zero-weight voxels."""
     batch, classes = input.shape[:2]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     values = input.to(dtype).reshape(batch, classes, -1)
