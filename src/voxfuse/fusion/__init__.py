@@ -1,0 +1,1 @@
+"""Fusion of overlapping patch predictions: windows, grids, the sliding window."""

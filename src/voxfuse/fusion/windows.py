@@ -1,0 +1,214 @@
+"""Windows that weight a patch when overlapping patches are added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from voxfuse.fusion._host import host
+
+Vector = NDArray[np.float64]
+
+#: The highest degree of B-spline on offer.
+MAX_ORDER = 9
+
+
+def bspline_window(size: int | Sequence[int], order: int = 5) -> Tensor:
+    r"""Centred cardinal B-spline of degree ``order`` on uniform knots stretched over the patch.
+
+    .. math:: w(t) = B_n\!\left(\tfrac{n + 1}{N} (t + \tfrac12)\right), \quad t = 0 \dots N-1
+
+    sampled at voxel centres, so that it is never 0. Its standard deviation is
+    :math:`N / \sqrt{12 (n+1)}`: the order sets the effective width. Order 5 (0.118 N) is close to
+    the usual Gaussian of 0.125 N, with compact support.
+
+    Args:
+        size: patch extent in voxels, or one extent an axis for the product of the axes' windows.
+        order: degree, 0 (constant) to 9.
+
+    Returns:
+        float64 tensor of shape (size,) or ``size``.
+
+    Raises:
+        TypeError: ``size`` or ``order`` is no integer.
+        ValueError: ``size`` is below 1 or ``order`` outside 0 to 9.
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.bspline_window(4, order=1)
+        tensor([0.2500, 0.7500, 0.7500, 0.2500], dtype=torch.float64)
+    """
+    return _window(size, lambda n: _bspline(n, order))
+
+
+def hashemi_window(size: int | Sequence[int]) -> Tensor:
+    """Quadratic B-spline on the knots {0, N/4, 3N/4, N}, peak 1 (Hashemi et al. 2018).
+
+    With t the triangular window in (0, 1]: ``2 t^2`` for t <= 1/2, ``1 - 2 (1 - t)^2`` above; a
+    partition of unity at steps of N/2. Arguments, result and errors as for
+    :func:`bspline_window`.
+    """
+    return _window(size, host.hashemi)
+
+
+def gaussian_window(size: int | Sequence[int], sigma_scale: float = 0.125) -> Tensor:
+    """Gaussian of standard deviation ``sigma_scale * size`` about the patch's centre.
+
+    MONAI's importance map without its lower clamp, which :func:`monai_gaussian_window` has.
+    Arguments, result and errors as for :func:`bspline_window`.
+    """
+    return _window(size, lambda n: _gaussian(n, sigma_scale))
+
+
+def nnunet_gaussian_window(size: int | Sequence[int], sigma_scale: float = 0.125) -> Tensor:
+    """nnU-Net's Gaussian: about voxel ``size // 2``, cut at four standard deviations.
+
+    Voxels beyond the cut get the smallest weight inside it. nnU-Net rounds the same window to
+    float16, where 0.4 % of it underflow at 128^3; here it stays float64. Arguments, result and
+    errors as for :func:`bspline_window`.
+    """
+    return _window(size, lambda n: _nnunet_gaussian(n, sigma_scale))
+
+
+def hann_window(size: int | Sequence[int]) -> Tensor:
+    """``sin^2(pi (t + 1) / (N + 1))``: a Hann window without its zero ends, as TorchIO's.
+
+    Arguments, result and errors as for :func:`bspline_window`.
+    """
+    return _window(size, host.hann)
+
+
+def monai_gaussian_window(size: Sequence[int], sigma_scale: float = 0.125) -> Tensor:
+    """MONAI's importance map: the Gaussian product, clamped below at max(its minimum, 1e-3).
+
+    The clamp makes it no product of the axes' windows: fusing with it keeps a volume of weight
+    sums.
+
+    Args:
+        size: one extent an axis.
+        sigma_scale: standard deviation over extent.
+
+    Returns:
+        float64 tensor of shape ``size``.
+    """
+    dense = gaussian_window(list(size), sigma_scale)
+    return dense.clamp(min=max(float(dense.min()), 1e-3))
+
+
+def _size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"size: got {value!r}, expected an integer or one integer an axis")
+    if value < 1:
+        raise ValueError(f"size: got {value}, expected at least 1")
+    return int(value)
+
+
+def _window(size: int | Sequence[int], vector: Callable[[int], Vector]) -> Tensor:
+    if isinstance(size, Sequence) and not isinstance(size, str):
+        sizes = [_size(n) for n in size]
+        if not sizes:
+            raise ValueError("size: got no axis, expected at least one")
+        result = torch.from_numpy(vector(sizes[0]))
+        for n in sizes[1:]:
+            result = result.unsqueeze(-1) * torch.from_numpy(vector(n))
+        return result
+    return torch.from_numpy(vector(_size(size)))
+
+
+def _bspline(size: int, order: int) -> Vector:
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order: got {order!r}, expected an integer from 0 to {MAX_ORDER}")
+    if not 0 <= order <= MAX_ORDER:
+        raise ValueError(f"order: got {order}, expected 0 to {MAX_ORDER}")
+    result: Vector = host.bspline(size, order)
+    return result
+
+
+def _check_sigma(sigma_scale: float) -> None:
+    if not (sigma_scale > 0 and math.isfinite(sigma_scale)):
+        raise ValueError(f"sigma_scale: got {sigma_scale}, expected a finite number > 0")
+
+
+def _gaussian(size: int, sigma_scale: float) -> Vector:
+    _check_sigma(sigma_scale)
+    result: Vector = host.gaussian(size, (size - 1) / 2, sigma_scale * size)
+    return result
+
+
+def _nnunet_gaussian(size: int, sigma_scale: float) -> Vector:
+    _check_sigma(sigma_scale)
+    sigma = sigma_scale * size
+    result: Vector = host.gaussian(size, float(size // 2), sigma)
+    inside = np.abs(np.arange(size) - size // 2) <= int(4 * sigma + 0.5)
+    return np.where(inside, result, result[inside].min())
+
+
+_SEPARABLE: dict[str, Callable[[int], Vector]] = {
+    "bspline": lambda n: _bspline(n, 5),
+    **{f"bspline{k}": lambda n, k=k: _bspline(n, k) for k in range(MAX_ORDER + 1)},  # type: ignore[misc]
+    "hashemi": lambda n: host.hashemi(n),
+    "gaussian": lambda n: _gaussian(n, 0.125),
+    "nnunet_gaussian": lambda n: _nnunet_gaussian(n, 0.125),
+    "hann": lambda n: host.hann(n),
+    "constant": lambda n: np.ones(n),
+}
+_DENSE: dict[str, Callable[[Sequence[int]], Tensor]] = {"monai_gaussian": monai_gaussian_window}
+
+#: What ``window=`` accepts by name.
+NAMES = (*_SEPARABLE, *_DENSE)
+
+#: What ``window=`` accepts: a name, a dense array of the patch's shape, or one vector an axis.
+WindowLike = str | Tensor | NDArray[Any] | Sequence[Any]
+
+
+def resolve_window(window: WindowLike, patch: Sequence[int]) -> list[Vector]:
+    """Return the float64 window of a patch: one vector an axis, or a single dense array.
+
+    Raises:
+        TypeError: ``window`` is neither a name nor arrays of real numbers.
+        ValueError: unknown name, wrong shape, or weights that are negative, not finite or all 0.
+    """
+    patch = tuple(patch)
+    if isinstance(window, str):
+        if window in _SEPARABLE:
+            return [_SEPARABLE[window](size) for size in patch]
+        if window in _DENSE:
+            return [_DENSE[window](patch).numpy()]
+        listed = ", ".join(repr(name) for name in NAMES)
+        raise ValueError(f"window: got {window!r}, expected one of {listed}, or arrays")
+    if isinstance(window, (Tensor, np.ndarray)):
+        vectors = [_real(window)]
+        fits = vectors[0].shape == patch
+    elif isinstance(window, Sequence):
+        vectors = [_real(vector) for vector in window]
+        fits = [vector.shape for vector in vectors] == [(size,) for size in patch]
+    else:
+        raise TypeError(
+            f"window: got {type(window).__name__}, expected a name, an array of the patch's shape, "
+            "or one vector an axis"
+        )
+    if not fits:
+        got = [vector.shape for vector in vectors]
+        raise ValueError(
+            f"window: got shape {got[0] if len(got) == 1 else got}, expected {patch}, or one "
+            f"vector an axis: {[(size,) for size in patch]}"
+        )
+    for vector in vectors:
+        if not np.isfinite(vector).all() or (vector < 0).any() or not vector.any():
+            raise ValueError("window: weights must be finite, >= 0 and not all 0")
+    return vectors
+
+
+def _real(values: Any) -> Vector:
+    if isinstance(values, Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.ascontiguousarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"window: got {values!r}, expected real numbers") from None
