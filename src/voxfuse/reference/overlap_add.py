@@ -34,9 +34,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Part(NamedTuple):
-    """A block of patch ``index`` and the block of the volume or ring that it falls on."""
+    """A block of patch number ``patch`` and the block of the volume or ring that it falls on."""
 
-    index: int
+    patch: int
     source: tuple[slice, ...]
     destination: tuple[slice, ...]
 
@@ -92,7 +92,7 @@ def _weight(
     if len(weights) == len(part.source):
         vectors = [
             w[row][s]
-            for w, row, s in zip(weights, rows[part.index].tolist(), part.source, strict=True)
+            for w, row, s in zip(weights, rows[part.patch].tolist(), part.source, strict=True)
         ]
     else:
         vectors = [weights[0][0][part.source]]
@@ -117,7 +117,7 @@ def _add(
     extent = accumulator.shape[1:]
     for part in _parts(origins, patches.shape[2:], extent, ring_axis, start, stop):
         weight = _weight(part, rows, weights, total, accumulator.dtype)
-        block = patches[part.index][(slice(None), *part.source)].to(accumulator.dtype)
+        block = patches[part.patch][(slice(None), *part.source)].to(accumulator.dtype)
         accumulator[(slice(None), *part.destination)] += weight * block
 
 
@@ -155,7 +155,7 @@ def overlap_add_backward(
     for part in _parts(origins, patch, volume_shape, 0, 0, volume_shape[0]):
         weight = _weight(part, rows, weights, total, dtype)
         block = grad[(slice(None), *part.destination)].to(dtype)
-        result[part.index][(slice(None), *part.source)] = (weight * block).to(grad.dtype)
+        result[part.patch][(slice(None), *part.source)] = (weight * block).to(grad.dtype)
     return result
 
 

@@ -1,0 +1,177 @@
+"""Where patches lie: regular grids over a volume, and the tables that the kernels read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from voxfuse.fusion._host import host
+from voxfuse.fusion.windows import Vector, WindowLike, resolve_window
+from voxfuse.ops.overlap_add import overlap_weights_
+
+RULES = ("shifted", "even", "half_patch")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Patches at every combination of the axes' starts, the last axis running fastest.
+
+    A start may be negative and a patch may stick out of the volume.
+    """
+
+    volume_shape: tuple[int, ...]
+    patch_shape: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return math.prod(len(axis) for axis in self.starts)
+
+    @property
+    def origins(self) -> Tensor:
+        """(N, n) int64 first voxels of the patches."""
+        return _product([torch.tensor(axis, dtype=torch.int64) for axis in self.starts])
+
+    @property
+    def rows(self) -> Tensor:
+        """(N, n) int64 index of each patch's start on each axis."""
+        return _product([torch.arange(len(axis)) for axis in self.starts])
+
+    def tables(self, window: WindowLike) -> Tables:
+        """What the kernels need to fuse this grid's patches under ``window``."""
+        vectors = resolve_window(window, self.patch_shape)
+        if _separable(vectors, self.patch_shape):
+            return Tables(self.origins, self.rows, _partition(vectors, self), None)
+        return _general(self.origins, vectors, self.volume_shape)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Arguments of the operators: CPU tensors as :func:`voxfuse.ops.overlap_add.overlap_add` takes.
+
+    ``total`` is None when the weights are a partition of unity already.
+    """
+
+    origins: Tensor
+    rows: Tensor
+    weights: list[Tensor]
+    total: Tensor | None
+
+
+def plan_grid(
+    volume_shape: Sequence[int],
+    patch_shape: Sequence[int],
+    overlap: float | Sequence[float] = 0.5,
+    rule: str = "shifted",
+) -> Grid:
+    """Lay a regular grid of patches over a volume.
+
+    Args:
+        volume_shape: extent of the volume, 1 to 3 axes.
+        patch_shape: extent of a patch; where it exceeds the volume the one patch is centred.
+        overlap: part of a patch that it shares with the next, in [0, 1); one value an axis or one
+            for all.
+        rule: "shifted" (MONAI: steps of int(patch (1 - overlap)), the last patch shifted back
+            inside), "even" (nnU-Net: the same number of patches evenly re-spread) or "half_patch"
+            (Hashemi et al. 2018: steps of half a patch from half a patch before the volume to its
+            end, so that every voxel lies in two patches an axis; ``overlap`` must be 0.5).
+
+    Raises:
+        ValueError: sizes, overlap or rule do not fit.
+
+    Example:
+        >>> from voxfuse.fusion.grids import plan_grid
+        >>> plan_grid((10,), (4,), 0.25).starts, plan_grid((10,), (4,), 0.25, "even").starts
+        (((0, 3, 6),), ((0, 3, 6),))
+    """
+    volume = tuple(int(size) for size in volume_shape)
+    patch = tuple(int(size) for size in patch_shape)
+    if not 1 <= len(volume) <= 3 or min(volume) < 1:
+        raise ValueError(f"volume_shape: got {volume}, expected 1 to 3 sizes >= 1")
+    if len(patch) != len(volume) or min(patch) < 1:
+        raise ValueError(f"patch_shape: got {patch}, expected {len(volume)} sizes >= 1")
+    shares = axis_overlaps(overlap, len(volume))
+    if rule == "shifted":
+        starts = [host.shifted_starts(*axis) for axis in zip(volume, patch, shares, strict=True)]
+    elif rule == "even":
+        starts = [host.even_starts(*axis) for axis in zip(volume, patch, shares, strict=True)]
+    elif rule == "half_patch":
+        if any(share != 0.5 for share in shares):
+            raise ValueError(f"overlap: got {overlap}, expected 0.5 with rule 'half_patch'")
+        starts = [host.half_patch_starts(*axis) for axis in zip(volume, patch, strict=True)]
+    else:
+        listed = ", ".join(repr(name) for name in RULES)
+        raise ValueError(f"rule: got {rule!r}, expected one of {listed}")
+    return Grid(volume, patch, tuple(tuple(axis) for axis in starts))
+
+
+def axis_overlaps(overlap: float | Sequence[float], axes: int) -> tuple[float, ...]:
+    """Return one overlap an axis, checked to lie in [0, 1)."""
+    shares = tuple(overlap) if isinstance(overlap, Sequence) else (overlap,) * axes
+    if len(shares) != axes or not all(0 <= share < 1 for share in shares):
+        raise ValueError(f"overlap: got {overlap}, expected numbers in [0, 1), one or {axes}")
+    return tuple(float(share) for share in shares)
+
+
+def tables_for_origins(
+    origins: Tensor, window: WindowLike, volume_shape: Sequence[int], patch_shape: Sequence[int]
+) -> Tables:
+    """What the kernels need to fuse patches at ``origins`` (N, n) on the CPU, in that order.
+
+    Origins that are a Cartesian product, in whatever order, take a grid's way and need no volume
+    of weight sums.
+    """
+    vectors = resolve_window(window, patch_shape)
+    if _separable(vectors, patch_shape):
+        grid, rows = _factorise(origins, volume_shape, patch_shape)
+        if grid is not None:
+            return Tables(origins, rows, _partition(vectors, grid), None)
+    return _general(origins, vectors, volume_shape)
+
+
+def _separable(vectors: list[Vector], patch_shape: Sequence[int]) -> bool:
+    return len(vectors) == len(patch_shape)
+
+
+def _partition(vectors: list[Vector], grid: Grid) -> list[Tensor]:
+    return [
+        torch.from_numpy(host.normalised_rows(vector, starts, extent))
+        for vector, starts, extent in zip(vectors, grid.starts, grid.volume_shape, strict=True)
+    ]
+
+
+def _general(origins: Tensor, vectors: list[Vector], volume_shape: Sequence[int]) -> Tables:
+    weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
+    rows = torch.zeros_like(origins)
+    total = torch.zeros(tuple(volume_shape), dtype=torch.float64)
+    overlap_weights_(total, origins, rows, weights)
+    return Tables(origins, rows, weights, total)
+
+
+def _factorise(
+    origins: Tensor, volume_shape: Sequence[int], patch_shape: Sequence[int]
+) -> tuple[Grid | None, Tensor]:
+    """Return the grid whose patches the origins are, each exactly once, and each patch's rows."""
+    array: NDArray[np.int64] = origins.numpy()
+    starts, rows = [], []
+    for axis in range(array.shape[1]):
+        values, inverse = np.unique(array[:, axis], return_inverse=True)
+        starts.append(tuple(values.tolist()))
+        rows.append(inverse.reshape(-1))
+    counts = [len(axis) for axis in starts]
+    table = np.stack(rows, 1).astype(np.int64)
+    if math.prod(counts) != len(array) or len(array) == 0:
+        return None, origins
+    if len(np.unique(np.ravel_multi_index(tuple(table.T), counts))) != len(array):
+        return None, origins
+    grid = Grid(tuple(volume_shape), tuple(patch_shape), tuple(starts))
+    return grid, torch.from_numpy(table)
+
+
+def _product(axes: list[Tensor]) -> Tensor:
+    return torch.stack([axis.reshape(-1) for axis in torch.meshgrid(*axes, indexing="ij")], 1)

@@ -1,0 +1,136 @@
+"""The public patch fusion call: windows by name, patches anywhere or on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from voxfuse.fusion.grids import Grid, Tables, tables_for_origins
+from voxfuse.fusion.windows import WindowLike
+from voxfuse.ops import _checks
+from voxfuse.ops import overlap_add as operators
+
+
+def overlap_add(
+    patches: Tensor,
+    origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]],
+    volume_shape: Sequence[int],
+    window: WindowLike = "bspline",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Fuse overlapping patches into a volume: their weighted mean at every voxel.
+
+    .. math:: V(x) = \sum_i w(x - o_i) P_i(x - o_i) \Big/ \sum_i w(x - o_i)
+
+    The weights are normalised in float64. Where the origins are a Cartesian product and the window
+    is a product of axes, they are normalised an axis before the addition, so that neither a volume
+    of weights nor a division is needed; a voxel under one patch is that patch's value exactly.
+
+    Args:
+        patches: (N, C, \*patch), 1 to 3 spatial axes; float32, float16, bfloat16 or float64; any
+            device.
+        origins: first voxels of the patches, which may lie outside the volume (what sticks out is
+            left out): an (N, n) integer tensor or array, a :class:`~voxfuse.fusion.grids.Grid`, or
+            a list of the starts along each axis, whose combinations, last axis fastest, are the
+            patches.
+        volume_shape: extent of the result.
+        window: "bspline" (order 5), "bspline0" to "bspline9", "hashemi", "gaussian",
+            "nnunet_gaussian", "monai_gaussian", "hann", "constant"; or an array of the patch's
+            shape, or one vector an axis, with weights >= 0.
+        backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
+
+    Returns:
+        (C, \*volume) in the patches' dtype; accumulated in float32, or float64 for float64
+        patches, in patch order. Uncovered voxels are 0. Differentiable in ``patches``.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes, devices or options do not fit.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> patches = torch.tensor([[[1.0, 1.0, 1.0, 1.0]], [[2.0, 2.0, 2.0, 2.0]]])
+        >>> voxfuse.overlap_add(patches, [[0, 2]], (6,), window="constant")
+        tensor([[1.0000, 1.0000, 1.5000, 1.5000, 2.0000, 2.0000]])
+    """
+    patches = _checks.require_tensor("patches", patches)
+    if not 3 <= patches.ndim <= 5:
+        raise ValueError(
+            f"patches: got shape {tuple(patches.shape)}, expected (N, C, *patch) with 1 to 3 "
+            "spatial axes"
+        )
+    if len(volume_shape) != patches.ndim - 2:
+        raise ValueError(
+            f"volume_shape: got {tuple(volume_shape)}, expected {patches.ndim - 2} sizes to go "
+            f"with patches of shape {tuple(patches.shape)}"
+        )
+    tables = _tables(patches, origins, tuple(volume_shape), window)
+    total = None if tables.total is None else tables.total.to(patches.device)
+    return operators.overlap_add(
+        patches,
+        tables.origins,
+        tables.rows,
+        tables.weights,
+        volume_shape,
+        total=total,
+        backend=backend,
+    )
+
+
+def _tables(
+    patches: Tensor,
+    origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]],
+    volume_shape: tuple[int, ...],
+    window: WindowLike,
+) -> Tables:
+    patch_shape = tuple(patches.shape[2:])
+    if isinstance(origins, Grid):
+        if (origins.volume_shape, origins.patch_shape) != (volume_shape, patch_shape):
+            raise ValueError(
+                f"origins: got a grid of {origins.patch_shape} patches over a volume "
+                f"{origins.volume_shape}, expected {patch_shape} over {volume_shape}"
+            )
+        _check_count(len(origins), patches)
+        return origins.tables(window)
+    if isinstance(origins, (Tensor, np.ndarray)):
+        table = torch.as_tensor(origins).detach()
+        if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+            raise TypeError(f"origins: got {_checks.describe(table)}, expected integers")
+        if table.ndim != 2 or table.shape[1] != len(patch_shape):
+            raise ValueError(
+                f"origins: got shape {tuple(table.shape)}, expected "
+                f"({patches.shape[0]}, {len(patch_shape)})"
+            )
+        _check_count(len(table), patches)
+        table = table.to("cpu", torch.int64).contiguous()
+        return tables_for_origins(table, window, volume_shape, patch_shape)
+    grid = Grid(volume_shape, patch_shape, _starts(origins, len(patch_shape)))
+    _check_count(len(grid), patches)
+    return grid.tables(window)
+
+
+def _starts(starts: object, axes: int) -> tuple[tuple[int, ...], ...]:
+    expected = f"a list of {axes} lists of integers, or an (N, {axes}) tensor of origins"
+    if not isinstance(starts, Sequence) or isinstance(starts, str):
+        raise TypeError(f"origins: got {type(starts).__name__}, expected {expected}")
+    if len(starts) != axes:
+        raise ValueError(f"origins: got starts along {len(starts)} axes, expected {expected}")
+    try:
+        return tuple(tuple(int(start) for start in axis) for axis in starts)
+    except TypeError:
+        raise TypeError(f"origins: got {starts!r}, expected {expected}") from None
+
+
+def _check_count(count: int, patches: Tensor) -> None:
+    if count != patches.shape[0]:
+        raise ValueError(
+            f"origins: are {count}, but there are {patches.shape[0]} patches, of shape "
+            f"{tuple(patches.shape)} (an (N, n) tensor gives origins, a list of lists the starts "
+            "along each axis)"
+        )
