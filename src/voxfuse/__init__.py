@@ -5,8 +5,18 @@ from voxfuse import _library
 _library.load()
 
 from voxfuse._backends import Backend, backends  # noqa: E402
+from voxfuse.fusion.overlap import overlap_add  # noqa: E402
+from voxfuse.fusion.sliding_window import sliding_window_inference  # noqa: E402
+from voxfuse.fusion.windows import bspline_window  # noqa: E402
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "backends", "soft_confusion"]
+__all__ = [
+    "Backend",
+    "backends",
+    "bspline_window",
+    "overlap_add",
+    "sliding_window_inference",
+    "soft_confusion",
+]
