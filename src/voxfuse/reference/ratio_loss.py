@@ -190,7 +190,7 @@ def _likelihood(
     for column, weight, scale in zip((NLL, OFF), weights, scales, strict=True):
         if scale == 0:
             continue
-        w = torch.ones_like(stats[0, :, 0]) if weight is None else weight
+        w = stats.new_ones(stats.shape[1]) if weight is None else weight
         # A class of weight 0 is left out, however large its sum.
         total = total + scale * (w * stats[..., column].masked_fill(w == 0, 0)).sum()
         cotangents[..., column] += (scale * w / divisor).masked_fill(empty, 0)

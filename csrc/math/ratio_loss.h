@@ -1,0 +1,131 @@
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+// The scalar mathematics of the ratio losses, in double precision throughout. The definition and
+// the names are those of src/voxfuse/reference/ratio_loss.py.
+namespace voxfuse {
+
+// Order of the sums of one (sample, class) in the last axis of the statistics.
+enum Sum : int { kTp, kFp, kFn, kNll, kOff, kP2, kG2, kWeight, kMaxSums };
+
+enum ClassPooling : int { kUnpooled, kUniform, kSimple, kSquare };
+enum Absent : int { kKeepAbsent, kIgnoreAbsent, kZeroAbsent };
+enum Reduction : int { kNoReduction, kMean, kSum };
+enum Normaliser : int { kByOne, kByTarget, kByVoxels, kByElements, kByVolume };
+
+// Everything about a ratio loss that does not depend on the data.
+struct RatioOptions {
+  double numerator[kMaxSums];
+  double denominator[kMaxSums];
+  double smooth_nr;
+  double smooth_dr;
+  double min_denominator;
+  double exponent;
+  double ratio_scale;
+  double nll_scale;
+  double off_scale;
+  int sums;  // 4 or 8
+  int first_class;
+  int class_pooling;
+  int absent;
+  int reduction;
+  int normaliser;
+  bool log;
+  bool batch;
+};
+
+// Numerator (hits), denominator (size) and their difference (misses), without the smoothing.
+struct RatioSums {
+  double misses;
+  double hits;
+  double size;
+};
+
+// A term of the loss and its slopes: d term / d s_k = a (den_k - num_k) + b den_k.
+struct RatioTerm {
+  double value;
+  double a;
+  double b;
+};
+
+// A sum with coefficient 0 is not looked at: it may be infinite.
+VOXFUSE_HOST_DEVICE inline RatioSums ratio_sums(const double* sums, const RatioOptions& options) {
+  RatioSums result{0, 0, 0};
+  for (int k = 0; k < options.sums; ++k) {
+    const double num = options.numerator[k];
+    const double den = options.denominator[k];
+    if (num != 0) result.hits += num * sums[k];
+    if (den != 0) result.size += den * sums[k];
+    if (den != num) result.misses += (den - num) * sums[k];
+  }
+  return result;
+}
+
+VOXFUSE_HOST_DEVICE inline double ratio_slope(const RatioTerm& term, int k,
+                                              const RatioOptions& options) {
+  const double num = options.numerator[k];
+  const double den = options.denominator[k];
+  return term.a * (den - num) + term.b * den;
+}
+
+VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums,
+                                                const RatioOptions& options) {
+  const double n = sums.hits + options.smooth_nr;
+  double d = sums.size + options.smooth_dr;
+  const bool clamped = d < options.min_denominator;
+  if (clamped) d = options.min_denominator;
+  // Two empty sets and no smoothing: 0 / 0 agrees perfectly.
+  if (d == 0) return {0, 0, 0};
+  // 1 - N/D without a difference of nearly equal numbers, as long as D is not clamped.
+  const double index =
+      (clamped ? d - n : sums.misses + (options.smooth_dr - options.smooth_nr)) / d;
+  RatioTerm term{index, 1 / d, 0};
+  if (options.log) {
+    const double ratio = n / d;
+    if (ratio < options.min_denominator) {
+      term = {-std::log(options.min_denominator), 0, 0};
+    } else {
+      term = {index < 0.5 ? -std::log1p(-index) : -std::log(ratio), 1 / n, 0};
+    }
+  } else if (options.exponent != 1) {
+    // The slope of I^exponent at I = 0 is taken as 0, for exponents below 1 too.
+    if (index <= 0) return {0, 0, 0};
+    const double power = std::pow(index, options.exponent - 1);
+    term = {power * index, options.exponent * power / d, 0};
+  }
+  term.b = clamped ? -term.a : -index * term.a;
+  return term;
+}
+
+// Weight of a class of this target volume in the generalised Dice loss; may be infinite.
+VOXFUSE_HOST_DEVICE inline double pooling_weight(double volume, int class_pooling) {
+  if (class_pooling == kUniform) return 1;
+  return 1 / (class_pooling == kSimple ? volume : volume * volume);
+}
+
+// The part of one (sample, class) in what the log-likelihood is divided by.
+VOXFUSE_HOST_DEVICE inline double normaliser_part(const double* sums, int class_index,
+                                                  double nll_weight, int normaliser) {
+  switch (normaliser) {
+    case kByTarget:
+      return nll_weight * (sums[kTp] + sums[kFn]);
+    case kByVoxels:
+      return class_index == 0 ? sums[kWeight] : 0;
+    case kByElements:
+      return sums[kWeight];
+    case kByVolume:
+      return sums[kTp] + sums[kFn];
+    default:
+      return 0;
+  }
+}
+
+// scale * weight * sum, where a weight or scale of 0 leaves out even an infinite sum.
+VOXFUSE_HOST_DEVICE inline double likelihood_part(double sum, double weight, double scale) {
+  return weight == 0 || scale == 0 ? 0 : scale * weight * sum;
+}
+
+}  // namespace voxfuse
