@@ -214,7 +214,8 @@ def soft_confusion_backward(
         u = nll * g * q
         if o is not None:
             u = u - o * (1 - g)
-        gradient = gradient + u - r.p * u.sum(1, keepdim=True)
+        # u_c - r_c sum_k u_k, without the cancellation in u_c (1 - r_c).
+        gradient = gradient + u * r.complement - r.p * _sum_of_others(u)
     else:
         chain = r.complement if likelihood == SIGMOID else 1 / r.p
         gradient = gradient + _product(g, nll * q * chain)

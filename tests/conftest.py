@@ -1,0 +1,39 @@
+"""Settings for every test. Triton reads TRITON_INTERPRET when it is imported: set it before."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "voxfuse", deadline=None, derandomize=True, max_examples=60, print_blob=True
+)
+hypothesis.settings.load_profile("voxfuse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="PyTorch sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every fresh allocation with NaN, so that a value that is never written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(deterministic)

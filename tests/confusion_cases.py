@@ -1,0 +1,147 @@
+"""Inputs for the soft confusion tests, shared by every backend's test file."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.accuracy import assert_accurate, compute_dtype
+from voxfuse.reference import soft_confusion as reference
+
+ACTIVATIONS = ("none", "sigmoid", "softmax")
+CODES = {"none": 0, "sigmoid": 1, "softmax": 2, "product": 0, "min": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the operator, without its tensors."""
+
+    batch: int = 2
+    classes: int = 3
+    spatial: tuple[int, ...] = (5, 4, 3)
+    dtype: torch.dtype = torch.float32
+    target: str = "labels"  # "labels", "labels_channel" or "dense"
+    target_dtype: torch.dtype = torch.int64
+    weight: torch.dtype | None = None
+    activation: str = "softmax"
+    likelihood: str | None = None
+    overlap: str = "product"
+    ignore_index: int | None = None
+    gamma: float = 0.0
+    full: bool = False
+    layout: str = "contiguous"  # "channels_last", "sliced" or "permuted"
+    spread: float = 3.0
+    seed: int = 0
+
+
+def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw logits (or probabilities), target and weight for ``case``."""
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = (case.batch, case.classes, *case.spatial)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * case.spread
+    if "none" in (case.activation, case.likelihood):
+        # Probabilities that a half type can hold without becoming 0 or 1.
+        logits = logits.sigmoid() * 0.98 + 0.01
+    logits = lay_out(logits.to(case.dtype), case.layout)
+    if case.target == "dense" or case.classes == 1:
+        target_shape = shape
+        hard = case.target_dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
+        if hard:
+            values = torch.randint(0, 2, target_shape, generator=generator)
+        else:
+            values = torch.rand(target_shape, generator=generator)
+    else:
+        channel = (1,) if case.target == "labels_channel" else ()
+        target_shape = (case.batch, *channel, *case.spatial)
+        values = torch.randint(0, case.classes, target_shape, generator=generator)
+    if case.ignore_index is not None:
+        ignored = torch.rand(values.shape, generator=generator) < 0.3
+        values = values.masked_fill(ignored, case.ignore_index)
+    target = lay_out(values.to(case.target_dtype), case.layout if values.ndim == len(shape) else "")
+    weight = None
+    if case.weight is not None:
+        drawn = torch.rand((case.batch, *case.spatial), generator=generator)
+        drawn = drawn * (drawn > 0.25)
+        weight = drawn > 0 if case.weight == torch.bool else drawn.to(case.weight)
+        weight = weight.to(device)
+    return logits.to(device), target.to(device), weight
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """Return the same values in another memory layout."""
+    if layout == "channels_last":
+        axes = (0, *range(2, tensor.ndim), 1)
+        back = (0, tensor.ndim - 1, *range(1, tensor.ndim - 1))
+        return tensor.permute(axes).contiguous().permute(back)
+    if layout == "sliced":
+        wide = torch.full(
+            (tensor.shape[0], tensor.shape[1] + 2, *tensor.shape[2:]), 1, dtype=tensor.dtype
+        )
+        wide[:, 1:-1] = tensor
+        return wide[:, 1:-1]
+    if layout == "permuted" and tensor.ndim > 3:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor
+
+
+def schema_arguments(case: Case) -> tuple[Any, ...]:
+    """The operator's arguments after the tensors, without ``full``."""
+    likelihood = case.likelihood or case.activation
+    return (
+        CODES[case.activation],
+        CODES[likelihood],
+        CODES[case.overlap],
+        case.ignore_index,
+        case.gamma,
+    )
+
+
+def check(case: Case, operators: Any, device: str = "cpu") -> None:
+    """Compare forward and backward of ``operators`` with the truth under the accuracy rule."""
+    input, target, weight = tensors(case, device)
+    arguments = schema_arguments(case)
+    compute = compute_dtype(case.dtype)
+    on_cpu = [None if x is None else x.cpu() for x in (input, target, weight)]
+    wide = [on_cpu[0].double(), *on_cpu[1:]]
+    narrow = [on_cpu[0].to(compute), *on_cpu[1:]]
+
+    actual = operators.soft_confusion(input, target, weight, *arguments, case.full)
+    truth = reference.soft_confusion(*wide, *arguments, case.full)
+    plain = reference.soft_confusion(*narrow, *arguments, case.full)
+    assert actual.dtype == torch.float64
+    voxels = max(1, input[0, 0].numel())
+    # Inside a chunk a lane adds at most 128 terms one by one, each addition rounding by half an
+    # ulp of the partial sum; the elementary functions lose a few ulp more.
+    sum_allowance = 8 + min(voxels, 128) / 2
+    assert_accurate(
+        actual,
+        plain,
+        truth,
+        scale=truth.abs() + 1e-30,
+        dtype=compute,
+        allowance=sum_allowance,
+        what=f"statistics of {case}",
+    )
+
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+    gradient = operators.soft_confusion_backward(grad.to(device), input, target, weight, *arguments)
+    true_gradient = reference.soft_confusion_backward(grad, *wide, *arguments)
+    plain_gradient = reference.soft_confusion_backward(grad, *narrow, *arguments)
+    assert gradient.dtype == input.dtype
+    assert gradient.stride() == torch.empty_like(input).stride()
+    # The cotangents are of order 1; what a gradient is made of (h, its mean, the focal slope) is of
+    # the order of their largest, times the slope of the logarithm for a bare probability.
+    size = grad.abs().amax() * (1 + true_gradient.abs())
+    assert_accurate(
+        gradient,
+        plain_gradient.to(case.dtype) if case.dtype != compute else plain_gradient,
+        true_gradient,
+        scale=size,
+        dtype=compute if case.dtype == compute else case.dtype,
+        allowance=16 if case.dtype == compute else 1,
+        what=f"gradient of {case}",
+    )

@@ -1,0 +1,154 @@
+"""The compiled libraries: stable ABI only, schemas as Python declares them, absence survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import voxfuse
+from voxfuse import _library, cli
+from voxfuse.ops import _registry
+
+PACKAGE = Path(voxfuse.__file__).parent
+LIBRARIES = ("libvoxfuse_cpu.so", "libvoxfuse_cuda.so")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_only_the_stable_abi_is_used(name):
+    """No symbol of PyTorch's C++ API may be needed: then one binary fits every torch from 2.11."""
+    if not (PACKAGE / name).exists():
+        pytest.skip(f"{name} was not built")
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(PACKAGE / name)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    needed = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    forbidden = [s for s in needed if re.search(r"\b(at|c10|torch|caffe2)::", s)]
+    assert forbidden == []
+    assert any(s.startswith(("aoti_torch_", "torch_")) for s in needed), "does not use LibTorch?"
+
+
+def test_host_module_needs_no_torch_symbol():
+    modules = list(PACKAGE.glob("_host*.so"))
+    if not modules:
+        pytest.skip("the host module was not built")
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(modules[0])],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert not re.search(r"\b(at|c10|torch)::|aoti_torch|torch_", listing)
+
+
+@pytest.mark.skipif(
+    not _library.defines_operators(), reason="the compiled CPU library is not built"
+)
+@pytest.mark.parametrize("name", sorted(_registry.schemas))
+def test_compiled_schema_equals_the_one_python_declares(name):
+    compiled = getattr(torch.ops.voxfuse, name).default._schema
+    declared = torch._C.parse_schema(_registry.schemas[name])
+    assert str(compiled).removeprefix("voxfuse::") == str(declared)
+
+
+@pytest.mark.skipif(
+    not _library.defines_operators(), reason="the compiled CPU library is not built"
+)
+@pytest.mark.parametrize("name", sorted(_registry.schemas))
+def test_every_operator_has_a_compiled_cpu_kernel(name):
+    registered = torch._C._dispatch_dump(f"voxfuse::{name}")
+    line = next(line for line in registered.splitlines() if line.startswith("CPU:"))
+    assert ".py" not in line, f"{name} runs the reference on the CPU: {line}"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_any_compiled_library_everything_runs_and_one_warning_says_so():
+    result = run_python(
+        "import torch, voxfuse\n"
+        "x = torch.randn(1, 2, 8, requires_grad=True)\n"
+        "voxfuse.TverskyLoss()(x, torch.zeros(1, 1, 8, dtype=torch.long)).backward()\n"
+        "assert x.grad is not None\n"
+        "voxfuse.soft_confusion(x, torch.zeros(1, 8, dtype=torch.long))\n"
+        "print(voxfuse.backends()['cpp'].available)\n",
+        VOXFUSE_LIBRARY="0",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "False"
+    assert result.stderr.count("runs without its compiled CPU kernels") == 1
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_agrees(capability):
+    """The kernels of each instruction set give the same sums up to rounding."""
+    if not _library.defines_operators():
+        pytest.skip("the compiled CPU library is not built")
+    code = (
+        "import torch, voxfuse\n"
+        "from voxfuse import _library\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "worst = 0.0\n"
+        "for classes in (1, 2, 3, 9, 20):\n"
+        "  for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):\n"
+        "    x = torch.randn(1, classes, 999, generator=g).to(dtype).requires_grad_()\n"
+        "    y = torch.randint(0, max(classes, 2), (1, 1, 999), generator=g)\n"
+        "    s = voxfuse.soft_confusion(x, y, activation='sigmoid' if classes == 1 else 'softmax')\n"
+        "    r = voxfuse.soft_confusion(x.detach().double(), y, backend='reference',\n"
+        "        activation='sigmoid' if classes == 1 else 'softmax')\n"
+        "    worst = max(worst, ((s - r).abs() / (r + 1e-30)).max().item())\n"
+        "    s.sum().backward()\n"
+        "print(_library.cpu_capability(), worst)\n"
+    )
+    result = run_python(code, VOXFUSE_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stderr
+    used, worst = result.stdout.split()
+    if used != capability:
+        pytest.skip(f"this machine has no {capability}")
+    assert float(worst) < 1e-5
+
+
+def test_importing_voxfuse_imports_no_optional_package():
+    result = run_python(
+        "import sys, voxfuse\n"
+        "heavy = {'monai', 'nnunetv2', 'torchio', 'nibabel', 'matplotlib', 'scipy', 'triton'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n",
+        TRITON_INTERPRET="0",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_info_reports_every_backend(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["backends"]) == {"reference", "cpp", "cuda", "triton"}
+    for backend in found["backends"].values():
+        assert backend["available"] or backend["reason"]
+    assert found["versions"]["torch"] == str(torch.__version__)
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "Backends" in text
+    assert "torch" in text
