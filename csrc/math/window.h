@@ -56,8 +56,8 @@ inline double gaussian(int64_t t, double centre, double sigma) {
 // Hann window without its zero end points.
 inline double hann(int64_t t, int64_t size) {
   constexpr double kPi = 3.14159265358979323846;
-  const double sine = std::sin(kPi * (mirrored_centre(t, size) + 0.5) /
-                               static_cast<double>(size + 1));
+  const double sine =
+      std::sin(kPi * (mirrored_centre(t, size) + 0.5) / static_cast<double>(size + 1));
   return sine * sine;
 }
 

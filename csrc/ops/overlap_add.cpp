@@ -1,0 +1,17 @@
+// Schemas of the patch fusion operators. The contract is in src/voxfuse/ops/overlap_add.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(voxfuse, m) {
+  m.def(
+      "overlap_add(Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
+      "int[] volume_shape) -> Tensor");
+  m.def(
+      "overlap_add_backward(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, "
+      "Tensor? total) -> Tensor");
+  m.def(
+      "overlap_add_(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, "
+      "Tensor[] weights, Tensor? total, int ring_axis, int start, int stop) -> ()");
+  m.def(
+      "overlap_weights_(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
+      "int ring_axis, int start, int stop) -> ()");
+}
