@@ -4,18 +4,50 @@ from voxfuse import _library
 
 _library.load()
 
+from voxfuse import functional  # noqa: E402
 from voxfuse._backends import Backend, backends  # noqa: E402
 from voxfuse.fusion.overlap import overlap_add  # noqa: E402
 from voxfuse.fusion.sliding_window import sliding_window_inference  # noqa: E402
 from voxfuse.fusion.windows import bspline_window  # noqa: E402
+from voxfuse.losses import (  # noqa: E402
+    BCELoss,
+    CrossEntropyLoss,
+    DiceCELoss,
+    DiceFocalLoss,
+    DiceLoss,
+    FBetaLoss,
+    FocalLoss,
+    FocalTverskyLoss,
+    GeneralizedDiceLoss,
+    JaccardLoss,
+    TverskyCELoss,
+    TverskyFocalLoss,
+    TverskyLoss,
+    UnifiedFocalLoss,
+)
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BCELoss",
     "Backend",
+    "CrossEntropyLoss",
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "FBetaLoss",
+    "FocalLoss",
+    "FocalTverskyLoss",
+    "GeneralizedDiceLoss",
+    "JaccardLoss",
+    "TverskyCELoss",
+    "TverskyFocalLoss",
+    "TverskyLoss",
+    "UnifiedFocalLoss",
     "backends",
     "bspline_window",
+    "functional",
     "overlap_add",
     "sliding_window_inference",
     "soft_confusion",

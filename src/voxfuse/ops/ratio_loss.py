@@ -217,19 +217,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = (inputs[9], inputs[10], inputs[11])
 
 
-class _AttachTo(torch.autograd.Function):
-    """Pass ``cotangents`` on as a function of ``stats`` that refuses to be differentiated."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """Pass a gradient on as a function of its origin that refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, cotangents: Tensor, stats: Tensor) -> Tensor:
-        return cotangents.view_as(cotangents)
+    def forward(ctx: Any, gradient: Tensor, origin: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "ratio_loss cannot be differentiated twice: second derivatives of the overlap losses "
+            "create_graph: the overlap losses cannot be differentiated twice; second derivatives "
             "are not implemented"
         )
+
+
+def once_differentiable(gradient: Tensor, origin: Tensor) -> Tensor:
+    """Make a second differentiation of ``gradient`` with respect to ``origin`` an error.
+
+    Under ``create_graph=True`` a gradient computed outside of autograd would otherwise count as a
+    constant, and nothing would say so.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    result: Tensor = _OnceDifferentiable.apply(gradient, origin)
+    return result
 
 
 def _backward(
@@ -238,11 +250,9 @@ def _backward(
     stats, cotangents = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0]:
-        if torch.is_grad_enabled():
-            # create_graph=True: without this the part through the cotangents would be missing
-            # from a second derivative, and nothing would say so.
-            cotangents = _AttachTo.apply(cotangents, stats)  # type: ignore[no-untyped-call]
-        gradient = operators.ratio_loss_backward(grad_loss, cotangents, *ctx.options)
+        gradient = operators.ratio_loss_backward(
+            grad_loss, once_differentiable(cotangents, stats), *ctx.options
+        )
     return (gradient,) + (None,) * 20
 
 

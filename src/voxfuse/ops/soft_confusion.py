@@ -106,7 +106,7 @@ def soft_confusion(
         else _checks.choice("likelihood", likelihood, ACTIVATIONS)
     )
     overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
-    _check_inputs(input, target, weight, ignore_index)
+    check_inputs(input, target, weight, ignore_index)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     operators = _registry.namespace_of(backend, input.device)
@@ -132,9 +132,10 @@ def is_dense(input: Tensor, target: Tensor) -> bool:
     return input.shape[1] == 1 or (target.ndim == input.ndim and target.shape[1] == input.shape[1])
 
 
-def _check_inputs(
+def check_inputs(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
 ) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together."""
     if input.dtype not in _checks.LOGIT_DTYPES:
         raise TypeError(
             f"input: got {_checks.describe(input)}, expected float32, float16, bfloat16 or float64"

@@ -1,0 +1,306 @@
+"""Evaluation of a loss: one pass over the voxels, one small epilogue, one pass back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from voxfuse.losses._recipe import SIGMOID, Plan, Recipe
+from voxfuse.ops import _checks, _registry
+from voxfuse.ops.ratio_loss import once_differentiable
+from voxfuse.ops.soft_confusion import check_inputs, is_dense
+
+ClassWeights = Tensor | Sequence[float] | float | None
+
+# Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
+_below_autograd: Callable[[], Any] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext
+)
+
+
+class Weights(NamedTuple):
+    """Weights of the classes: in the ratio's terms, in NLL and in OFF."""
+
+    terms: Tensor | None = None
+    on: Tensor | None = None
+    off: Tensor | None = None
+
+
+class Operators(NamedTuple):
+    confusion: Any
+    confusion_backward: Any
+    ratio: Any
+    ratio_backward: Any
+
+
+class Ranks(NamedTuple):
+    """Processes whose sums are added up."""
+
+    group: Any
+    average: bool
+
+
+def _overloads(namespace: str) -> Operators:
+    table = getattr(torch.ops, namespace)
+    names = ("soft_confusion", "soft_confusion_backward", "ratio_loss", "ratio_loss_backward")
+    return Operators(*(getattr(table, name).default for name in names))
+
+
+_OPERATORS = {namespace: _overloads(namespace) for namespace in _registry.NAMESPACES}
+
+
+def ranks_of(process_group: Any, ddp_average: bool) -> Ranks | None:
+    """Resolve ``process_group``: None, "world" or a torch.distributed process group."""
+    if process_group is None:
+        return None
+    import torch.distributed
+
+    if not isinstance(process_group, str):
+        return Ranks(process_group, ddp_average)
+    if process_group != "world":
+        raise ValueError(
+            f"process_group: got {process_group!r}, expected None, 'world' or a process group"
+        )
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError(
+            "process_group: 'world' needs torch.distributed.init_process_group() before the first "
+            "forward"
+        )
+    return Ranks(torch.distributed.group.WORLD, ddp_average)
+
+
+def _operators(backend: str, device: torch.device) -> Operators:
+    if backend == "auto":
+        return _OPERATORS["voxfuse"]
+    return _OPERATORS[_registry.namespace_of(backend, device).name]
+
+
+def evaluate(
+    recipe: Recipe,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    class_weight: ClassWeights = None,
+    likelihood_weight: ClassWeights = None,
+    pos_weight: ClassWeights = None,
+    ranks: Ranks | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the loss of ``recipe``; differentiable in ``input``."""
+    if type(input) is not Tensor:
+        input = _checks.require_tensor("input", input)
+    if type(target) is not Tensor:
+        target = _checks.require_tensor("target", target)
+    if weight is not None and type(weight) is not Tensor:
+        weight = _checks.require_tensor("weight", weight)
+    check_inputs(input, target, weight, recipe.ignore_index)
+    classes = input.shape[1]
+    plan = recipe.plan(classes, is_dense(input, target))
+    weights = _NO_WEIGHTS
+    if class_weight is not None or recipe.likelihood is not None:
+        weights = _weights(
+            recipe, classes, input.device, class_weight, likelihood_weight, pos_weight
+        )
+    operators = _operators(backend, input.device)
+    if torch.compiler.is_compiling():
+        return _composed(operators, plan, input, target, weight, weights, ranks)
+    try:
+        if torch.is_grad_enabled() and input.requires_grad:
+            loss: Tensor = _Fused.apply(input, target, weight, operators, plan, weights, ranks)
+            return loss
+        return _forward(operators, plan, input, target, weight, weights, ranks)[0]
+    except RuntimeError as error:
+        _checks.reraise(error)
+
+
+_NO_WEIGHTS = Weights()
+
+
+def _weights(
+    recipe: Recipe,
+    classes: int,
+    device: torch.device,
+    class_weight: ClassWeights,
+    likelihood_weight: ClassWeights,
+    pos_weight: ClassWeights,
+) -> Weights:
+    terms = None
+    name = "likelihood_weight"
+    if recipe.ratio is None:
+        name, likelihood_weight = "class_weight", class_weight
+    else:
+        first = 0 if recipe.ratio.include_background else 1
+        terms = class_weights("class_weight", class_weight, classes - first, device)
+    part = recipe.likelihood
+    if part is None:
+        return Weights(terms)
+    on = class_weights(name, likelihood_weight, classes, device)
+    off = on
+    binary = part.activation == SIGMOID or classes == 1
+    if part.alpha is not None and not binary:
+        # MONAI's convention: 1 - alpha for the background, alpha for every other class.
+        balance = torch.full((classes,), part.alpha, dtype=torch.float64, device=device)
+        balance[0] = 1 - part.alpha
+        on = balance if on is None else on * balance
+    if pos_weight is not None:
+        if not binary:
+            raise ValueError("pos_weight: needs a sigmoid likelihood; weigh classes instead")
+        positive = class_weights("pos_weight", pos_weight, classes, device)
+        on = positive if on is None or positive is None else on * positive
+    if not part.include_background:
+        foreground = torch.ones(classes, dtype=torch.float64, device=device)
+        foreground[0] = 0
+        on = foreground if on is None else on * foreground
+        off = foreground if off is None else off * foreground
+    return Weights(terms, on, off)
+
+
+def class_weights(
+    name: str, value: ClassWeights, length: int, device: torch.device
+) -> Tensor | None:
+    """Return the classes' weights as the operators take them: float64 on ``device``."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=torch.float64)
+    value = _checks.plain(value)
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
+    if value.ndim == 0:
+        value = value.expand(length)
+    if tuple(value.shape) != (length,):
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected ({length},), one weight for every "
+            "class that counts"
+        )
+    if value.dtype != torch.float64 or value.device != device:
+        value = value.to(device, torch.float64)
+    return value.contiguous()
+
+
+def _forward(
+    operators: Operators,
+    plan: Plan,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weights: Weights,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its slopes at the sums."""
+    with _below_autograd():
+        stats = operators.confusion(input, target, weight, *plan.confusion)
+        if ranks is not None:
+            stats = _sum_over_ranks(stats, plan.batch, ranks)
+        result: tuple[Tensor, Tensor] = operators.ratio(
+            stats,
+            *plan.ratio,
+            weights.terms,
+            *plan.terms,
+            weights.on,
+            weights.off,
+            *plan.likelihood,
+            input.dtype == torch.float64,
+        )
+    return result
+
+
+class _Fused(torch.autograd.Function):
+    """Both operators as one node that keeps the slopes at the sums and nothing volume-sized."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        operators: Operators,
+        plan: Plan,
+        weights: Weights,
+        ranks: Ranks | None,
+    ) -> Tensor:
+        loss, cotangents = _forward(operators, plan, input, target, weight, weights, ranks)
+        ctx.save_for_backward(input, target, weight, cotangents)
+        ctx.call = operators, plan, ranks
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        input, target, weight, cotangents = ctx.saved_tensors
+        operators, plan, ranks = ctx.call
+        with _below_autograd():
+            grad = operators.ratio_backward(
+                grad_loss, cotangents, plan.terms[0], plan.terms[1], plan.terms[2]
+            )
+            if ranks is not None:
+                grad = _share_of_rank(grad, input.shape[0], ranks)
+            gradient = operators.confusion_backward(
+                grad, input, target, weight, *plan.confusion[:5]
+            )
+        return once_differentiable(gradient, input), None, None, None, None, None, None
+
+
+def _composed(
+    operators: Operators,
+    plan: Plan,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weights: Weights,
+    ranks: Ranks | None,
+) -> Tensor:
+    """The same from the operators' own autograd: what a compiler can trace."""
+    stats = operators.confusion(input, target, weight, *plan.confusion)
+    if ranks is not None:
+        stats = _SumOverRanks.apply(stats, plan.batch, ranks)
+    loss: Tensor = operators.ratio(
+        stats,
+        *plan.ratio,
+        weights.terms,
+        *plan.terms,
+        weights.on,
+        weights.off,
+        *plan.likelihood,
+        input.dtype == torch.float64,
+    )[0]
+    return loss
+
+
+def _sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
+    """Add up the sums of all ranks: pooled over the global batch, or sample by sample."""
+    import torch.distributed
+
+    total = stats.sum(0, keepdim=True) if batch else stats.clone()
+    torch.distributed.all_reduce(total, group=ranks.group)
+    return total
+
+
+def _share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:
+    """The slopes at this rank's own sums: no collective, every rank has the whole loss."""
+    import torch.distributed
+
+    if ranks.average:
+        grad = grad * torch.distributed.get_world_size(ranks.group)
+    return grad.expand(samples, -1, -1).contiguous()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks whose gradient is that of one process holding the whole batch.
+
+    The autograd of an all-reduce would add up the ranks' gradients and so count the loss, which
+    every rank computes, once a rank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
+        ctx.call = stats.shape[0], ranks
+        return _sum_over_ranks(stats, batch, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        samples, ranks = ctx.call
+        return _share_of_rank(grads[0], samples, ranks), None, None

@@ -1,0 +1,123 @@
+"""What every loss module shares: options as attributes, a recipe made from them, a good repr."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from voxfuse.losses._engine import evaluate, ranks_of
+from voxfuse.losses._options import CALL_DEFAULTS, OVERLAP_DEFAULTS, WEIGHT_NAMES
+from voxfuse.losses._recipe import Recipe
+
+
+def option_defaults(recipe_from: Callable[..., Recipe]) -> dict[str, Any]:
+    """Every option of the recipes of ``recipe_from`` with its default."""
+    defaults: dict[str, Any] = {}
+    for parameter in inspect.signature(recipe_from).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            defaults.update(OVERLAP_DEFAULTS)
+        else:
+            defaults[parameter.name] = parameter.default
+    return defaults
+
+
+class LossModule(nn.Module):
+    """A loss whose options are attributes; changing one takes effect at the next call."""
+
+    #: Builds the recipe from the options.
+    recipe_from: Callable[..., Recipe]
+    #: Options always shown by repr; others are shown where they differ from the default.
+    shown: tuple[str, ...] = ()
+    #: Which weights of the classes the loss takes.
+    weight_names: tuple[str, ...] = ("class_weight",)
+    _defaults: dict[str, Any]
+
+    class_weight: Tensor | None
+    likelihood_weight: Tensor | None
+    pos_weight: Tensor | None
+    process_group: Any
+    ddp_average: bool
+    backend: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "recipe_from" not in vars(cls):
+            return
+        cls._defaults = {**option_defaults(cls.recipe_from), **CALL_DEFAULTS}
+        # help() and editors show every option instead of **options.
+        own = inspect.signature(cls.__init__).parameters.values()
+        parameters = [p for p in own if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+        known = {p.name for p in parameters}
+        for name, default in {**cls._defaults, **dict.fromkeys(cls.weight_names)}.items():
+            if name not in known:
+                parameters.append(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                )
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = type(self).__signature__.parameters  # type: ignore[attr-defined]
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{name}: not an option of {type(self).__name__}, which has " + ", ".join(known)
+                )
+        for name in WEIGHT_NAMES:
+            value = options.pop(name, None)
+            if value is not None and not isinstance(value, Tensor):
+                value = torch.as_tensor(value, dtype=torch.float64)
+            self.register_buffer(name, value)
+        for name, default in self._defaults.items():
+            setattr(self, name, options.get(name, default))
+        self._recipe: Recipe | None = self._make_recipe()
+
+    def _make_recipe(self) -> Recipe:
+        names = (name for name in self._defaults if name not in CALL_DEFAULTS)
+        return type(self).recipe_from(**{name: getattr(self, name) for name in names})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._defaults:
+            self.__dict__["_recipe"] = None
+
+    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        r"""Return the loss.
+
+        Args:
+            input: logits (or probabilities with ``activation="none"``) (B, C, \*spatial).
+            target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial); with C = 1 the
+                foreground indicator.
+            weight: voxel weights or mask (B, [1,] \*spatial); weight 0 leaves a voxel out.
+        """
+        recipe = self._recipe
+        if recipe is None:
+            recipe = self._recipe = self._make_recipe()
+        group = self.process_group
+        return evaluate(
+            recipe,
+            input,
+            target,
+            weight,
+            self.class_weight,
+            self.likelihood_weight,
+            self.pos_weight,
+            None if group is None else ranks_of(group, self.ddp_average),
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = []
+        for name, default in self._defaults.items():
+            value = getattr(self, name)
+            if name in self.shown or value != default:
+                parts.append(f"{name}={value!r}")
+        for name in WEIGHT_NAMES:
+            value = getattr(self, name)
+            if value is not None:
+                parts.append(f"{name}={[round(x, 6) for x in value.flatten().tolist()]}")
+        return ", ".join(parts)

@@ -1,0 +1,231 @@
+"""Sums of an overlap loss and a log-likelihood, both from one pass over the voxels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from voxfuse.losses import _recipe
+from voxfuse.losses._module import LossModule
+from voxfuse.losses._options import WEIGHT_NAMES
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from voxfuse.losses._options import CompoundOptions
+
+
+class TverskyCELoss(LossModule):
+    r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_ce`` x :class:`CrossEntropyLoss`.
+
+    Args:
+        alpha, beta, gamma: of the Tversky term.
+        lambda_tversky, lambda_ce: factors of the two terms, >= 0.
+        label_smoothing: of the cross-entropy.
+        ce_activation: activation of the cross-entropy where it differs from ``activation``; a
+            sigmoid makes it a binary cross-entropy.
+        class_weight: weights of the classes in the Tversky term, as in :class:`TverskyLoss`.
+        likelihood_weight: weights (C,) of the classes in the cross-entropy.
+        pos_weight: weights (C,) of the positives in a binary cross-entropy.
+        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.TverskyCELoss(alpha=0.3, beta=0.7, lambda_ce=0.5)
+        TverskyCELoss(alpha=0.3, beta=0.7, lambda_tversky=1.0, lambda_ce=0.5)
+    """
+
+    recipe_from = staticmethod(_recipe.tversky_ce)
+    shown = ("alpha", "beta", "lambda_tversky", "lambda_ce")
+    weight_names = WEIGHT_NAMES
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        lambda_tversky: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+        ce_activation: str | None = None,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            lambda_tversky=lambda_tversky,
+            lambda_ce=lambda_ce,
+            label_smoothing=label_smoothing,
+            ce_activation=ce_activation,
+            **options,
+        )
+
+
+class DiceCELoss(LossModule):
+    r"""``lambda_dice`` x :class:`DiceLoss` + ``lambda_ce`` x :class:`CrossEntropyLoss`.
+
+    The defaults equal ``monai.losses.DiceCELoss(softmax=True, to_onehot_y=True)``; for its other
+    habits (one shared weight, a softmax cross-entropy beside a sigmoid Dice) see
+    ``likelihood_weight`` and ``ce_activation``.
+
+    Args:
+        lambda_dice, lambda_ce: factors of the two terms, >= 0.
+        squared: as in :class:`DiceLoss`.
+        label_smoothing, ce_activation, class_weight, likelihood_weight, pos_weight: as in
+            :class:`TverskyCELoss`.
+        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+
+    Example:
+        >>> import torch, voxfuse
+        >>> loss = voxfuse.DiceCELoss(include_background=False)
+        >>> loss(torch.zeros(1, 2, 8), torch.ones(1, 8, dtype=torch.uint8))  # 1/3 + log 2
+        tensor(1.0265)
+    """
+
+    recipe_from = staticmethod(_recipe.dice_ce)
+    shown = ("lambda_dice", "lambda_ce")
+    weight_names = WEIGHT_NAMES
+
+    def __init__(
+        self,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        squared: bool = False,
+        label_smoothing: float = 0.0,
+        ce_activation: str | None = None,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(
+            lambda_dice=lambda_dice,
+            lambda_ce=lambda_ce,
+            squared=squared,
+            label_smoothing=label_smoothing,
+            ce_activation=ce_activation,
+            **options,
+        )
+
+
+class TverskyFocalLoss(LossModule):
+    r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_focal`` x :class:`FocalLoss`.
+
+    Args:
+        alpha, beta, gamma: of the Tversky term.
+        focal_gamma, focal_alpha: gamma and alpha of the focal term.
+        lambda_tversky, lambda_focal: factors of the two terms, >= 0.
+        focal_activation: activation of the focal term where it differs from ``activation``.
+        class_weight: weights of the classes in the Tversky term.
+        likelihood_weight, pos_weight: weights (C,) in the focal term.
+        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.TverskyFocalLoss()
+        TverskyFocalLoss(alpha=0.5, beta=0.5, focal_gamma=2.0, lambda_tversky=1.0, lambda_focal=1.0)
+    """
+
+    recipe_from = staticmethod(_recipe.tversky_focal)
+    shown = ("alpha", "beta", "focal_gamma", "lambda_tversky", "lambda_focal")
+    weight_names = WEIGHT_NAMES
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        focal_gamma: float = 2.0,
+        focal_alpha: float | None = None,
+        lambda_tversky: float = 1.0,
+        lambda_focal: float = 1.0,
+        focal_activation: str | None = None,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            focal_gamma=focal_gamma,
+            focal_alpha=focal_alpha,
+            lambda_tversky=lambda_tversky,
+            lambda_focal=lambda_focal,
+            focal_activation=focal_activation,
+            **options,
+        )
+
+
+class DiceFocalLoss(LossModule):
+    r"""``lambda_dice`` x :class:`DiceLoss` + ``lambda_focal`` x :class:`FocalLoss`.
+
+    With ``focal_activation="sigmoid"`` it equals ``monai.losses.DiceFocalLoss(softmax=True,
+    to_onehot_y=True)``.
+
+    Args:
+        focal_gamma, focal_alpha, lambda_focal, focal_activation: as in :class:`TverskyFocalLoss`.
+        lambda_dice, squared: of the Dice term.
+        class_weight, likelihood_weight, pos_weight: as in :class:`TverskyFocalLoss`.
+        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.DiceFocalLoss()
+        DiceFocalLoss(focal_gamma=2.0, lambda_dice=1.0, lambda_focal=1.0)
+    """
+
+    recipe_from = staticmethod(_recipe.dice_focal)
+    shown = ("focal_gamma", "lambda_dice", "lambda_focal")
+    weight_names = WEIGHT_NAMES
+
+    def __init__(
+        self,
+        focal_gamma: float = 2.0,
+        focal_alpha: float | None = None,
+        lambda_dice: float = 1.0,
+        lambda_focal: float = 1.0,
+        squared: bool = False,
+        focal_activation: str | None = None,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(
+            focal_gamma=focal_gamma,
+            focal_alpha=focal_alpha,
+            lambda_dice=lambda_dice,
+            lambda_focal=lambda_focal,
+            squared=squared,
+            focal_activation=focal_activation,
+            **options,
+        )
+
+
+class UnifiedFocalLoss(LossModule):
+    r"""Unified focal loss, the symmetric form (Yeung et al. 2022, arXiv 2102.04525).
+
+    .. math::
+        loss = \lambda\; \mathrm{mean}_v\; \delta_c (1-p)^\gamma (-\log p)
+            + (1-\lambda)\; \mathrm{mean}_{b,c}\; (1 - TI)^{1-\gamma}
+
+    with TI weighing false negatives by delta and false positives by 1 - delta, and
+    :math:`\delta_c` delta for the foreground classes and 1 - delta for the background.
+
+    Args:
+        balance: lambda, in [0, 1].
+        delta: in [0, 1].
+        gamma: in [0, 1).
+        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.UnifiedFocalLoss()
+        UnifiedFocalLoss(balance=0.5, delta=0.6, gamma=0.5)
+    """
+
+    recipe_from = staticmethod(_recipe.unified_focal)
+    shown = ("balance", "delta", "gamma")
+    weight_names = WEIGHT_NAMES[:2]
+
+    def __init__(
+        self,
+        balance: float = 0.5,
+        delta: float = 0.6,
+        gamma: float = 0.5,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(balance=balance, delta=delta, gamma=gamma, **options)

@@ -1,0 +1,149 @@
+"""Losses from the log-likelihood: cross-entropy, focal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from voxfuse.losses import _recipe
+from voxfuse.losses._module import LossModule
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from voxfuse.losses._options import CallOptions
+
+
+class CrossEntropyLoss(LossModule):
+    r"""Cross-entropy over voxels, with the weighted mean of ``torch.nn.CrossEntropyLoss``.
+
+    .. math::
+        loss = \frac{\sum_v w_{y_v} (-\log p_{v,y_v})}{\sum_v w_{y_v}}
+
+    and with a dense target :math:`\sum_v \sum_c w_c g_{v,c} (-\log p_{v,c})` over the number of
+    voxels. If no voxel counts, the loss is 0 (PyTorch: NaN).
+
+    Args:
+        activation: "softmax"; "sigmoid" for :class:`BCELoss`; "none" for probabilities.
+        label_smoothing: in [0, 1], as in PyTorch.
+        include_background: whether voxels of class 0 count.
+        reduction: "mean" or "sum".
+        ignore_index: voxels with this label do not count.
+        class_weight: (C,), or one number.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> voxfuse.CrossEntropyLoss()(torch.zeros(1, 4, 8), torch.zeros(1, 8, dtype=torch.long))
+        tensor(1.3863)
+    """
+
+    recipe_from = staticmethod(_recipe.cross_entropy)
+
+    def __init__(
+        self,
+        activation: str = "softmax",
+        label_smoothing: float = 0.0,
+        include_background: bool = True,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        **options: Unpack[CallOptions],
+    ) -> None:
+        super().__init__(
+            activation=activation,
+            label_smoothing=label_smoothing,
+            include_background=include_background,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            **options,
+        )
+
+
+class BCELoss(LossModule):
+    r"""Binary cross-entropy of every class on its own (sigmoid of the logits).
+
+    .. math::
+        loss = \mathrm{mean}_{b,c,v}\; w_c (\rho_c\, g (-\log p) + (1 - g)(-\log(1 - p)))
+
+    Equals ``torch.nn.BCEWithLogitsLoss(pos_weight=rho)`` on the one-hot target.
+
+    Args:
+        include_background: whether class 0 counts.
+        reduction: "mean" or "sum".
+        ignore_index: voxels with this label do not count.
+        class_weight: (C,), or one number.
+        pos_weight: (C,), or one number: further weight of the positives.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> voxfuse.BCELoss()(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+        tensor(0.6931)
+    """
+
+    recipe_from = staticmethod(_recipe.binary_cross_entropy)
+    weight_names = ("class_weight", "pos_weight")
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        **options: Unpack[CallOptions],
+    ) -> None:
+        super().__init__(
+            include_background=include_background,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            **options,
+        )
+
+
+class FocalLoss(LossModule):
+    r"""Focal loss (Lin et al. 2017, arXiv 1708.02002).
+
+    .. math::
+        loss = \mathrm{mean}_{b,c,v}\; \alpha\, g\, (1-p)^\gamma (-\log p)
+            \;[\, + (1-\alpha)(1-g)\, p^\gamma (-\log(1-p)) \text{ for a sigmoid}]
+
+    The mean is over voxels and classes. Equals ``monai.losses.FocalLoss`` (whose default is
+    ``activation="sigmoid"``) with its reduction "mean".
+
+    Args:
+        gamma: focusing exponent, >= 0.
+        alpha: None, or a balance in [0, 1]: positives against negatives for a sigmoid, and for a
+            softmax foreground classes (alpha) against the background (1 - alpha).
+        activation: "softmax", "sigmoid" or "none".
+        include_background: whether class 0 counts.
+        reduction: "mean" or "sum".
+        ignore_index: voxels with this label do not count.
+        class_weight: (C,), or one number.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.FocalLoss(alpha=0.25)
+        FocalLoss(gamma=2.0, alpha=0.25)
+    """
+
+    recipe_from = staticmethod(_recipe.focal)
+    shown = ("gamma",)
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        alpha: float | None = None,
+        activation: str = "softmax",
+        include_background: bool = True,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        **options: Unpack[CallOptions],
+    ) -> None:
+        super().__init__(
+            gamma=gamma,
+            alpha=alpha,
+            activation=activation,
+            include_background=include_background,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            **options,
+        )

@@ -1,0 +1,225 @@
+"""Losses from a ratio of soft counts: Tversky, F_beta, Dice, Jaccard and their kin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from voxfuse.losses import _recipe
+from voxfuse.losses._module import LossModule
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from voxfuse.losses._options import OverlapOptions
+
+
+class TverskyLoss(LossModule):
+    r"""Tversky loss: overlap with separate prices for false positives and false negatives.
+
+    With the soft counts TP, FP, FN of every sample and class (over the pooled batch with
+    ``batch``),
+
+    .. math::
+        TI = \frac{TP + s_n}{TP + \alpha\,FP + \beta\,FN + s_d}, \qquad
+        loss = \mathrm{mean}_{b,c}\; \omega_c\,(1 - TI)^\gamma
+
+    (Salehi, Erdogmus, Gholipour 2017, arXiv 1706.05721). alpha weighs false positives, beta false
+    negatives: more beta, more recall. alpha = beta = 1/2 is soft Dice, alpha = beta = 1 soft
+    Jaccard. The defaults equal ``monai.losses.TverskyLoss(softmax=True, to_onehot_y=True)``.
+
+    One pass over the voxels forward, one backward; nothing volume-sized is kept but the logits and
+    the target themselves. The counts are summed in float64, so pure float16 logits are safe. The
+    loss is float32 (float64 for float64 logits).
+
+    Args:
+        alpha: weight of the false positives, >= 0.
+        beta: weight of the false negatives, >= 0.
+        gamma: exponent of the term, > 0 (focal Tversky); its slope at a perfect prediction is 0.
+        activation: "softmax", "sigmoid", or "none" for an input of probabilities.
+        include_background: whether class 0 counts.
+        smooth_nr, smooth_dr: added to the numerator and to the denominator.
+        class_weight: weights of the classes that count (C, or C - 1 without background), or one
+            number. The mean stays the plain mean of the weighted terms.
+        batch: pool the counts over the batch before the ratio.
+        reduction: "mean", "sum", or "none" for (B, C) terms ((C,) with ``batch``).
+        ignore_index: voxels with this label do not count.
+        absent: classes with no target volume in a sample: "keep" them, "ignore" them (not in the
+            mean either) or make their term "zero".
+        log: ``-log(TI)`` in place of ``(1 - TI)^gamma``.
+        overlap: "product", or "min" for min(p, g) in place of p g, which is right for soft
+            targets (MONAI's ``soft_label``).
+        process_group: sum the counts over these ranks: None, "world" (resolved at the first
+            forward) or a process group. With ``batch`` the loss is that of the global batch;
+            without, the ranks hold parts of the same samples (a volume split along space).
+        ddp_average: multiply the gradient by the number of ranks, which undoes the averaging of
+            DistributedDataParallel.
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
+
+    Shapes: input (B, C, \*spatial), any number of spatial axes; target labels (B, [1,] \*spatial)
+    of any integer type (or integers held in floats), or dense (B, C, \*spatial); with C = 1 the
+    foreground indicator. Optional third argument of the call: voxel weights or a mask
+    (B, [1,] \*spatial), applied after the activation.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> loss = voxfuse.TverskyLoss(alpha=0.3, beta=0.7)
+        >>> logits = torch.zeros(1, 2, 4, 4, 4, requires_grad=True)
+        >>> labels = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
+        >>> loss(logits, labels)  # class 0: TI = 0; class 1: TI = 32 / (32 + 0.7 * 32)
+        tensor(0.7059, grad_fn=<_FusedBackward>)
+    """
+
+    recipe_from = staticmethod(_recipe.tversky)
+    shown = ("alpha", "beta")
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        **options: Unpack[OverlapOptions],
+    ) -> None:
+        super().__init__(alpha=alpha, beta=beta, gamma=gamma, **options)
+
+
+class FBetaLoss(LossModule):
+    r"""One minus F_beta, the asymmetric similarity loss (Hashemi et al. 2018, arXiv 1803.11078).
+
+    .. math::
+        F_\beta = \frac{(1 + \beta^2)\,TP}{(1 + \beta^2)\,TP + FP + \beta^2 FN}
+
+    It is :class:`TverskyLoss` with alpha = 1/(1+beta^2) and beta = beta^2/(1+beta^2): beta > 1
+    favours recall. The default 1.5 is the paper's best.
+
+    Args:
+        beta: weight of recall over precision, >= 0.
+        gamma: exponent of the term.
+        options: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.FBetaLoss(beta=2.0)
+        FBetaLoss(beta=2.0)
+    """
+
+    recipe_from = staticmethod(_recipe.fbeta)
+    shown = ("beta",)
+
+    def __init__(
+        self, beta: float = 1.5, gamma: float = 1.0, **options: Unpack[OverlapOptions]
+    ) -> None:
+        super().__init__(beta=beta, gamma=gamma, **options)
+
+
+class FocalTverskyLoss(LossModule):
+    r"""Focal Tversky loss :math:`(1 - TI)^\gamma` (Abraham, Khan 2018, arXiv 1810.07842).
+
+    :class:`TverskyLoss` with other defaults: alpha 0.3, beta 0.7 and gamma 0.75, the exponent of
+    the authors' code (their text writes 1/gamma with gamma = 4/3). The slope at a perfect
+    prediction is taken as 0; near one it is right, because 1 - TI is never a difference.
+
+    Args:
+        alpha, beta, gamma, options: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.FocalTverskyLoss()
+        FocalTverskyLoss(alpha=0.3, beta=0.7, gamma=0.75)
+    """
+
+    recipe_from = staticmethod(_recipe.focal_tversky)
+    shown = ("alpha", "beta", "gamma")
+
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        beta: float = 0.7,
+        gamma: float = 0.75,
+        **options: Unpack[OverlapOptions],
+    ) -> None:
+        super().__init__(alpha=alpha, beta=beta, gamma=gamma, **options)
+
+
+class DiceLoss(LossModule):
+    r"""Soft Dice loss.
+
+    .. math::
+        loss = \mathrm{mean}_{b,c}\; 1 - \frac{2\,TP + s_n}{2\,TP + FP + FN + s_d}
+
+    or, with ``squared``, over :math:`\sum p^2 + \sum g^2` (Milletari et al. 2016, V-Net). The
+    defaults equal ``monai.losses.DiceLoss(softmax=True, to_onehot_y=True)``.
+
+    Args:
+        squared: sums of squares in the denominator.
+        options: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> probabilities = torch.tensor([[[0.75, 0.25]]])
+        >>> loss = voxfuse.DiceLoss(activation="none", smooth_nr=0, smooth_dr=0)
+        >>> loss(probabilities, torch.tensor([[[1, 0]]]))
+        tensor(0.2500)
+    """
+
+    recipe_from = staticmethod(_recipe.dice)
+
+    def __init__(self, squared: bool = False, **options: Unpack[OverlapOptions]) -> None:
+        super().__init__(squared=squared, **options)
+
+
+class JaccardLoss(LossModule):
+    r"""Soft Jaccard (intersection over union) loss.
+
+    .. math::
+        loss = \mathrm{mean}_{b,c}\; 1 - \frac{TP + s_n}{TP + FP + FN + s_d}
+
+    or, with ``squared``, over :math:`\sum p^2 + \sum g^2 - TP`. Equals
+    ``monai.losses.TverskyLoss(alpha=1, beta=1)``, and ``monai.losses.DiceLoss(jaccard=True)``
+    with half of its smoothing terms.
+
+    Args:
+        squared: sums of squares in the denominator.
+        options: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.JaccardLoss(activation="sigmoid")
+        JaccardLoss(activation='sigmoid')
+    """
+
+    recipe_from = staticmethod(_recipe.jaccard)
+
+    def __init__(self, squared: bool = False, **options: Unpack[OverlapOptions]) -> None:
+        super().__init__(squared=squared, **options)
+
+
+class GeneralizedDiceLoss(LossModule):
+    r"""Generalised Dice loss (Sudre et al. 2017, arXiv 1707.03237).
+
+    .. math::
+        loss = \mathrm{mean}_b\; 1 - \frac{2 \sum_c w_c TP_c + s_n}
+            {\sum_c w_c (2\,TP_c + FP_c + FN_c) + s_d}, \qquad w_c = 1 / G_c^2
+
+    with G the target volume. An absent class (infinite weight) takes the largest finite weight of
+    its sample. The defaults equal ``monai.losses.GeneralizedDiceLoss``, except that in a sample
+    in which no class at all is present the weights are 1, so that false positives still cost.
+
+    Args:
+        class_pooling: "square" 1/G^2, "simple" 1/G or "uniform" 1.
+        options: as in :class:`TverskyLoss`; ``class_weight`` multiplies w, ``absent="ignore"``
+            gives absent classes weight 0, and ``reduction="none"`` returns (B,).
+
+    Example:
+        >>> import voxfuse
+        >>> voxfuse.GeneralizedDiceLoss("simple")
+        GeneralizedDiceLoss(class_pooling='simple')
+    """
+
+    recipe_from = staticmethod(_recipe.generalized_dice)
+    shown = ("class_pooling",)
+
+    def __init__(self, class_pooling: str = "square", **options: Unpack[OverlapOptions]) -> None:
+        super().__init__(class_pooling=class_pooling, **options)
