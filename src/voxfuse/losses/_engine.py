@@ -110,7 +110,8 @@ def evaluate(
         return _composed(operators, plan, input, target, weight, weights, ranks)
     try:
         if torch.is_grad_enabled() and input.requires_grad:
-            loss: Tensor = _Fused.apply(input, target, weight, operators, plan, weights, ranks)
+            arguments = (input, target, weight, operators, plan, weights, ranks)
+            loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
             return loss
         return _forward(operators, plan, input, target, weight, weights, ranks)[0]
     except RuntimeError as error:
@@ -256,7 +257,7 @@ def _composed(
     """The same from the operators' own autograd: what a compiler can trace."""
     stats = operators.confusion(input, target, weight, *plan.confusion)
     if ranks is not None:
-        stats = _SumOverRanks.apply(stats, plan.batch, ranks)
+        stats = _SumOverRanks.apply(stats, plan.batch, ranks)  # type: ignore[no-untyped-call]
     loss: Tensor = operators.ratio(
         stats,
         *plan.ratio,

@@ -240,7 +240,7 @@ def once_differentiable(gradient: Tensor, origin: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return gradient
-    result: Tensor = _OnceDifferentiable.apply(gradient, origin)
+    result: Tensor = _OnceDifferentiable.apply(gradient, origin)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,0 +1,347 @@
+"""ratio_loss on the CPU: reference and compiled kernel against the formula, autograd, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import voxfuse  # noqa: F401  (registers the operators)
+from voxfuse import _library
+from voxfuse.ops.ratio_loss import NORMALISERS, ratio_loss
+
+needs_library = pytest.mark.skipif(
+    not _library.defines_operators(), reason="the compiled CPU library is not built"
+)
+BACKENDS = ("auto", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of the operator's schema after the statistics; weights as tuples."""
+
+    numerator: tuple[float, ...] = (1.0,)
+    denominator: tuple[float, ...] = (1.0, 0.5, 0.5)
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    min_denominator: float = 0.0
+    exponent: float = 1.0
+    log: bool = False
+    class_weight: tuple[float, ...] | None = None
+    first_class: int = 0
+    batch: bool = False
+    class_pooling: int = 0
+    absent: int = 0
+    reduction: int = 1
+    ratio_scale: float = 1.0
+    nll_weight: tuple[float, ...] | None = None
+    off_weight: tuple[float, ...] | None = None
+    nll_scale: float = 0.0
+    off_scale: float = 0.0
+    normaliser: int = 0
+    double_loss: bool = True
+
+    def arguments(self) -> tuple[Any, ...]:
+        values = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_weight") and value is not None:
+                value = torch.tensor(value, dtype=torch.float64)
+            values.append(list(value) if isinstance(value, tuple) else value)
+        return tuple(values)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the Python wrapper."""
+        names = [field.name for field in dataclasses.fields(self)]
+        options = dict(zip(names, self.arguments(), strict=True))
+        options["class_pooling"] = ("none", "uniform", "simple", "square")[self.class_pooling]
+        options["absent"] = ("keep", "ignore", "zero")[self.absent]
+        options["reduction"] = ("none", "mean", "sum")[self.reduction]
+        options["normaliser"] = {v: k for k, v in NORMALISERS.items()}[self.normaliser]
+        return options
+
+
+def statistics(samples: int = 2, classes: int = 3, sums: int = 8, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(samples, classes, sums, generator=generator, dtype=torch.float64) * 10 + 0.1
+
+
+def formula(stats: Tensor, case: Case) -> Tensor:
+    """The loss as the papers write it, in differentiable PyTorch (class volumes are constants)."""
+    rows = stats.sum(0, keepdim=True) if case.batch else stats
+    rows = rows[:, case.first_class :]
+    volume = (rows[..., 0] + rows[..., 2]).detach()
+    n = sum(x * rows[..., k] for k, x in enumerate(case.numerator))
+    d = sum(x * rows[..., k] for k, x in enumerate(case.denominator))
+    weight = torch.ones(1, dtype=torch.float64)
+    if case.class_weight is not None:
+        weight = torch.tensor(case.class_weight, dtype=torch.float64)
+    if case.class_pooling:
+        pooling = volume ** -(case.class_pooling - 1.0) * weight
+        n, d = (pooling * n).sum(1), (pooling * d).sum(1)
+        weight = torch.ones(1, dtype=torch.float64)
+    ratio = (n + case.smooth_nr) / (d + case.smooth_dr).clamp(min=case.min_denominator)
+    if case.log:
+        terms = -ratio.clamp(min=case.min_denominator).log()
+    else:
+        terms = (1 - ratio) ** case.exponent
+    terms = case.ratio_scale * weight * terms
+    if case.reduction == 0:
+        return terms[0] if case.batch else terms
+    loss = terms.mean() if case.reduction == 1 else terms.sum()
+    ones = (1.0,) * stats.shape[1]
+    on = torch.tensor(case.nll_weight or ones, dtype=torch.float64)
+    off = torch.tensor(case.off_weight or ones, dtype=torch.float64)
+    total = case.nll_scale * (on * stats[..., 3]).sum()
+    if stats.shape[2] == 8:
+        total = total + case.off_scale * (off * stats[..., 4]).sum()
+    volumes = stats[..., 0] + stats[..., 2]
+    divisor = [
+        lambda: torch.ones(()),
+        lambda: (on * volumes).sum(),
+        lambda: stats[:, 0, 7].sum(),
+        lambda: stats[..., 7].sum(),
+        lambda: volumes.sum(),
+    ][case.normaliser]()
+    return loss + total / divisor.detach()
+
+
+FORMULA_CASES = (
+    Case(),
+    Case(denominator=(1.0, 0.3, 0.7), exponent=0.75, class_weight=(1.0, 2.0, 0.5)),
+    Case(numerator=(2.0,), denominator=(0.0,) * 5 + (1.0, 1.0), reduction=2),
+    Case(numerator=(2.0,), denominator=(2.0, 1.0, 1.0), min_denominator=25.0),
+    Case(first_class=1, batch=True, class_weight=(3.0, 1.0), smooth_nr=1.0, smooth_dr=2.0),
+    Case(log=True, min_denominator=1e-7),
+    Case(log=True, batch=True, min_denominator=22.0, reduction=0),
+    Case(reduction=0),
+    Case(reduction=0, batch=True, first_class=1, ratio_scale=2.0),
+    *(Case(class_pooling=k, class_weight=(1.0, 2.0, 0.5)) for k in (1, 2, 3)),
+    Case(class_pooling=3, reduction=0, batch=True, exponent=0.5),
+    *(Case(nll_scale=0.7, nll_weight=(1.0, 0.0, 2.0), normaliser=k) for k in range(5)),
+    Case(nll_scale=0.7, off_scale=0.2, off_weight=(1.0, 0.5, 2.0), normaliser=3, ratio_scale=0.5),
+    Case(ratio_scale=0.0, nll_scale=1.0, off_scale=0.1, normaliser=2),
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", FORMULA_CASES, ids=range(len(FORMULA_CASES)))
+def test_value_and_slopes_equal_the_formula_and_its_autograd(case, backend):
+    stats = statistics().requires_grad_()
+    expected = formula(stats, case)
+    grad = torch.rand_like(expected)
+    (slopes,) = torch.autograd.grad(expected, stats, grad)
+    actual = ratio_loss(stats, **case.options(), backend=backend)
+    (actual_slopes,) = torch.autograd.grad(actual, stats, grad)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    if case.class_pooling:
+        # The formula's volumes are constants; so are the operator's.
+        torch.testing.assert_close(actual_slopes, slopes, rtol=1e-10, atol=1e-13)
+    else:
+        torch.testing.assert_close(actual_slopes, slopes, rtol=1e-11, atol=1e-14)
+
+
+weights = st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3)
+
+
+@st.composite
+def cases(draw: Any) -> tuple[Case, Tensor]:
+    sums = draw(st.sampled_from([4, 8]))
+    first = draw(st.sampled_from([0, 0, 1]))
+    smooth = draw(st.sampled_from([(1e-5, 1e-5), (0.0, 0.0), (1.0, 1.0), (1e-5, 0.0)]))
+
+    def tuple_of(length: int) -> tuple[float, ...] | None:
+        values = draw(weights)
+        return None if values is None else tuple(values[:length])
+
+    case = Case(
+        numerator=draw(st.sampled_from([(1.0,), (2.0, 0.0)])),
+        denominator=draw(st.sampled_from([(1.0, 0.3, 0.7), (2.0, 1.0, 1.0, 0.0)])),
+        smooth_nr=smooth[0],
+        smooth_dr=smooth[1],
+        min_denominator=draw(st.sampled_from([0.0, 1e-7, 5.0])),
+        exponent=draw(st.sampled_from([1.0, 0.75, 2.0])),
+        log=draw(st.booleans()),
+        class_weight=tuple_of(3 - first),
+        first_class=first,
+        batch=draw(st.booleans()),
+        class_pooling=draw(st.integers(0, 3)),
+        absent=draw(st.integers(0, 2)),
+        reduction=draw(st.integers(0, 2)),
+        ratio_scale=draw(st.sampled_from([0.0, 1.0, 0.5])),
+        nll_weight=tuple_of(3),
+        off_weight=tuple_of(3),
+        nll_scale=draw(st.sampled_from([0.0, 1.0])),
+        off_scale=draw(st.sampled_from([0.0, 0.3])) if sums == 8 else 0.0,
+        normaliser=draw(st.sampled_from(range(5) if sums == 8 else (0, 1, 4))),
+        double_loss=draw(st.booleans()),
+    )
+    stats = statistics(draw(st.integers(0, 3)), 3, sums, draw(st.integers(0, 99)))
+    stats = stats * draw(st.sampled_from([1e-3, 1.0, 1e6]))
+    for row in stats:
+        if draw(st.booleans()):
+            row[draw(st.integers(0, 2)), :3] = 0  # absent and not predicted
+        kind = draw(st.integers(0, 7))
+        if kind == 0:
+            row[:, :] = 0  # every voxel ignored
+        elif kind == 1:
+            row[:, 1:3] = 0  # a perfect prediction
+        elif kind == 2:
+            row[0, draw(st.integers(0, sums - 1))] = float("nan")
+    return case, stats
+
+
+@needs_library
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(cases())
+def test_compiled_equals_reference(drawn):
+    case, stats = drawn
+    arguments = case.arguments()
+    actual, slopes = torch.ops.voxfuse.ratio_loss(stats, *arguments)
+    expected, expected_slopes = torch.ops.voxfuse_reference.ratio_loss(stats, *arguments)
+    tolerance = {"rtol": 1e-11 if case.double_loss else 1e-6, "atol": 1e-14, "equal_nan": True}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    torch.testing.assert_close(slopes, expected_slopes, rtol=1e-10, atol=1e-14, equal_nan=True)
+    grad = torch.rand_like(actual)
+    where = (case.first_class, case.batch, case.class_pooling)
+    torch.testing.assert_close(
+        torch.ops.voxfuse.ratio_loss_backward(grad, slopes, *where),
+        torch.ops.voxfuse_reference.ratio_loss_backward(grad, slopes, *where),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tiny_loss_keeps_full_relative_precision(backend):
+    stats = torch.tensor([[[1e6, 3e-9, 1e-9, 0.0]]], dtype=torch.float64)
+    loss = ratio_loss(stats, smooth_nr=0, smooth_dr=0, double_loss=True, backend=backend)
+    assert float(loss) == pytest.approx(2e-15, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_classes(backend):
+    stats = statistics(1, 3, 4)
+    stats[0, 1] = torch.tensor([0.0, 2.0, 0.0, 0.0])
+
+    def loss(**options):
+        return float(ratio_loss(stats, double_loss=True, backend=backend, **options))
+
+    terms = ratio_loss(stats, reduction="none", double_loss=True, backend=backend)[0]
+    assert loss(absent="keep") == pytest.approx(float(terms.mean()))
+    assert loss(absent="zero") == pytest.approx(float(terms[0] + terms[2]) / 3)
+    assert loss(absent="ignore") == pytest.approx(float(terms[0] + terms[2]) / 2)
+    assert loss(absent="ignore", reduction="sum") == pytest.approx(float(terms[0] + terms[2]))
+    empty = torch.zeros(2, 3, 4, dtype=torch.float64)
+    assert float(ratio_loss(empty, absent="ignore", backend=backend)) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generalised_weights_of_absent_classes(backend):
+    stats = torch.tensor([[[4.0, 1, 1, 0], [0, 3, 0, 0], [2, 1, 0, 0]]], dtype=torch.float64)
+    options = {"numerator": (2.0,), "denominator": (2.0, 1.0, 1.0), "smooth_nr": 0, "smooth_dr": 0}
+
+    def loss(stats, **more):
+        return float(ratio_loss(stats, **options, class_pooling="square", backend=backend, **more))
+
+    w = (1 / 25, 1 / 4, 1 / 4)  # class 1 borrows the largest finite weight
+    numerator = 2 * (4 * w[0] + 2 * w[2])
+    denominator = 10 * w[0] + 3 * w[1] + 5 * w[2]
+    assert loss(stats) == pytest.approx(1 - numerator / denominator)
+    denominator -= 3 * w[1]
+    assert loss(stats, absent="ignore") == pytest.approx(1 - numerator / denominator)
+    none_present = stats.clone()
+    none_present[..., 0] = none_present[..., 2] = 0
+    assert loss(none_present) == 1  # false positives cost
+    assert loss(none_present, absent="zero") == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_empty_sets_agree(backend):
+    stats = torch.zeros(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    for options in ({}, {"log": True}, {"exponent": 0.5}):
+        loss = ratio_loss(stats, smooth_nr=0, smooth_dr=0, backend=backend, **options)
+        (slopes,) = torch.autograd.grad(loss, stats)
+        assert float(loss.detach()) == 0
+        assert bool((slopes == 0).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("exponent", [0.25, 0.75, 2.0])
+def test_slope_at_a_perfect_prediction_is_zero(backend, exponent):
+    stats = torch.tensor([[[5.0, 0, 0, 0]]], dtype=torch.float64, requires_grad=True)
+    loss = ratio_loss(stats, exponent=exponent, backend=backend)
+    (slopes,) = torch.autograd.grad(loss, stats)
+    assert float(loss.detach()) == 0
+    assert bool((slopes == 0).all())
+
+
+@pytest.mark.parametrize("namespace", ["voxfuse", "voxfuse_reference"])
+@pytest.mark.parametrize("case", [FORMULA_CASES[i] for i in (0, 4, 8, 11, 17)], ids=range(5))
+def test_opcheck(namespace, case):
+    stats = statistics().requires_grad_()
+    operators = getattr(torch.ops, namespace)
+    torch.library.opcheck(operators.ratio_loss.default, (stats, *case.arguments()))
+    loss, slopes = operators.ratio_loss(stats.detach(), *case.arguments())
+    torch.library.opcheck(
+        operators.ratio_loss_backward.default,
+        (loss, slopes, case.first_class, case.batch, case.class_pooling),
+    )
+
+
+def test_strided_statistics_are_read_right():
+    stats = statistics(2, 3, 8)
+    strided = stats.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(ratio_loss(strided), ratio_loss(stats), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    stats = statistics().requires_grad_()
+    (slopes,) = torch.autograd.grad(ratio_loss(stats, backend=backend), stats, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        slopes.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "reduction: got 'max', expected one of"),
+        ({"absent": 1}, ValueError, "absent: got 1, expected one of 'keep', 'ignore', 'zero'"),
+        ({"first_class": 3}, ValueError, "first_class: got 3, expected 0 to 2"),
+        ({"numerator": [1.0] * 9}, ValueError, "numerator: got 9 numbers for 8 sums"),
+        ({"exponent": 0}, ValueError, "exponent: got 0, expected a number > 0"),
+        ({"class_weight": torch.ones(2)}, ValueError, r"class_weight: got shape \(2,\), expected"),
+        ({"nll_weight": [1.0] * 3}, TypeError, "nll_weight: expected a torch.Tensor, got list"),
+        ({"reduction": "none", "nll_scale": 1}, ValueError, "reduction: 'none' cannot be combined"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        ratio_loss(statistics(), **options)
+
+
+def test_bad_statistics():
+    with pytest.raises(TypeError, match="stats: got float32 of shape"):
+        ratio_loss(statistics().float())
+    with pytest.raises(ValueError, match=r"stats: got shape \(2, 3, 5\), expected \(B, C, 4\)"):
+        ratio_loss(statistics()[..., :5])
+    with pytest.raises(ValueError, match="stats: got 4 sums a class, but off_scale"):
+        ratio_loss(statistics(sums=4), off_scale=1)
+
+
+@needs_library
+def test_the_compiled_operator_checks_by_itself():
+    arguments = list(Case().arguments())
+    with pytest.raises(RuntimeError, match="stats: expected float64"):
+        torch.ops.voxfuse.ratio_loss(statistics().float(), *arguments)
+    arguments[7] = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="class_weight: expected a contiguous float64"):
+        torch.ops.voxfuse.ratio_loss(statistics(), *arguments)
