@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace voxfuse::VOXFUSE_ISA {
 
@@ -86,6 +89,42 @@ inline T from_real(R x) {
   } else {
     return static_cast<T>(x);
   }
+}
+
+// Rows of float16, many at a time where the instruction set converts them (compilers do not
+// vectorise the scalar conversion).
+inline void half_row_to_float(const Half* source, int64_t n, float* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(bits));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(bits));
+  }
+#endif
+  for (; i < n; ++i) out[i] = half_to_float(source[i].bits);
+}
+
+inline void float_row_to_half(const float* source, int64_t n, Half* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i bits =
+        _mm512_cvtps_ph(_mm512_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bits);
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i bits =
+        _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bits);
+  }
+#endif
+  for (; i < n; ++i) out[i].bits = float_to_half(source[i]);
 }
 
 }  // namespace voxfuse::VOXFUSE_ISA

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace voxfuse::VOXFUSE_ISA {
 
@@ -83,15 +87,19 @@ VOXFUSE_INLINE Vec<double> absolute(Vec<double> x) {
   return reinterpret_cast<Vec<double>>(reinterpret_cast<Mask<double>>(x) & 0x7fffffffffffffffll);
 }
 
-// exp(x) for x <= 0 (and a little above) within about 1 ulp; below -87.3, where the result would be
-// subnormal, 0. NaN survives.
+// exp(x) for x <= 0 within about 1 ulp; below -87.33, where the result would be subnormal, 0. NaN
+// survives.
 VOXFUSE_INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
-  using I = Mask<float>;
-  const V clamped = at_least(x, broadcast<float>(-87.33f));
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const V clamped = at_least(x, broadcast<float>(-87.34f));
+#if defined(__AVX512F__)
+  const V n = _mm512_roundscale_ps(clamped * 1.44269504088896341f,
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const V shifted = clamped * 1.44269504088896341f + magic;
   const V n = shifted - magic;
+#endif
   V r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   V y = broadcast<float>(1.9875691500e-4f);
@@ -100,11 +108,16 @@ VOXFUSE_INLINE Vec<float> exponential(Vec<float> x) {
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
+  y = y * (r * r) + (r + 1.f);
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<float>(-87.33f), _CMP_NLT_UQ), y,
+                                n);
+#else
+  using I = Mask<float>;
   const I bits = reinterpret_cast<I>(shifted) << 23;  // the low bits of `shifted` hold n
   const V scale = reinterpret_cast<V>(bits + 0x3f800000);
-  const V result = y * scale;
-  return x < -87.33f ? V{} : result;
+  return x < -87.33f ? V{} : y * scale;
+#endif
 }
 
 VOXFUSE_INLINE Vec<double> exponential(Vec<double> x) {
@@ -160,6 +173,29 @@ VOXFUSE_INLINE Vec<float> log1p(Vec<float> x, Vec<float> one_plus, Vec<float> in
 VOXFUSE_INLINE Vec<double> log1p(Vec<double> x, Vec<double>, Vec<double>) {
   for (int i = 0; i < Lanes<double>::width; ++i) x[i] = std::log1p(x[i]);
   return x;
+}
+
+// One step of a transposition: rows i and i + D of a group of 2 D exchange their off-diagonal
+// D x D blocks.
+template <int D, std::size_t... L>
+VOXFUSE_INLINE void exchange_rows(Vec<float>* rows, std::index_sequence<L...>) {
+  constexpr int W = sizeof...(L);
+  for (int i = 0; i < W; ++i) {
+    if ((i & D) != 0) continue;
+    const Vec<float> a = rows[i], b = rows[i + D];
+    rows[i] = __builtin_shufflevector(a, b, ((L & D) != 0 ? W + L - D : L)...);
+    rows[i + D] = __builtin_shufflevector(a, b, ((L & D) != 0 ? W + L : L + D)...);
+  }
+}
+
+// Transposes a square of vectors in place.
+VOXFUSE_INLINE void transpose(Vec<float>* rows) {
+  constexpr int W = Lanes<float>::width;
+  constexpr auto lanes = std::make_index_sequence<W>{};
+  if constexpr (W >= 16) exchange_rows<8>(rows, lanes);
+  if constexpr (W >= 8) exchange_rows<4>(rows, lanes);
+  exchange_rows<2>(rows, lanes);
+  exchange_rows<1>(rows, lanes);
 }
 
 }  // namespace voxfuse::VOXFUSE_ISA

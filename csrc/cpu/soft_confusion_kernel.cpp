@@ -39,7 +39,7 @@ struct Block {
 template <class R>
 struct Workspace {
   int64_t block;  // voxels a block
-  std::vector<R> logits, labels, dense, weight, gradient, scratch;
+  std::vector<R> logits, interleaved, labels, dense, weight, gradient, scratch;
 
   explicit Workspace(const Confusion& q) {
     const int64_t width = Lanes<R>::width;
@@ -48,6 +48,9 @@ struct Workspace {
                                 kMaxBlock);
     block = block / width * width;
     logits.resize(q.classes * block);
+    if (q.input_stride.channel == 1 || (q.gradient != nullptr && q.gradient_stride.channel == 1)) {
+      interleaved.resize(q.classes * block + width);
+    }
     labels.resize(block);
     if (q.dense) dense.resize(q.classes * block);
     weight.resize(block);
@@ -61,9 +64,93 @@ struct Workspace {
 template <class R, class T>
 void convert_row(const T* source, int64_t stride, int64_t n, R* out) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<R>(to_real<R>(source[i]));
+    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
+      half_row_to_float(source, n, out);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<R>(to_real<R>(source[i]));
+    }
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<R>(to_real<R>(source[i * stride]));
+  }
+}
+
+// A row of the compute type written as T.
+template <class R, class T>
+void write_row(const R* source, int64_t n, T* out, int64_t stride) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) out[i * stride] = from_real<T>(source[i]);
+  } else if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
+    float_row_to_half(source, n, out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_real<T>(source[i]);
+  }
+}
+
+// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler, which then
+// vectorises the shuffles.
+template <int C, class R>
+void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int c = 0; c < C; ++c) tile[c * room + i] = source[i * C + c];
+  }
+}
+template <int C, class R>
+void merge_channels(const R* tile, int64_t room, int64_t n, R* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int c = 0; c < C; ++c) out[i * C + c] = tile[c * room + i];
+  }
+}
+
+// (n, classes) interleaved to a tile (classes, room); `source` may be read up to a vector beyond.
+template <class R>
+void split_channels(const R* source, int64_t n, int64_t classes, R* tile, int64_t room) {
+  if (classes == 1) return split_channels<1>(source, n, tile, room);
+  if (classes == 2) return split_channels<2>(source, n, tile, room);
+  if (classes == 3) return split_channels<3>(source, n, tile, room);
+  if (classes == 4) return split_channels<4>(source, n, tile, room);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<R, float>) {
+    constexpr int W = Lanes<float>::width;
+    for (; i + W <= n; i += W) {
+      for (int64_t c = 0; c < classes; c += W) {
+        Vec<float> rows[W];
+        for (int j = 0; j < W; ++j) rows[j] = load(source + (i + j) * classes + c);
+        transpose(rows);
+        const int64_t stop = std::min<int64_t>(W, classes - c);
+        for (int64_t k = 0; k < stop; ++k) store(tile + (c + k) * room + i, rows[k]);
+      }
+    }
+  }
+  for (; i < n; ++i) {
+    for (int64_t c = 0; c < classes; ++c) tile[c * room + i] = source[i * classes + c];
+  }
+}
+
+// The other way round; `out` may be written up to a vector beyond.
+template <class R>
+void merge_channels(const R* tile, int64_t room, int64_t n, int64_t classes, R* out) {
+  if (classes == 1) return merge_channels<1>(tile, room, n, out);
+  if (classes == 2) return merge_channels<2>(tile, room, n, out);
+  if (classes == 3) return merge_channels<3>(tile, room, n, out);
+  if (classes == 4) return merge_channels<4>(tile, room, n, out);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<R, float>) {
+    constexpr int W = Lanes<float>::width;
+    for (; i + W <= n; i += W) {
+      // The last, partial group of channels first: what it writes beyond a voxel is overwritten.
+      for (int64_t c = (classes - 1) / W * W; c >= 0; c -= W) {
+        Vec<float> rows[W];
+        const int64_t stop = std::min<int64_t>(W, classes - c);
+        for (int64_t k = 0; k < W; ++k) {
+          rows[k] = k < stop ? load(tile + (c + k) * room + i) : Vec<float>{};
+        }
+        transpose(rows);
+        for (int j = 0; j < W; ++j) store(out + (i + j) * classes + c, rows[j]);
+      }
+    }
+  }
+  for (; i < n; ++i) {
+    for (int64_t c = 0; c < classes; ++c) out[i * classes + c] = tile[c * room + i];
   }
 }
 
@@ -256,11 +343,11 @@ int64_t stage(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace
     with_element(q.input_type, [&](auto tag) {
       using T = decltype(tag);
       const T* source = element<T>(q.input, offset);
-      if (q.input_stride.channel == 1 && q.input_stride.voxel != 1) {
-        for (int64_t i = 0; i < n; ++i) {
-          const T* voxel = source + i * q.input_stride.voxel;
-          for (int64_t c = 0; c < q.classes; ++c) tile[c * room + i] = to_real<R>(voxel[c]);
-        }
+      if (q.input_stride.channel == 1 && q.input_stride.voxel == q.classes && q.classes > 1) {
+        // Channels last. A copy in the first-level cache gives the transposition room to overrun.
+        R* interleaved = work.interleaved.data();
+        convert_row<R>(source, 1, n * q.classes, interleaved);
+        split_channels(interleaved, n, q.classes, tile, room);
       } else {
         for (int64_t c = 0; c < q.classes; ++c) {
           convert_row<R>(source + c * q.input_stride.channel, q.input_stride.voxel, n,
@@ -944,25 +1031,16 @@ int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end
       using T = decltype(tag);
       if constexpr (!std::is_integral_v<T>) {
         T* out = static_cast<T*>(q.gradient) + offset;
-        if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel != 1) {
-          for (int64_t i = 0; i < n; ++i) {
-            T* voxel = out + i * q.gradient_stride.voxel;
-            for (int64_t c = 0; c < q.classes; ++c) {
-              voxel[c] = from_real<T>(gradient[c * stride + i]);
-            }
-          }
+        if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel == q.classes &&
+            q.classes > 1) {
+          R* interleaved = work.interleaved.data();
+          merge_channels(gradient, stride, n, q.classes, interleaved);
+          write_row(interleaved, n * q.classes, out, 1);
           return;
         }
         for (int64_t c = 0; c < q.classes; ++c) {
-          T* row = out + c * q.gradient_stride.channel;
-          const R* source = gradient + c * stride;
-          if (q.gradient_stride.voxel == 1) {
-            for (int64_t i = 0; i < n; ++i) row[i] = from_real<T>(source[i]);
-          } else {
-            for (int64_t i = 0; i < n; ++i) {
-              row[i * q.gradient_stride.voxel] = from_real<T>(source[i]);
-            }
-          }
+          write_row(gradient + c * stride, n, out + c * q.gradient_stride.channel,
+                    q.gradient_stride.voxel);
         }
       }
     });

@@ -1,0 +1,105 @@
+"""Benchmarks of voxfuse: ``python benchmarks/run.py {loss,step,fusion} --help``.
+
+A result is checked before it is timed; competitors run interleaved in one process; the table, the
+JSON and the plot come from the same measurements. See benchmarks/harness.py for the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import loss_benchmark
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Parse "1x2x128x128x128", or "1x2x128^3"."""
+    sizes: list[int] = []
+    try:
+        for part in text.split("x"):
+            base, _, power = part.partition("^")
+            sizes += [int(base)] * (int(power) if power else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1x2x128^3") from None
+    if len(sizes) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r} needs batch, classes and a spatial axis")
+    return tuple(sizes)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds a shape and mode (default 60)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the measurements")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    loss = commands.add_parser("loss", help="time and memory of the losses alone")
+    add_common(loss)
+    loss.add_argument("--shapes", nargs="+", type=shape, default=None, metavar="BxCxZxYxX")
+    loss.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    loss.add_argument(
+        "--peers",
+        type=names,
+        default=["monai", "nnunet", "compile", "reference"],
+        help="comma-separated: monai,nnunet,compile,reference",
+    )
+    loss.add_argument("--extras", action="store_true", help="half types, layouts, full statistics")
+    loss.add_argument("--profile", type=Path, metavar="DIR", help="leave torch.profiler traces")
+    loss.add_argument(
+        "--perf", action="store_true", help="count instructions a voxel with valgrind (slow)"
+    )
+    step = commands.add_parser("step", help="time and memory of a whole training step")
+    add_common(step)
+    step.add_argument("--classes", type=int, nargs="+", default=[2, 14, 117])
+    step.add_argument("--patch", type=int, default=64, help="cubic patch (default 64)")
+    step.add_argument("--limit-gib", type=float, help="also find the largest patch that fits")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.command == "loss":
+        results: dict[str, Any] = loss_benchmark.run(options, DTYPES[options.dtype])
+    else:
+        from benchmarks import step_benchmark
+
+        results = step_benchmark.run(options)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nmeasurements: {options.json}")
+    if options.plot:
+        from benchmarks import plots
+
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plots.draw(results, options.plot)
+        print(f"plot: {options.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
