@@ -4,34 +4,44 @@
 // the other while the tile stays in cache, so that every result byte is written to memory once and
 // no two tasks meet. Backward: a task owns one slice of one patch.
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/half.h"
 #include "cpu/overlap_add.h"
+#include "cpu/simd.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
-// A piece of a row that is contiguous in the volume or ring.
+// Coordinates [first, last) whose slots are consecutive, from `slot` on.
 struct Segment {
-  int64_t first, last;  // coordinates
-  int64_t slot;         // where `first` lies
+  int64_t first, last, slot;
 };
 
 int64_t slot_of(const Fusion& q, int axis, int64_t x) {
   return axis == q.ring_axis ? x % q.extent[axis] : x;
 }
 
-// Splits coordinates [first, last) of the innermost axis where a ring wraps around.
-int segments_of(const Fusion& q, int64_t first, int64_t last, Segment (&out)[2]) {
-  const int64_t slot = slot_of(q, 2, first);
-  const int64_t split = std::min(last, first + q.extent[2] - slot);
-  out[0] = {first, split, slot};
-  if (split == last) return 1;
-  out[1] = {split, last, 0};
-  return 2;
-}
+// Coordinates [first, last) of an axis, split where a ring wraps around.
+struct Segments {
+  Segment part[2];
+  int count;
+
+  Segments(const Fusion& q, int axis, int64_t first, int64_t last) {
+    const int64_t slot = slot_of(q, axis, first);
+    const int64_t split = std::min(last, first + q.extent[axis] - slot);
+    part[0] = {first, split, slot};
+    part[1] = {split, last, 0};
+    count = split == last ? 1 : 2;
+  }
+  const Segment* begin() const { return part; }
+  const Segment* end() const { return part + count; }
+};
 
 // Weights of one row (tz, ty, *) of patch i: scale * row[tx].
 template <class R>
@@ -50,7 +60,7 @@ RowWeights<R> row_weights(const Fusion& q, const void* const (&tables)[3], int64
           table(2) + r[2] * q.patch[2]};
 }
 
-// Weights of a segment of a row, divided by their sum over all patches.
+// Weights of a piece of a row, divided by their sum over all patches.
 template <class R>
 void divided_weights(const RowWeights<double>& w, int64_t offset, const double* __restrict total,
                      int64_t n, R* __restrict out) {
@@ -62,11 +72,94 @@ void divided_weights(const RowWeights<double>& w, int64_t offset, const double* 
   }
 }
 
-template <class T, class R>
-void add_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
-             R* __restrict sums) {
-  for (int64_t j = 0; j < n; ++j) sums[j] += (scale * weight[j]) * to_real<R>(source[j]);
+template <class E, int n>
+struct VectorOf {
+  typedef E Type __attribute__((vector_size(n * sizeof(E))));
+};
+
+// `n` values of R as one vector, read from any element type.
+template <class R, int n>
+struct Pack {
+  using Values = typename VectorOf<R, n>::Type;
+  using Words = typename VectorOf<uint32_t, n>::Type;
+  using Halves = typename VectorOf<uint16_t, n>::Type;
+
+  static VOXFUSE_INLINE Values load(const R* p) {
+    Values v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static VOXFUSE_INLINE Values load(const BFloat16* p) {
+    return reinterpret_cast<Values>(widened(p) << 16);
+  }
+  static VOXFUSE_INLINE Values load(const Half* p) {
+#if defined(__AVX512F__)
+    if constexpr (n == 16) {
+      __m256i halves;
+      std::memcpy(&halves, p, sizeof(halves));
+      return reinterpret_cast<Values>(_mm512_maskz_cvtph_ps(0xffff, halves));
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (n == 8) {
+      __m128i halves;
+      std::memcpy(&halves, p, sizeof(halves));
+      return reinterpret_cast<Values>(_mm256_cvtph_ps(halves));
+    }
+#endif
+    // As half_to_float of half.h, on vectors.
+    const Words bits = widened(p);
+    const Words magnitude = (bits & 0x7fffu) << 13;
+    const Values scaled = reinterpret_cast<Values>(magnitude) * 5.192296858534828e33f;  // 2^112
+    const Words special = reinterpret_cast<Words>((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return reinterpret_cast<Values>(reinterpret_cast<Words>(scaled) | special |
+                                    ((bits & 0x8000u) << 16));
+  }
+  static VOXFUSE_INLINE void store(R* p, Values v) { std::memcpy(p, &v, sizeof(v)); }
+
+ private:
+  template <class T>
+  static VOXFUSE_INLINE Words widened(const T* p) {
+    Halves halves;
+    std::memcpy(&halves, p, sizeof(halves));
+    return __builtin_convertvector(halves, Words);
+  }
+};
+
+// Adds scale * weight * source to as many packs of n values as fit; returns where it stopped.
+template <int n, class T, class R>
+VOXFUSE_INLINE int64_t add_packs(const T* source, R scale, const R* weight, int64_t j, int64_t size,
+                                 R* sums) {
+  using P = Pack<R, n>;
+  for (; j + n <= size; j += n) {
+    P::store(sums + j, P::load(sums + j) + (scale * P::load(weight + j)) * P::load(source + j));
+  }
+  return j;
 }
+
+// A block of a patch: `count` rows of `size` values, their weights scale[row] * weight.
+template <class T, class R>
+struct Rows {
+  const T* source;
+  int64_t source_stride;
+  const R* scale;
+  const R* weight;
+  int64_t weight_stride;
+  int64_t count, size;
+
+  void add_to(R* sums, int64_t sums_stride) const {
+    constexpr int width = Lanes<R>::width;
+    for (int64_t row = 0; row < count; ++row) {
+      const T* s = source + row * source_stride;
+      const R* w = weight + row * weight_stride;
+      R* out = sums + row * sums_stride;
+      int64_t j = add_packs<width>(s, scale[row], w, 0, size, out);
+      if constexpr (width > 8) j = add_packs<8>(s, scale[row], w, j, size, out);
+      if constexpr (width > 4) j = add_packs<4>(s, scale[row], w, j, size, out);
+      for (; j < size; ++j) out[j] += (scale[row] * w[j]) * to_real<R>(s[j]);
+    }
+  }
+};
 
 template <class T, class R>
 void scale_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
@@ -95,91 +188,139 @@ struct Tile {
   }
 };
 
-// Calls visit(patch, tz, first, last) for every patch over the tile, in patch order, with the
-// coordinates [first[a], last[a]) of rows (a = 0) and columns (a = 1) that they share.
+// What a patch and a tile share: slice tz of patch i, columns [x, x_end) of rows [y, y_end).
+struct Shared {
+  int64_t i, tz, y, y_end, x, x_end;
+};
+
+// Calls visit(shared) for every patch over the tile, in patch order.
 template <class Visit>
 void for_patches_over(const Fusion& q, const Tile& tile, Visit&& visit) {
   const int64_t slice = tile.z - q.begin[0];
   for (int64_t k = q.first_of_slice[slice]; k < q.first_of_slice[slice + 1]; ++k) {
     const int64_t i = q.over_slice[k];
     const int64_t* origin = q.origins + 3 * i;
-    const int64_t y = std::max(tile.y, origin[1]);
-    const int64_t y_end = std::min(tile.y_end, origin[1] + q.patch[1]);
-    const int64_t x = std::max(tile.x, origin[2]);
-    const int64_t x_end = std::min(tile.x_end, origin[2] + q.patch[2]);
-    if (y < y_end && x < x_end) visit(i, tile.z - origin[0], y, y_end, x, x_end);
+    const Shared shared{i,
+                        tile.z - origin[0],
+                        std::max(tile.y, origin[1]),
+                        std::min(tile.y_end, origin[1] + q.patch[1]),
+                        std::max(tile.x, origin[2]),
+                        std::min(tile.x_end, origin[2] + q.patch[2])};
+    if (shared.y < shared.y_end && shared.x < shared.x_end) visit(shared);
   }
 }
 
+// One task of the forward: the sums of one tile.
 template <class T, class R>
-void forward(const Fusion& q, int64_t first_task, int64_t last_task) {
-  const T* source = static_cast<const T*>(q.source);
-  const bool in_place = q.accumulate || std::is_same_v<T, R>;
-  const int64_t patch_voxels = q.patch[0] * q.patch[1] * q.patch[2];
-  std::vector<R> scratch(in_place ? 0 : q.task_channels * q.task_rows * q.task_columns);
-  std::vector<R> divided(q.total != nullptr ? q.patch[2] : 0);
+class Gather {
+ public:
+  explicit Gather(const Fusion& q)
+      : q(q),
+        in_place(q.accumulate || std::is_same_v<T, R>),
+        sums_stride(in_place ? q.extent[2] : q.task_columns),
+        scratch(in_place ? 0 : q.task_channels * q.task_rows * q.task_columns),
+        scale(q.task_rows),
+        divided(q.total != nullptr ? q.patch[2] : 0) {}
 
-  for (int64_t task = first_task; task < last_task; ++task) {
-    const Tile tile(q, task);
-    const int64_t z_slot = slot_of(q, 0, tile.z);
-    // Where the sums of a row of the tile start, for the column in slot `x_slot`.
-    const auto sums_of = [&](int64_t c, int64_t y, int64_t x_slot) -> R* {
-      if (!in_place) {
-        return scratch.data() + ((c - tile.channel) * q.task_rows + y - tile.y) * q.task_columns +
-               x_slot - tile.x;
-      }
-      return static_cast<R*>(q.target) +
-             ((c * q.extent[0] + z_slot) * q.extent[1] + slot_of(q, 1, y)) * q.extent[2] + x_slot;
-    };
+  void operator()(const Tile& tile) {
+    z_slot = slot_of(q, 0, tile.z);
     if (!q.accumulate) {
-      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-        for (int64_t y = tile.y; y < tile.y_end; ++y) {
-          R* sums = sums_of(c, y, tile.x);
-          std::fill(sums, sums + (tile.x_end - tile.x), R(0));
+      for_rows(tile, [&](R* sums, int64_t, int64_t) {
+        std::fill(sums, sums + (tile.x_end - tile.x), R(0));
+      });
+    }
+    for_patches_over(q, tile, [&](const Shared& shared) {
+      for (const Segment& ys : Segments(q, 1, shared.y, shared.y_end)) {
+        for (const Segment& xs : Segments(q, 2, shared.x, shared.x_end)) {
+          if (q.total == nullptr) {
+            add(tile, shared, ys, xs);
+          } else {
+            add_divided(tile, shared, ys, xs);
+          }
         }
       }
+    });
+    if (in_place) return;
+    for_rows(tile, [&](const R* sums, int64_t c, int64_t y) {
+      T* __restrict out = static_cast<T*>(q.target) +
+                          ((c * q.extent[0] + tile.z) * q.extent[1] + y) * q.extent[2] + tile.x;
+      for (int64_t j = 0; j < tile.x_end - tile.x; ++j) out[j] = from_real<T>(sums[j]);
+    });
+  }
+
+ private:
+  // Where the sums of the voxel in slots (z_slot, y, x) are.
+  R* sums_of(const Tile& tile, int64_t c, int64_t y, int64_t x) {
+    if (!in_place) {
+      return scratch.data() + ((c - tile.channel) * q.task_rows + y - tile.y) * sums_stride + x -
+             tile.x;
     }
+    return static_cast<R*>(q.target) +
+           ((c * q.extent[0] + z_slot) * q.extent[1] + y) * q.extent[2] + x;
+  }
 
-    for_patches_over(
-        q, tile, [&](int64_t i, int64_t tz, int64_t y, int64_t y_end, int64_t x, int64_t x_end) {
-          const int64_t* origin = q.origins + 3 * i;
-          Segment segments[2];
-          const int count = segments_of(q, x, x_end, segments);
-          for (; y < y_end; ++y) {
-            const int64_t ty = y - origin[1];
-            for (int s = 0; s < count; ++s) {
-              const int64_t tx = segments[s].first - origin[2];
-              const int64_t n = segments[s].last - segments[s].first;
-              RowWeights<R> w;
-              if (q.total != nullptr) {
-                const double* total = q.total +
-                                      (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2] +
-                                      segments[s].slot;
-                divided_weights<R>(row_weights<double>(q, q.exact, i, tz, ty), tx, total, n,
-                                   divided.data() + tx);
-                w = {R(1), divided.data()};
-              } else {
-                w = row_weights<R>(q, q.rounded, i, tz, ty);
-              }
-              for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-                const T* row = source + (i * q.channels + c) * patch_voxels +
-                               (tz * q.patch[1] + ty) * q.patch[2];
-                add_row<T, R>(row + tx, w.scale, w.row + tx, n, sums_of(c, y, segments[s].slot));
-              }
-            }
-          }
-        });
-
-    if (in_place) continue;
+  template <class Visit>
+  void for_rows(const Tile& tile, Visit&& visit) {
     for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      for (int64_t y = tile.y; y < tile.y_end; ++y) {
-        const R* __restrict sums = sums_of(c, y, tile.x);
-        T* __restrict out = static_cast<T*>(q.target) +
-                            ((c * q.extent[0] + tile.z) * q.extent[1] + y) * q.extent[2] + tile.x;
-        for (int64_t j = 0; j < tile.x_end - tile.x; ++j) out[j] = from_real<T>(sums[j]);
+      for (int64_t y = tile.y; y < tile.y_end; ++y) visit(sums_of(tile, c, y, tile.x), c, y);
+    }
+  }
+
+  const T* source_of(const Shared& p, int64_t c, int64_t y, int64_t x) const {
+    const int64_t* origin = q.origins + 3 * p.i;
+    return static_cast<const T*>(q.source) +
+           (((p.i * q.channels + c) * q.patch[0] + p.tz) * q.patch[1] + y - origin[1]) *
+               q.patch[2] +
+           x - origin[2];
+  }
+
+  void add(const Tile& tile, const Shared& p, const Segment& ys, const Segment& xs) {
+    const int64_t* origin = q.origins + 3 * p.i;
+    const int64_t ty = ys.first - origin[1], count = ys.last - ys.first;
+    const RowWeights<R> first = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
+    for (int64_t row = 0; row < count; ++row) {
+      scale[row] = row_weights<R>(q, q.rounded, p.i, p.tz, ty + row).scale;
+    }
+    for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+      const Rows<T, R> rows{source_of(p, c, ys.first, xs.first),
+                            q.patch[2],
+                            scale.data(),
+                            first.row + (xs.first - origin[2]),
+                            q.separable ? 0 : q.patch[2],
+                            count,
+                            xs.last - xs.first};
+      rows.add_to(sums_of(tile, c, ys.slot, xs.slot), sums_stride);
+    }
+  }
+
+  void add_divided(const Tile& tile, const Shared& p, const Segment& ys, const Segment& xs) {
+    const int64_t* origin = q.origins + 3 * p.i;
+    const int64_t size = xs.last - xs.first;
+    const R one = 1;
+    for (int64_t row = 0; row < ys.last - ys.first; ++row) {
+      const int64_t y = ys.first + row;
+      const double* total =
+          q.total + (z_slot * q.extent[1] + ys.slot + row) * q.extent[2] + xs.slot;
+      divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, y - origin[1]),
+                         xs.first - origin[2], total, size, divided.data());
+      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+        const Rows<T, R> rows{source_of(p, c, y, xs.first), 0, &one, divided.data(), 0, 1, size};
+        rows.add_to(sums_of(tile, c, ys.slot + row, xs.slot), 0);
       }
     }
   }
+
+  const Fusion& q;
+  const bool in_place;  // the result's memory holds the sums
+  const int64_t sums_stride;
+  std::vector<R> scratch, scale, divided;
+  int64_t z_slot = 0;
+};
+
+template <class T, class R>
+void forward(const Fusion& q, int64_t first_task, int64_t last_task) {
+  Gather<T, R> gather(q);
+  for (int64_t task = first_task; task < last_task; ++task) gather(Tile(q, task));
 }
 
 // One task is slice tz of patch i.
@@ -261,27 +402,22 @@ void overlap_backward(const Fusion& q, int64_t first_task, int64_t last_task) {
 }
 
 void overlap_weights(const Fusion& q, int64_t first_task, int64_t last_task) {
-  double* total = static_cast<double*>(q.target);
+  double* target = static_cast<double*>(q.target);
   for (int64_t task = first_task; task < last_task; ++task) {
     const Tile tile(q, task);
     const int64_t z_slot = slot_of(q, 0, tile.z);
-    for_patches_over(
-        q, tile, [&](int64_t i, int64_t tz, int64_t y, int64_t y_end, int64_t x, int64_t x_end) {
-          const int64_t* origin = q.origins + 3 * i;
-          Segment segments[2];
-          const int count = segments_of(q, x, x_end, segments);
-          for (; y < y_end; ++y) {
-            const RowWeights<double> w = row_weights<double>(q, q.exact, i, tz, y - origin[1]);
-            for (int s = 0; s < count; ++s) {
-              const double* __restrict row = w.row + (segments[s].first - origin[2]);
-              double* __restrict sums = total +
-                                        (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2] +
-                                        segments[s].slot;
-              const int64_t n = segments[s].last - segments[s].first;
-              for (int64_t j = 0; j < n; ++j) sums[j] += w.scale * row[j];
-            }
-          }
-        });
+    for_patches_over(q, tile, [&](const Shared& p) {
+      const int64_t* origin = q.origins + 3 * p.i;
+      for (int64_t y = p.y; y < p.y_end; ++y) {
+        const RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, y - origin[1]);
+        for (const Segment& xs : Segments(q, 2, p.x, p.x_end)) {
+          const double* __restrict row = w.row + (xs.first - origin[2]);
+          double* __restrict sums =
+              target + (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2] + xs.slot;
+          for (int64_t j = 0; j < xs.last - xs.first; ++j) sums[j] += w.scale * row[j];
+        }
+      }
+    });
   }
 }
 
