@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
 
@@ -96,6 +97,34 @@ def register_no_double_backward(name: str, why: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated again: {why}")
 
     register_autograd(name, lambda ctx, inputs, output: None, backward)
+
+
+def register_autocast(name: str, count: int) -> None:
+    """Under autocast, run ``name`` with its first ``count`` arguments in the autocast dtype.
+
+    ``torch.library.register_autocast`` would cast every floating argument, labels too. As in
+    PyTorch, float64 stays.
+    """
+
+    def cast(x: Any, dtype: torch.dtype) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+            return x.to(dtype)
+        return x
+
+    def implementation(namespace: str, device: str, key: str) -> Callable[..., Any]:
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def call(_: Any, *args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return operator(*(cast(x, dtype) for x in args[:count]), *args[count:])
+
+        return call
+
+    for namespace, library in _libraries.items():
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            library.impl(name, implementation(namespace, device, key), key, with_keyset=True)
 
 
 def namespace_of(backend: str, device: torch.device) -> Any:

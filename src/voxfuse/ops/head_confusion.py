@@ -1,0 +1,235 @@
+"""The soft confusion of a linear head: wrapper, fakes, autograd and autocast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voxfuse.ops import _checks, _registry
+from voxfuse.ops.soft_confusion import ACTIVATIONS, OVERLAPS, check_inputs
+
+#: Bytes of logits that may exist at one time, unless the caller says otherwise.
+CHUNK_BYTES = 64 << 20
+
+
+def head_confusion(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    voxel_weight: Tensor | None = None,
+    activation: str = "softmax",
+    likelihood: str | None = None,
+    overlap: str = "product",
+    ignore_index: int | None = None,
+    gamma: float = 0.0,
+    full: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The sums of :func:`voxfuse.soft_confusion` for the logits of a linear head, without them.
+
+    .. math:: z_{bcv} = \sum_k weight_{ck} features_{bkv} + bias_c, \qquad
+        result = soft\_confusion(z, target)
+
+    A chunk of logits is computed, reduced and thrown away, in the backward pass once more; the
+    (B, C, \*spatial) logits and their gradient never exist. With many classes they are most of the
+    memory of training. Products are accumulated in float32 (float64 for float64), and half
+    precision logits are not rounded in between.
+
+    Args:
+        features: input of the last layer, (B, K, \*spatial), float32, float16, bfloat16 or
+            float64; any strides.
+        weight: the last layer's weight, (C, K) or as a convolution keeps it (C, K, 1, 1, 1); of
+            the features' dtype.
+        bias: (C,) or None.
+        target: labels or dense target for C classes, see :func:`voxfuse.soft_confusion`.
+        voxel_weight: voxel weights or mask (B, \*spatial) or (B, 1, \*spatial).
+        activation, likelihood, overlap, ignore_index, gamma, full: see
+            :func:`voxfuse.soft_confusion`.
+        chunk_bytes: most bytes of logits that exist at one time.
+        backend: "auto", "cpp", "triton" or "reference"; see :func:`voxfuse.backends`.
+
+    Returns:
+        float64 tensor (B, C, 4), or (B, C, 8) with ``full``. Differentiable in features, weight
+        and bias; their gradients do not depend on the number of threads.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is outside
+            [0, C). On a GPU such a voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> from voxfuse.ops.head_confusion import head_confusion
+        >>> head = torch.nn.Conv3d(8, 3, 1)
+        >>> features, labels = torch.randn(1, 8, 4, 4, 4), torch.randint(0, 3, (1, 4, 4, 4))
+        >>> sums = head_confusion(features, head.weight, head.bias, labels)
+        >>> torch.allclose(sums, voxfuse.soft_confusion(head(features), labels), rtol=1e-4)
+        True
+    """
+    features = _checks.require_tensor("features", features)
+    weight = _checks.require_tensor("weight", weight)
+    target = _checks.require_tensor("target", target)
+    if bias is not None:
+        bias = _checks.require_tensor("bias", bias)
+    if voxel_weight is not None:
+        voxel_weight = _checks.require_tensor("voxel_weight", voxel_weight)
+    activation_code = _checks.choice("activation", activation, ACTIVATIONS)
+    likelihood_code = (
+        activation_code
+        if likelihood is None
+        else _checks.choice("likelihood", likelihood, ACTIVATIONS)
+    )
+    overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
+    weight = check_head(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes)
+    operators = _registry.namespace_of(backend, features.device)
+    try:
+        result: Tensor = operators.head_confusion(
+            features,
+            weight,
+            bias,
+            target,
+            voxel_weight,
+            activation_code,
+            likelihood_code,
+            overlap_code,
+            ignore_index,
+            float(gamma),
+            full,
+            chunk_bytes,
+        )
+    except RuntimeError as error:
+        _checks.reraise(error)
+    return result
+
+
+def check_head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    voxel_weight: Tensor | None,
+    ignore_index: int | None,
+    chunk_bytes: int,
+) -> Tensor:
+    """Raise TypeError or ValueError unless the arguments fit; return the weight as (C, K)."""
+    if features.dtype not in _checks.LOGIT_DTYPES:
+        raise TypeError(
+            f"features: got {_checks.describe(features)}, expected float32, float16, bfloat16 or "
+            "float64"
+        )
+    if features.ndim < 2 or features.shape[1] == 0:
+        raise ValueError(
+            f"features: got shape {tuple(features.shape)}, expected (B, K, *spatial) with K >= 1"
+        )
+    channels = features.shape[1]
+    if (
+        weight.ndim < 2
+        or weight.shape[0] == 0
+        or weight.shape[1] != channels
+        or any(extent != 1 for extent in weight.shape[2:])
+    ):
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected (C, {channels}), with C >= 1 and "
+            f"possibly further axes of 1, to go with features of shape {tuple(features.shape)}"
+        )
+    if weight.ndim > 2:
+        weight = weight.flatten(1)
+    classes = weight.shape[0]
+    if bias is not None and tuple(bias.shape) != (classes,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({classes},)")
+    # Under autocast the operator itself brings the three to one dtype.
+    autocast = torch.is_autocast_enabled(features.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point() or (tensor.dtype != features.dtype and not autocast):
+            raise TypeError(
+                f"{name}: got {_checks.describe(tensor)}, expected the features' dtype "
+                f"{str(features.dtype).removeprefix('torch.')}"
+            )
+        if tensor.device != features.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but features is on {features.device}")
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected an int >= 1")
+    logits = features[:, :1].expand(features.shape[0], classes, *features.shape[2:])
+    check_inputs(logits, target, voxel_weight, ignore_index)
+    return weight
+
+
+def _fake(features: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    full = rest[8]
+    shape = (features.shape[0], weight.shape[0], 8 if full else 4)
+    return features.new_empty(shape, dtype=torch.float64)
+
+
+def _fake_backward(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_features, need_head = rest[-2:]
+    return (
+        torch.empty_like(features) if need_features else features.new_empty(0),
+        weight.new_empty(weight.shape) if need_head else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if need_head and bias is not None else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weight, bias, target, voxel_weight, *options, _, chunk_bytes = inputs
+    ctx.save_for_backward(features, weight, bias, target, voxel_weight)
+    ctx.options = (*options, chunk_bytes)
+
+
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    features, weight, bias, target, voxel_weight = ctx.saved_tensors
+    need_features, need_weight, need_bias = ctx.needs_input_grad[:3]
+    df, dw, db = operators.head_confusion_backward(
+        grad.contiguous(),
+        features,
+        weight,
+        bias,
+        target,
+        voxel_weight,
+        *ctx.options,
+        need_features,
+        need_weight or need_bias,
+    )
+    return (
+        df if need_features else None,
+        dw if need_weight else None,
+        db if need_bias else None,
+        *(None,) * 9,
+    )
+
+
+_HEAD = (
+    "Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? voxel_weight, "
+    "int activation, int likelihood, int overlap, int? ignore_index, float gamma, "
+)
+_registry.register(
+    "head_confusion",
+    f"({_HEAD}bool full, int chunk_bytes) -> Tensor",
+    _fake,
+    stem="head_confusion",
+)
+_registry.register(
+    "head_confusion_backward",
+    f"(Tensor grad, {_HEAD}int chunk_bytes, bool need_features, bool need_head) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    stem="head_confusion",
+)
+_registry.register_autograd("head_confusion", _setup_context, _backward)
+_registry.register_no_double_backward(
+    "head_confusion_backward",
+    "second derivatives of the overlap losses are not implemented",
+)
+# The features and the head: targets and voxel weights keep their dtype.
+_registry.register_autocast("head_confusion", 3)
