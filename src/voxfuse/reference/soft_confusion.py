@@ -101,7 +101,7 @@ def voxels(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     values = input.to(dtype).reshape(batch, classes, -1)
     count = values.shape[2]
-    dense = target.ndim == input.ndim and (classes == 1 or target.shape[1] == classes)
+    dense = classes == 1 or (target.ndim == input.ndim and target.shape[1] == classes)
     included = torch.ones(batch, 1, count, dtype=torch.bool, device=input.device)
     if dense:
         g = target.reshape(batch, classes, count)
