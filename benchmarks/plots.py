@@ -1,0 +1,130 @@
+"""Pictures of benchmark results, drawn from their JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {
+    "voxfuse": "#0b6e4f",
+    "monai": "#c8553d",
+    "nnunet": "#6a4c93",
+    "plain": "#8d99ae",
+    "compiled": "#e09f3e",
+    "floor": "#2b2d42",
+}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw what fits the kind of benchmark."""
+    {"loss": draw_loss, "step": draw_step}[results["benchmark"]](results, path)
+
+
+def _label(shape: list[int]) -> str:
+    batch, classes, *spatial = shape
+    volume = f"{spatial[0]}³" if len(set(spatial)) == 1 else "x".join(map(str, spatial))
+    return f"{classes} classes\n{volume}" if batch == 1 else f"{batch} x {classes}\n{volume}"
+
+
+def draw_loss(results: dict[str, Any], path: Path) -> None:
+    """Bars: time of forward + backward, and memory beyond logits and gradient, by shape."""
+    shapes = results["shapes"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), constrained_layout=True)
+    rows: list[tuple[str, list[float], list[float]]] = []
+    for key, label in (
+        ("voxfuse", "voxfuse"),
+        ("compiled", "torch.compile (best form)"),
+        ("nnunet", "nnU-Net Dice, eager"),
+        ("plain", "plain PyTorch"),
+        ("monai", "MONAI"),
+    ):
+        times, memory = [], []
+        for shape in shapes:
+            fresh = shape["fresh"]
+            name = key
+            if key == "compiled":
+                candidates = [n for n in fresh if n.startswith("compile")]
+                name = min(candidates, key=lambda n: fresh[n]["min_ms"]) if candidates else ""
+            if name in fresh:
+                times.append(fresh[name]["min_ms"])
+                beyond = shape["peak_extra_bytes"][name] - shape["gradient_bytes"]
+                memory.append(max(beyond / 2**20, 0.01))
+            else:
+                times.append(float("nan"))
+                memory.append(float("nan"))
+        rows.append((label, times, memory))
+    width = 0.8 / len(rows)
+    positions = range(len(shapes))
+    for index, (label, times, memory) in enumerate(rows):
+        colour = list(COLOURS.values())[[0, 4, 2, 3, 1][index]]
+        offset = (index - (len(rows) - 1) / 2) * width
+        left.bar([p + offset for p in positions], times, width, label=label, color=colour)
+        right.bar([p + offset for p in positions], memory, width, color=colour)
+    for index, shape in enumerate(shapes):
+        floor = shape["reused"]["floor"]["min_ms"]
+        left.hlines(
+            floor,
+            index - 0.42,
+            index + 0.42,
+            color=COLOURS["floor"],
+            linewidth=1.2,
+            linestyle="--",
+            label="read once + copy once" if index == 0 else None,
+        )
+    for axis, title, unit in (
+        (left, "Tversky loss, forward + backward", "milliseconds"),
+        (right, "Memory beyond logits and gradient", "MiB"),
+    ):
+        axis.set_yscale("log")
+        axis.set_xticks(list(positions), [_label(shape["shape"]) for shape in shapes])
+        axis.set_title(title)
+        axis.set_ylabel(unit)
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    machine = results["machine"]
+    figure.suptitle(
+        f"{machine.get('gpu') or machine['cpu']} ({machine['threads']} threads), "
+        f"torch {machine['torch']}, commit {machine['commit']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_step(results: dict[str, Any], path: Path) -> None:
+    """Bars: peak memory and time of a training step, by number of classes."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    names = list(results["classes"][0]["losses"])
+    colours = ["#0b6e4f", "#c8553d", "#6a4c93"]
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        rows = [row["losses"][name] for row in results["classes"]]
+        offset = [p + (index - (len(names) - 1) / 2) * width for p in range(len(rows))]
+        memory = [row["peak_extra_bytes"] / 2**20 for row in rows]
+        axes[0].bar(offset, [row["min_ms"] for row in rows], width, color=colours[index])
+        axes[1].bar(offset, memory, width, label=name, color=colours[index])
+    labels = [f"{row['classes']} classes" for row in results["classes"]]
+    for axis, title, unit in (
+        (axes[0], "Training step, MONAI UNet", "milliseconds"),
+        (axes[1], "Peak memory of the step", "MiB"),
+    ):
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_title(f"{title}, {results['patch']}³ patch")
+        axis.set_ylabel(unit)
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
