@@ -1,0 +1,197 @@
+"""The losses equal MONAI's, values and gradients, wherever the option sets coincide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import voxfuse
+
+losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+
+SOFTMAX = {"softmax": True, "to_onehot_y": True}
+SIGMOID = {"sigmoid": True, "to_onehot_y": True}
+WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+
+PAIRS = {
+    "tversky": (lambda: voxfuse.TverskyLoss(), lambda: losses.TverskyLoss(**SOFTMAX)),
+    "tversky .3 .7": (
+        lambda: voxfuse.TverskyLoss(0.3, 0.7),
+        lambda: losses.TverskyLoss(alpha=0.3, beta=0.7, **SOFTMAX),
+    ),
+    "tversky sigmoid": (
+        lambda: voxfuse.TverskyLoss(0.3, 0.7, activation="sigmoid", include_background=False),
+        lambda: losses.TverskyLoss(alpha=0.3, beta=0.7, include_background=False, **SIGMOID),
+    ),
+    "tversky batch, none": (
+        lambda: voxfuse.TverskyLoss(0.3, 0.7, batch=True, reduction="none"),
+        lambda: losses.TverskyLoss(alpha=0.3, beta=0.7, batch=True, reduction="none", **SOFTMAX),
+    ),
+    "tversky none": (
+        lambda: voxfuse.TverskyLoss(reduction="none", include_background=False),
+        lambda: losses.TverskyLoss(reduction="none", include_background=False, **SOFTMAX),
+    ),
+    "tversky smooth": (
+        lambda: voxfuse.TverskyLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum"),
+        lambda: losses.TverskyLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum", **SOFTMAX),
+    ),
+    "dice": (lambda: voxfuse.DiceLoss(), lambda: losses.DiceLoss(**SOFTMAX)),
+    "dice weighted": (
+        lambda: voxfuse.DiceLoss(class_weight=WEIGHT[1:], include_background=False),
+        lambda: losses.DiceLoss(weight=WEIGHT[1:], include_background=False, **SOFTMAX),
+    ),
+    "dice squared": (
+        lambda: voxfuse.DiceLoss(squared=True, reduction="sum"),
+        lambda: losses.DiceLoss(squared_pred=True, reduction="sum", **SOFTMAX),
+    ),
+    "jaccard": (
+        lambda: voxfuse.JaccardLoss(smooth_nr=5e-6, smooth_dr=5e-6),
+        lambda: losses.DiceLoss(jaccard=True, **SOFTMAX),
+    ),
+    "jaccard squared": (
+        lambda: voxfuse.JaccardLoss(squared=True, smooth_nr=5e-6, smooth_dr=5e-6, batch=True),
+        lambda: losses.DiceLoss(jaccard=True, squared_pred=True, batch=True, **SOFTMAX),
+    ),
+    **{
+        f"generalised dice {kind} {batch}": (
+            lambda kind=kind, batch=batch: voxfuse.GeneralizedDiceLoss(kind, batch=batch),
+            lambda kind=kind, batch=batch: losses.GeneralizedDiceLoss(
+                w_type=kind, batch=batch, **SOFTMAX
+            ),
+        )
+        for kind in ("square", "simple", "uniform")
+        for batch in (False, True)
+    },
+    "dice + ce": (lambda: voxfuse.DiceCELoss(), lambda: losses.DiceCELoss(**SOFTMAX)),
+    "dice + ce weighted": (
+        lambda: voxfuse.DiceCELoss(
+            class_weight=WEIGHT[1:],
+            likelihood_weight=WEIGHT,
+            include_background=False,
+            label_smoothing=0.1,
+            lambda_ce=0.5,
+        ),
+        lambda: losses.DiceCELoss(
+            weight=WEIGHT, include_background=False, label_smoothing=0.1, lambda_ce=0.5, **SOFTMAX
+        ),
+    ),
+    "sigmoid dice + softmax ce": (
+        lambda: voxfuse.DiceCELoss(activation="sigmoid", ce_activation="softmax"),
+        lambda: losses.DiceCELoss(**SIGMOID),
+    ),
+    "focal": (
+        lambda: voxfuse.FocalLoss(activation="sigmoid"),
+        lambda: losses.FocalLoss(to_onehot_y=True),
+    ),
+    "focal balanced": (
+        lambda: voxfuse.FocalLoss(
+            1.5,
+            0.25,
+            activation="sigmoid",
+            include_background=False,
+            class_weight=WEIGHT * (1 - torch.eye(4, dtype=torch.float64)[0]),
+        ),
+        lambda: losses.FocalLoss(
+            to_onehot_y=True, gamma=1.5, alpha=0.25, include_background=False, weight=WEIGHT[1:]
+        ),
+    ),
+    "focal softmax": (
+        lambda: voxfuse.FocalLoss(alpha=0.25),
+        lambda: losses.FocalLoss(to_onehot_y=True, use_softmax=True, alpha=0.25),
+    ),
+    "dice + focal": (
+        lambda: voxfuse.DiceFocalLoss(focal_activation="sigmoid", focal_alpha=0.3),
+        lambda: losses.DiceFocalLoss(alpha=0.3, **SOFTMAX),
+    ),
+}
+
+
+def compare(ours, theirs, logits, ours_target, theirs_target):
+    """Ours in float32 against theirs in float64, under a random cotangent."""
+    mine = logits.float().requires_grad_()
+    other = logits.float().double().requires_grad_()
+    loss = ours(mine, ours_target)
+    expected = theirs(other, theirs_target)
+    cotangent = torch.rand_like(expected)
+    # MONAI's focal losses compute in float32 whatever they are given.
+    (gradient,) = torch.autograd.grad(loss, mine, cotangent.reshape(loss.shape).float())
+    (expected_gradient,) = torch.autograd.grad(expected, other, cotangent)
+    # Sums of a few hundred float32 terms: a few ulp of the loss, and of the largest gradient.
+    torch.testing.assert_close(
+        loss.double(), expected.double().reshape(loss.shape), rtol=1e-6, atol=1e-7
+    )
+    largest = float(expected_gradient.abs().max())
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=5e-6 * largest)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_labels(name):
+    ours, theirs = PAIRS[name]
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7, 6, 5)
+    labels = torch.randint(0, 4, (2, 1, 7, 6, 5), dtype=torch.uint8)
+    compare(ours(), theirs(), logits, labels, labels.double())
+
+
+@pytest.mark.parametrize("name", [n for n in PAIRS if "generalised" not in n])
+def test_dense_targets(name):
+    ours, theirs = PAIRS[name]
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7, 5)
+    dense = torch.rand(2, 4, 7, 5).softmax(1)
+    if "focal" in name:
+        # MONAI's focal losses interpolate the modulation of soft targets; ours mixes the terms.
+        dense = torch.nn.functional.one_hot(dense.argmax(1), 4).movedim(-1, 1).float()
+    peer = theirs()
+    for part in (peer, getattr(peer, "dice", None)):
+        if part is not None:
+            part.to_onehot_y = False
+    compare(ours(), peer, logits, dense, dense.double())
+
+
+@pytest.mark.parametrize("name", ["tversky", "dice"])
+def test_soft_labels(name):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7, 5)
+    dense = torch.rand(2, 4, 7, 5)
+    ours = {"tversky": voxfuse.TverskyLoss, "dice": voxfuse.DiceLoss}[name](overlap="min")
+    theirs = {"tversky": losses.TverskyLoss, "dice": losses.DiceLoss}[name](
+        softmax=True, soft_label=True
+    )
+    compare(ours, theirs, logits, dense, dense.double())
+
+
+def test_one_channel():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1, 7, 6, 5)
+    mask = torch.randint(0, 2, (2, 1, 7, 6, 5), dtype=torch.uint8)
+    compare(
+        voxfuse.DiceCELoss(activation="sigmoid", pos_weight=2.0),
+        losses.DiceCELoss(sigmoid=True, weight=torch.tensor([2.0], dtype=torch.float64)),
+        logits,
+        mask,
+        mask.double(),
+    )
+    compare(
+        voxfuse.TverskyLoss(0.3, 0.7, activation="sigmoid"),
+        losses.TverskyLoss(sigmoid=True, alpha=0.3, beta=0.7),
+        logits,
+        mask,
+        mask.double(),
+    )
+
+
+def test_metatensors_of_a_standard_batch():
+    data = pytest.importorskip("monai.data")
+    torch.manual_seed(0)
+    plain = torch.randn(2, 3, 5, 5, 5)
+    labels = torch.randint(0, 3, (2, 1, 5, 5, 5)).float()
+    logits = data.MetaTensor(plain).requires_grad_()
+    loss = voxfuse.DiceCELoss()(logits, data.MetaTensor(labels))
+    loss.backward()
+    twin = plain.clone().requires_grad_()
+    expected = voxfuse.DiceCELoss()(twin, labels)
+    expected.backward()
+    assert type(loss) is torch.Tensor
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits.grad.as_subclass(torch.Tensor), twin.grad, rtol=0, atol=0)
