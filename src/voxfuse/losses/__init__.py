@@ -7,7 +7,9 @@ from voxfuse.losses.compound import (
     TverskyFocalLoss,
     UnifiedFocalLoss,
 )
-from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss
+from voxfuse.losses.deep_supervision import DeepSupervisionLoss
+from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
+from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
 from voxfuse.losses.overlap import (
     DiceLoss,
     FBetaLoss,
@@ -20,6 +22,7 @@ from voxfuse.losses.overlap import (
 __all__ = [
     "BCELoss",
     "CrossEntropyLoss",
+    "DeepSupervisionLoss",
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
@@ -28,6 +31,9 @@ __all__ = [
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
     "JaccardLoss",
+    "LovaszHingeLoss",
+    "LovaszLoss",
+    "TopKLoss",
     "TverskyCELoss",
     "TverskyFocalLoss",
     "TverskyLoss",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.losses._recipe import SIGMOID, Plan, Recipe
+from voxfuse.losses._voxelwise import VoxelwiseLikelihood, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import check_inputs, is_dense
@@ -106,16 +107,55 @@ def evaluate(
             recipe, classes, input.device, class_weight, likelihood_weight, pos_weight
         )
     operators = _operators(backend, input.device)
+    call = (operators, plan, weights, ranks)
+    try:
+        if recipe.by_voxel:
+            return _by_voxel(recipe, input, target, weight, *call)
+        return _differentiable(input, target, weight, *call)
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        _checks.reraise(error)
+
+
+def _differentiable(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    operators: Operators,
+    plan: Plan,
+    weights: Weights,
+    ranks: Ranks | None,
+) -> Tensor:
     if torch.compiler.is_compiling():
         return _composed(operators, plan, input, target, weight, weights, ranks)
-    try:
-        if torch.is_grad_enabled() and input.requires_grad:
-            arguments = (input, target, weight, operators, plan, weights, ranks)
-            loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
-            return loss
-        return _forward(operators, plan, input, target, weight, weights, ranks)[0]
-    except RuntimeError as error:
-        _checks.reraise(error)
+    if torch.is_grad_enabled() and input.requires_grad:
+        arguments = (input, target, weight, operators, plan, weights, ranks)
+        loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
+        return loss
+    return _forward(operators, plan, input, target, weight, weights, ranks)[0]
+
+
+def _by_voxel(
+    recipe: Recipe,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    operators: Operators,
+    plan: Plan,
+    weights: Weights,
+    ranks: Ranks | None,
+) -> Tensor:
+    """A map of the voxels, or the mean of the worst of them."""
+    if ranks is not None:
+        raise ValueError("process_group: voxels are mapped and chosen on every rank by itself")
+    percent = recipe.likelihood.top_percent if recipe.likelihood is not None else None
+    if percent is None:
+        arguments = (input, target, weight, operators, plan, weights)
+        loss: Tensor = VoxelwiseLikelihood.apply(*arguments)  # type: ignore[no-untyped-call]
+        return loss
+    weight = worst_voxels(percent, plan, input.detach(), target, weight, weights)
+    return _differentiable(input, target, weight, operators, plan, weights, None)
 
 
 _NO_WEIGHTS = Weights()

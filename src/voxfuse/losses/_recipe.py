@@ -39,6 +39,12 @@ class Plan(NamedTuple):
         return self.terms[1]
 
 
+#: A loss without a ratio: pooling the batch changes nothing then, and lets ranks hold different
+#: batches.
+_NO_RATIO = ([0.0], [0.0], 0.0, 0.0, 0.0, 1.0, False)
+_NO_TERMS = (0, True, 0, 0, REDUCTIONS["sum"], 0.0)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """``scale`` times the reduced terms ``(1 - N/D)^exponent`` or ``-log(N/D)``."""
@@ -74,6 +80,7 @@ class Likelihood:
     include_background: bool
     mean: str
     reduction: int
+    top_percent: float | None
 
 
 @dataclass
@@ -86,6 +93,12 @@ class Recipe:
     ratio: Ratio | None
     likelihood: Likelihood | None
     plans: dict[tuple[int, bool], Plan] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def by_voxel(self) -> bool:
+        """Whether the loss looks at single voxels: their map, or the worst of them."""
+        part = self.likelihood
+        return part is not None and (part.top_percent is not None or part.reduction == 0)
 
     def plan(self, classes: int, dense: bool) -> Plan:
         """Return the operators' arguments for ``classes`` classes and a dense or label target."""
@@ -122,10 +135,7 @@ class Recipe:
             off_scale != 0 or counted or squared,
         )
         if ratio is None:
-            unused = ([0.0], [0.0], 0.0, 0.0, 0.0, 1.0, False)
-            # Pooling the batch changes nothing here and lets ranks hold different batches.
-            terms = (0, True, 0, 0, REDUCTIONS["sum"], 0.0)
-            return Plan(confusion, unused, terms, (nll_scale, off_scale, normaliser))
+            return Plan(confusion, _NO_RATIO, _NO_TERMS, (nll_scale, off_scale, normaliser))
         return Plan(
             confusion,
             (
@@ -164,7 +174,7 @@ class Recipe:
             off = part.label_smoothing / classes
             on = 1 - part.label_smoothing + off
         scale = part.scale
-        if part.reduction == REDUCTIONS["sum"]:
+        if part.reduction != REDUCTIONS["mean"]:
             return scale * on, scale * off, NORMALISERS["one"]
         kept = classes if part.include_background else classes - 1
         if binary:
@@ -278,6 +288,7 @@ def likelihood_part(
     include_background: bool = True,
     mean: str = "weighted",
     reduction: str = "mean",
+    top_percent: float | None = None,
 ) -> Likelihood:
     code = _checks.choice("activation", activation, ACTIVATIONS)
     if label_smoothing and code != SOFTMAX:
@@ -290,7 +301,8 @@ def likelihood_part(
         label_smoothing=number("label_smoothing", label_smoothing, 0.0, 1.0),
         include_background=bool(include_background),
         mean=mean,
-        reduction=_reduction(reduction, allow_none=False),
+        reduction=_reduction(reduction, allow_none=top_percent is None),
+        top_percent=top_percent,
     )
 
 
@@ -343,6 +355,26 @@ def binary_cross_entropy(
     include_background: bool = True, reduction: str = "mean", ignore_index: int | None = None
 ) -> Recipe:
     return cross_entropy("sigmoid", 0.0, include_background, reduction, ignore_index)
+
+
+def top_k(
+    k: float = 10.0,
+    activation: str = "softmax",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+) -> Recipe:
+    percent = number("k", k, 0.0, 100.0)
+    if percent == 0:
+        raise ValueError(f"k: got {k}, expected a percentage in (0, 100]")
+    part = likelihood_part(
+        activation,
+        label_smoothing=label_smoothing,
+        mean="voxels",
+        reduction=reduction,
+        top_percent=percent,
+    )
+    return likelihood_recipe(part, ignore_index)
 
 
 def focal(

@@ -7,13 +7,14 @@ module's options by keyword; ``class_weight`` may be a sequence, a tensor or one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from voxfuse.losses import _recipe
 from voxfuse.losses._engine import evaluate, ranks_of
+from voxfuse.losses.lovasz import lovasz_hinge, lovasz_softmax
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -32,6 +33,9 @@ __all__ = [
     "focal_tversky_loss",
     "generalized_dice_loss",
     "jaccard_loss",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
+    "top_k_loss",
     "tversky_ce_loss",
     "tversky_focal_loss",
     "tversky_loss",
@@ -419,3 +423,56 @@ def unified_focal_loss(
         gamma=gamma,
         **options,
     )
+
+
+def top_k_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    k: float = 10.0,
+    activation: str = "softmax",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    **options: Unpack[CallOptions],
+) -> Tensor:
+    """Cross-entropy over the worst ``k`` percent of the voxels; see :class:`voxfuse.TopKLoss`."""
+    return _loss(
+        _recipe.top_k,
+        input,
+        target,
+        weight,
+        k=k,
+        activation=activation,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        **options,
+    )
+
+
+def lovasz_softmax_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    classes: str | Sequence[int] = "present",
+    per_image: bool = False,
+    activation: str = "softmax",
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Lovász extension of the Jaccard loss; see :class:`voxfuse.LovaszLoss`."""
+    return lovasz_softmax(input, target, weight, classes, per_image, activation, ignore_index)
+
+
+def lovasz_hinge_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    per_image: bool = False,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Lovász hinge of the Jaccard loss; see :class:`voxfuse.LovaszHingeLoss`."""
+    return lovasz_hinge(input, target, weight, per_image, ignore_index)

@@ -26,7 +26,8 @@ class CrossEntropyLoss(LossModule):
         activation: "softmax"; "sigmoid" for :class:`BCELoss`; "none" for probabilities.
         label_smoothing: in [0, 1], as in PyTorch.
         include_background: whether voxels of class 0 count.
-        reduction: "mean" or "sum".
+        reduction: "mean", "sum", or "none" for one value a voxel, (B, \*spatial), the sum over the
+            classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
         process_group, ddp_average, backend: as in :class:`TverskyLoss`.
@@ -68,7 +69,8 @@ class BCELoss(LossModule):
 
     Args:
         include_background: whether class 0 counts.
-        reduction: "mean" or "sum".
+        reduction: "mean", "sum", or "none" for one value a voxel, (B, \*spatial), the sum over the
+            classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
         pos_weight: (C,), or one number: further weight of the positives.
@@ -114,7 +116,8 @@ class FocalLoss(LossModule):
             softmax foreground classes (alpha) against the background (1 - alpha).
         activation: "softmax", "sigmoid" or "none".
         include_background: whether class 0 counts.
-        reduction: "mean" or "sum".
+        reduction: "mean", "sum", or "none" for one value a voxel, (B, \*spatial), the sum over the
+            classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
         process_group, ddp_average, backend: as in :class:`TverskyLoss`.
@@ -143,6 +146,51 @@ class FocalLoss(LossModule):
             alpha=alpha,
             activation=activation,
             include_background=include_background,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            **options,
+        )
+
+
+class TopKLoss(LossModule):
+    r"""Cross-entropy over the worst ``k`` percent of the voxels (nnU-Net's TopKLoss).
+
+    .. math::
+        loss = \frac{1}{n} \sum_{v \in top_k} w_{y_v} (-\log p_{v,y_v}), \qquad
+        top_k \text{ the } \lfloor k V / 100 \rfloor \text{ voxels of largest loss in the batch}
+
+    over those n of them that count. Reads the logits twice: once to choose, keeping one
+    single-channel volume, and once to sum.
+
+    Args:
+        k: percentage in (0, 100].
+        activation, label_smoothing, ignore_index, class_weight, backend: as in
+            :class:`CrossEntropyLoss`.
+        reduction: "mean" or "sum" over the chosen voxels.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> logits = torch.tensor([[[0.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 0.0]]])
+        >>> voxfuse.TopKLoss(k=25)(logits, torch.zeros(1, 4, dtype=torch.long))  # log 2
+        tensor(0.6931)
+    """
+
+    recipe_from = staticmethod(_recipe.top_k)
+    shown = ("k",)
+
+    def __init__(
+        self,
+        k: float = 10.0,
+        activation: str = "softmax",
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        **options: Unpack[CallOptions],
+    ) -> None:
+        super().__init__(
+            k=k,
+            activation=activation,
+            label_smoothing=label_smoothing,
             reduction=reduction,
             ignore_index=ignore_index,
             **options,

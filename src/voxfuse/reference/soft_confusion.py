@@ -133,7 +133,8 @@ def voxels(
 
 def _check_labels(valid: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
     """Raise for a label without a class on the CPU; elsewhere such voxels count as ignored."""
-    if labels.device.type == "cpu" and not bool(valid.all()):
+    on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not bool(valid.all()):
         wrong = int(labels[~valid][0])
         raise RuntimeError(label_error(wrong, classes, ignore_index))
     return valid

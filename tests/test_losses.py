@@ -1,0 +1,690 @@
+"""The loss modules and functions: formulas, gradients, edge cases, bad input, compilation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+import voxfuse
+from voxfuse.losses._recipe import Recipe
+
+MODULES = {
+    "tversky": lambda **k: voxfuse.TverskyLoss(0.3, 0.7, **k),
+    "fbeta": lambda **k: voxfuse.FBetaLoss(2.0, **k),
+    "focal tversky": lambda **k: voxfuse.FocalTverskyLoss(**k),
+    "dice": lambda **k: voxfuse.DiceLoss(**k),
+    "dice squared": lambda **k: voxfuse.DiceLoss(squared=True, **k),
+    "jaccard": lambda **k: voxfuse.JaccardLoss(**k),
+    "generalised dice": lambda **k: voxfuse.GeneralizedDiceLoss(**k),
+    "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(**k),
+    "bce": lambda **k: voxfuse.BCELoss(**{n: v for n, v in k.items() if n != "activation"}),
+    "focal": lambda **k: voxfuse.FocalLoss(**k),
+    "top k": lambda **k: voxfuse.TopKLoss(**k),
+    "tversky + ce": lambda **k: voxfuse.TverskyCELoss(0.3, 0.7, **k),
+    "dice + ce": lambda **k: voxfuse.DiceCELoss(**k),
+    "tversky + focal": lambda **k: voxfuse.TverskyFocalLoss(**k),
+    "dice + focal": lambda **k: voxfuse.DiceFocalLoss(**k),
+    "unified focal": lambda **k: voxfuse.UnifiedFocalLoss(**k),
+    "lovasz": lambda **k: voxfuse.LovaszLoss(**k),
+    "hinge": lambda **k: voxfuse.LovaszHingeLoss(
+        **{n: v for n, v in k.items() if n != "activation"}
+    ),
+}
+everyone = pytest.mark.parametrize("name", MODULES)
+
+
+def batch(classes: int = 3, spatial: tuple[int, ...] = (5, 4, 3), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(2, classes, *spatial, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (2, *spatial), generator=generator)
+    return logits.to(dtype), labels
+
+
+def counts(logits: Tensor, labels: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, ...]:
+    """TP, FP, FN (B, C) of a softmax in float64."""
+    p = logits.double().softmax(1).flatten(2)
+    g = F.one_hot(labels.flatten(1), logits.shape[1]).movedim(-1, 1).double()
+    w = torch.as_tensor(weight, dtype=torch.float64)
+    return tuple((w * x).sum(-1) for x in (p * g, p * (1 - g), (1 - p) * g))
+
+
+# --- Formulas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("include_background", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("gamma", [1.0, 0.75, 2.0])
+def test_tversky_is_its_formula(include_background, pooled, gamma):
+    logits, labels = batch(dtype=torch.float64)
+    tp, fp, fn = (x.sum(0, keepdim=True) if pooled else x for x in counts(logits, labels))
+    index = (tp + 1e-5) / (tp + 0.3 * fp + 0.7 * fn + 1e-5)
+    terms = (1 - index) ** gamma
+    terms = terms if include_background else terms[:, 1:]
+    weight = torch.tensor([1.0, 2.0, 0.5])[: terms.shape[1]]
+    options = {"include_background": include_background, "batch": pooled, "class_weight": weight}
+    for reduction, expected in (
+        ("mean", (weight * terms).mean()),
+        ("sum", (weight * terms).sum()),
+        ("none", (weight * terms)[0] if pooled else weight * terms),
+    ):
+        loss = voxfuse.TverskyLoss(0.3, 0.7, gamma, reduction=reduction, **options)
+        torch.testing.assert_close(loss(logits, labels), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_alpha_prices_false_positives_and_beta_false_negatives():
+    p = torch.tensor([[[0.9, 0.9, 0.9, 0.1]]], dtype=torch.float64)  # one false positive
+    g = torch.tensor([[[1, 1, 0, 0]]])
+
+    def loss(alpha, beta):
+        return float(
+            voxfuse.functional.tversky_loss(p, g, alpha=alpha, beta=beta, activation="none")
+        )
+
+    assert loss(0.9, 0.1) > loss(0.1, 0.9)
+    assert loss(0.5, 0.5) == pytest.approx(
+        float(voxfuse.functional.dice_loss(p, g, activation="none", smooth_nr=2e-5, smooth_dr=2e-5))
+    )
+    f2 = voxfuse.functional.fbeta_loss(p, g, beta=2.0, activation="none")
+    assert float(f2) == pytest.approx(loss(0.2, 0.8))
+    assert loss(1, 1) == pytest.approx(
+        float(voxfuse.functional.jaccard_loss(p, g, activation="none"))
+    )
+
+
+def test_cross_entropy_equals_torch():
+    logits, labels = batch(dtype=torch.float64)
+    labels[0, 0] = -100
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    for smoothing in (0.0, 0.1):
+        for reduction in ("mean", "sum", "none"):
+            ours = voxfuse.functional.cross_entropy_loss(
+                logits,
+                labels,
+                class_weight=weight,
+                label_smoothing=smoothing,
+                reduction=reduction,
+                ignore_index=-100,
+            )
+            expected = F.cross_entropy(
+                logits, labels, weight=weight, label_smoothing=smoothing, reduction=reduction
+            )
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+        dense = torch.rand_like(logits)
+        ours = voxfuse.functional.cross_entropy_loss(
+            logits, dense, class_weight=weight, label_smoothing=smoothing
+        )
+        expected = F.cross_entropy(logits, dense, weight=weight, label_smoothing=smoothing)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_bce_equals_torch():
+    logits, _ = batch(dtype=torch.float64)
+    dense = torch.rand_like(logits)
+    positive = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    expected = F.binary_cross_entropy_with_logits(
+        logits, dense, pos_weight=positive.reshape(3, 1, 1, 1)
+    )
+    ours = voxfuse.functional.bce_loss(logits, dense, pos_weight=positive)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
+def test_compounds_are_the_sums_of_their_parts():
+    logits, labels = batch(dtype=torch.float64)
+    f = voxfuse.functional
+    pairs = (
+        (
+            f.tversky_ce_loss(logits, labels, alpha=0.3, beta=0.7, lambda_ce=0.5),
+            f.tversky_loss(logits, labels, alpha=0.3, beta=0.7)
+            + 0.5 * f.cross_entropy_loss(logits, labels),
+        ),
+        (
+            f.dice_ce_loss(logits, labels, lambda_dice=2.0, label_smoothing=0.2),
+            2 * f.dice_loss(logits, labels)
+            + f.cross_entropy_loss(logits, labels, label_smoothing=0.2),
+        ),
+        (
+            f.tversky_focal_loss(logits, labels, focal_alpha=0.25, include_background=False),
+            f.tversky_loss(logits, labels, include_background=False)
+            + f.focal_loss(logits, labels, alpha=0.25, include_background=False),
+        ),
+        (
+            f.dice_focal_loss(logits, labels, focal_activation="sigmoid", reduction="sum"),
+            f.dice_loss(logits, labels, reduction="sum")
+            + f.focal_loss(logits, labels, activation="sigmoid", reduction="sum"),
+        ),
+    )
+    for compound, parts in pairs:
+        torch.testing.assert_close(compound, parts, rtol=1e-12, atol=0)
+
+
+def test_unified_focal_is_its_formula():
+    logits, labels = batch(classes=2, dtype=torch.float64)
+    balance, delta, gamma = 0.5, 0.6, 0.5
+    tp, fp, fn = counts(logits, labels)
+    index = (tp + 1e-5) / (tp + delta * fn + (1 - delta) * fp + 1e-5)
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    factor = torch.tensor([1 - delta, delta], dtype=torch.float64)[labels]
+    focal = (factor * (1 - p) ** gamma * -p.log()).mean()
+    expected = balance * focal + (1 - balance) * ((1 - index) ** (1 - gamma)).mean()
+    ours = voxfuse.UnifiedFocalLoss(balance, delta, gamma)(logits, labels)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_log_variants(reduction):
+    logits, labels = batch(dtype=torch.float64)
+    tp, fp, fn = counts(logits, labels)
+    expected = -((2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)).log()
+    expected = expected.mean() if reduction == "mean" else expected
+    ours = voxfuse.DiceLoss(log=True, reduction=reduction)(logits, labels)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("k", [1.0, 10.0, 37.5, 100.0])
+def test_top_k_is_the_mean_of_the_worst_voxels(k):
+    logits, labels = batch(dtype=torch.float64)
+    leaf = logits.requires_grad_()
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    losses = F.cross_entropy(leaf, labels, weight=weight, reduction="none").flatten()
+    expected = losses.topk(max(1, int(losses.numel() * k / 100))).values.mean()
+    (slopes,) = torch.autograd.grad(expected, leaf)
+    ours = voxfuse.TopKLoss(k, class_weight=weight)(leaf, labels)
+    (our_slopes,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(our_slopes, slopes, rtol=1e-10, atol=1e-15)
+
+
+def lovasz_by_definition(errors: Tensor, foreground: Tensor) -> Tensor:
+    """The Lovász extension of the Jaccard set function, step by step."""
+    order = errors.argsort(descending=True)
+    total, positives = errors.new_zeros(()), float(foreground.sum())
+    before = 0.0
+    missed, wrong = 0.0, 0.0
+    for v in order:
+        missed, wrong = missed + float(foreground[v]), wrong + float(~foreground[v])
+        jaccard = 1 - (positives - missed) / (positives + wrong)
+        total = total + errors[v] * (jaccard - before)
+        before = jaccard
+    return total
+
+
+@pytest.mark.parametrize("per_image", [True, False])
+@pytest.mark.parametrize("classes", ["present", "all", [0, 2]])
+def test_lovasz_softmax_is_its_definition(classes, per_image):
+    logits, labels = batch(classes=4, spatial=(4, 3), dtype=torch.float64)
+    labels[labels == 1] = 2  # class 1 is absent
+    leaf = logits.requires_grad_()
+    ignored = torch.zeros_like(labels, dtype=torch.bool)
+    ignored[:, 0] = True
+    p, g = leaf.softmax(1).flatten(2), labels.flatten(1)
+    images = [[0], [1]] if per_image else [[0, 1]]
+    means = []
+    for image in images:
+        kept = ~ignored.flatten(1)[image].flatten()
+        terms = []
+        for c in range(4) if isinstance(classes, str) else classes:
+            foreground = (g[image] == c).flatten()[kept]
+            if classes == "present" and not foreground.any():
+                continue
+            errors = (foreground.double() - p[image, c].flatten()[kept]).abs()
+            terms.append(lovasz_by_definition(errors, foreground))
+        means.append(torch.stack(terms).mean())
+    expected = torch.stack(means).mean()
+    (slopes,) = torch.autograd.grad(expected, leaf)
+    loss = voxfuse.LovaszLoss(classes, per_image, ignore_index=255)
+    ours = loss(leaf, labels.masked_fill(ignored, 255))
+    (our_slopes,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(our_slopes, slopes, rtol=1e-8, atol=1e-12)
+
+
+def test_lovasz_hinge_is_its_definition():
+    logits, _ = batch(classes=2, spatial=(7,), dtype=torch.float64)
+    leaf = logits.requires_grad_()
+    dense = torch.randint(0, 2, (2, 2, 7), generator=torch.Generator().manual_seed(1))
+    terms = []
+    for c in range(2):
+        z, g = leaf[:, c].flatten(), dense[:, c].flatten().bool()
+        errors = (1 - z * torch.where(g, 1.0, -1.0)).clamp(min=0)
+        terms.append(lovasz_by_definition(errors, g))
+    expected = torch.stack(terms).mean()
+    (slopes,) = torch.autograd.grad(expected, leaf)
+    ours = voxfuse.LovaszHingeLoss()(leaf, dense.to(torch.uint8))
+    (our_slopes,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(our_slopes, slopes, rtol=1e-8, atol=1e-12)
+
+
+def test_a_jaccard_surrogate_at_hard_predictions_is_the_jaccard_loss():
+    g = torch.tensor([[0, 0, 1, 1, 1, 0]])
+    p = F.one_hot(torch.tensor([[0, 1, 1, 1, 0, 0]]), 2).movedim(-1, 1).double()
+    loss = voxfuse.LovaszLoss([1], activation="none")(p, g)
+    assert float(loss) == pytest.approx(1 - 2 / 4)
+
+
+def test_deep_supervision_samples_the_target_and_sums():
+    outputs = [batch(spatial=s, seed=i)[0] for i, s in enumerate([(8, 6, 4), (4, 3, 2), (2, 2, 1)])]
+    labels = batch(spatial=(8, 6, 4))[1][:, None]
+    inner = voxfuse.DiceCELoss()
+    expected = sum(
+        w * inner(o, F.interpolate(labels.float(), o.shape[2:], mode="nearest-exact"))
+        for w, o in zip((1.0, 0.5, 0.25), outputs, strict=True)
+    )
+    loss = voxfuse.DeepSupervisionLoss(inner)
+    torch.testing.assert_close(loss(outputs, labels.to(torch.uint8)), expected)
+    targets = [
+        F.interpolate(labels.float(), o.shape[2:], mode="nearest-exact").long() for o in outputs
+    ]
+    torch.testing.assert_close(loss(outputs, targets), expected)
+    normalised = voxfuse.DeepSupervisionLoss(inner, [4, 2, 0], normalize=True)
+    expected = (2 * inner(outputs[0], targets[0]) + inner(outputs[1], targets[1])) / 3
+    torch.testing.assert_close(normalised(outputs, labels), expected)
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+@everyone
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_gradcheck(name, activation):
+    if activation != "softmax" and name in ("bce", "hinge"):
+        pytest.skip("has one activation")
+    logits, labels = batch(spatial=(4, 2), dtype=torch.float64)
+    if activation == "none":
+        logits = logits.sigmoid() * 0.9 + 0.05
+    loss = MODULES[name](activation=activation)
+    assert torch.autograd.gradcheck(
+        lambda z: loss(z, labels), logits.requires_grad_(), check_grad_dtypes=True
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_gradcheck_through_voxelwise_weights(reduction):
+    logits, labels = batch(spatial=(4, 2), dtype=torch.float64)
+    weight = torch.rand(2, 4, 2, dtype=torch.float64)
+    weight[0, 0] = 0
+    labels[1, 0] = 9
+    for loss in (
+        voxfuse.CrossEntropyLoss(reduction=reduction, ignore_index=9, label_smoothing=0.1),
+        voxfuse.FocalLoss(reduction=reduction, ignore_index=9, activation="sigmoid", alpha=0.3),
+        voxfuse.FocalLoss(reduction=reduction, ignore_index=9, class_weight=[1.0, 2.0, 3.0]),
+    ):
+        assert torch.autograd.gradcheck(
+            lambda z, loss=loss: loss(z, labels, weight), logits.detach().requires_grad_()
+        )
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.75, 1.5])
+@pytest.mark.parametrize("margin", [8.0, 16.0, 30.0])
+def test_focal_tversky_gradient_near_a_perfect_prediction(gamma, margin):
+    labels = torch.randint(0, 2, (1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    logits = torch.where(labels[:, None] == torch.arange(2).reshape(1, 2, 1, 1, 1), margin, 0.0)
+    loss = voxfuse.FocalTverskyLoss(gamma=gamma)
+
+    def gradient(dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(leaf, labels), leaf)[0].double()
+
+    truth = gradient(torch.float64)
+    assert bool((truth != 0).all())
+    torch.testing.assert_close(gradient(torch.float32), truth, rtol=2e-6, atol=0)
+
+
+@everyone
+def test_a_second_derivative_is_refused(name):
+    logits, labels = batch()
+    leaf = logits.requires_grad_()
+    (slopes,) = torch.autograd.grad(MODULES[name]()(leaf, labels), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        slopes.square().sum().backward()
+
+
+@everyone
+def test_no_gradient_is_made_where_none_is_wanted(name):
+    logits, labels = batch()
+    loss = MODULES[name]()
+    expected = loss(logits.clone().requires_grad_(), labels)
+    assert expected.requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(loss(logits, labels), expected.detach(), rtol=0, atol=0)
+
+
+# --- Edge cases ----------------------------------------------------------------------------------
+
+
+def finite(name: str, logits: Tensor, labels: Tensor, weight: Tensor | None = None, **options):
+    """Check that loss and gradient are finite and return them."""
+    leaf = logits.clone().requires_grad_()
+    loss = MODULES[name](**options)(leaf, labels, weight)
+    loss.backward()
+    assert bool(loss.isfinite()), f"{name}: {loss}"
+    assert bool(leaf.grad.isfinite().all()), name
+    return float(loss.detach()), leaf.grad
+
+
+@everyone
+@pytest.mark.parametrize("scale", [1e4, math.inf])
+def test_huge_logits(name, scale):
+    logits, labels = batch()
+    logits = logits.sign() * scale
+    bounded = ("tversky", "fbeta", "focal tversky", "dice", "jaccard", "lovasz")
+    if math.isinf(scale) and name not in bounded:
+        # A log-likelihood of +-inf is as large as the largest float32.
+        pytest.skip("the log-likelihood of infinite logits has no finite sum")
+    finite(name, logits, labels)
+
+
+@everyone
+@pytest.mark.parametrize("present", [0, 2])
+def test_a_single_class_in_the_target(name, present):
+    logits, labels = batch()
+    finite(name, logits, torch.full_like(labels, present))
+
+
+@everyone
+def test_an_empty_foreground_predicted_right(name):
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    logits = torch.stack([torch.full((2, 4, 4), 100.0), torch.zeros(2, 4, 4)], 1)
+    value, _ = finite(name, logits, labels)
+    if "tversky" in name or name in ("dice", "jaccard", "fbeta"):
+        # The absent class counts as perfect: 1e-5 over 1e-5 and nothing else.
+        assert value == pytest.approx(0, abs=1e-6)
+
+
+@everyone
+def test_everything_ignored(name):
+    logits, labels = batch()
+    logits[:, :, 0] = math.nan
+    value, gradient = finite(name, logits, torch.full_like(labels, 7), ignore_index=7)
+    assert value == 0
+    assert bool((gradient == 0).all())
+
+
+@everyone
+def test_a_mask_of_zeros_excludes_nan(name):
+    logits, labels = batch()
+    masked = logits.clone()
+    masked[:, :, 0] = math.nan
+    weight = torch.ones(2, *labels.shape[1:])
+    weight[:, 0] = 0
+    value, gradient = finite(name, masked, labels, weight)
+    assert bool((gradient[:, :, 0] == 0).all())
+    if name != "top k":  # k is a percentage of all voxels
+        expected, _ = finite(name, logits[:, :, 1:], labels[:, 1:])
+        assert value == pytest.approx(expected, rel=1e-6)
+
+
+@everyone
+def test_one_voxel(name):
+    finite(name, torch.randn(1, 3, 1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.long))
+    finite(name, torch.randn(2, 3), torch.tensor([0, 2]))  # no spatial axis at all
+
+
+@everyone
+def test_one_class(name):
+    logits = torch.randn(2, 1, 4, 4)
+    mask = torch.randint(0, 2, (2, 1, 4, 4), dtype=torch.uint8)
+    finite(name, logits, mask, activation="sigmoid")
+    if name not in ("bce", "hinge"):
+        with pytest.raises(ValueError, match="activation: a softmax over one class is constant"):
+            MODULES[name]()(logits, mask)
+
+
+@everyone
+def test_nan_logits_give_a_nan_loss(name):
+    logits, labels = batch()
+    logits[0, 1, 2, 2, 2] = math.nan
+    assert bool(MODULES[name]()(logits, labels).isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@everyone
+def test_half_precision_logits(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(1, 4, 64, 64, 64, generator=generator)).to(dtype)
+    labels = torch.randint(0, 4, (1, 1, 64, 64, 64), generator=generator, dtype=torch.uint8)
+    if name in ("lovasz", "hinge"):
+        logits, labels = logits[..., :16, :16, :16], labels[..., :16, :16, :16]
+    loss = MODULES[name]()
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf, labels)
+    (value * 2.0**16).backward()
+    assert value.dtype == torch.float32
+    assert leaf.grad.dtype == dtype
+    wide = logits.double().requires_grad_()
+    truth = loss(wide, labels)
+    (truth * 2.0**16).backward()
+    assert float(value.detach()) == pytest.approx(float(truth.detach()), abs=1e-3)
+    if name in ("top k", "lovasz", "hinge"):
+        return  # sorting breaks ties by the last bit, and so chooses another subgradient
+    error = (leaf.grad.double() - wide.grad).abs()
+    one_rounding = torch.finfo(dtype).eps / 2 * wide.grad.abs()
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    slack = 1e-5 * wide.grad.abs().amax()
+    assert bool((error <= one_rounding * 1.01 + smallest + slack).all())
+
+
+@everyone
+def test_labels_of_any_type_and_channels_last(name):
+    logits, labels = batch()
+    loss = MODULES[name]()
+    expected = loss(logits, labels)
+    last = logits.contiguous(memory_format=torch.channels_last_3d)
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.float32):
+        torch.testing.assert_close(loss(last, labels[:, None].to(dtype)), expected)
+
+
+# --- Modules -------------------------------------------------------------------------------------
+
+
+@everyone
+def test_modules_pickle_copy_and_print(name):
+    loss = MODULES[name]()
+    logits, labels = batch()
+    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert repr(twin) == repr(loss)
+        torch.testing.assert_close(twin(logits, labels), loss(logits, labels), rtol=0, atol=0)
+
+
+def test_repr_shows_what_matters():
+    loss = voxfuse.TverskyLoss(0.3, 0.7, include_background=False, class_weight=[1.0, 2.0])
+    assert repr(loss) == (
+        "TverskyLoss(alpha=0.3, beta=0.7, include_background=False, class_weight=[1.0, 2.0])"
+    )
+
+
+def test_a_changed_option_takes_effect():
+    logits, labels = batch()
+    loss = voxfuse.TverskyLoss()
+    loss.alpha, loss.beta = 0.3, 0.7
+    torch.testing.assert_close(
+        loss(logits, labels), voxfuse.TverskyLoss(0.3, 0.7)(logits, labels), rtol=0, atol=0
+    )
+    loss.alpha = -1
+    with pytest.raises(ValueError, match="alpha: got -1"):
+        loss(logits, labels)
+
+
+def test_weights_are_buffers_and_survive_a_state_dict():
+    loss = voxfuse.DiceCELoss(class_weight=[1.0, 2.0, 3.0], likelihood_weight=torch.ones(3))
+    assert set(loss.state_dict()) == {"class_weight", "likelihood_weight"}
+    other = voxfuse.DiceCELoss(class_weight=[0.0] * 3, likelihood_weight=torch.zeros(3))
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other.class_weight, loss.class_weight)
+
+
+@pytest.mark.parametrize("function", [n for n in voxfuse.functional.__all__ if "lovasz" not in n])
+def test_functions_have_the_options_and_defaults_of_their_modules(function):
+    module = {name.lower(): getattr(voxfuse, name) for name in voxfuse.losses.__all__}[
+        function.replace("_", "")
+    ]
+    own = inspect.signature(getattr(voxfuse.functional, function)).parameters
+    theirs = inspect.signature(module).parameters
+    for name, parameter in own.items():
+        if name not in ("input", "target", "weight", "options"):
+            assert parameter.default == theirs[name].default, name
+
+
+@everyone
+def test_functions_equal_modules(name):
+    module = MODULES[name]()
+    words = type(module).__name__.removesuffix("Loss")
+    known = {n.replace("_", ""): n for n in voxfuse.functional.__all__}
+    key = {"Lovasz": "lovaszsoftmax"}.get(words, words.lower()) + "loss"
+    function = getattr(voxfuse.functional, known[key])
+    options = {"alpha": 0.3, "beta": 0.7} if "Tversky" in words and "Focal" not in words else {}
+    options = {"beta": 2.0} if words == "FBeta" else options
+    options = {"squared": True} if name == "dice squared" else options
+    logits, labels = batch()
+    torch.testing.assert_close(
+        function(logits, labels, **options), module(logits, labels), rtol=0, atol=0
+    )
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: voxfuse.TverskyLoss(alpha=-1), ValueError, "alpha: got -1, expected a finite"),
+        (lambda: voxfuse.TverskyLoss(beta="x"), TypeError, "beta: got 'x', expected a number"),
+        (lambda: voxfuse.TverskyLoss(gamma=0), ValueError, "gamma: got 0, expected a finite"),
+        (
+            lambda: voxfuse.TverskyLoss(activation="tanh"),
+            ValueError,
+            "activation: got 'tanh', expected one of 'none', 'sigmoid', 'softmax'",
+        ),
+        (lambda: voxfuse.DiceLoss(reduction="max"), ValueError, "reduction: got 'max'"),
+        (lambda: voxfuse.DiceLoss(smooth_nr=-1), ValueError, "smooth_nr: got -1"),
+        (lambda: voxfuse.DiceLoss(absent="drop"), ValueError, "absent: got 'drop'"),
+        (lambda: voxfuse.DiceLoss(alpha=1), TypeError, "alpha: not an option of DiceLoss"),
+        (lambda: voxfuse.DiceCELoss(reduction="none"), ValueError, "reduction: got 'none'"),
+        (lambda: voxfuse.DiceCELoss(lambda_ce=-1), ValueError, "lambda_ce: got -1"),
+        (
+            lambda: voxfuse.DiceCELoss(activation="sigmoid", label_smoothing=0.1),
+            ValueError,
+            "label_smoothing: needs a softmax",
+        ),
+        (lambda: voxfuse.FocalLoss(alpha=2), ValueError, r"alpha: got 2, expected .* in \[0, 1\]"),
+        (lambda: voxfuse.TopKLoss(0), ValueError, r"k: got 0, expected a percentage in \(0, 100"),
+        (lambda: voxfuse.UnifiedFocalLoss(gamma=1), ValueError, r"gamma: got 1.0, expected"),
+        (lambda: voxfuse.GeneralizedDiceLoss("none"), ValueError, "class_pooling: got 'none'"),
+        (lambda: voxfuse.LovaszLoss("some"), ValueError, "classes: got 'some', expected one of"),
+        (lambda: voxfuse.DeepSupervisionLoss(3), TypeError, "loss: got int"),
+    ],
+)
+def test_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@everyone
+def test_bad_tensors(name):
+    loss = MODULES[name]()
+    logits, labels = batch()
+    wrong = labels.clone()
+    wrong[1, 2, 3, 1] = 5
+    cases = (
+        ((logits.long(), labels), TypeError, "input: got int64 of shape"),
+        ((logits, labels.tolist()), TypeError, "target: expected a torch.Tensor, got list"),
+        ((logits, labels[:, 1:]), ValueError, "target: got shape"),
+        ((logits, labels, torch.ones(3)), ValueError, "weight: got shape"),
+        ((logits, wrong), ValueError, r"target: label 5 is outside \[0, 3\)"),
+    )
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            loss(*arguments)
+
+
+def test_weights_of_the_wrong_length():
+    logits, labels = batch()
+    with pytest.raises(ValueError, match=r"class_weight: got shape \(3,\), expected \(2,\)"):
+        voxfuse.TverskyLoss(include_background=False, class_weight=[1.0] * 3)(logits, labels)
+    with pytest.raises(ValueError, match=r"likelihood_weight: got shape \(2,\), expected \(3,\)"):
+        voxfuse.DiceCELoss(likelihood_weight=[1.0] * 2)(logits, labels)
+    with pytest.raises(ValueError, match="pos_weight: needs a sigmoid likelihood"):
+        voxfuse.DiceCELoss(pos_weight=2.0)(logits, labels)
+    with pytest.raises(ValueError, match="include_background: False leaves no class"):
+        voxfuse.DiceLoss(include_background=False, activation="sigmoid")(
+            logits[:, :1], (labels[:, None] > 0).to(torch.uint8)
+        )
+
+
+# --- What is kept, and how often the voxels are read ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tversky", "dice + ce", "tversky + focal", "unified focal"])
+def test_a_compound_is_one_pass_and_keeps_no_volume(name, monkeypatch):
+    logits, labels = batch(spatial=(16, 16, 16))
+    leaf = logits.requires_grad_()
+    kept: list[Tensor] = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with keep, torch.profiler.profile() as profile:
+        loss = MODULES[name]()(leaf, labels)
+        loss.backward()
+    ours = [e.name for e in profile.events() if e.name.startswith("voxfuse::")]
+    assert sorted(set(ours)) == [
+        "voxfuse::ratio_loss",
+        "voxfuse::ratio_loss_backward",
+        "voxfuse::soft_confusion",
+        "voxfuse::soft_confusion_backward",
+    ]
+    assert len(ours) == 4
+    volumes = [t for t in kept if t.numel() >= labels.numel()]
+    assert {t.data_ptr() for t in volumes} <= {leaf.data_ptr(), labels.data_ptr()}
+
+
+def test_recipes_are_made_once():
+    loss = voxfuse.DiceCELoss()
+    logits, labels = batch()
+    loss(logits, labels)
+    recipe = loss._recipe
+    assert isinstance(recipe, Recipe)
+    plan = recipe.plan(3, False)
+    loss(logits, labels)
+    assert loss._recipe is recipe
+    assert recipe.plan(3, False) is plan
+
+
+# --- Compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("lovasz", "hinge", "top k")])
+def test_a_step_compiles_into_one_graph(name):
+    loss = MODULES[name]()
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(loss, fullgraph=True, backend=graphs)
+    for extent in (5, 6, 7, 8):
+        logits, labels = batch(spatial=(extent, 4, 3))
+        mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        value, expected = step(mine, labels), loss(other, labels)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+    assert graphs.frame_count <= 2  # one for the first size, one for any
+
+
+@pytest.mark.parametrize("name", ["lovasz", "hinge", "top k"])
+def test_composed_losses_compile_too(name):
+    loss = MODULES[name]()
+    torch._dynamo.reset()
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits, labels = batch()
+    mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value, expected = step(mine, labels), loss(other, labels)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(mine.grad, other.grad)
