@@ -1,0 +1,159 @@
+"""process_group=: the loss and the gradients of one process that holds the whole batch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import voxfuse
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch is built without gloo"
+)
+SAMPLES = 5
+LOSSES = {
+    "tversky": lambda **k: voxfuse.TverskyLoss(0.3, 0.7, 0.75, batch=True, **k),
+    "tversky terms": lambda **k: voxfuse.TverskyLoss(batch=True, reduction="none", **k),
+    "generalised dice": lambda **k: voxfuse.GeneralizedDiceLoss(batch=True, **k),
+    "dice + ce": lambda **k: voxfuse.DiceCELoss(batch=True, include_background=False, **k),
+    "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0], **k),
+    "focal": lambda **k: voxfuse.FocalLoss(activation="sigmoid", **k),
+}
+
+
+def whole_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(SAMPLES, 3, 6, 4, 4, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(0, 3, (SAMPLES, 6, 4, 4), generator=generator)
+
+
+def value_and_gradient(loss: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf, labels)
+    value.backward(torch.arange(1.0, 1 + value.numel(), dtype=value.dtype).reshape(value.shape))
+    return value.detach(), leaf.grad
+
+
+def ranks_equal_one_process(rank: int, world: int) -> None:
+    """Every rank has some of the samples, not equally many."""
+    logits, labels = whole_batch()
+    bounds = [round(SAMPLES * r / world) for r in range(world + 1)]
+    own = slice(bounds[rank], bounds[rank + 1])
+    for name, make in LOSSES.items():
+        expected, gradient = value_and_gradient(make(), logits, labels)
+        for group in ("world", dist.group.WORLD):
+            value, mine = value_and_gradient(make(process_group=group), logits[own], labels[own])
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=0, msg=name)
+            torch.testing.assert_close(mine, gradient[own], rtol=1e-10, atol=1e-18, msg=name)
+        averaged = make(process_group="world", ddp_average=True)
+        _, mine = value_and_gradient(averaged, logits[own], labels[own])
+        torch.testing.assert_close(mine, world * gradient[own], rtol=1e-10, atol=1e-18, msg=name)
+
+
+def a_volume_split_along_space(rank: int, world: int) -> None:
+    logits, labels = whole_batch()
+    extent = logits.shape[2] // world
+    own = slice(rank * extent, (rank + 1) * extent)
+    for make in (voxfuse.TverskyLoss, voxfuse.DiceCELoss, voxfuse.GeneralizedDiceLoss):
+        expected, gradient = value_and_gradient(make(), logits, labels)
+        loss = make(process_group="world")
+        value, mine = value_and_gradient(loss, logits[:, :, own], labels[:, own])
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(mine, gradient[:, :, own], rtol=1e-10, atol=1e-18)
+
+
+def parameters_under_ddp(rank: int, world: int) -> None:
+    """ddp_average undoes the averaging of DistributedDataParallel."""
+    logits, labels = whole_batch()
+    logits, labels = logits[:4].float(), labels[:4]
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Conv3d(3, 3, 1)
+
+    single = network()
+    voxfuse.DiceCELoss(batch=True)(single(logits), labels).backward()
+    model = torch.nn.parallel.DistributedDataParallel(network())
+    own = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    loss = voxfuse.DiceCELoss(batch=True, process_group="world", ddp_average=True)
+    loss(model(logits[own]), labels[own]).backward()
+    for mine, expected in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-5, atol=1e-8)
+
+
+def a_compiled_step(rank: int, world: int) -> None:
+    logits, labels = whole_batch()
+    own = slice(2 * rank, 2 * rank + 2)
+    loss = voxfuse.DiceCELoss(batch=True, process_group="world", ddp_average=True)
+    expected, gradient = value_and_gradient(loss, logits[own], labels[own])
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    value, mine = value_and_gradient(step, logits[own], labels[own])
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=0)
+
+
+CHECKS: tuple[Callable[[int, int], None], ...] = (
+    ranks_equal_one_process,
+    a_volume_split_along_space,
+    parameters_under_ddp,
+)
+
+
+def run(rank: int, world: int, folder: str, checks: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    try:
+        for check in checks:
+            globals()[check](rank, world)
+    except BaseException:
+        Path(folder, f"error{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(world: int, folder: Path, checks: tuple[Callable[[int, int], None], ...]) -> None:
+    context = multiprocessing.get_context("spawn")
+    names = tuple(check.__name__ for check in checks)
+    processes = [
+        context.Process(target=run, args=(rank, world, str(folder), names)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    errors = [path.read_text() for path in sorted(folder.glob("error*"))]
+    assert not errors, "\n".join(errors)
+    assert all(process.exitcode == 0 for process in processes)
+
+
+def test_two_ranks(tmp_path):
+    launch(2, tmp_path, (*CHECKS, a_compiled_step))
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path):
+    launch(4, tmp_path, (ranks_equal_one_process, parameters_under_ddp))
+
+
+def test_modules_are_made_and_pickled_before_the_group_exists():
+    loss = pickle.loads(pickle.dumps(voxfuse.TverskyLoss(process_group="world", batch=True)))
+    logits, labels = whole_batch()
+    with pytest.raises(RuntimeError, match="process_group: 'world' needs torch.distributed"):
+        loss(logits, labels)
+
+
+def test_bad_groups():
+    logits, labels = whole_batch()
+    with pytest.raises(ValueError, match="process_group: got 'all', expected None, 'world'"):
+        voxfuse.TverskyLoss(process_group="all")(logits, labels)
