@@ -1,0 +1,662 @@
+"""overlap_add on the CPU: reference and compiled kernels, wrappers, autograd, bad input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import voxfuse
+from tests.accuracy import assert_accurate, compute_dtype
+from voxfuse import _library
+from voxfuse.fusion.grids import plan_grid
+from voxfuse.ops import overlap_add as ops
+
+ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+needs_library = pytest.mark.skipif(
+    not _library.defines_operators(), reason="the compiled CPU library is not built"
+)
+
+# Hypothesis warns of fixtures that its examples share; poisoning is the same for all of them.
+POISONED = hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+@dataclass
+class Case:
+    """Arguments of the operators, with a volume of weight sums on the general path."""
+
+    patches: Tensor
+    origins: Tensor
+    rows: Tensor
+    weights: list[Tensor]
+    total: Tensor | None
+    volume: tuple[int, ...]
+
+    def forward(self, namespace=torch.ops.voxfuse, patches=None) -> Tensor:
+        patches = self.patches if patches is None else patches
+        return namespace.overlap_add(
+            patches, self.origins, self.rows, self.weights, self.total, list(self.volume)
+        )
+
+    def backward(self, grad, namespace=torch.ops.voxfuse) -> Tensor:
+        return namespace.overlap_add_backward(
+            grad, self.origins, self.rows, self.weights, self.total
+        )
+
+
+def make_case(
+    volume, patch, count, *, channels=2, dtype=torch.float32, dense=False, general=False, seed=0
+) -> Case:
+    """Random patches at random origins, some of them partly or wholly outside the volume."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = len(volume)
+    origins = torch.stack(
+        [
+            torch.randint(-p - 1, v + 2, (count,), generator=generator)
+            for v, p in zip(volume, patch, strict=True)
+        ],
+        1,
+    )
+    rows = torch.randint(0, 3, (count, axes), generator=generator)
+    if dense and axes > 1:
+        weights = [torch.rand(1, *patch, dtype=torch.float64, generator=generator) + 0.01]
+    else:
+        weights = [torch.rand(3, p, dtype=torch.float64, generator=generator) + 0.01 for p in patch]
+    total = None
+    if general:
+        total = torch.zeros(volume, dtype=torch.float64)
+        ops.overlap_weights_(total, origins, rows, weights, backend="reference")
+    patches = torch.randn(count, channels, *patch, generator=generator).to(dtype)
+    return Case(patches, origins, rows, weights, total, tuple(volume))
+
+
+CASES = dict(
+    volume=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    patch=st.lists(st.integers(1, 37), min_size=3, max_size=3),
+    count=st.integers(0, 6),
+    channels=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    dense=st.booleans(),
+    general=st.booleans(),
+    seed=st.integers(0, 3),
+)
+
+
+def in_float64(case: Case) -> Case:
+    return Case(
+        case.patches.double(), case.origins, case.rows, case.weights, case.total, case.volume
+    )
+
+
+def weight_of_patch(case: Case, i: int) -> Tensor:
+    """The weight of every voxel of patch i, in float64, by the definition."""
+    axes = len(case.volume)
+    if len(case.weights) != axes:
+        return case.weights[0][0]
+    vectors = [w[k] for w, k in zip(case.weights, case.rows[i].tolist(), strict=True)]
+    letters = "abc"[:axes]
+    return torch.einsum(",".join(letters) + "->" + letters, *vectors)
+
+
+def brute_force(case: Case) -> np.ndarray:
+    """The volume voxel by voxel."""
+    result = np.zeros((case.patches.shape[1], *case.volume))
+    total = np.zeros(case.volume)
+    for i, origin in enumerate(case.origins.tolist()):
+        weight = weight_of_patch(case, i).numpy()
+        for t in np.ndindex(*weight.shape):
+            x = tuple(o + s for o, s in zip(origin, t, strict=True))
+            if all(0 <= a < b for a, b in zip(x, case.volume, strict=True)):
+                value = case.patches[(i, slice(None), *t)].double().numpy()
+                result[(slice(None), *x)] += weight[t] * value
+                total[x] += weight[t]
+    if case.total is None:
+        return result
+    return np.divide(result, total, out=np.zeros_like(result), where=total > 0)
+
+
+def weight_magnitude(case: Case) -> Tensor:
+    """Sum of |weight x value| over the patches at every voxel: what rounding errors scale with."""
+    case = in_float64(case)
+    case.patches = case.patches.abs()
+    return case.forward(torch.ops.voxfuse_reference)
+
+
+# --- The reference itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("volume", [(9,), (7, 5), (5, 6, 4)])
+def test_reference_equals_the_definition(volume, dense, general):
+    case = make_case(
+        volume, (4, 3, 3)[: len(volume)], 5, dtype=torch.float64, dense=dense, general=general
+    )
+    actual = case.forward(torch.ops.voxfuse_reference)
+    np.testing.assert_allclose(actual.numpy(), brute_force(case), rtol=1e-13, atol=1e-15)
+
+
+# --- Every backend against the truth --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@POISONED
+@hypothesis.given(**CASES)
+def test_forward_is_as_accurate_as_plain_pytorch(namespace, poisoned_memory, **options):
+    options["patch"] = options["patch"][: len(options["volume"])]
+    case = make_case(**options)
+    actual = case.forward(namespace)
+    assert actual.dtype == case.patches.dtype
+    truth = in_float64(case).forward(torch.ops.voxfuse_reference)
+    wide = compute_dtype(case.patches.dtype)
+    plain = plain_pytorch(case, wide).to(case.patches.dtype)
+    assert_accurate(
+        actual,
+        plain,
+        truth,
+        scale=weight_magnitude(case),
+        dtype=case.patches.dtype,
+        # one rounding of the result, three of the weight and one an addition
+        allowance=1 if case.patches.dtype != wide else 4 + len(case.origins),
+        what="forward",
+    )
+
+
+def plain_pytorch(case: Case, dtype: torch.dtype) -> Tensor:
+    """What a user writes: sum the weighted patches, divide by the sum of the weights."""
+    volume = torch.zeros(case.patches.shape[1], *case.volume, dtype=dtype)
+    total = torch.zeros(case.volume, dtype=dtype)
+    for i, origin in enumerate(case.origins.tolist()):
+        weight = weight_of_patch(case, i).to(dtype)
+        source, target = [], []
+        for o, p, v in zip(origin, weight.shape, case.volume, strict=True):
+            first, last = max(o, 0), max(min(o + p, v), max(o, 0))
+            if first >= last:
+                break
+            source.append(slice(first - o, last - o))
+            target.append(slice(first, last))
+        else:
+            block = case.patches[(i, slice(None), *source)].to(dtype)
+            volume[(slice(None), *target)] += weight[tuple(source)] * block
+            total[tuple(target)] += weight[tuple(source)]
+    if case.total is None:
+        return volume
+    return torch.where(total > 0, volume / total, torch.zeros_like(volume))
+
+
+@needs_library
+@POISONED
+@hypothesis.given(**CASES)
+def test_backward_is_the_reference_up_to_rounding(poisoned_memory, **options):
+    options["patch"] = options["patch"][: len(options["volume"])]
+    case = make_case(**options)
+    grad = torch.randn(case.patches.shape[1], *case.volume).to(case.patches.dtype)
+    actual = case.backward(grad)
+    truth = case.backward(grad.double(), torch.ops.voxfuse_reference)
+    assert actual.dtype == grad.dtype
+    eps = torch.finfo(grad.dtype).eps
+    torch.testing.assert_close(
+        actual.double(), truth, rtol=4 * eps, atol=torch.finfo(grad.dtype).tiny
+    )
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradients(namespace, dense, general):
+    case = make_case((7, 6), (4, 3), 4, dtype=torch.float64, dense=dense, general=general)
+    patches = case.patches.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: case.forward(namespace, p), patches)
+    assert torch.autograd.gradgradcheck(lambda p: case.forward(namespace, p), patches)
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "empty", "length one"])
+@pytest.mark.parametrize("general", [False, True])
+def test_opcheck(namespace, layout, general):
+    count = {"empty": 0, "length one": 1}.get(layout, 3)
+    patch = (1, 1, 1) if layout == "length one" else (3, 4, 5)
+    case = make_case((6, 5, 7), patch, count, general=general)
+    if layout == "permuted":
+        case.patches = case.patches.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
+    elif layout == "sliced":
+        case.patches = torch.randn(6, 4, 3, 4, 10)[::2, 1:3, ..., ::2]
+    patches = case.patches.detach().requires_grad_()
+    tables = (case.origins, case.rows, case.weights, case.total)
+    torch.library.opcheck(namespace.overlap_add.default, (patches, *tables, list(case.volume)))
+    grad = torch.randn(2, *case.volume, requires_grad=True)
+    torch.library.opcheck(namespace.overlap_add_backward.default, (grad, *tables))
+    ring = torch.zeros(2, *case.volume)
+    torch.library.opcheck(
+        namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5)
+    )
+    total = torch.zeros(case.volume, dtype=torch.float64)
+    torch.library.opcheck(namespace.overlap_weights_.default, (total, *tables[:3], 0, 0, 6))
+
+
+def test_compiles_to_one_graph():
+    case = make_case((6, 5, 7), (3, 4, 5), 3)
+
+    def fuse(patches):
+        return ops.overlap_add(patches, case.origins, case.rows, case.weights, case.volume) * 2
+
+    compiled = torch.compile(fuse, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(case.patches), fuse(case.patches))
+
+
+# --- The ring form --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@hypothesis.given(**CASES, data=st.data())
+def test_ring_holds_a_window_of_the_volume(namespace, data, **options):
+    options["patch"] = options["patch"][: len(options["volume"])]
+    case = make_case(**options)
+    wide = compute_dtype(case.patches.dtype)
+    axis = data.draw(st.integers(0, len(case.volume) - 1))
+    length = case.volume[axis]
+    depth = data.draw(st.integers(1, length + 3))
+    start = data.draw(st.integers(0, length - 1))
+    stop = data.draw(st.integers(start, min(start + depth, length)))
+    extent = list(case.volume)
+    extent[axis] = depth
+
+    def in_slots(tensor: Tensor, spatial: int, fill: float) -> Tensor:
+        ring = tensor.new_full([*tensor.shape[:spatial], *extent], fill)
+        for x in range(start, stop):
+            ring.select(spatial + axis, x % depth).copy_(tensor.select(spatial + axis, x))
+        return ring
+
+    volume = torch.zeros(case.patches.shape[1], *case.volume, dtype=wide)
+    tables = (case.origins, case.rows, case.weights)
+    namespace.overlap_add_(volume, case.patches, *tables, case.total, 0, 0, case.volume[0])
+    total = None if case.total is None else in_slots(case.total, 0, 1.0)
+    ring = in_slots(torch.zeros_like(volume), 1, 5.0)
+    namespace.overlap_add_(ring, case.patches, *tables, total, axis, start, stop)
+    torch.testing.assert_close(ring, in_slots(volume, 1, 5.0), rtol=0, atol=0)
+
+    sums = torch.zeros(case.volume, dtype=torch.float64)
+    namespace.overlap_weights_(sums, *tables, 0, 0, case.volume[0])
+    window = in_slots(torch.zeros_like(sums), 0, 3.0)
+    namespace.overlap_weights_(window, *tables, axis, start, stop)
+    torch.testing.assert_close(window, in_slots(sums, 0, 3.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_batches(namespace, dtype, general):
+    case = make_case((17, 19, 23), (9, 8, 10), 7, dtype=dtype, general=general)
+    wide = compute_dtype(dtype)
+    results = []
+    for size in (7, 3, 1):
+        volume = torch.zeros(2, *case.volume, dtype=wide)
+        for i in range(0, 7, size):
+            part = slice(i, i + size)
+            namespace.overlap_add_(
+                volume,
+                case.patches[part],
+                case.origins[part],
+                case.rows[part],
+                case.weights,
+                case.total,
+                0,
+                0,
+                17,
+            )
+        results.append(volume)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(results[0].to(dtype), case.forward(namespace))
+
+
+@needs_library
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_threads_or_run(dtype, general):
+    case = make_case((17, 19, 41), (9, 8, 10), 12, dtype=dtype, general=general)
+    grad = torch.randn(2, *case.volume).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5, 1):
+            torch.set_num_threads(threads)
+            results.append((case.forward(), case.backward(grad)))
+    finally:
+        torch.set_num_threads(before)
+    for forward, backward in results[1:]:
+        assert torch.equal(forward, results[0][0])
+        assert torch.equal(backward, results[0][1])
+
+
+# --- What the fusion promises ---------------------------------------------------------------------
+
+
+@hypothesis.given(
+    volume=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    patch=st.lists(st.integers(1, 16), min_size=3, max_size=3),
+    overlap=st.sampled_from([0.0, 0.25, 0.5, 0.8]),
+    window=st.sampled_from(voxfuse.fusion.windows.NAMES),
+    grid=st.booleans(),
+    value=st.floats(0.1, 1e6),
+)
+def test_a_constant_comes_back_within_8_ulp(volume, patch, overlap, window, grid, value):
+    plan = plan_grid(volume, patch[: len(volume)], overlap)
+    patches = torch.full((len(plan), 1, *plan.patch_shape), value)
+    origins = plan if grid else torch.cat([plan.origins, plan.origins[:1]])
+    patches = patches if grid else torch.cat([patches, patches[:1]])
+    result = voxfuse.overlap_add(patches, origins, volume, window)
+    ulp = torch.nextafter(patches.flatten()[0], torch.tensor(np.inf)) - patches.flatten()[0]
+    assert ((result - patches.flatten()[0]).abs() <= 8 * ulp).all()
+
+
+@pytest.mark.parametrize("window", voxfuse.fusion.windows.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", [True, False])
+def test_a_voxel_under_one_patch_is_that_patch_to_the_bit(window, dtype, grid):
+    starts = [[0, 5, 11], [0, 6]]
+    origins = torch.cartesian_prod(*[torch.tensor(s) for s in starts])
+    origins = origins if grid else origins[:-1]
+    patches = torch.randn(len(origins), 2, 7, 8).to(dtype)
+    result = voxfuse.overlap_add(patches, origins, (18, 14), window)
+    count = torch.zeros(18, 14, dtype=torch.int64)
+    alone = torch.zeros(2, 18, 14, dtype=dtype)
+    for patch, (z, y) in zip(patches, origins.tolist(), strict=True):
+        count[z : z + 7, y : y + 8] += 1
+        alone[:, z : z + 7, y : y + 8] = patch
+    assert torch.equal(result[:, count == 1], alone[:, count == 1])
+    assert (result[:, count == 0] == 0).all()
+
+
+def test_corners_of_an_order_7_window_survive_on_the_general_path():
+    # The corner's weight is 1.8e-42 of the peak, subnormal in float32.
+    window = voxfuse.bspline_window((128, 128, 128), order=7)
+    patch = torch.randn(1, 1, 128, 128, 128)
+    alone = voxfuse.overlap_add(patch, torch.zeros(1, 3, dtype=torch.int64), (128,) * 3, window)
+    assert torch.equal(alone, patch[0])
+    origins = torch.tensor([[0, 0, 0], [1, 2, 3], [70, 60, 50]])
+    ones = torch.ones(3, 1, 128, 128, 128)
+    result = voxfuse.overlap_add(ones, origins, (128,) * 3, "bspline7")
+    assert ((result - 1).abs() <= 8 * 2**-23).all()
+
+
+def test_grid_and_general_path_agree():
+    plan = plan_grid((30, 21), (8, 9), 0.5)
+    patches = torch.randn(len(plan), 2, 8, 9, dtype=torch.float64)
+    fused = voxfuse.overlap_add(patches, plan, (30, 21), "bspline")
+    starts = voxfuse.overlap_add(patches, [list(s) for s in plan.starts], (30, 21), "bspline")
+    dense = voxfuse.bspline_window((8, 9), 5)
+    general = voxfuse.overlap_add(patches, plan.origins, (30, 21), dense)
+    assert torch.equal(fused, starts)
+    torch.testing.assert_close(fused, general, rtol=1e-13, atol=1e-14)
+
+
+def test_nan_stays_where_its_patch_is():
+    patches = torch.ones(2, 1, 4)
+    patches[0, 0, 3] = np.nan
+    result = voxfuse.overlap_add(patches, [[0, 2]], (6,))
+    assert result.isnan().tolist() == [[False, False, False, True, False, False]]
+
+
+def test_zero_weights_leave_voxels_uncovered():
+    result = voxfuse.overlap_add(torch.ones(1, 1, 3), [[0]], (3,), np.array([0.0, 1, 0]))
+    assert result.tolist() == [[0, 1, 0]]
+    origins = torch.tensor([[0], [0]])
+    result = voxfuse.overlap_add(torch.ones(2, 1, 3), origins, (3,), np.array([0.0, 1, 0]))
+    assert result.tolist() == [[0, 1, 0]]
+
+
+def test_a_tensor_subclass_is_unwrapped():
+    class Subclass(torch.Tensor):
+        pass
+
+    patches = torch.ones(2, 1, 4).as_subclass(Subclass)
+    assert type(voxfuse.overlap_add(patches, [[0, 2]], (6,))) is Tensor
+
+
+def test_any_strides_give_the_same_bits():
+    case = make_case((9, 8, 7), (4, 5, 6), 4)
+    expected = case.forward()
+    last = case.patches.contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(case.forward(patches=last), expected)
+    padded = torch.randn(8, 5, 4, 5, 12)
+    padded[::2, 1:3, :, :, ::2] = case.patches
+    assert torch.equal(case.forward(patches=padded[::2, 1:3, :, :, ::2]), expected)
+
+
+def test_origins_far_away_do_not_overflow():
+    far = torch.iinfo(torch.int64)
+    origins = torch.tensor([[far.max], [far.min], [1]])
+    weights = [torch.ones(1, 2, dtype=torch.float64)]
+    result = ops.overlap_add(torch.ones(3, 1, 2), origins, torch.zeros_like(origins), weights, (4,))
+    assert result.tolist() == [[0, 1, 1, 0]]
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def bad_call(function, changes, error, message):
+    with pytest.raises(error) as caught:
+        function(**changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"patches": [1]}, TypeError, "patches: expected a torch.Tensor, got list"),
+        (
+            {"patches": torch.ones(2, 1, 4, 5, dtype=torch.int32)},
+            TypeError,
+            "patches: got int32 of shape (2, 1, 4, 5) on cpu, expected float32, float16, bfloat16 "
+            "or float64",
+        ),
+        (
+            {"patches": torch.ones(2, 4)},
+            ValueError,
+            "patches: got shape (2, 4), expected (N, C, *patch) with 1 to 3 spatial axes",
+        ),
+        (
+            {"volume_shape": (6,)},
+            ValueError,
+            "volume_shape: got (6,), expected 2 sizes to go with patches of shape (2, 1, 4, 5)",
+        ),
+        (
+            {"origins": torch.zeros(2, 3, dtype=torch.int64)},
+            ValueError,
+            "origins: got shape (2, 3), expected (2, 2)",
+        ),
+        (
+            {"origins": torch.zeros(2, 2)},
+            TypeError,
+            "origins: got float32 of shape (2, 2) on cpu, expected integers",
+        ),
+        (
+            {"origins": torch.zeros(3, 2, dtype=torch.int64)},
+            ValueError,
+            "origins: are 3, but there are 2 patches, of shape (2, 1, 4, 5) (an (N, n) tensor "
+            "gives origins, a list of lists the starts along each axis)",
+        ),
+        (
+            {"origins": [[0, 1]]},
+            ValueError,
+            "origins: got starts along 1 axes, expected a list of 2 lists of integers, or an "
+            "(N, 2) tensor of origins",
+        ),
+        (
+            {"origins": 3},
+            TypeError,
+            "origins: got int, expected a list of 2 lists of integers, or an (N, 2) tensor of "
+            "origins",
+        ),
+        (
+            {"origins": plan_grid((6, 5), (4, 4))},
+            ValueError,
+            "origins: got a grid of (4, 4) patches over a volume (6, 5), expected (4, 5) over "
+            "(6, 5)",
+        ),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend: got 'fast', expected one of 'auto', 'reference', 'cpp', 'cuda', 'triton'",
+        ),
+    ],
+)
+def test_bad_input(changes, error, message):
+    good = {"patches": torch.ones(2, 1, 4, 5), "origins": [[0, 2], [0]], "volume_shape": (6, 5)}
+    assert voxfuse.overlap_add(**good).shape == (1, 6, 5)
+    bad_call(voxfuse.overlap_add, {**good, **changes}, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"origins": torch.zeros(2, 2, dtype=torch.int32)},
+            TypeError,
+            "origins: got int32 of shape (2, 2) on cpu, expected int64",
+        ),
+        (
+            {"rows": torch.zeros(3, 2, dtype=torch.int64)},
+            ValueError,
+            "rows: got shape (3, 2), expected (2, 2)",
+        ),
+        (
+            {"rows": torch.tensor([[0, 0], [0, 1]])},
+            ValueError,
+            "rows: 1 on axis 1 is outside [0, 1), the rows of weights[1]",
+        ),
+        (
+            {"rows": torch.tensor([[0, 0], [-2, 0]])},
+            ValueError,
+            "rows: -2 on axis 0 is outside [0, 1), the rows of weights[0]",
+        ),
+        (
+            {"weights": [torch.ones(1, 4), torch.ones(1, 5)]},
+            TypeError,
+            "weights: got float32 of shape (1, 4) on cpu, expected float64",
+        ),
+        (
+            {"weights": [torch.ones(1, 4).double(), torch.ones(1, 6).double()]},
+            ValueError,
+            "weights: got shapes [(1, 4), (1, 6)], expected (k, 4), (k, 5), or one dense (1, 4, 5)",
+        ),
+        (
+            {"weights": [torch.ones(2, 4, 5).double()]},
+            ValueError,
+            "weights: got shapes [(2, 4, 5)], expected (k, 4), (k, 5), or one dense (1, 4, 5)",
+        ),
+        (
+            {"weights": torch.ones(1, 4, 5).double()},
+            TypeError,
+            "weights: expected a list of tensors, got Tensor",
+        ),
+        (
+            {"total": torch.ones(6, 5)},
+            TypeError,
+            "total: got float32 of shape (6, 5) on cpu, expected float64",
+        ),
+        (
+            {"total": torch.ones(5, 6).double()},
+            ValueError,
+            "total: got shape (5, 6), expected (6, 5)",
+        ),
+        (
+            {"volume_shape": (6, -1)},
+            ValueError,
+            "volume_shape: got (6, -1), expected 2 sizes >= 0 to go with patches of shape "
+            "(2, 1, 4, 5)",
+        ),
+    ],
+)
+def test_bad_tables(changes, error, message):
+    good = {
+        "patches": torch.ones(2, 1, 4, 5),
+        "origins": torch.zeros(2, 2, dtype=torch.int64),
+        "rows": torch.zeros(2, 2, dtype=torch.int64),
+        "weights": [torch.ones(1, 4).double(), torch.ones(1, 5).double()],
+        "volume_shape": (6, 5),
+    }
+    assert ops.overlap_add(**good).shape == (1, 6, 5)
+    bad_call(ops.overlap_add, {**good, **changes}, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"ring": torch.zeros(1, 6, 5).half()},
+            TypeError,
+            "ring: got float16 of shape (1, 6, 5) on cpu, expected float32 for patches of dtype "
+            "float32",
+        ),
+        (
+            {"ring": torch.zeros(2, 6, 5)},
+            ValueError,
+            "ring: got shape (2, 6, 5), expected (C, *extent) to go with patches of shape "
+            "(2, 1, 4, 5)",
+        ),
+        (
+            {"ring": torch.zeros(1, 5, 6).transpose(1, 2)},
+            ValueError,
+            "ring: strides (30, 1, 6), expected a contiguous tensor",
+        ),
+        ({"ring_axis": 2}, ValueError, "ring_axis: got 2, expected 0 <= ring_axis < 2"),
+        (
+            {"start": 1, "stop": 8},
+            ValueError,
+            "start, stop: got 1, 8, expected 0 <= start <= stop <= start + 6, the slots of ring",
+        ),
+        (
+            {"patches": torch.ones(2, 1, 4, 5, requires_grad=True)},
+            ValueError,
+            "patches: require grad, but overlap_add_ has none; use overlap_add",
+        ),
+    ],
+)
+def test_bad_rings(changes, error, message):
+    good = {
+        "ring": torch.zeros(1, 6, 5),
+        "patches": torch.ones(2, 1, 4, 5),
+        "origins": torch.zeros(2, 2, dtype=torch.int64),
+        "rows": torch.zeros(2, 2, dtype=torch.int64),
+        "weights": [torch.ones(1, 4).double(), torch.ones(1, 5).double()],
+    }
+    assert ops.overlap_add_(**good) is good["ring"]
+    bad_call(ops.overlap_add_, {**good, **changes}, error, message)
+
+
+@needs_library
+def test_the_compiled_operator_checks_for_itself():
+    case = make_case((6, 5), (4, 3), 2)
+    rows = case.rows.clone()
+    rows[1, 0] = 3
+    message = r"rows: 3 on axis 0 is outside \[0, 3\), the rows of weights\[0\]"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.voxfuse.overlap_add(
+            case.patches, case.origins, rows, case.weights, None, list(case.volume)
+        )
+    for wrong in (
+        (case.patches[:, :, :3], case.origins, case.rows, case.weights, None, [6, 5]),
+        (case.patches, case.origins[:1], case.rows, case.weights, None, [6, 5]),
+        (case.patches, case.origins, case.rows, case.weights[:1], None, [6, 5]),
+        (case.patches, case.origins, case.rows, case.weights, None, [6, 5, 4]),
+        (case.patches, case.origins, case.rows, case.weights, torch.ones(5), [6, 5]),
+        (case.patches.int(), case.origins, case.rows, case.weights, None, [6, 5]),
+    ):
+        with pytest.raises(RuntimeError, match=r"(patches|origins|weights|total): "):
+            torch.ops.voxfuse.overlap_add(*wrong)
+
+
+def test_every_combination_of_axes_and_form_runs():
+    for axes, dense, general in itertools.product((1, 2, 3), (False, True), (False, True)):
+        case = make_case((6, 7, 8)[:axes], (3, 4, 5)[:axes], 3, dense=dense, general=general)
+        torch.testing.assert_close(case.forward(), case.forward(torch.ops.voxfuse_reference))
