@@ -1,0 +1,234 @@
+"""Sliding-window inference: identity, MONAI's numbers, memory, padding, bad input."""
+
+from __future__ import annotations
+
+import builtins
+import weakref
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import voxfuse
+from voxfuse.fusion import windows
+
+RULES = ("shifted", "even", "half_patch")
+
+
+def twice(patch):
+    return torch.cat([2 * patch, -patch], 1)
+
+
+@hypothesis.given(
+    spatial=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    roi=st.lists(st.integers(1, 24), min_size=3, max_size=3),
+    batch=st.integers(1, 3),
+    size=st.integers(1, 5),
+    grid=st.sampled_from(RULES),
+    window=st.sampled_from(windows.NAMES),
+    padding=st.sampled_from([None, "reflect", "replicate", "circular"]),
+)
+def test_a_pointwise_predictor_gives_its_values_back(
+    spatial, roi, batch, size, grid, window, padding
+):
+    generator = torch.Generator().manual_seed(len(spatial))
+    volume = torch.rand(batch, 1, *spatial, generator=generator)
+    result = voxfuse.sliding_window_inference(
+        volume,
+        roi[: len(spatial)],
+        twice,
+        0.5,
+        window,
+        size,
+        grid=grid,
+        padding_mode=padding,
+    )
+    torch.testing.assert_close(result, twice(volume), rtol=8 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("roi", [(16, 12, 10), (40, 12, 7)])
+@pytest.mark.parametrize("overlap", [0.25, 0.5, (0.5, 0.25, 0.6)])
+@pytest.mark.parametrize("window", ["constant", "monai_gaussian"])
+def test_equals_monai(roi, overlap, window):
+    inferers = pytest.importorskip("monai.inferers")
+    torch.manual_seed(0)
+    volume = torch.rand(2, 3, 33, 20, 17)
+    net = torch.nn.Conv3d(3, 2, 3, padding=1)
+    mode = "constant" if window == "constant" else "gaussian"
+    with torch.no_grad():
+        expected = inferers.sliding_window_inference(volume, roi, 2, net, overlap, mode=mode)
+    actual = voxfuse.sliding_window_inference(volume, roi, net, overlap, window, 3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_bits_do_not_depend_on_the_batch_size(dtype):
+    torch.manual_seed(0)
+    volume = torch.rand(2, 1, 30, 21, 14)
+    noise = torch.rand(1, 3, 12, 12, 12)
+
+    def predictor(patch):
+        return (patch * noise).to(dtype)
+
+    results = [
+        voxfuse.sliding_window_inference(volume, 12, predictor, 0.5, "bspline", size)
+        for size in (1, 2, 7, 1000)
+    ]
+    assert results[0].dtype == dtype
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_only_one_batch_of_predictions_is_alive():
+    alive = []
+    most = 0
+
+    def predictor(patch):
+        nonlocal most
+        result = patch.clone()
+        alive.append(weakref.ref(result.untyped_storage()))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return result
+
+    voxfuse.sliding_window_inference(torch.rand(1, 1, 32, 32), 8, predictor)
+    assert most <= 2
+
+
+def test_runs_without_gradients():
+    net = torch.nn.Conv1d(1, 1, 3, padding=1)
+    result = voxfuse.sliding_window_inference(torch.rand(1, 1, 20), 8, net)
+    assert not result.requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("padding", ["constant", "reflect", "replicate", "circular"])
+def test_patches_are_padded_as_torch_pads(padding):
+    volume = torch.arange(6.0).reshape(1, 1, 6)
+    seen = []
+
+    def predictor(patch):
+        seen.append(patch.clone())
+        return patch
+
+    voxfuse.sliding_window_inference(volume, 11, predictor, padding_mode=padding, cval=9)
+    value = {"value": 9} if padding == "constant" else {}
+    expected = torch.nn.functional.pad(volume, (2, 3), mode=padding, **value)
+    assert torch.equal(seen[0], expected)
+
+
+def test_reflection_goes_as_far_as_needed():
+    volume = torch.arange(3.0).reshape(1, 1, 3)
+    seen = []
+
+    def predictor(patch):
+        seen.append(patch.clone())
+        return patch
+
+    voxfuse.sliding_window_inference(volume, 15, predictor, padding_mode="reflect")
+    assert np.array_equal(seen[0][0, 0].numpy(), np.pad(np.arange(3.0), 6, mode="reflect"))
+
+
+def test_roi_below_one_means_the_volume():
+    shapes = []
+
+    def predictor(patch):
+        shapes.append(tuple(patch.shape))
+        return patch
+
+    voxfuse.sliding_window_inference(torch.rand(1, 2, 9, 7), (0, 5), predictor)
+    assert set(shapes) == {(1, 2, 9, 5)}
+
+
+def test_progress_says_what_is_missing(monkeypatch):
+    original = builtins.__import__
+
+    def without_tqdm(name, *args, **kwargs):
+        if name.startswith("tqdm"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    with pytest.raises(RuntimeError, match="progress: needs the package tqdm"):
+        voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, twice, progress=True)
+
+
+def test_progress_shows_a_bar(capsys):
+    pytest.importorskip("tqdm")
+    voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, twice, progress=True)
+    assert "batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"volume": [1]}, TypeError, "volume: expected a torch.Tensor, got list"),
+        (
+            {"volume": torch.rand(3, 4)},
+            ValueError,
+            "volume: got shape (3, 4), expected (B, channels, *spatial) with 1 to 3 spatial axes, "
+            "none of them empty",
+        ),
+        (
+            {"roi_size": (4, 4, 4)},
+            ValueError,
+            "roi_size: got (4, 4, 4), expected one number or 2, to go with a volume of (9, 8)",
+        ),
+        ({"roi_size": 4.5}, TypeError, "roi_size: got 4.5, expected integers"),
+        ({"predictor": 3}, TypeError, "predictor: got int, expected a callable"),
+        ({"sw_batch_size": 0}, ValueError, "sw_batch_size: got 0, expected an integer >= 1"),
+        (
+            {"grid": "odd"},
+            ValueError,
+            "grid: got 'odd', expected one of 'shifted', 'even', 'half_patch'",
+        ),
+        (
+            {"padding_mode": "mirror"},
+            ValueError,
+            "padding_mode: got 'mirror', expected one of 'constant', 'reflect', 'replicate', "
+            "'circular'",
+        ),
+        ({"overlap": 1.0}, ValueError, "overlap: got 1.0, expected numbers in [0, 1), one or 2"),
+        (
+            {"predictor": lambda patch: patch[..., ::2]},
+            ValueError,
+            "predictor: returned shape (1, 1, 4, 2), expected (1, C, 4, 4)",
+        ),
+        (
+            {"predictor": lambda patch: patch.to(torch.int32)},
+            TypeError,
+            "predictor: returned int32 of shape (1, 1, 4, 4) on cpu, expected float32, float16, "
+            "bfloat16 or float64",
+        ),
+        (
+            {"predictor": lambda patch: (patch,)},
+            TypeError,
+            "predictor's result: expected a torch.Tensor, got tuple",
+        ),
+    ],
+)
+def test_bad_input(changes, error, message):
+    arguments = {"volume": torch.rand(1, 1, 9, 8), "roi_size": 4, "predictor": lambda x: x}
+    with pytest.raises(error) as caught:
+        voxfuse.sliding_window_inference(**{**arguments, **changes})
+    assert str(caught.value) == message
+
+
+def test_a_predictor_that_changes_its_mind_is_an_error():
+    calls = iter([1, 2])
+    with pytest.raises(ValueError, match=r"predictor: returned .* but before 1 channels"):
+        voxfuse.sliding_window_inference(
+            torch.rand(1, 1, 8), 4, lambda x: x.repeat(1, next(calls), 1)
+        )
+
+
+def test_every_patch_of_every_sample_is_predicted_once():
+    count = 0
+
+    def predictor(patch):
+        nonlocal count
+        count += len(patch)
+        return patch
+
+    voxfuse.sliding_window_inference(torch.rand(3, 1, 16, 16), 8, predictor, 0.5, sw_batch_size=4)
+    assert count == 3 * 9
