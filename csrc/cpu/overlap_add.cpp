@@ -182,10 +182,24 @@ std::vector<int64_t> sizes_from(const Tensor& tensor, int64_t first) {
   return sizes;
 }
 
+// Runs tasks [0, tasks) in parallel, each thread with enough of them to be worth waking: `work` is
+// the number of values that all tasks together read. Tasks are the same whatever the threads.
+template <class F>
+void run(int64_t tasks, int64_t work, F&& f) {
+  constexpr int64_t kWorkEach = 32768;
+  const int64_t grain = std::max<int64_t>(tasks * kWorkEach / std::max<int64_t>(work, 1), 1);
+  torch::stable::parallel_for(0, tasks, grain, std::forward<F>(f));
+}
+
+int64_t work_of(const Fusion& q) {
+  const int64_t read = q.patches * q.patch[0] * q.patch[1] * q.patch[2];
+  const int64_t written = q.accumulate ? 0 : q.extent[0] * q.extent[1] * q.extent[2];
+  return (read + written) * std::max<int64_t>(q.channels, 1);
+}
+
 void run_forward(const Fusion& q, int64_t tasks) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    VOXFUSE_DISPATCH(overlap_forward, q, first, last);
-  });
+  run(tasks, work_of(q),
+      [&](int64_t first, int64_t last) { VOXFUSE_DISPATCH(overlap_forward, q, first, last); });
 }
 
 Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
@@ -250,10 +264,10 @@ void overlap_weights_(const Tensor& total, const Tensor& origins, const Tensor& 
   check_fusion_ring(total, "total", extent, ring_axis, start, stop);
   Plan plan(origins, rows, weights, std::nullopt, extent, 1, true, {ring_axis, start, stop});
   plan.q.target = total.mutable_data_ptr();
+  plan.q.accumulate = true;
   const int64_t tasks = plan.tile(false, 8);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    VOXFUSE_DISPATCH(overlap_weights, plan.q, first, last);
-  });
+  run(tasks, work_of(plan.q),
+      [&](int64_t first, int64_t last) { VOXFUSE_DISPATCH(overlap_weights, plan.q, first, last); });
 }
 
 Tensor overlap_add_backward(const Tensor& grad, const Tensor& origins, const Tensor& rows,
@@ -274,10 +288,10 @@ Tensor overlap_add_backward(const Tensor& grad, const Tensor& origins, const Ten
   plan.q.type = element_of(grad, "grad");
   plan.q.source = source.const_data_ptr();
   plan.q.target = result.mutable_data_ptr();
-  torch::stable::parallel_for(0, plan.q.patches * plan.q.patch[0], 1,
-                              [&](int64_t first, int64_t last) {
-                                VOXFUSE_DISPATCH(overlap_backward, plan.q, first, last);
-                              });
+  const int64_t tasks = plan.q.patches * plan.q.patch[0];
+  run(tasks, work_of(plan.q), [&](int64_t first, int64_t last) {
+    VOXFUSE_DISPATCH(overlap_backward, plan.q, first, last);
+  });
   return result;
 }
 
