@@ -118,6 +118,28 @@ def evaluate(
         _checks.reraise(error)
 
 
+def run(
+    plan: Plan,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    weights: Weights | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the loss of a ready ``plan``: for the adapters, whose options no recipe has.
+
+    The tensors are plain, and ``weights`` as the operators take them (:func:`class_weights`).
+    """
+    check_inputs(input, target, weight, plan.confusion[3])
+    operators = _operators(backend, input.device)
+    try:
+        return _differentiable(input, target, weight, operators, plan, weights or _NO_WEIGHTS, None)
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        _checks.reraise(error)
+
+
 def _differentiable(
     input: Tensor,
     target: Tensor,
@@ -297,7 +319,7 @@ def _composed(
     """The same from the operators' own autograd: what a compiler can trace."""
     stats = operators.confusion(input, target, weight, *plan.confusion)
     if ranks is not None:
-        stats = _SumOverRanks.apply(stats, plan.batch, ranks)  # type: ignore[no-untyped-call]
+        stats = sum_over_ranks(stats, plan.batch, ranks)
     loss: Tensor = operators.ratio(
         stats,
         *plan.ratio,
@@ -318,6 +340,12 @@ def _sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     total = stats.sum(0, keepdim=True) if batch else stats.clone()
     torch.distributed.all_reduce(total, group=ranks.group)
     return total
+
+
+def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
+    """The same with autograd; the gradient is that of one process holding the whole batch."""
+    result: Tensor = _SumOverRanks.apply(stats, batch, ranks)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:
