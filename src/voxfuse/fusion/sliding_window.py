@@ -149,10 +149,13 @@ def _add(
 
 
 def _moved(tables: Tables, device: torch.device) -> Tables:
-    """Tables on ``device``; small indices stay on the CPU, where they can be checked."""
-    if tables.total is None:
-        return tables
-    return Tables(tables.origins, tables.rows, tables.weights, tables.total.to(device))
+    """Move the weights to ``device`` once; indices stay on the CPU, where they can be checked."""
+    return Tables(
+        tables.origins,
+        tables.rows,
+        [w.to(device) for w in tables.weights],
+        None if tables.total is None else tables.total.to(device),
+    )
 
 
 def _roi(roi_size: int | Sequence[int], spatial: tuple[int, ...]) -> tuple[int, ...]:
