@@ -50,6 +50,21 @@ def allocate_reused() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))
 
 
+def without_huge_pages(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Run ``function`` with transparent huge pages switched off for this process."""
+    set_thp_disable = 41
+    libc = _libc()
+
+    def call() -> Any:
+        libc.prctl(set_thp_disable, 1, 0, 0, 0)
+        try:
+            return function()
+        finally:
+            libc.prctl(set_thp_disable, 0, 0, 0, 0)
+
+    return call
+
+
 @dataclasses.dataclass
 class Timing:
     """Seconds of the rounds of one competitor."""

@@ -23,6 +23,8 @@ DEFAULT_SHAPES = [
     (1, 2, 192, 192, 192),
     (1, 4, 192, 192, 192),
 ]
+SWEEP_VOLUMES = [(1, 2, n, n, n) for n in (48, 64, 96, 128, 160, 192)]
+SWEEP_CLASSES = [(1, c, 64, 64, 64) for c in (2, 4, 8, 16, 32, 64)]
 QUICK_SHAPES = [(1, 2, 64, 64, 64), (1, 4, 64, 64, 64)]
 
 
@@ -137,6 +139,8 @@ def measure_shape(
             functions["voxfuse forward"] = forward_only(everyone["voxfuse"], logits, labels)
             if "monai" in everyone:
                 functions["monai forward"] = forward_only(everyone["monai"], logits, labels)
+        if options.extras and device.type == "cpu" and mode == "fresh":
+            functions["voxfuse, 4 KiB pages"] = harness.without_huge_pages(functions["voxfuse"])
         if options.extras and dtype == torch.float32 and mode == "reused":
             functions |= extras(logits, labels)
         timings = harness.interleave(functions, clock, options.rounds, options.budget)
@@ -179,7 +183,7 @@ def print_shape(result: dict[str, Any]) -> None:
         f"{'memory beyond gradient':>24}"
     )
     fresh, reused = result["fresh"], result["reused"]
-    for name, row in reused.items():
+    for name, row in {**reused, **{n: fresh[n] for n in fresh if n not in reused}}.items():
         own = "voxfuse DiceCE" if name.endswith("DiceCE") else "voxfuse"
         cells = f"  {name:<24}"
         if name in fresh:
@@ -187,7 +191,10 @@ def print_shape(result: dict[str, Any]) -> None:
             cells += f"{fresh[name]['min_ms']:>9.2f}{ratio:>7.1f}"
         else:
             cells += f"{'':>16}"
-        cells += f"{row['min_ms']:>10.2f}{row['min_ms'] / reused[own]['min_ms']:>7.1f}"
+        if name in reused:
+            cells += f"{row['min_ms']:>10.2f}{row['min_ms'] / reused[own]['min_ms']:>7.1f}"
+        else:
+            cells += f"{'':>17}"
         cells += f"{row['p20_ms']:>8.1f}-{row['p80_ms']:<7.1f}"
         if name in result["peak_extra_bytes"]:
             beyond = result["peak_extra_bytes"][name] - result["gradient_bytes"]
@@ -214,11 +221,15 @@ def print_shape(result: dict[str, Any]) -> None:
 def run(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Run the whole benchmark and return what --json writes."""
     shapes = options.shapes or (QUICK_SHAPES if options.quick else DEFAULT_SHAPES)
+    if options.sweep:
+        shapes = list(dict.fromkeys(SWEEP_VOLUMES + SWEEP_CLASSES))
+        options.peers = [peer for peer in options.peers if peer != "compile"] + ["compile-best"]
+        options.budget = min(options.budget, 12.0)
     if options.quick:
         options.rounds = min(options.rounds, 5)
     device = torch.device(options.device)
     results: dict[str, Any] = {
-        "benchmark": "loss",
+        "benchmark": "sweep" if options.sweep else "loss",
         "machine": harness.machine(device),
         "shapes": [],
         "small_step": small_step(device),

@@ -24,7 +24,7 @@ COLOURS = {
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw what fits the kind of benchmark."""
-    {"loss": draw_loss, "step": draw_step}[results["benchmark"]](results, path)
+    {"loss": draw_loss, "sweep": draw_sweep, "step": draw_step}[results["benchmark"]](results, path)
 
 
 def _label(shape: list[int]) -> str:
@@ -88,7 +88,13 @@ def draw_loss(results: dict[str, Any], path: Path) -> None:
         axis.set_ylabel(unit)
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
+    )
+    _finish(figure, results, path)
+
+
+def _finish(figure: Any, results: dict[str, Any], path: Path) -> None:
     machine = results["machine"]
     figure.suptitle(
         f"{machine.get('gpu') or machine['cpu']} ({machine['threads']} threads), "
@@ -97,6 +103,61 @@ def draw_loss(results: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_sweep(results: dict[str, Any], path: Path) -> None:
+    """Lines: time and memory over the volume at 2 classes, and over the classes at 64^3."""
+    shapes = results["shapes"]
+    volumes = [row for row in shapes if row["shape"][1] == 2]
+    classes = [row for row in shapes if row["shape"][2] == 64]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True, sharex="col")
+    styles = [
+        ("voxfuse", "voxfuse", "o"),
+        ("compile-comparison", "torch.compile", "s"),
+        ("nnunet", "nnU-Net Dice", "^"),
+        ("plain", "plain PyTorch", "v"),
+        ("monai", "MONAI", "D"),
+    ]
+    for column, (rows, axis_of, label) in enumerate(
+        (
+            (volumes, lambda row: row["shape"][2], "edge of the volume, 2 classes"),
+            (classes, lambda row: row["shape"][1], "classes, 64³ voxels"),
+        )
+    ):
+        x = [axis_of(row) for row in rows]
+        for name, text, marker in styles:
+            if name not in rows[0]["fresh"]:
+                continue
+            colour = COLOURS["compiled" if name.startswith("compile") else name]
+            time = [row["fresh"][name]["min_ms"] for row in rows]
+            beyond = [
+                max((row["peak_extra_bytes"][name] - row["gradient_bytes"]) / 2**20, 0.01)
+                for row in rows
+            ]
+            axes[0][column].plot(x, time, marker=marker, color=colour, label=text, markersize=4)
+            axes[1][column].plot(x, beyond, marker=marker, color=colour, markersize=4)
+        axes[0][column].plot(
+            x,
+            [row["reused"]["floor"]["min_ms"] for row in rows],
+            linestyle="--",
+            color=COLOURS["floor"],
+            label="read once + copy once",
+        )
+        axes[1][column].set_xlabel(label)
+        for row_index in (0, 1):
+            axis = axes[row_index][column]
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.minorticks_off()
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("forward + backward, ms")
+    axes[1][0].set_ylabel("memory beyond logits and gradient, MiB")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
+    )
+    _finish(figure, results, path)
 
 
 def draw_step(results: dict[str, Any], path: Path) -> None:

@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=["monai", "nnunet", "compile", "reference"],
         help="comma-separated: monai,nnunet,compile,reference",
     )
+    loss.add_argument(
+        "--sweep", action="store_true", help="over volume sizes at 2 classes and classes at 64^3"
+    )
     loss.add_argument("--extras", action="store_true", help="half types, layouts, full statistics")
     loss.add_argument("--profile", type=Path, metavar="DIR", help="leave torch.profiler traces")
     loss.add_argument(
