@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+#include "cpu/soft_confusion_host.h"
 #include "ops/soft_confusion.h"
 
 VOXFUSE_DECLARE_KERNEL(int64_t, confusion_forward(const Confusion& q, int64_t b, int64_t begin,
@@ -20,18 +21,56 @@ VOXFUSE_DECLARE_KERNEL(int64_t, confusion_backward(const Confusion& q, int64_t b
 namespace voxfuse {
 namespace {
 
-// A tensor with collapsible strides, and those strides: the tensor itself or, at the price of one
-// copy, a contiguous one.
-struct View {
-  Tensor tensor;
-  Strides strides;
-};
-
-View view_of(const Tensor& tensor, bool has_channel) {
-  if (const auto strides = strides_of(tensor, has_channel)) return {tensor, *strides};
-  const Tensor copy = torch::stable::contiguous(tensor);
-  return {copy, *strides_of(copy, has_channel)};
+double value_at(const void* base, Element type, int64_t offset) {
+  switch (type) {
+    case Element::f32:
+      return static_cast<const float*>(base)[offset];
+    case Element::f64:
+      return static_cast<const double*>(base)[offset];
+    case Element::f16: {
+      const uint16_t h = static_cast<const uint16_t*>(base)[offset];
+      const double magnitude = (h & 0x7c00) == 0
+                                   ? std::ldexp(h & 0x3ff, -24)
+                                   : std::ldexp((h & 0x3ff) | 0x400, ((h >> 10) & 31) - 25);
+      return (h & 0x8000) != 0 ? -magnitude : magnitude;
+    }
+    case Element::boolean:
+    case Element::u8:
+      return static_cast<const uint8_t*>(base)[offset];
+    case Element::i16:
+      return static_cast<const int16_t*>(base)[offset];
+    case Element::i32:
+      return static_cast<const int32_t*>(base)[offset];
+    case Element::i64:
+      return static_cast<double>(static_cast<const int64_t*>(base)[offset]);
+    default:
+      return 0;
+  }
 }
+
+}  // namespace
+
+void raise_wrong_label(const Confusion& q) {
+  const int64_t classes = q.classes == 1 ? 2 : q.classes;
+  for (int64_t b = 0; b < q.batch; ++b) {
+    for (int64_t v = 0; v < q.voxels; ++v) {
+      const int64_t offset = b * q.target_stride.batch + v * q.target_stride.voxel;
+      const double x = value_at(q.target, q.target_type, offset);
+      const bool number = x > -9.2e18 && x < 9.2e18;
+      const int64_t label =
+          q.target_type == Element::i64
+              ? static_cast<const int64_t*>(q.target)[offset]
+              : (number ? static_cast<int64_t>(x) : std::numeric_limits<int64_t>::min());
+      if (q.has_ignore && label == q.ignore_index) continue;
+      if (label >= 0 && label < classes) continue;
+      STD_TORCH_CHECK(false, "target: label ", label, " is outside [0, ", classes, ")",
+                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "");
+    }
+  }
+  STD_TORCH_CHECK(false, "target: a label is outside [0, ", classes, ")");
+}
+
+namespace {
 
 // The operator's arguments; the views keep copies alive as long as the pointers are used.
 struct Arguments {
@@ -76,66 +115,6 @@ Arguments arguments(const Tensor& input, const Tensor& target, const std::option
   return a;
 }
 
-// Fixed division of a sample's voxels into ranges of whole chunks: it depends on the shape alone,
-// and the ranges' sums together stay within 512 KiB.
-struct Ranges {
-  int64_t count, voxels;
-  Ranges(const Confusion& q, int64_t most) {
-    const int64_t chunks = std::max<int64_t>((q.voxels + kChunkVoxels - 1) / kChunkVoxels, 1);
-    const int64_t chunks_each = (chunks + most - 1) / most;
-    voxels = chunks_each * kChunkVoxels;
-    count = (chunks + chunks_each - 1) / chunks_each;
-  }
-};
-
-double value_at(const void* base, Element type, int64_t offset) {
-  switch (type) {
-    case Element::f32:
-      return static_cast<const float*>(base)[offset];
-    case Element::f64:
-      return static_cast<const double*>(base)[offset];
-    case Element::f16: {
-      const uint16_t h = static_cast<const uint16_t*>(base)[offset];
-      const double magnitude = (h & 0x7c00) == 0
-                                   ? std::ldexp(h & 0x3ff, -24)
-                                   : std::ldexp((h & 0x3ff) | 0x400, ((h >> 10) & 31) - 25);
-      return (h & 0x8000) != 0 ? -magnitude : magnitude;
-    }
-    case Element::boolean:
-    case Element::u8:
-      return static_cast<const uint8_t*>(base)[offset];
-    case Element::i16:
-      return static_cast<const int16_t*>(base)[offset];
-    case Element::i32:
-      return static_cast<const int32_t*>(base)[offset];
-    case Element::i64:
-      return static_cast<double>(static_cast<const int64_t*>(base)[offset]);
-    default:
-      return 0;
-  }
-}
-
-// Finds the first label that no class has, and raises. Only called when a kernel met one.
-[[noreturn]] void raise_wrong_label(const Confusion& q) {
-  const int64_t classes = q.classes == 1 ? 2 : q.classes;
-  for (int64_t b = 0; b < q.batch; ++b) {
-    for (int64_t v = 0; v < q.voxels; ++v) {
-      const int64_t offset = b * q.target_stride.batch + v * q.target_stride.voxel;
-      const double x = value_at(q.target, q.target_type, offset);
-      const bool number = x > -9.2e18 && x < 9.2e18;
-      const int64_t label =
-          q.target_type == Element::i64
-              ? static_cast<const int64_t*>(q.target)[offset]
-              : (number ? static_cast<int64_t>(x) : std::numeric_limits<int64_t>::min());
-      if (q.has_ignore && label == q.ignore_index) continue;
-      if (label >= 0 && label < classes) continue;
-      STD_TORCH_CHECK(false, "target: label ", label, " is outside [0, ", classes, ")",
-                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "");
-    }
-  }
-  STD_TORCH_CHECK(false, "target: a label is outside [0, ", classes, ")");
-}
-
 Tensor soft_confusion(const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
                       int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
@@ -145,8 +124,9 @@ Tensor soft_confusion(const Tensor& input, const Tensor& target,
                                 ignore_index, gamma, statistics);
   const Confusion& q = a.confusion;
   const int64_t rows = q.classes * statistics;
+  // The ranges' sums together stay within 512 KiB.
   const int64_t most = std::clamp<int64_t>(65536 / std::max<int64_t>(q.batch * rows, 1), 1, 256);
-  const Ranges ranges(q, most);
+  const Ranges ranges(q.voxels, kChunkVoxels, most);
   Tensor result =
       torch::stable::new_empty(input, {q.batch, q.classes, statistics}, ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
@@ -194,7 +174,7 @@ Tensor soft_confusion_backward(const Tensor& grad, const Tensor& input, const Te
   q.gradient_stride = own ? *own : *strides_of(written, true);
   advise_huge_pages(q.gradient, written.numel() * written.element_size());
 
-  const Ranges ranges(q, 256);
+  const Ranges ranges(q.voxels, kChunkVoxels, 256);
   std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, q.batch * ranges.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last && !wrong.load(std::memory_order_relaxed); ++task) {

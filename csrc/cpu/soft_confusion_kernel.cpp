@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/half.h"
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 #include "cpu/soft_confusion.h"
 
@@ -59,140 +60,6 @@ struct Workspace {
   }
   static constexpr int64_t kScratchRows = 9;
 };
-
-// A label, weight or dense value converted to the compute type; labels are truncated.
-template <class R, class T>
-void convert_row(const T* source, int64_t stride, int64_t n, R* out) {
-  if (stride == 1) {
-    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
-      half_row_to_float(source, n, out);
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<R>(to_real<R>(source[i]));
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<R>(to_real<R>(source[i * stride]));
-  }
-}
-
-// A row of the compute type written as T.
-template <class R, class T>
-void write_row(const R* source, int64_t n, T* out, int64_t stride) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) out[i * stride] = from_real<T>(source[i]);
-  } else if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
-    float_row_to_half(source, n, out);
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_real<T>(source[i]);
-  }
-}
-
-// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler, which then
-// vectorises the shuffles.
-template <int C, class R>
-void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int c = 0; c < C; ++c) tile[c * room + i] = source[i * C + c];
-  }
-}
-template <int C, class R>
-void merge_channels(const R* tile, int64_t room, int64_t n, R* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int c = 0; c < C; ++c) out[i * C + c] = tile[c * room + i];
-  }
-}
-
-// (n, classes) interleaved to a tile (classes, room); `source` may be read up to a vector beyond.
-template <class R>
-void split_channels(const R* source, int64_t n, int64_t classes, R* tile, int64_t room) {
-  if (classes == 1) return split_channels<1>(source, n, tile, room);
-  if (classes == 2) return split_channels<2>(source, n, tile, room);
-  if (classes == 3) return split_channels<3>(source, n, tile, room);
-  if (classes == 4) return split_channels<4>(source, n, tile, room);
-  int64_t i = 0;
-  if constexpr (std::is_same_v<R, float>) {
-    constexpr int W = Lanes<float>::width;
-    for (; i + W <= n; i += W) {
-      for (int64_t c = 0; c < classes; c += W) {
-        Vec<float> rows[W];
-        for (int j = 0; j < W; ++j) rows[j] = load(source + (i + j) * classes + c);
-        transpose(rows);
-        const int64_t stop = std::min<int64_t>(W, classes - c);
-        for (int64_t k = 0; k < stop; ++k) store(tile + (c + k) * room + i, rows[k]);
-      }
-    }
-  }
-  for (; i < n; ++i) {
-    for (int64_t c = 0; c < classes; ++c) tile[c * room + i] = source[i * classes + c];
-  }
-}
-
-// The other way round; `out` may be written up to a vector beyond.
-template <class R>
-void merge_channels(const R* tile, int64_t room, int64_t n, int64_t classes, R* out) {
-  if (classes == 1) return merge_channels<1>(tile, room, n, out);
-  if (classes == 2) return merge_channels<2>(tile, room, n, out);
-  if (classes == 3) return merge_channels<3>(tile, room, n, out);
-  if (classes == 4) return merge_channels<4>(tile, room, n, out);
-  int64_t i = 0;
-  if constexpr (std::is_same_v<R, float>) {
-    constexpr int W = Lanes<float>::width;
-    for (; i + W <= n; i += W) {
-      // The last, partial group of channels first: what it writes beyond a voxel is overwritten.
-      for (int64_t c = (classes - 1) / W * W; c >= 0; c -= W) {
-        Vec<float> rows[W];
-        const int64_t stop = std::min<int64_t>(W, classes - c);
-        for (int64_t k = 0; k < W; ++k) {
-          rows[k] = k < stop ? load(tile + (c + k) * room + i) : Vec<float>{};
-        }
-        transpose(rows);
-        for (int j = 0; j < W; ++j) store(out + (i + j) * classes + c, rows[j]);
-      }
-    }
-  }
-  for (; i < n; ++i) {
-    for (int64_t c = 0; c < classes; ++c) out[i * classes + c] = tile[c * room + i];
-  }
-}
-
-template <class F>
-decltype(auto) with_element(Element type, F&& f) {
-  switch (type) {
-    case Element::f32:
-      return f(float{});
-    case Element::f16:
-      return f(Half{});
-    case Element::bf16:
-      return f(BFloat16{});
-    case Element::f64:
-      return f(double{});
-    case Element::boolean:
-    case Element::u8:
-      return f(uint8_t{});
-    case Element::i16:
-      return f(int16_t{});
-    case Element::i32:
-      return f(int32_t{});
-    default:
-      return f(int64_t{});
-  }
-}
-
-template <class T>
-const T* element(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-
-// The label as an integer, or INT64_MIN if it has none (NaN, beyond 64 bits).
-template <class T>
-VOXFUSE_INLINE int64_t integer_label(T value) {
-  if constexpr (std::is_integral_v<T>) {
-    return static_cast<int64_t>(value);
-  } else {
-    const double x = static_cast<double>(to_real<double>(value));
-    return x > -9.2e18 && x < 9.2e18 ? static_cast<int64_t>(x)
-                                     : std::numeric_limits<int64_t>::min();
-  }
-}
 
 // Labels to the compute type with -1 for ignored voxels; returns how many have no class.
 template <class R, class T>

@@ -7,8 +7,11 @@
 namespace voxfuse {
 
 // Whether the target holds one value a class (or the foreground indicator of one class).
+inline bool target_is_dense(const Tensor& input, int64_t classes, const Tensor& target) {
+  return classes == 1 || (target.dim() == input.dim() && target.size(1) == classes);
+}
 inline bool target_is_dense(const Tensor& input, const Tensor& target) {
-  return input.size(1) == 1 || (target.dim() == input.dim() && target.size(1) == input.size(1));
+  return target_is_dense(input, input.size(1), target);
 }
 
 inline bool is_companion(const Tensor& tensor, const Tensor& input, int64_t channels) {
@@ -23,22 +26,16 @@ inline bool is_companion(const Tensor& tensor, const Tensor& input, int64_t chan
   return true;
 }
 
-inline void check_soft_confusion(const Tensor& input, const Tensor& target,
-                                 const std::optional<Tensor>& weight, int64_t activation,
-                                 int64_t likelihood, int64_t overlap,
-                                 const std::optional<int64_t>& ignore_index, double gamma) {
-  STD_TORCH_CHECK(input.dim() >= 2 && input.size(1) >= 1, "input: got shape ", shape_of(input),
-                  ", expected (B, C, *spatial) with C >= 1");
-  const ScalarType type = input.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
-                      type == ScalarType::BFloat16 || type == ScalarType::Double,
-                  "input: got ", torch::headeronly::toString(type),
-                  ", expected float32, float16, bfloat16 or float64");
+// Target, weight and options for an input with the batch and spatial axes of `input` and `classes`
+// channels.
+inline void check_confusion_companions(const Tensor& input, int64_t classes, const Tensor& target,
+                                       const std::optional<Tensor>& weight, int64_t activation,
+                                       int64_t likelihood, int64_t overlap,
+                                       const std::optional<int64_t>& ignore_index, double gamma) {
   STD_TORCH_CHECK(has_element(target.scalar_type()), "target: got ",
                   torch::headeronly::toString(target.scalar_type()),
                   ", expected bool, uint8, int16, int32, int64 or a float");
-  STD_TORCH_CHECK(is_companion(target, input, input.size(1)), "target: got shape ",
-                  shape_of(target),
+  STD_TORCH_CHECK(is_companion(target, input, classes), "target: got shape ", shape_of(target),
                   ", expected (B, *spatial), (B, 1, *spatial) or (B, C, *spatial)",
                   " to go with input of shape ", shape_of(input));
   STD_TORCH_CHECK(target.device() == input.device(), "target: is on another device than input");
@@ -60,8 +57,23 @@ inline void check_soft_confusion(const Tensor& input, const Tensor& target,
                   ", expected 0 (product) or 1 (min)");
   STD_TORCH_CHECK(gamma >= 0 && gamma <= 1.7976931348623157e308, "gamma: got ", gamma,
                   ", expected a finite number >= 0");
-  STD_TORCH_CHECK(!ignore_index || input.size(1) == 1 || !target_is_dense(input, target),
+  STD_TORCH_CHECK(!ignore_index || classes == 1 || !target_is_dense(input, classes, target),
                   "ignore_index: needs labels, but the target is dense");
+}
+
+inline void check_soft_confusion(const Tensor& input, const Tensor& target,
+                                 const std::optional<Tensor>& weight, int64_t activation,
+                                 int64_t likelihood, int64_t overlap,
+                                 const std::optional<int64_t>& ignore_index, double gamma) {
+  STD_TORCH_CHECK(input.dim() >= 2 && input.size(1) >= 1, "input: got shape ", shape_of(input),
+                  ", expected (B, C, *spatial) with C >= 1");
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16 || type == ScalarType::Double,
+                  "input: got ", torch::headeronly::toString(type),
+                  ", expected float32, float16, bfloat16 or float64");
+  check_confusion_companions(input, input.size(1), target, weight, activation, likelihood, overlap,
+                             ignore_index, gamma);
 }
 
 inline void check_soft_confusion_grad(const Tensor& grad, const Tensor& input) {
