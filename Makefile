@@ -1,0 +1,113 @@
+# Everything a user or a contributor does with a clone. Needs Python 3.10 or newer (with venv) and a
+# C++ compiler; all else is installed into $(VENV).
+#
+#   make demo     real head, real network, fused with every window; results in build/demo
+#   make test     the whole test suite
+#
+# Set-up is redone only when what it depends on has changed. Variables: PYTHON, VENV, OUT, ARGS,
+# VOXFUSE_CUDA (auto, 1 or 0), MAX_JOBS.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= build/demo
+ARGS ?=
+
+BIN := $(VENV)/bin
+# constraints.txt pins torch: without it pip may replace it by another build.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints.txt
+
+COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test lint format types bench check-torch-matrix clean distclean
+
+help:
+	@echo "make setup               create $(VENV) and install voxfuse into it (editable)"
+	@echo "make demo                run the demo on the bundled head MR; results in $(OUT)"
+	@echo "make test                run the test suite (ARGS='-k name' selects)"
+	@echo "make build               compile the kernels again after a change in csrc/"
+	@echo "make lint                ruff and clang-format, changing nothing"
+	@echo "make format              ruff and clang-format, in place"
+	@echo "make types               mypy"
+	@echo "make bench               loss benchmark, quick form (ARGS replaces its options)"
+	@echo "make check-torch-matrix  one wheel under the oldest, a fixed and the newest torch (slow)"
+	@echo "make clean, distclean    remove what was built; also $(VENV)"
+
+# --- Set-up ---------------------------------------------------------------------------------------
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than 3.10; try make PYTHON=python3.12 ..."; exit 1; }
+	@echo "-- Creating a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv failed; on Debian and Ubuntu install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.created constraints.txt
+	@echo "-- Installing PyTorch and the build tools (the first time this takes a few minutes)"
+	@$(INSTALL) --upgrade "setuptools>=77" wheel "pybind11>=2.13" cmake ninja torch
+	@touch $@
+
+# Editable, so that Python code needs no reinstallation; compiled code is rebuilt when it changes.
+# Without build isolation the extension is compiled against the torch installed above.
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py CMakeLists.txt $(COMPILED)
+	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || \
+	  { echo "No C++ compiler found; on Debian and Ubuntu install g++"; exit 1; }
+	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
+	@$(BIN)/voxfuse info
+	@touch $@
+
+setup: $(VENV)/.installed
+
+build:
+	@rm -f $(VENV)/.installed
+	@$(MAKE) --no-print-directory setup
+
+# --- What people do -------------------------------------------------------------------------------
+
+demo: setup
+	@$(BIN)/python examples/skull_strip.py --out $(OUT) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss --quick)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+types: setup
+	$(BIN)/mypy
+
+# One wheel, built once, must work under every supported PyTorch. This downloads several of them,
+# some with gigabytes of CUDA libraries, so it is not part of continuous integration.
+TORCH_MATRIX ?= torch==2.11.0 torch==2.13.0 torch
+MATRIX := build/torch-matrix
+
+check-torch-matrix: setup
+	@rm -rf $(MATRIX) && mkdir -p $(MATRIX)
+	@echo "-- Building the wheel"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir $(MATRIX)/wheel .
+	@for torch in $(TORCH_MATRIX); do \
+	  sh tests/check_wheel.sh "$(PYTHON)" "$$torch" $(MATRIX) || exit 1; \
+	done
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -f src/voxfuse/*.so $(VENV)/.installed
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
