@@ -1,0 +1,533 @@
+"""Patch fusion in gather form: every voxel sums the few patches over it, in patch order.
+
+A program owns a tile of one slice of the volume (or ring) for a few channels. It looks for the
+patches that touch its tile, a block of origins at a time, and adds them one after the other in
+registers; then every voxel of the tile is written once. The weights of a patch are formed once
+for all channels of the program. No atomics, so that the bits do not depend on anything but the
+patches and their order.
+
+Volumes of one or two axes have leading axes of extent 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from voxfuse.triton_kernels._common import LAUNCH_OPTIONS, device_guard, power_of_two
+
+#: Channels that a program adds up together.
+MAX_CHANNELS = 8
+#: Voxels in a tile, and most of them along the last axis.
+TILE = 512
+MAX_WIDTH = 128
+#: Origins that are compared with a tile at once.
+ORIGINS = 128
+
+
+@triton.jit
+def _coordinates(slot, start, extent, RING: tl.constexpr):
+    """The coordinate that a ring holds in ``slot``: the one of [start, start + extent)."""
+    if RING:
+        result = start + (slot - start % extent + extent) % extent
+    else:
+        result = slot
+    return result
+
+
+@triton.jit
+def _origin(origins, patch, axis: tl.constexpr, AXES: tl.constexpr):
+    """Origin of a patch (or of several) along one of the three axes."""
+    if axis + AXES >= 3:
+        result = tl.load(origins + patch * AXES + (axis + AXES - 3))
+    else:
+        result = patch * 0
+    return result
+
+
+@triton.jit
+def _touches(origins, patch, count, low, high, extent, axis: tl.constexpr, AXES: tl.constexpr):
+    """Which patches have a part in [low, high] of one axis."""
+    if axis + AXES >= 3:
+        place = origins + patch * AXES + (axis + AXES - 3)
+        origin = tl.load(place, mask=patch < count, other=0)
+        result = (origin <= high) & (origin + extent > low)
+    else:
+        result = patch < count
+    return result
+
+
+@triton.jit
+def _row_of(table, rows, patch, length, extent, axis: tl.constexpr, AXES: tl.constexpr):
+    """Where the row of weights of a patch begins; rows that do not exist are the nearest one."""
+    row = tl.load(rows + patch * AXES + (axis + AXES - 3))
+    return table + tl.minimum(tl.maximum(row, 0), length - 1) * extent
+
+
+@triton.jit
+def _weights(
+    table_z,
+    table_y,
+    table_x,
+    rows,
+    patch,
+    z,
+    y,
+    x,
+    inside,
+    length_z,
+    length_y,
+    length_x,
+    patch_z,
+    patch_y,
+    patch_x,
+    sums,
+    AXES: tl.constexpr,
+    DENSE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Weight of every voxel (z, y, x) of a patch, in DTYPE.
+
+    With NORMALISED the factors are rounded to DTYPE one by one; otherwise their float64 product is
+    divided by ``sums``.
+    """
+    if DENSE:
+        place = table_x + (z * patch_y + y) * patch_x + x
+        weight = tl.load(place, mask=inside, other=0.0)
+        if NORMALISED:
+            weight = weight.to(DTYPE)
+    else:
+        row = _row_of(table_x, rows, patch, length_x, patch_x, 2, AXES)
+        weight = tl.load(row + x, mask=(x >= 0) & (x < patch_x), other=0.0)
+        if NORMALISED:
+            weight = weight.to(DTYPE)
+        if AXES > 1:
+            row = _row_of(table_y, rows, patch, length_y, patch_y, 1, AXES)
+            factor = tl.load(row + y, mask=(y >= 0) & (y < patch_y), other=0.0)
+            if NORMALISED:
+                factor = factor.to(DTYPE)
+            if AXES > 2:
+                row = _row_of(table_z, rows, patch, length_z, patch_z, 0, AXES)
+                first = tl.load(row + z, mask=(z >= 0) & (z < patch_z), other=0.0)
+                if NORMALISED:
+                    first = first.to(DTYPE)
+                factor = first * factor
+            weight = factor * weight
+    if not NORMALISED:
+        weight = tl.where(sums == 0, 0.0, weight / tl.where(sums == 0, 1.0, sums)).to(DTYPE)
+    return weight
+
+
+@triton.jit
+def _gather(
+    patches,
+    output,
+    origins,
+    rows,
+    table_z,
+    table_y,
+    table_x,
+    total,
+    count,
+    channels,
+    size_z,
+    size_y,
+    size_x,
+    patch_z,
+    patch_y,
+    patch_x,
+    length_z,
+    length_y,
+    length_x,
+    patches_n,
+    patches_c,
+    patches_z,
+    patches_y,
+    patches_x,
+    start,
+    stop,
+    AXES: tl.constexpr,
+    DENSE: tl.constexpr,
+    RING: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ORIGINS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sum the weighted patches over a tile (HEIGHT, WIDTH) of one slice.
+
+    RING is the axis along which the output is a ring (-1: none). ADD adds to what is there. WEIGHTS
+    sums the weights alone.
+    """
+    tiles_x = tl.cdiv(size_x, WIDTH)
+    tiles_y = tl.cdiv(size_y, HEIGHT)
+    tile = tl.program_id(0)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.zeros([1, 1], tl.int64)
+    slot_x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    slot_y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    slot_z = tile // tiles_x // tiles_y + tl.zeros([1, 1], tl.int32)
+    x = _coordinates(slot_x, start, size_x, RING == 2)
+    y = _coordinates(slot_y, start, size_y, RING == 1)
+    z = _coordinates(slot_z, start, size_z, RING == 0)
+    inside_x = slot_x < size_x
+    inside_y = slot_y < size_y
+    inside_z = slot_z < size_z
+    if RING == 2:
+        inside_x = inside_x & (x < stop)
+    elif RING == 1:
+        inside_y = inside_y & (y < stop)
+    elif RING == 0:
+        inside_z = inside_z & (z < stop)
+    inside = inside_x & inside_y & inside_z
+    low_x = tl.min(tl.where(inside_x, x, size_x + stop))
+    high_x = tl.max(tl.where(inside_x, x, -1))
+    low_y = tl.min(tl.where(inside_y, y, size_y + stop))
+    high_y = tl.max(tl.where(inside_y, y, -1))
+    low_z = tl.min(z)
+    high_z = tl.max(tl.where(inside_z, z, -1))
+
+    place = (slot_z.to(tl.int64) * size_y + slot_y) * size_x + slot_x
+    volume = tl.full([1, 1], 1, tl.int64) * size_z * size_y * size_x
+    touched = count
+    if ADD:
+        touched = 0
+        for base in range(0, count, ORIGINS):
+            index = base + tl.arange(0, ORIGINS)
+            hit = index < count
+            hit = hit & _touches(origins, index, count, low_z, high_z, patch_z, 0, AXES)
+            hit = hit & _touches(origins, index, count, low_y, high_y, patch_y, 1, AXES)
+            hit = hit & _touches(origins, index, count, low_x, high_x, patch_x, 2, AXES)
+            touched += tl.sum(hit.to(tl.int32))
+    # What nothing is added to is neither read nor written.
+    if (touched > 0) | (not ADD):
+        sums = tl.full([1, 1], 1.0, tl.float64)
+        if total is not None:
+            sums = tl.load(total + place, mask=inside, other=0.0)
+        values = ()
+        for c in tl.static_range(CHANNELS):
+            value = tl.zeros([HEIGHT, WIDTH], DTYPE)
+            if ADD:
+                mask = inside & (channel + c < channels)
+                value = tl.load(output + (channel + c) * volume + place, mask=mask, other=0.0)
+            values = values + (value.to(DTYPE),)
+        for base in range(0, count, ORIGINS):
+            index = base + tl.arange(0, ORIGINS)
+            hit = index < count
+            hit = hit & _touches(origins, index, count, low_z, high_z, patch_z, 0, AXES)
+            hit = hit & _touches(origins, index, count, low_y, high_y, patch_y, 1, AXES)
+            hit = hit & _touches(origins, index, count, low_x, high_x, patch_x, 2, AXES)
+            patch = tl.min(tl.where(hit, index, count))
+            while patch < count:
+                here = patch.to(tl.int64)
+                at_z = z - _origin(origins, here, 0, AXES)
+                at_y = y - _origin(origins, here, 1, AXES)
+                at_x = x - _origin(origins, here, 2, AXES)
+                covered = (at_y >= 0) & (at_y < patch_y) & (at_x >= 0) & (at_x < patch_x)
+                covered = covered & inside & (at_z >= 0) & (at_z < patch_z)
+                weight = _weights(
+                    table_z,
+                    table_y,
+                    table_x,
+                    rows,
+                    here,
+                    at_z,
+                    at_y,
+                    at_x,
+                    covered,
+                    length_z,
+                    length_y,
+                    length_x,
+                    patch_z,
+                    patch_y,
+                    patch_x,
+                    sums,
+                    AXES,
+                    DENSE,
+                    total is None,
+                    DTYPE,
+                )
+                if WEIGHTS:
+                    values = (tl.where(covered, values[0] + weight, values[0]),)
+                else:
+                    source = patches + here * patches_n + channel * patches_c
+                    source += at_z * patches_z + at_y * patches_y + at_x * patches_x
+                    new = ()
+                    for c in tl.static_range(CHANNELS):
+                        mask = covered & (channel + c < channels)
+                        value = tl.load(source + c * patches_c, mask=mask, other=0.0).to(DTYPE)
+                        new = new + (tl.where(mask, values[c] + weight * value, values[c]),)
+                    values = new
+                hit = hit & (index > patch)
+                patch = tl.min(tl.where(hit, index, count))
+        written = (slot_y < size_y) & (slot_x < size_x)
+        if ADD:
+            written = inside
+        for c in tl.static_range(CHANNELS):
+            mask = written & (channel + c < channels)
+            value = values[c].to(output.dtype.element_ty)
+            tl.store(output + (channel + c) * volume + place, value, mask=mask)
+
+
+@triton.jit
+def _scatter(
+    grad,
+    result,
+    origins,
+    rows,
+    table_z,
+    table_y,
+    table_x,
+    total,
+    channels,
+    size_z,
+    size_y,
+    size_x,
+    patch_z,
+    patch_y,
+    patch_x,
+    length_z,
+    length_y,
+    length_x,
+    AXES: tl.constexpr,
+    DENSE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Gradient of a tile (HEIGHT, WIDTH) of one slice of one patch: ``w_i(t) grad(o_i + t)``."""
+    tiles_x = tl.cdiv(patch_x, WIDTH)
+    tiles_y = tl.cdiv(patch_y, HEIGHT)
+    tile = tl.program_id(0)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.zeros([1, 1], tl.int64)
+    x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    z = (tile // tiles_x // tiles_y) % patch_z + tl.zeros([1, 1], tl.int32)
+    patch = (tile // tiles_x // tiles_y // patch_z).to(tl.int64)
+    to_z = z + _origin(origins, patch, 0, AXES)
+    to_y = y + _origin(origins, patch, 1, AXES)
+    to_x = x + _origin(origins, patch, 2, AXES)
+    written = (y < patch_y) & (x < patch_x)
+    inside = written & (to_y >= 0) & (to_y < size_y) & (to_x >= 0) & (to_x < size_x)
+    inside = inside & (to_z >= 0) & (to_z < size_z)
+    from_place = (to_z.to(tl.int64) * size_y + to_y) * size_x + to_x
+    sums = tl.full([1, 1], 1.0, tl.float64)
+    if total is not None:
+        sums = tl.load(total + from_place, mask=inside, other=0.0)
+    weight = _weights(
+        table_z,
+        table_y,
+        table_x,
+        rows,
+        patch,
+        z,
+        y,
+        x,
+        inside,
+        length_z,
+        length_y,
+        length_x,
+        patch_z,
+        patch_y,
+        patch_x,
+        sums,
+        AXES,
+        DENSE,
+        total is None,
+        DTYPE,
+    )
+    volume = tl.full([1, 1], 1, tl.int64) * size_z * size_y * size_x
+    extent = tl.full([1, 1], 1, tl.int64) * patch_z * patch_y * patch_x
+    place = (z.to(tl.int64) * patch_y + y) * patch_x + x
+    for c in tl.static_range(CHANNELS):
+        here = channel + c < channels
+        value = tl.load(grad + (channel + c) * volume + from_place, mask=inside & here, other=0.0)
+        value = tl.where(inside, weight * value.to(DTYPE), 0.0).to(result.dtype.element_ty)
+        tl.store(result + (patch * channels + channel + c) * extent + place, value, written & here)
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def _three(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` with leading axes of extent 1."""
+    return (*[1] * (3 - len(shape)), *shape)
+
+
+def _tables(
+    weights: Sequence[torch.Tensor], axes: int, device: torch.device
+) -> tuple[list[torch.Tensor | None], tuple[int, ...], bool]:
+    """The weights as (z, y, x) tables on ``device``, how many rows each has, and if it is dense."""
+    dense = not (len(weights) == axes and weights[0].ndim == 2)
+    on_device = [w.to(device).contiguous() for w in weights]
+    tables: list[torch.Tensor | None] = [None] * (3 - len(on_device))
+    lengths = [1] * (3 - len(on_device)) + [w.shape[0] for w in on_device]
+    return [*tables, *on_device], tuple(lengths), dense
+
+
+def _accumulation(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tile_shape(height: int, width: int) -> tuple[int, int]:
+    """Extent of a tile of a slice."""
+    block_x = min(power_of_two(width), MAX_WIDTH)
+    return min(power_of_two(height), TILE // block_x), block_x
+
+
+def _add(
+    output: torch.Tensor,
+    patches: torch.Tensor | None,
+    origins: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    total: torch.Tensor | None,
+    patch_shape: Sequence[int],
+    ring: tuple[int, int, int] | None,
+) -> None:
+    """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
+    axes = output.ndim - 1
+    device = output.device
+    channels, size = output.shape[0], _three(output.shape[1:])
+    if output.numel() == 0 or (ring is not None and origins.shape[0] == 0):
+        return
+    tables, lengths, dense = _tables(weights, axes, device)
+    ring_axis, start, stop = (-1, 0, 0) if ring is None else ring
+    height, width = tile_shape(*size[1:])
+    tiles = size[0] * triton.cdiv(size[1], height) * triton.cdiv(size[2], width)
+    block_channels = min(power_of_two(channels), MAX_CHANNELS)
+    strides = (0, 0, 0, 0, 0)
+    if patches is not None:
+        spatial = patches.stride()[2:]
+        strides = (patches.stride(0), patches.stride(1), *[0] * (3 - axes), *spatial)
+    with device_guard(output):
+        _gather[(tiles, triton.cdiv(channels, block_channels))](
+            patches,
+            output,
+            origins.to(device).contiguous(),
+            rows.to(device).contiguous(),
+            *tables,
+            total,
+            origins.shape[0],
+            channels,
+            *size,
+            *_three(patch_shape),
+            *lengths,
+            *strides,
+            start,
+            stop,
+            AXES=axes,
+            DENSE=dense,
+            RING=ring_axis + 3 - axes if ring_axis >= 0 else -1,
+            ADD=ring is not None,
+            WEIGHTS=patches is None,
+            CHANNELS=block_channels,
+            HEIGHT=height,
+            WIDTH=width,
+            ORIGINS=ORIGINS,
+            DTYPE=_accumulation(output.dtype),
+            num_warps=4,
+            **LAUNCH_OPTIONS,
+        )
+
+
+def overlap_add(
+    patches: torch.Tensor,
+    origins: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    total: torch.Tensor | None,
+    volume_shape: Sequence[int],
+) -> torch.Tensor:
+    """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
+    shape = (patches.shape[1], *volume_shape)
+    volume = torch.empty(shape, dtype=patches.dtype, device=patches.device)
+    total = None if total is None else total.contiguous()
+    _add(volume, patches, origins, rows, weights, total, patches.shape[2:], None)
+    return volume
+
+
+def overlap_add_(
+    ring: torch.Tensor,
+    patches: torch.Tensor,
+    origins: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    total: torch.Tensor | None,
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
+    place = (ring_axis, start, stop)
+    total = None if total is None else total.contiguous()
+    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place)
+
+
+def overlap_weights_(
+    total: torch.Tensor,
+    origins: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    ring_axis: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Add every patch's weights into the float64 ``total``, laid out as a ring."""
+    place = (ring_axis, start, stop)
+    patch_shape = _patch_shape(weights, total.ndim)
+    _add(total.unsqueeze(0), None, origins, rows, weights, None, patch_shape, place)
+
+
+def _patch_shape(weights: Sequence[torch.Tensor], axes: int) -> tuple[int, ...]:
+    separable = len(weights) == axes and weights[0].ndim == 2
+    return tuple(w.shape[1] for w in weights) if separable else tuple(weights[0].shape[1:])
+
+
+def overlap_add_backward(
+    grad: torch.Tensor,
+    origins: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    total: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the gradient (N, C, \\*patch) of the patches."""
+    axes = grad.ndim - 1
+    channels, size = grad.shape[0], _three(grad.shape[1:])
+    patch_shape = _patch_shape(weights, axes)
+    shape = (origins.shape[0], channels, *patch_shape)
+    result = torch.empty(shape, dtype=grad.dtype, device=grad.device)
+    if result.numel() == 0:
+        return result
+    tables, lengths, dense = _tables(weights, axes, grad.device)
+    patch = _three(patch_shape)
+    height, width = tile_shape(*patch[1:])
+    tiles = shape[0] * patch[0] * triton.cdiv(patch[1], height) * triton.cdiv(patch[2], width)
+    block_channels = min(power_of_two(channels), MAX_CHANNELS)
+    with device_guard(grad):
+        _scatter[(tiles, triton.cdiv(channels, block_channels))](
+            grad.contiguous(),
+            result,
+            origins.to(grad.device).contiguous(),
+            rows.to(grad.device).contiguous(),
+            *tables,
+            None if total is None else total.contiguous(),
+            channels,
+            *size,
+            *patch,
+            *lengths,
+            AXES=axes,
+            DENSE=dense,
+            CHANNELS=block_channels,
+            HEIGHT=height,
+            WIDTH=width,
+            DTYPE=_accumulation(grad.dtype),
+            num_warps=4,
+            **LAUNCH_OPTIONS,
+        )
+    return result
