@@ -644,6 +644,29 @@ def test_a_compound_is_one_pass_and_keeps_no_volume(name, monkeypatch):
     assert {t.data_ptr() for t in volumes} <= {leaf.data_ptr(), labels.data_ptr()}
 
 
+def test_function_transforms_are_refused():
+    logits, labels = batch()
+    with pytest.raises(RuntimeError, match="do not differentiate under torch.func transforms"):
+        torch.func.grad(lambda z: voxfuse.TverskyLoss()(z, labels))(logits)
+
+
+def test_a_module_with_a_loss_exports():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Conv3d(3, 3, 1)
+            self.loss = voxfuse.DiceCELoss(class_weight=[1.0, 2.0, 3.0])
+
+        def forward(self, x, y):
+            return self.loss(self.head(x), y)
+
+    net = Net()
+    depth = torch.export.Dim("depth", min=2, max=64)
+    program = torch.export.export(net, batch(), dynamic_shapes=({2: depth}, {1: depth}))
+    other = batch(spatial=(9, 4, 3))
+    torch.testing.assert_close(program.module()(*other), net(*other), rtol=0, atol=0)
+
+
 def test_recipes_are_made_once():
     loss = voxfuse.DiceCELoss()
     logits, labels = batch()

@@ -23,6 +23,11 @@ _below_autograd: Callable[[], Any] = getattr(
 )
 
 
+_functorch_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+
 class Weights(NamedTuple):
     """Weights of the classes: in the ratio's terms, in NLL and in OFF."""
 
@@ -152,6 +157,11 @@ def _differentiable(
     if torch.compiler.is_compiling():
         return _composed(operators, plan, input, target, weight, weights, ranks)
     if torch.is_grad_enabled() and input.requires_grad:
+        if _functorch_active():
+            raise RuntimeError(
+                "voxfuse: the losses do not differentiate under torch.func transforms; use "
+                "torch.autograd, and reduction='none' for the losses of single samples"
+            )
         arguments = (input, target, weight, operators, plan, weights, ranks)
         loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss

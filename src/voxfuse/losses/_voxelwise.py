@@ -13,7 +13,8 @@ from torch import Tensor
 
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops.ratio_loss import once_differentiable
-from voxfuse.reference.soft_confusion import SOFTMAX, probabilities, voxels
+from voxfuse.ops.soft_confusion import is_dense
+from voxfuse.reference.soft_confusion import SOFTMAX, label_error, probabilities, voxels
 
 #: Elements (voxels x classes) of a block.
 BLOCK_ELEMENTS = 1 << 17
@@ -55,10 +56,15 @@ def likelihood_map(
         torch.ones(classes, dtype=dtype, device=input.device) if x is None else x.to(dtype)
         for x in (on, off)
     )
+    dense = is_dense(input, target)
+    plain = likelihood == SOFTMAX and gamma == 0 and off_scale == 0 and not dense
     for block in blocks(count, classes):
-        piece = voxels(
-            values[..., block], g[..., block], None if w is None else w[..., block], ignore_index
-        )
+        x, t = values[..., block], g[..., block]
+        u = None if w is None else w[..., block]
+        if plain:
+            result[:, block] = _cross_entropy(x, t, u, on_scale * on_weight, ignore_index)
+            continue
+        piece = voxels(x, t, u, ignore_index)
         r = probabilities(piece.values, likelihood)
         modulation = 1.0 if gamma == 0 else r.complement**gamma
         total = _weighted(on_scale * on_weight, piece.target, modulation * r.minus_log)
@@ -70,6 +76,36 @@ def likelihood_map(
             total = total + _weighted(off_scale * off_weight, 1 - piece.target, other)
         result[:, block] = (total * piece.weight[:, 0]).masked_fill(~piece.included[:, 0], 0)
     return result
+
+
+def _cross_entropy(
+    values: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    class_weight: Tensor,
+    ignore_index: int | None,
+) -> Tensor:
+    """The common case, (B, C, n) logits and labels, at the speed of PyTorch's own."""
+    classes = values.shape[1]
+    labels = labels.reshape(values.shape[0], -1).to(torch.int64)
+    valid = (labels >= 0) & (labels < classes)
+    excluded = ~valid if ignore_index is None else ~valid | (labels == ignore_index)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~valid if ignore_index is None else ~valid & (labels != ignore_index)
+        if bool(wrong.any()):
+            raise RuntimeError(label_error(int(labels[wrong][0]), classes, ignore_index))
+    limit = torch.finfo(class_weight.dtype).max
+    result = torch.nn.functional.cross_entropy(
+        values.to(class_weight.dtype).clamp(-limit, limit),
+        labels.masked_fill(excluded, -100),
+        weight=class_weight,
+        ignore_index=-100,
+        reduction="none",
+    )
+    if weight is None:
+        return result
+    weight = weight.reshape(labels.shape).to(result.dtype)
+    return (result * weight).masked_fill(weight == 0, 0)
 
 
 def _weighted(class_weight: Tensor, g: Tensor, value: Tensor) -> Tensor:

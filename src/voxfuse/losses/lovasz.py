@@ -93,11 +93,10 @@ def _class_loss(errors: Tensor, foreground: Tensor, included: Tensor) -> tuple[T
     # Excluded voxels sort behind every error and then have no step of their own.
     ordered, order = errors.masked_fill(~included, -torch.inf).sort(-1, descending=True)
     steps = _jaccard_steps((foreground & included).gather(-1, order))
-    kept = included.gather(-1, order) & (ordered > 0)
-    steps = steps.masked_fill(~kept, 0)
-    loss = (ordered.masked_fill(~kept, 0).to(torch.float64) * steps).sum(-1)
-    # NaN is neither above nor below 0: it must not vanish.
-    loss = torch.where((ordered.isnan() & included.gather(-1, order)).any(-1), torch.nan, loss)
+    # Not "ordered > 0": a NaN must reach the loss.
+    dropped = ordered <= 0
+    steps = steps.masked_fill(dropped, 0)
+    loss = (ordered.masked_fill(dropped, 0).to(torch.float64) * steps).sum(-1)
     slopes = torch.empty_like(errors).scatter_(-1, order, steps.to(errors.dtype))
     return loss, slopes
 
