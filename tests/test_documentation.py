@@ -93,3 +93,33 @@ def test_files_named_in_code_spans_exist(page):
     folders = "csrc|src|tests|examples|benchmarks|triton_kernels|docs|data"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+# Column of the README's table -> label of the link and file, for an operator's stem.
+OPERATOR_FILES = {
+    "Python": {"wrapper": "src/voxfuse/ops/{}.py"},
+    "reference": {"PyTorch": "src/voxfuse/reference/{}.py"},
+    "schema": {"schema": "csrc/ops/{}.cpp"},
+    "CPU": {"driver": "csrc/cpu/{}.cpp", "kernel": "csrc/cpu/{}_kernel.cpp"},
+    "CUDA": {"kernel": "csrc/cuda/{}.cu", "binding": "csrc/cuda/{}_operator.cpp"},
+    "Triton": {"Triton": "triton_kernels/{}.py"},
+}
+
+
+@pytest.mark.parametrize(
+    "stem", sorted(path.stem for path in (ROOT / "src/voxfuse/ops").glob("[a-z]*.py"))
+)
+def test_readme_links_every_file_of_an_operator(stem):
+    """A new reader gets from an operator's name to each of its files in one step."""
+    cells = [
+        ", ".join(
+            f"[{label}]({pattern.format(stem)})"
+            for label, pattern in files.items()
+            if (ROOT / pattern.format(stem)).exists()
+        )
+        for files in OPERATOR_FILES.values()
+    ]
+    row = " | ".join(cells)
+    found = re.search(rf"^\| `{stem}` \| [^|]+ \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert found is not None, f"README.md: add a row | `{stem}` | what it computes | {row} |"
+    assert found[1].split(" | ") == cells, f"README.md: the row of `{stem}` should end with {row} |"
