@@ -1,7 +1,7 @@
 """Write the README's benchmark table from committed measurements.
 
-    python benchmarks/report.py            # rewrite README.md between its markers
-    python benchmarks/report.py --check    # fail if the README is out of date
+python benchmarks/report.py            # rewrite README.md between its markers
+python benchmarks/report.py --check    # fail if the README is out of date
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ DENSE_TYPES = (
 )
 
 
-# --- The reference itself ------------------------------------------------------------------------
+# --- The reference itself -----------------------------------------------------------------------
 
 
 def brute_force(p: np.ndarray, g: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_reference_backward_equals_autograd_of_its_forward(activation, likelihoo
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-# --- The compiled kernels against the truth --------------------------------------------------------
+# --- The compiled kernels against the truth -------------------------------------------------------
 
 
 @needs_library
@@ -201,7 +201,7 @@ def test_chunks_and_ranges_of_a_larger_volume():
     check(Case(batch=3, classes=5, spatial=(20, 21, 22), weight=torch.float32), torch.ops.voxfuse)
 
 
-# --- Properties of every CPU backend ---------------------------------------------------------------
+# --- Properties of every CPU backend --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
@@ -426,7 +426,7 @@ def test_tensor_subclasses_are_unwrapped():
     assert tagged.grad is not None
 
 
-# --- Bad input -------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 BAD = [

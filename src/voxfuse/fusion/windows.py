@@ -146,7 +146,7 @@ def _nnunet_gaussian(size: int, sigma_scale: float) -> Vector:
     sigma = sigma_scale * size
     result: Vector = host.gaussian(size, float(size // 2), sigma)
     inside = np.abs(np.arange(size) - size // 2) <= int(4 * sigma + 0.5)
-    return np.where(inside, result, result[inside].min())
+    return np.where(inside, result, np.min(result[inside]))
 
 
 _SEPARABLE: dict[str, Callable[[int], Vector]] = {
