@@ -101,7 +101,7 @@ check-torch-matrix: setup
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --quiet --no-deps --no-build-isolation \
 	  --wheel-dir $(MATRIX)/wheel .
 	@for torch in $(TORCH_MATRIX); do \
-	  sh tests/check_wheel.sh "$(PYTHON)" "$$torch" $(MATRIX) || exit 1; \
+	  sh tests/check_wheel.sh $(BIN)/python "$$torch" $(MATRIX) || exit 1; \
 	done
 
 clean:
