@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import voxfuse
+from tests.ranks import Check, launch
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch is built without gloo"
@@ -100,41 +97,11 @@ def a_compiled_step(rank: int, world: int) -> None:
     torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=0)
 
 
-CHECKS: tuple[Callable[[int, int], None], ...] = (
+CHECKS: tuple[Check, ...] = (
     ranks_equal_one_process,
     a_volume_split_along_space,
     parameters_under_ddp,
 )
-
-
-def run(rank: int, world: int, folder: str, checks: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    try:
-        for check in checks:
-            globals()[check](rank, world)
-    except BaseException:
-        Path(folder, f"error{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def launch(world: int, folder: Path, checks: tuple[Callable[[int, int], None], ...]) -> None:
-    context = multiprocessing.get_context("spawn")
-    names = tuple(check.__name__ for check in checks)
-    processes = [
-        context.Process(target=run, args=(rank, world, str(folder), names)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    errors = [path.read_text() for path in sorted(folder.glob("error*"))]
-    assert not errors, "\n".join(errors)
-    assert all(process.exitcode == 0 for process in processes)
 
 
 def test_two_ranks(tmp_path):
