@@ -20,6 +20,9 @@ from voxfuse.losses import (  # noqa: E402
     FocalLoss,
     FocalTverskyLoss,
     GeneralizedDiceLoss,
+    HeadDiceCELoss,
+    HeadLoss,
+    HeadTverskyLoss,
     JaccardLoss,
     LovaszHingeLoss,
     LovaszLoss,
@@ -28,6 +31,8 @@ from voxfuse.losses import (  # noqa: E402
     TverskyFocalLoss,
     TverskyLoss,
     UnifiedFocalLoss,
+    fuse_head,
+    head_loss,
 )
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
@@ -45,6 +50,9 @@ __all__ = [
     "FocalLoss",
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
+    "HeadDiceCELoss",
+    "HeadLoss",
+    "HeadTverskyLoss",
     "JaccardLoss",
     "LovaszHingeLoss",
     "LovaszLoss",
@@ -56,6 +64,8 @@ __all__ = [
     "backends",
     "bspline_window",
     "functional",
+    "fuse_head",
+    "head_loss",
     "overlap_add",
     "sliding_window_inference",
     "soft_confusion",

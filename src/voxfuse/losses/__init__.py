@@ -8,6 +8,13 @@ from voxfuse.losses.compound import (
     UnifiedFocalLoss,
 )
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss
+from voxfuse.losses.head import (
+    HeadDiceCELoss,
+    HeadLoss,
+    HeadTverskyLoss,
+    fuse_head,
+    head_loss,
+)
 from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
 from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
 from voxfuse.losses.overlap import (
@@ -30,6 +37,9 @@ __all__ = [
     "FocalLoss",
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
+    "HeadDiceCELoss",
+    "HeadLoss",
+    "HeadTverskyLoss",
     "JaccardLoss",
     "LovaszHingeLoss",
     "LovaszLoss",
@@ -38,4 +48,6 @@ __all__ = [
     "TverskyFocalLoss",
     "TverskyLoss",
     "UnifiedFocalLoss",
+    "fuse_head",
+    "head_loss",
 ]

@@ -79,7 +79,7 @@ def ranks_of(process_group: Any, ddp_average: bool) -> Ranks | None:
     return Ranks(torch.distributed.group.WORLD, ddp_average)
 
 
-def _operators(backend: str, device: torch.device) -> Operators:
+def operators_of(backend: str, device: torch.device) -> Operators:
     if backend == "auto":
         return _OPERATORS["voxfuse"]
     return _OPERATORS[_registry.namespace_of(backend, device).name]
@@ -108,10 +108,10 @@ def evaluate(
     plan = recipe.plan(classes, is_dense(input, target))
     weights = _NO_WEIGHTS
     if class_weight is not None or recipe.likelihood is not None:
-        weights = _weights(
+        weights = weights_of(
             recipe, classes, input.device, class_weight, likelihood_weight, pos_weight
         )
-    operators = _operators(backend, input.device)
+    operators = operators_of(backend, input.device)
     call = (operators, plan, weights, ranks)
     try:
         if recipe.by_voxel:
@@ -136,7 +136,7 @@ def run(
     The tensors are plain, and ``weights`` as the operators take them (:func:`class_weights`).
     """
     check_inputs(input, target, weight, plan.confusion[3])
-    operators = _operators(backend, input.device)
+    operators = operators_of(backend, input.device)
     try:
         return _differentiable(input, target, weight, operators, plan, weights or _NO_WEIGHTS, None)
     except RuntimeError as error:
@@ -193,7 +193,7 @@ def _by_voxel(
 _NO_WEIGHTS = Weights()
 
 
-def _weights(
+def weights_of(
     recipe: Recipe,
     classes: int,
     device: torch.device,
@@ -328,6 +328,18 @@ def _composed(
 ) -> Tensor:
     """The same from the operators' own autograd: what a compiler can trace."""
     stats = operators.confusion(input, target, weight, *plan.confusion)
+    return loss_of_sums(operators, plan, stats, weights, ranks, input.dtype == torch.float64)
+
+
+def loss_of_sums(
+    operators: Operators,
+    plan: Plan,
+    stats: Tensor,
+    weights: Weights,
+    ranks: Ranks | None,
+    double_loss: bool,
+) -> Tensor:
+    """The loss as a function of the sums, with autograd."""
     if ranks is not None:
         stats = sum_over_ranks(stats, plan.batch, ranks)
     loss: Tensor = operators.ratio(
@@ -338,7 +350,7 @@ def _composed(
         weights.on,
         weights.off,
         *plan.likelihood,
-        input.dtype == torch.float64,
+        double_loss,
     )[0]
     return loss
 

@@ -80,6 +80,13 @@ class LossModule(nn.Module):
         names = (name for name in self._defaults if name not in CALL_DEFAULTS)
         return type(self).recipe_from(**{name: getattr(self, name) for name in names})
 
+    @property
+    def recipe(self) -> Recipe:
+        """What the options say now."""
+        if self._recipe is None:
+            self._recipe = self._make_recipe()
+        return self._recipe
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self._defaults:
@@ -94,12 +101,9 @@ class LossModule(nn.Module):
                 foreground indicator.
             weight: voxel weights or mask (B, [1,] \*spatial); weight 0 leaves a voxel out.
         """
-        recipe = self._recipe
-        if recipe is None:
-            recipe = self._recipe = self._make_recipe()
         group = self.process_group
         return evaluate(
-            recipe,
+            self._recipe or self.recipe,
             input,
             target,
             weight,

@@ -1,0 +1,473 @@
+"""Losses from the features before the last layer: the logits of many classes never exist."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from voxfuse.losses._engine import loss_of_sums, operators_of, ranks_of, weights_of
+from voxfuse.losses._module import LossModule
+from voxfuse.losses.compound import DiceCELoss
+from voxfuse.losses.deep_supervision import DeepSupervisionLoss, resample_nearest
+from voxfuse.losses.overlap import TverskyLoss
+from voxfuse.ops import _checks, _registry
+from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from voxfuse.losses._options import CompoundOptions, OverlapOptions
+
+
+def head_loss(
+    loss: nn.Module,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    voxel_weight: Tensor | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    r"""``loss`` of the logits ``weight @ features + bias``, without the logits.
+
+    They are computed chunk by chunk, reduced to the loss's sums and thrown away, in the backward
+    pass once more. Memory grows with the K features, not with the C classes; with C above K it is
+    also faster. The value and the gradients of features, weight and bias are those of the separate
+    convolution and loss, within rounding.
+
+    Args:
+        loss: a loss of this package that is made of sums: every one but those by voxel
+            (``reduction="none"`` of a cross-entropy, top-k) and the Lovász loss.
+        features: input of the last layer (B, K, \*spatial), float32, float16, bfloat16 or float64.
+        weight: (C, K), or as a 1x1x1 convolution keeps it (C, K, 1, 1, 1).
+        bias: (C,) or None.
+        target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial).
+        voxel_weight: voxel weights or mask (B, [1,] \*spatial).
+        chunk_bytes: most bytes of logits that exist at one time.
+
+    Returns:
+        the loss, as ``loss(logits, target, voxel_weight)`` returns it.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or ``loss`` is not made of sums.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> head = torch.nn.Conv3d(16, 100, 1)
+        >>> features, labels = torch.randn(1, 16, 8, 8, 8), torch.randint(0, 100, (1, 8, 8, 8))
+        >>> loss = voxfuse.DiceCELoss(include_background=False)
+        >>> fused = voxfuse.head_loss(loss, features, head.weight, head.bias, labels)
+        >>> torch.allclose(fused, loss(head(features), labels), rtol=1e-4)
+        True
+    """
+    loss = _of_sums(loss)
+    recipe = loss.recipe
+    features = _checks.require_tensor("features", features)
+    weight = _checks.require_tensor("weight", weight)
+    target = _checks.require_tensor("target", target)
+    if bias is not None:
+        bias = _checks.require_tensor("bias", bias)
+    if voxel_weight is not None:
+        voxel_weight = _checks.require_tensor("voxel_weight", voxel_weight)
+    weight = check_head(
+        features, weight, bias, target, voxel_weight, recipe.ignore_index, chunk_bytes
+    )
+    classes = weight.shape[0]
+    dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
+    plan = recipe.plan(classes, dense)
+    group = loss.process_group
+    ranks = None if group is None else ranks_of(group, loss.ddp_average)
+    weights = weights_of(
+        recipe,
+        classes,
+        features.device,
+        loss.class_weight,
+        loss.likelihood_weight,
+        loss.pos_weight,
+    )
+    operators = operators_of(loss.backend, features.device)
+    confusion = _registry.namespace_of(loss.backend, features.device).head_confusion
+    try:
+        sums = confusion(features, weight, bias, target, voxel_weight, *plan.confusion, chunk_bytes)
+        return loss_of_sums(operators, plan, sums, weights, ranks, features.dtype == torch.float64)
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        _checks.reraise(error)
+
+
+def _of_sums(loss: object) -> LossModule:
+    """Return ``loss``, or the one inside a HeadLoss, if it is made of sums over the voxels."""
+    if isinstance(loss, HeadLoss):
+        loss = loss.loss
+    if not isinstance(loss, LossModule) or loss.recipe.by_voxel:
+        raise TypeError(
+            f"loss: got {loss!r}, expected a loss of this package that is made of sums over the "
+            "voxels, such as TverskyLoss, DiceCELoss or FocalLoss with a mean or sum"
+        )
+    return loss
+
+
+class HeadLoss(nn.Module):
+    """A loss whose input is the features before the last layer, see :func:`head_loss`.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> loss = voxfuse.HeadLoss(voxfuse.FocalTverskyLoss())
+        >>> head = torch.nn.Conv3d(16, 50, 1)
+        >>> features, labels = torch.randn(1, 16, 4, 4, 4), torch.randint(0, 50, (1, 4, 4, 4))
+        >>> loss(features, head.weight, head.bias, labels).backward()
+    """
+
+    def __init__(self, loss: LossModule, chunk_bytes: int = CHUNK_BYTES) -> None:
+        super().__init__()
+        self.loss = _of_sums(loss)
+        self.chunk_bytes = chunk_bytes
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        voxel_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :func:`head_loss`."""
+        return head_loss(
+            self.loss,
+            features,
+            weight,
+            bias,
+            target,
+            voxel_weight,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+
+class HeadTverskyLoss(HeadLoss):
+    """:class:`TverskyLoss` of a linear head, from its features; see :func:`head_loss`.
+
+    Args:
+        alpha, beta, gamma, options: of :class:`TverskyLoss`.
+        chunk_bytes: most bytes of logits that exist at one time.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> loss = voxfuse.HeadTverskyLoss(alpha=0.3, beta=0.7)
+        >>> head = torch.nn.Conv3d(8, 117, 1)
+        >>> features, labels = torch.randn(1, 8, 4, 4, 4), torch.randint(0, 117, (1, 4, 4, 4))
+        >>> loss(features, head.weight, head.bias, labels).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        **options: Unpack[OverlapOptions],
+    ) -> None:
+        super().__init__(TverskyLoss(alpha, beta, gamma, **options), chunk_bytes)
+
+
+class HeadDiceCELoss(HeadLoss):
+    """:class:`DiceCELoss` of a linear head, from its features; see :func:`head_loss`.
+
+    Args:
+        lambda_dice, lambda_ce, options: of :class:`DiceCELoss`.
+        chunk_bytes: most bytes of logits that exist at one time.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> loss = voxfuse.HeadDiceCELoss(include_background=False)
+        >>> head = torch.nn.Conv3d(8, 117, 1)
+        >>> features, labels = torch.randn(1, 8, 4, 4, 4), torch.randint(0, 117, (1, 4, 4, 4))
+        >>> loss(features, head.weight, head.bias, labels).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        **options: Unpack[CompoundOptions],
+    ) -> None:
+        super().__init__(DiceCELoss(lambda_dice, lambda_ce, **options), chunk_bytes)
+
+
+# --- A network whose last layer and loss are one --------------------------------------------------
+
+
+class _Fusible:
+    """A convolution that answers with the loss while a :class:`FusedHead` computes one."""
+
+    loss_of: Callable[[nn.Module, Tensor], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.loss_of is None:
+            logits: Tensor = super().forward(input)  # type: ignore[misc]
+            return logits
+        return self.loss_of(self, input)  # type: ignore[arg-type]
+
+
+class FusibleConv1d(_Fusible, nn.Conv1d):
+    """The head of a fused one-dimensional network."""
+
+
+class FusibleConv2d(_Fusible, nn.Conv2d):
+    """The head of a fused two-dimensional network."""
+
+
+class FusibleConv3d(_Fusible, nn.Conv3d):
+    """The head of a fused three-dimensional network."""
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUSIBLE: dict[type, type] = {
+    nn.Conv1d: FusibleConv1d,
+    nn.Conv2d: FusibleConv2d,
+    nn.Conv3d: FusibleConv3d,
+}
+
+
+@functools.cache
+def _fusible_class(kind: type) -> type:
+    """The fusible twin of a convolution class (a parametrised one makes its class at run time)."""
+    if issubclass(kind, _Fusible):
+        return kind
+    return _FUSIBLE.get(kind) or type(f"Fusible{kind.__name__}", (_Fusible, kind), {})
+
+
+def _why_not_a_head(module: nn.Module) -> str | None:
+    if not isinstance(module, _CONVOLUTIONS):
+        return f"is a {type(module).__name__}, not a convolution"
+    if any(extent != 1 for extent in module.kernel_size):
+        return f"has a kernel of {tuple(module.kernel_size)}, not of 1"
+    if any(step != 1 for step in module.stride) or module.groups != 1:
+        return "has a stride or groups"
+    if isinstance(module.padding, str):
+        return None
+    return "has padding" if any(module.padding) else None
+
+
+def find_heads(model: nn.Module) -> list[str]:
+    """Names of the heads of ``model``: its last convolution, and the list it is part of.
+
+    Raises:
+        ValueError: the last convolution is not a 1x1x1 one.
+    """
+    found = [name for name, m in model.named_modules() if isinstance(m, _CONVOLUTIONS)]
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no convolution; name its head=")
+    last = found[-1]
+    reason = _why_not_a_head(model.get_submodule(last))
+    if reason is not None:
+        raise ValueError(
+            f"model: the last convolution of {type(model).__name__}, {last!r}, {reason}. Only a "
+            "last layer that is linear in every voxel can be fused; if it is another module, "
+            "name it as head="
+        )
+    parent, _, _ = last.rpartition(".")
+    siblings = model.get_submodule(parent)
+    # A list of heads, one a resolution, as nnU-Net's decoder keeps them.
+    if isinstance(siblings, nn.ModuleList) and all(_why_not_a_head(m) is None for m in siblings):
+        return [f"{parent}.{index}" for index in range(len(siblings))]
+    return [last]
+
+
+class FusedHead(nn.Module):
+    """What :func:`fuse_head` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossModule | HeadLoss | DeepSupervisionLoss,
+        head: str | Sequence[str] | None = None,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        levels = loss if isinstance(loss, DeepSupervisionLoss) else DeepSupervisionLoss(loss)
+        _of_sums(levels.loss)
+        if chunk_bytes is None:
+            inner = levels.loss
+            chunk_bytes = inner.chunk_bytes if isinstance(inner, HeadLoss) else CHUNK_BYTES
+        self.model = model
+        self.loss = loss
+        self.chunk_bytes = chunk_bytes
+        self.heads = find_heads(model) if head is None else _names(head)
+        for name in self.heads:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"head: {type(model).__name__} has no module {name!r}") from None
+            reason = _why_not_a_head(module)
+            if reason is not None:
+                raise ValueError(f"head: {name!r} {reason}")
+            kind: Any = type(module)
+            module.__class__ = _fusible_class(kind)
+        # Beside the modules: it only holds the weights of the levels.
+        self.__dict__["_levels"] = levels
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | Sequence[Tensor] | None = None,
+        voxel_weight: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        r"""Return the loss, or without ``target`` what the network itself returns.
+
+        Args:
+            input: the network's input.
+            target: labels or dense target. With several heads it is sampled down to each (nearest
+                voxel centre), or there is one target a resolution, as nnU-Net gives them.
+            voxel_weight: voxel weights or mask (B, [1,] \*spatial), at the input's resolution.
+            options: further arguments of the network.
+        """
+        if target is None:
+            return self.model(input, **options)
+        heads = [self.model.get_submodule(name) for name in self.heads]
+        inner = _of_sums(self._levels.loss)
+        losses: list[Tensor] = []
+
+        def loss_of(head: nn.Module, features: Tensor) -> Tensor:
+            size = features.shape[2:]
+            weight = None if voxel_weight is None else resample_nearest(voxel_weight, size)
+            loss = head_loss(
+                inner,
+                features,
+                head.weight,  # type: ignore[arg-type]
+                head.bias,  # type: ignore[arg-type]
+                _target_of_level(target, size),
+                weight,
+                chunk_bytes=self.chunk_bytes,
+            )
+            losses.append(loss)
+            return loss
+
+        for head in heads:
+            head.loss_of = loss_of  # type: ignore[assignment]
+        try:
+            output = self.model(input, **options)
+        finally:
+            for head in heads:
+                head.loss_of = None  # type: ignore[assignment]
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        self._check_untouched(outputs, losses)
+        total: Tensor | None = None
+        for factor, term in zip(self._levels.level_weights(len(outputs)), outputs, strict=True):
+            if factor != 0:
+                part = term if factor == 1 else factor * term
+                total = part if total is None else total + part
+        if total is None:
+            raise ValueError("loss: every output has weight 0")
+        return total
+
+    def _check_untouched(self, outputs: Iterable[Any], losses: list[Tensor]) -> None:
+        """The network must return what its heads returned, or fusing them would be wrong."""
+        if torch.compiler.is_compiling():
+            return
+        if not losses:
+            raise ValueError(f"head: {', '.join(self.heads)} did not take part in the forward pass")
+        known = {id(loss) for loss in losses}
+        if not all(id(output) in known for output in outputs):
+            raise ValueError(
+                f"model: {type(self.model).__name__} does something to the output of "
+                f"{', '.join(self.heads)} before it returns it; only a last layer can be fused"
+            )
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads!r}"
+
+
+def _names(head: str | Sequence[str]) -> list[str]:
+    return [head] if isinstance(head, str) else list(head)
+
+
+def _target_of_level(target: Tensor | Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    if isinstance(target, Tensor):
+        return resample_nearest(target, size)
+    for candidate in target:
+        if tuple(candidate.shape[-len(size) :]) == tuple(size):
+            return candidate
+    shapes = [tuple(candidate.shape) for candidate in target]
+    raise ValueError(f"target: none of {shapes} has the resolution {tuple(size)} of a head")
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state of the fused module is that of the network alone, under the same names."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        if key.startswith(prefix + "model."):
+            state[prefix + key[len(prefix) + len("model.") :]] = state.pop(key)
+        elif key.startswith(prefix + "loss."):
+            del state[key]
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
+    assert isinstance(module.loss, nn.Module)
+    for key, value in module.loss.state_dict().items():
+        state[f"{prefix}loss.{key}"] = value
+
+
+def fuse_head(
+    model: nn.Module,
+    loss: LossModule | HeadLoss | DeepSupervisionLoss,
+    *,
+    head: str | Sequence[str] | None = None,
+    chunk_bytes: int | None = None,
+) -> FusedHead:
+    """Join a network's last 1x1x1 convolution and its loss: training never makes the logits.
+
+    The returned module computes the loss in training and logits as before without a target. It
+    shares the network's parameters, and its ``state_dict`` is the network's own. The network stays
+    usable by itself: only the class of its last convolution changes (to a subclass).
+
+    Works for networks that return what their last convolution gives: a Sequential, MONAI's
+    DynUNet, SegResNet, BasicUNet, UNETR, SwinUNETR and nnU-Net's PlainConvUNet, with deep
+    supervision too (DynUNet without: it resamples the logits). MONAI's UNet ends in a 3x3x3
+    convolution and cannot be fused.
+
+    Args:
+        model: the network.
+        loss: a loss that :func:`head_loss` takes, possibly inside a
+            :class:`DeepSupervisionLoss`, whose weights then apply to the heads' losses.
+        head: name of the last convolution, or names, where the network's last one in the order of
+            ``named_modules`` is not it.
+        chunk_bytes: most bytes of logits that exist at one time (default 64 MiB).
+
+    Raises:
+        ValueError: the last layer is not a 1x1x1 convolution, or (at the first call) the network
+            does something to the logits before it returns them.
+        TypeError: the loss is not made of sums over the voxels.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 100, 1)
+        ... )
+        >>> fused = voxfuse.fuse_head(model, voxfuse.DiceCELoss())
+        >>> image, labels = torch.randn(1, 1, 8, 8, 8), torch.randint(0, 100, (1, 8, 8, 8))
+        >>> fused(image, labels).backward()
+        >>> fused(image).shape
+        torch.Size([1, 100, 8, 8, 8])
+    """
+    return FusedHead(model, loss, head, chunk_bytes)
