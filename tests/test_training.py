@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +161,14 @@ def fsdp_equals_one_process(rank: int, world: int) -> None:
 )
 def test_fsdp2_gradients_equal_one_process(tmp_path):
     launch(2, tmp_path, (fsdp_equals_one_process,))
+
+
+def test_the_lightning_example_learns_in_bf16_mixed_precision():
+    pytest.importorskip("lightning", reason="needs the package lightning")
+    pytest.importorskip("nibabel", reason="needs the extra demo: nibabel")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    import lightning_bf16
+
+    history = lightning_bf16.main(["--steps", "40"])
+    assert len(history) == 40
+    assert sum(history[-10:]) < 0.8 * sum(history[:10])
