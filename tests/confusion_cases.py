@@ -145,3 +145,19 @@ def check(case: Case, operators: Any, device: str = "cpu") -> None:
         allowance=16 if case.dtype == compute else 1,
         what=f"gradient of {case}",
     )
+
+
+def certain_probabilities(operators: Any, gamma: float, device: str) -> None:
+    """Check the gradient of FP - TP at probabilities of exactly 0 and 1, without an activation."""
+    p = torch.tensor([[[0.0, 1.0, 0.5], [1.0, 0.0, 0.5]]], device=device)
+    g = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]], device=device)
+    labels = torch.tensor([[0, 1, 0]], device=device)
+    for target in (g, labels):
+        one_hot = g if target is g else torch.stack([labels == 0, labels == 1], 1).to(p.dtype)
+        for sums in (4, 8):
+            grad = torch.zeros(1, 2, sums, dtype=torch.float64, device=device)
+            grad[..., 0], grad[..., 1] = -1, 1
+            gradient = operators.soft_confusion_backward(
+                grad, p, target, None, 0, 0, 0, None, gamma
+            )
+            assert torch.equal(gradient, 1 - 2 * one_hot)

@@ -12,7 +12,14 @@ import torch
 from hypothesis import strategies as st
 
 import voxfuse
-from tests.confusion_cases import ACTIVATIONS, Case, check, schema_arguments, tensors
+from tests.confusion_cases import (
+    ACTIVATIONS,
+    Case,
+    certain_probabilities,
+    check,
+    schema_arguments,
+    tensors,
+)
 from voxfuse import _library
 from voxfuse.reference import soft_confusion as reference
 
@@ -225,6 +232,13 @@ def test_excluded_voxels_contribute_nothing_even_if_nan(operators, activation):
     hidden = ~keep.unsqueeze(1).expand_as(gradient)
     assert torch.equal(gradient[hidden], torch.zeros_like(gradient[hidden]))
     assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_certain_probabilities_have_the_slope_of_the_overlap_alone(operators, gamma):
+    """A log-likelihood that no loss uses has infinite slopes there; they must not show."""
+    certain_probabilities(operators, gamma, "cpu")
 
 
 @pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])

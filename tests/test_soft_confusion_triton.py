@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 
-from tests.confusion_cases import ACTIVATIONS, Case, check, schema_arguments, tensors
+from tests.confusion_cases import (
+    ACTIVATIONS,
+    Case,
+    certain_probabilities,
+    check,
+    schema_arguments,
+    tensors,
+)
 from voxfuse.reference import soft_confusion as reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -143,6 +150,11 @@ def test_focal_modulation(gamma, classes):
             full=full,
         )
         check(case, OPERATORS, DEVICE)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_certain_probabilities_have_the_slope_of_the_overlap_alone(gamma):
+    certain_probabilities(OPERATORS, gamma, DEVICE)
 
 
 def test_gamma_keeps_its_float64_digits():

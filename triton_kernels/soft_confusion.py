@@ -833,11 +833,13 @@ def _slopes(
             u = u - cotangents[3] * (1.0 - g)
     else:
         chain = r_complement if LIKELIHOOD == SIGMOID else 1.0 / r
-        direct = direct + tl.where(g == 0, 0.0, u * chain)
+        # Without a cotangent there is no slope, not even an infinite one (r = 0).
+        direct = direct + tl.where(nll * g == 0, 0.0, u * chain)
         if SUMS == 8:
             q = _slope(r_complement, r, minus_log_complement, gamma, GAMMA, DTYPE)
             chain = r if LIKELIHOOD == SIGMOID else 1.0 / r_complement
-            direct = direct - tl.where(g == 1, 0.0, (1.0 - g) * cotangents[3] * q * chain)
+            off = cotangents[3] * (1.0 - g)
+            direct = direct - tl.where(off == 0, 0.0, off * q * chain)
     return p, h, r, u, direct
 
 

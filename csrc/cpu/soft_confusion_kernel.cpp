@@ -483,11 +483,12 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
         const V one = broadcast<R>(1);
         const V minus_log = logs ? load(rows.likelihood.minus_log + c * width) : V{};
         const V slope = likelihood_slope<R>(r, complement, minus_log, gamma);
-        d += product<R>(g, t[3] * slope * (sigmoid ? complement : one / r));
+        // Without a cotangent there is no slope, not even an infinite one (r = 0).
+        d += product<R>(t[3] * g, slope * (sigmoid ? complement : one / r));
         if (S == 8) {
           const V mirrored = logs ? load(rows.likelihood.minus_log_complement + c * width) : V{};
           const V off = likelihood_slope<R>(complement, r, mirrored, gamma);
-          d -= product<R>(1 - g, t[4] * off * (sigmoid ? r : one / complement));
+          d -= product<R>(t[4] * (1 - g), off * (sigmoid ? r : one / complement));
         }
       }
       store(gradient + c * gradient_stride + v, product<R>(w, d));

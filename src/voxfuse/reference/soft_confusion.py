@@ -219,11 +219,12 @@ def soft_confusion_backward(
         gradient = gradient + u * r.complement - r.p * _sum_of_others(u)
     else:
         chain = r.complement if likelihood == SIGMOID else 1 / r.p
-        gradient = gradient + _product(g, nll * q * chain)
+        # Without a cotangent there is no slope, not even an infinite one (r = 0).
+        gradient = gradient + _product(nll * g, q * chain)
         if o is not None:
             mirrored = Probabilities(r.complement, r.p, r.minus_log_complement, r.minus_log)
             chain = r.p if likelihood == SIGMOID else 1 / r.complement
-            gradient = gradient - _product(1 - g, o * _q(mirrored, gamma) * chain)
+            gradient = gradient - _product(o * (1 - g), _q(mirrored, gamma) * chain)
 
     gradient = torch.where(included, w * gradient, torch.zeros_like(gradient))
     result = torch.empty_like(input)
