@@ -22,6 +22,8 @@ def run(rank: int, world: int, folder: str, checks: tuple[Check, ...]) -> None:
     try:
         for check in checks:
             check(rank, world)
+        # No rank tears its connections down while another still uses them.
+        dist.barrier()
     except BaseException:
         Path(folder, f"error{rank}").write_text(traceback.format_exc())
         raise

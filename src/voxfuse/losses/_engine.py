@@ -365,9 +365,18 @@ def _sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
 
 
 def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
-    """The same with autograd; the gradient is that of one process holding the whole batch."""
-    result: Tensor = _SumOverRanks.apply(stats, batch, ranks)  # type: ignore[no-untyped-call]
-    return result
+    """Sum over ranks whose gradient is that of one process holding the whole batch.
+
+    The autograd of an all-reduce would add up the ranks' gradients and so count the loss, which
+    every rank computes, once a rank. The gradient therefore flows through this rank's own sums.
+    """
+    import torch.distributed
+
+    total = _sum_over_ranks(stats.detach(), batch, ranks)
+    own = stats.sum(0, keepdim=True) if batch else stats
+    if ranks.average:
+        own = own * torch.distributed.get_world_size(ranks.group)
+    return total + (own - own.detach())
 
 
 def _share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:
@@ -377,21 +386,3 @@ def _share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:
     if ranks.average:
         grad = grad * torch.distributed.get_world_size(ranks.group)
     return grad.expand(samples, -1, -1).contiguous()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks whose gradient is that of one process holding the whole batch.
-
-    The autograd of an all-reduce would add up the ranks' gradients and so count the loss, which
-    every rank computes, once a rank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
-        ctx.call = stats.shape[0], ranks
-        return _sum_over_ranks(stats, batch, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        samples, ranks = ctx.call
-        return _share_of_rank(grads[0], samples, ranks), None, None
