@@ -1,0 +1,34 @@
+"""MONAI's losses on the fused operators: same constructors, same numbers, same state_dict keys.
+
+    from voxfuse.integrations.monai import DiceCELoss  # instead of monai.losses
+
+Semantics are those of MONAI 1.6. MetaTensors and float32 index labels are read as they are. What
+the kernels cannot do (``other_act``, voxel-wise results, soft targets in a focal loss) is computed
+by PyTorch, in part or in whole. Where the numbers differ, and why:
+
+- half-precision logits are computed in float32 and the loss is float32 (MONAI overflows);
+- 0/0 (both sets empty, no smoothing) counts as agreement, where MONAI has NaN;
+- masked and ignored voxels count exactly nothing, even where their logits are NaN;
+- the loss is a plain tensor for MetaTensors too, and cannot be differentiated twice.
+"""
+
+from voxfuse.integrations.monai._compound import (
+    DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+)
+from voxfuse.integrations.monai._focal import FocalLoss
+from voxfuse.integrations.monai._masked import MaskedDiceLoss, MaskedLoss
+from voxfuse.integrations.monai._overlap import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+
+__all__ = [
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
+    "MaskedDiceLoss",
+    "MaskedLoss",
+    "TverskyLoss",
+]

@@ -1,0 +1,87 @@
+"""How an adapter is held against its peer: value, gradient, warnings and errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Roundings that separate two orders of adding up a few hundred numbers.
+ROUNDINGS = 64
+
+
+class Outcome(NamedTuple):
+    error: Exception | None
+    warned: list[tuple[type[Warning], str]]
+    loss: Tensor | None
+    gradient: Tensor | None
+
+
+def outcome(make: Callable[[], Any], input: Tensor, *arguments: Any) -> Outcome:
+    """Build a loss, call it on a fresh leaf and differentiate it; errors are a result."""
+    leaf = input.detach().clone().requires_grad_(input.is_floating_point())
+    loss, gradient, error = None, None, None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loss = make()(leaf, *arguments)
+        except Exception as raised:
+            error = raised
+    warned = [(w.category, str(w.message)) for w in caught if w.category is UserWarning]
+    if error is None and isinstance(loss, Tensor) and loss.requires_grad:
+        # Different weights for the elements of an unreduced loss.
+        cotangent = torch.linspace(0.5, 1.5, loss.numel()).reshape(loss.shape).to(loss)
+        (gradient,) = torch.autograd.grad(loss, leaf, cotangent)
+    return Outcome(error, warned, loss, gradient)
+
+
+def assert_parity(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    input: Tensor,
+    *arguments: Any,
+    dtype: torch.dtype | None = None,
+    lenient: tuple[str, ...] = (),
+) -> None:
+    """Check ``ours`` against ``peer``, which computes in ``dtype`` or better.
+
+    Where the peer's result is not finite (0/0) ours need not be, and an error of the peer whose
+    message contains one of ``lenient`` need not be one of ours.
+    """
+    expected = outcome(peer, input, *arguments)
+    actual = outcome(ours, input, *arguments)
+    if expected.error is not None:
+        if any(text in str(expected.error) for text in lenient):
+            return
+        assert actual.error is not None, f"no error, the peer raised {expected.error!r}"
+        assert isinstance(actual.error, type(expected.error)), (
+            f"{actual.error!r}, the peer raised {expected.error!r}"
+        )
+        if isinstance(expected.error, (AssertionError, ValueError)):
+            assert str(actual.error) == str(expected.error)
+    else:
+        assert actual.error is None, f"{actual.error!r}, the peer raised nothing"
+        assert actual.warned == expected.warned, f"{actual.warned}, the peer {expected.warned}"
+    if expected.loss is None or not bool(torch.as_tensor(expected.loss).isfinite().all()):
+        return
+    assert actual.loss is not None
+    assert actual.loss.shape == expected.loss.shape
+    eps = torch.finfo(dtype or input.dtype).eps
+    # A large N/D is one whose D has lost as many digits to cancellation.
+    size = max(float(expected.loss.detach().abs().max()) if expected.loss.numel() else 0.0, 1.0)
+    error = (actual.loss.double() - expected.loss.double()).abs()
+    assert bool((error <= ROUNDINGS * eps * size**2).all()), (
+        f"loss {actual.loss}, the peer's {expected.loss}"
+    )
+    if expected.gradient is None or not bool(expected.gradient.isfinite().all()):
+        return
+    assert actual.gradient is not None
+    assert actual.gradient.dtype == expected.gradient.dtype
+    largest = max(float(expected.gradient.abs().max()), 1.0)
+    error = (actual.gradient.double() - expected.gradient.double()).abs()
+    assert bool((error <= ROUNDINGS * eps * size * largest).all()), (
+        f"gradient {actual.gradient}, the peer's {expected.gradient}"
+    )
