@@ -6,6 +6,7 @@ _library.load()
 
 from voxfuse import functional  # noqa: E402
 from voxfuse._backends import Backend, backends  # noqa: E402
+from voxfuse.fusion.fuser import PatchFuser  # noqa: E402
 from voxfuse.fusion.overlap import overlap_add  # noqa: E402
 from voxfuse.fusion.sliding_window import sliding_window_inference  # noqa: E402
 from voxfuse.fusion.windows import bspline_window  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "JaccardLoss",
     "LovaszHingeLoss",
     "LovaszLoss",
+    "PatchFuser",
     "TopKLoss",
     "TverskyCELoss",
     "TverskyFocalLoss",

@@ -126,12 +126,59 @@ def tables_for_origins(
     Origins that are a Cartesian product, in whatever order, take a grid's way and need no volume
     of weight sums.
     """
+    table = weights_for_origins(origins, window, volume_shape, patch_shape)
+    if table.normalised:
+        return Tables(origins, table.rows, table.weights, None)
+    total = torch.zeros(tuple(volume_shape), dtype=torch.float64)
+    overlap_weights_(total, origins, table.rows, table.weights)
+    return Tables(origins, table.rows, table.weights, total)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of patches at given origins, and whether they are a partition of unity already.
+
+    ``covering``: patches lie over every voxel (known only for normalised weights).
+    """
+
+    rows: Tensor
+    weights: list[Tensor]
+    normalised: bool
+    covering: bool = False
+
+
+def weights_for_origins(
+    origins: Tensor,
+    window: WindowLike,
+    volume_shape: Sequence[int],
+    patch_shape: Sequence[int],
+    *,
+    normalise: bool = True,
+) -> Weights:
+    """Weights of patches at ``origins`` (N, n) on the CPU, in that order.
+
+    They are normalised where the origins are a Cartesian product and the window is one of axes,
+    unless ``normalise`` is False.
+    """
     vectors = resolve_window(window, patch_shape)
-    if _separable(vectors, patch_shape):
+    if normalise and _separable(vectors, patch_shape):
         grid, rows = _factorise(origins, volume_shape, patch_shape)
         if grid is not None:
-            return Tables(origins, rows, _partition(vectors, grid), None)
-    return _general(origins, vectors, volume_shape)
+            return Weights(rows, _partition(vectors, grid), True, _covers(grid))
+    weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
+    return Weights(torch.zeros_like(origins), weights, False)
+
+
+def _covers(grid: Grid) -> bool:
+    for starts, size, extent in zip(grid.starts, grid.patch_shape, grid.volume_shape, strict=True):
+        reached = 0
+        for start in sorted(starts):
+            if start > reached:
+                return False
+            reached = max(reached, start + size)
+        if reached < extent:
+            return False
+    return True
 
 
 def _separable(vectors: list[Vector], patch_shape: Sequence[int]) -> bool:
