@@ -1,0 +1,371 @@
+// Softmax over 2 to 16 classes with labels: a thread holds all classes of its voxels in registers,
+// and the logits are read once.
+//
+// The sums of FP (and OFF, P2), to which every class of a voxel adds, live in registers. TP, FN
+// and NLL receive one value a voxel, at its label: up to 4 classes they are registers too, beyond
+// that one cell a thread in shared memory, where only that thread writes.
+#pragma once
+
+#include "cuda/soft_confusion_tile.cuh"
+
+namespace voxfuse::cuda {
+namespace {
+
+template <class T, int kClasses>
+struct FewShape {
+  static constexpr int kThreads = kClasses <= 4 ? 256 : 128;
+  static constexpr bool kCells = kClasses > 4;
+  // Beyond 8, a kernel serves an even number of classes and the odd one below.
+  static constexpr int kSure = kClasses <= 8 ? kClasses : kClasses - 1;
+};
+
+// Voxels of a thread: as many as leave enough registers for four warps a scheduler.
+template <class T, int kClasses, bool kFull>
+struct FewForward : FewShape<T, kClasses> {
+  static constexpr int kVoxels = kClasses == 2 ? 8 : kFull && kClasses > 8 ? 2 : 4;
+};
+
+template <class T, int kClasses>
+struct FewBackward : FewShape<T, kClasses> {
+  static constexpr int kVoxels = kClasses == 2 ? 16 / sizeof(T) : kClasses <= 8 ? 4 : 2;
+  static constexpr int kTiles = 4;  // by one block
+};
+
+/// Beyond this, z log2(e) - max log2(e) in one rounding could be far from 0 at the maximum.
+constexpr float kLargeLogit = 1e6f;
+
+/// Moves voxel i's logits so that their maximum is 0; infinite ones count as the largest finite.
+template <int kClasses, int kVoxels>
+__device__ inline void center(float (&z)[kClasses][kVoxels], int i, int64_t classes) {
+  float maximum = -FLT_MAX;
+#pragma unroll
+  for (int c = 0; c < kClasses; ++c) {
+    if (c < classes) {
+      z[c][i] = math::finite(z[c][i]);
+      maximum = fmaxf(maximum, z[c][i]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kClasses; ++c) z[c][i] -= maximum;
+}
+
+template <int kClasses, int kVoxels>
+__device__ inline float maximum_of(float (&z)[kClasses][kVoxels], int i, int64_t classes) {
+  float maximum = z[0][i];
+#pragma unroll
+  for (int c = 1; c < kClasses; ++c) maximum = fmaxf(maximum, z[c][i]);
+  if (!(fabsf(maximum) <= kLargeLogit)) {  // also if all are NaN
+    center(z, i, classes);
+    maximum = 0.0f;
+  }
+  return maximum;
+}
+
+/// Two classes are one sigmoid: of d = the other logit - the label's.
+struct Pair {
+  float p, complement, minus_log, minus_log_other;
+
+  __device__ Pair(float own, float other) {
+    float d = other - own;
+    if (!(fabsf(d) <= FLT_MAX)) d = math::finite(other) - math::finite(own);
+    const float e = math::exp_negative(-fabsf(d));
+    const float large = math::reciprocal(1.0f + e), small = e * large;
+    const float tail = math::minus_log1m(small);
+    p = d > 0.0f ? small : large;
+    complement = d > 0.0f ? large : small;
+    minus_log = tail + fmaxf(d, 0.0f);
+    minus_log_other = tail + fmaxf(-d, 0.0f);
+  }
+};
+
+template <class T, int kClasses, bool kFull>
+__global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads, 2)
+    few_forward(const __grid_constant__ SoftConfusion q) {
+  using Shape = FewForward<T, kClasses, kFull>;
+  constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads, kWarps = kThreads / kWarp;
+  constexpr int kSums = kFull ? 8 : 4, kMarks = kFull ? 4 : 3;
+  constexpr bool kCells = Shape::kCells;
+  constexpr int kOwn = kCells ? 1 : kClasses, kAll = kClasses == 2 ? 1 : kClasses;
+  constexpr int kExtra = kFull ? kClasses : 1;
+  VOXFUSE_SHARED(double, totals, [kClasses * kSums]);
+  VOXFUSE_SHARED(float, warps, [kWarps][kClasses * kSums]);
+  VOXFUSE_SHARED(float, cells, [kCells ? kMarks * kClasses * kThreads : 1]);
+
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const float gamma = static_cast<float>(q.gamma);
+  const Row row(q, blockIdx.x);
+  for (int i = thread; i < kClasses * kSums; i += kThreads) {
+    totals[i] = 0;
+    for (int w = 0; w < kWarps; ++w) warps[w][i] = 0;
+  }
+  if constexpr (kCells) {
+    for (int i = 0; i < kMarks * kClasses; ++i) cells[i * kThreads + thread] = 0;
+  }
+  __syncthreads();
+
+  for (int64_t chunk = row.first; chunk < row.last; ++chunk) {
+    float tp[kOwn] = {}, fn[kOwn] = {}, nll[kOwn] = {}, g2[kOwn] = {};
+    float fp[kAll] = {}, off[kExtra] = {}, p2[kExtra] = {}, voxels = 0;
+    const int64_t begin = chunk * q.chunk;
+    const int64_t end = begin + q.chunk < q.voxels ? begin + q.chunk : q.voxels;
+    for (int64_t tile = begin; tile < end; tile += kVoxels * kThreads) {
+      const Span span = span_of<kVoxels>(q.input_layout, tile, q.voxels, thread, kThreads);
+      float z[kClasses][kVoxels], weight[kVoxels];
+      int label[kVoxels];
+      load_logits<T, Shape::kSure>(q, row.sample, 0, span, z);
+      if (load_voxels<kVoxels>(q, row.sample, span, label, weight)) clear_excluded(label, z);
+
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        const float w = weight[i];
+        const int y = label[i] < 0 ? 0 : label[i];
+        float own_tp, own_fn, own_nll;
+        if constexpr (kClasses == 2) {
+          const Pair pair(y == 0 ? z[0][i] : z[1][i], y == 0 ? z[1][i] : z[0][i]);
+          own_tp = w * pair.p;
+          own_fn = w * pair.complement;
+          own_nll = pair.minus_log;
+          if (gamma != 0.0f) own_nll = math::focal(pair.complement, own_nll, gamma);
+          if constexpr (kFull) {
+            const float hit = own_tp * pair.p, miss = own_fn * pair.complement;
+            off[0] += y == 1 ? w * pair.minus_log_other : 0.0f;
+            off[1] += y == 0 ? w * pair.minus_log_other : 0.0f;
+            p2[0] += y == 0 ? hit : miss;
+            p2[1] += y == 0 ? miss : hit;
+          }
+        } else {
+          const float maximum = maximum_of(z, i, q.classes);
+          const float shift = maximum * math::kLog2E;
+          float own = 0, others = 0, exponent = 0, below = 0, at = 0;
+#pragma unroll
+          for (int c = 0; c < kClasses; ++c) {
+            const float t =
+                kFull ? (z[c][i] - maximum) * math::kLog2E : fmaf(z[c][i], math::kLog2E, -shift);
+            const float e = math::exp2_fast(t);
+            own = c == y ? e : own;
+            exponent = c == y ? t : exponent;
+            others += c == y ? 0.0f : e;
+            if constexpr (kFull) {  // the logits are needed again
+              below += z[c][i] == maximum ? 0.0f : e;
+              at += z[c][i] == maximum ? 1.0f : 0.0f;
+            } else {
+              z[c][i] = c == y ? 0.0f : e;
+            }
+          }
+          const float inverse = math::reciprocal(own + others), scale = w * inverse;
+          if constexpr (kFull) {
+            const float log_total = math::log1p_accurate(below + (at - 1.0f));
+#pragma unroll
+            for (int c = 0; c < kClasses; ++c) {
+              const float d = z[c][i] - maximum;
+              const float e = math::exp2_fast(d * math::kLog2E);
+              p2[c] = fmaf(e * inverse, e * scale, p2[c]);
+              fp[c] += c == y ? 0.0f : e * scale;
+              off[c] += c == y ? 0.0f : math::product(w, log_total - d);
+            }
+          } else {
+#pragma unroll
+            for (int c = 0; c < kClasses; ++c) fp[c] = fmaf(z[c][i], scale, fp[c]);
+          }
+          own_tp = own * scale;
+          own_fn = others * scale;
+          own_nll = label_minus_log(own, others, inverse, exponent);
+          if (gamma != 0.0f) own_nll = math::focal(others * inverse, own_nll, gamma);
+        }
+        own_nll *= w;
+        if constexpr (kCells) {
+          float* cell = cells + y * kThreads + thread;
+          cell[0] += own_tp;
+          cell[kClasses * kThreads] += own_fn;
+          cell[2 * kClasses * kThreads] += own_nll;
+          if constexpr (kFull) cell[3 * kClasses * kThreads] += w;
+        } else {
+#pragma unroll
+          for (int c = 0; c < kClasses; ++c) {
+            tp[c] += c == y ? own_tp : 0.0f;
+            fn[c] += c == y ? own_fn : 0.0f;
+            nll[c] += c == y ? own_nll : 0.0f;
+            if constexpr (kFull) g2[c] += c == y ? w : 0.0f;
+          }
+        }
+        if constexpr (kFull) voxels += w;
+      }
+    }
+
+    const auto emit = [&](int c, Statistic s, float value) {
+      value = warp_sum(value);
+      if (lane == 0) warps[warp][c * kSums + s] = value;
+    };
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+      if constexpr (kClasses == 2) {
+        emit(1 - c, kFP, fn[c]);  // the two probabilities sum to 1
+      } else {
+        emit(c, kFP, fp[c]);
+      }
+      if constexpr (!kCells) {
+        emit(c, kTP, tp[c]);
+        emit(c, kFN, fn[c]);
+        emit(c, kNLL, nll[c]);
+        if constexpr (kFull) emit(c, kG2, g2[c]);
+      }
+      if constexpr (kFull) {
+        emit(c, kOFF, off[c]);
+        emit(c, kP2, p2[c]);
+      }
+    }
+    if constexpr (kFull) emit(0, kW, voxels);
+    if constexpr (kCells) {
+      __syncthreads();
+      for (int r = warp; r < kMarks * kClasses; r += kWarps) {
+        float value = 0;
+#pragma unroll
+        for (int t = 0; t < kThreads; t += kWarp) {
+          value += cells[r * kThreads + t + lane];
+          cells[r * kThreads + t + lane] = 0;
+        }
+        value = warp_sum(value);
+        const int mark = r / kClasses, c = r % kClasses;
+        const int s = mark == 0 ? kTP : mark == 1 ? kFN : mark == 2 ? kNLL : kG2;
+        if (lane == 0) warps[0][c * kSums + s] = value;
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < kClasses * kSums; i += kThreads) {
+      double sum = totals[i];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += warps[w][i];
+      totals[i] = sum;
+    }
+    __syncthreads();
+  }
+  for (int i = thread; i < q.classes * kSums; i += kThreads) {
+    row.sums[i] = kFull && i % kSums == kW ? totals[kW] : totals[i];
+  }
+}
+
+template <class T, int kClasses>
+__global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads)
+    few_backward(const __grid_constant__ SoftConfusion q) {
+  using Shape = FewBackward<T, kClasses>;
+  constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads;
+  constexpr int kTile = kVoxels * kThreads, kBlock = kTile * Shape::kTiles;
+  VOXFUSE_SHARED(float, hit, [kClasses]);
+  VOXFUSE_SHARED(float, miss, [kClasses]);
+  VOXFUSE_SHARED(float, nll, [kClasses]);
+  VOXFUSE_SHARED(float, off, [kClasses]);
+  VOXFUSE_SHARED(float, square, [kClasses]);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned blocks = static_cast<unsigned>((q.voxels + kBlock - 1) / kBlock);
+  const int64_t b = blockIdx.x / blocks, begin = int64_t{blockIdx.x % blocks} * kBlock;
+  if (thread < kClasses) {
+    Slope slope{};
+    if (thread < q.classes) {
+      slope = Slope(q.cotangents + (b * q.classes + thread) * q.statistics, q.statistics);
+    }
+    hit[thread] = slope.hit;
+    miss[thread] = slope.miss;
+    nll[thread] = slope.nll;
+    off[thread] = slope.off;
+    square[thread] = slope.square;
+  }
+  __syncthreads();
+  const bool full = q.statistics == 8;
+  const float gamma = static_cast<float>(q.gamma);
+  float off_total = 0;
+  if (full) {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) off_total += off[c];
+  }
+
+  const int64_t end = begin + kBlock < q.voxels ? begin + kBlock : q.voxels;
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const Span span = span_of<kVoxels>(q.input_layout, tile, q.voxels, thread, kThreads);
+    float z[kClasses][kVoxels], weight[kVoxels];
+    int label[kVoxels];
+    load_logits<T, Shape::kSure>(q, b, 0, span, z);
+    const bool excluded = load_voxels<kVoxels>(q, b, span, label, weight);
+    if (excluded) clear_excluded(label, z);
+
+    if constexpr (kClasses == 2) {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        const bool first = label[i] <= 0;
+        const Pair pair(first ? z[0][i] : z[1][i], first ? z[1][i] : z[0][i]);
+        float h = first ? hit[0] - miss[1] : hit[1] - miss[0];
+        const float l = first ? nll[0] : nll[1];
+        float value = 0;
+        if (full) {
+          h += pair.p * (first ? square[0] : square[1]) -
+               pair.complement * (first ? square[1] : square[0]);
+          value = pair.p * (first ? off[1] : off[0]);
+        }
+        float u = -l;
+        if (gamma != 0.0f)
+          u = l * math::focal_slope(pair.p, pair.complement, pair.minus_log, gamma);
+        value = weight[i] * (fmaf(pair.complement, fmaf(pair.p, h, u), value));
+        z[0][i] = first ? value : -value;
+        z[1][i] = first ? -value : value;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        const int y = label[i] < 0 ? 0 : label[i];
+        const float maximum = maximum_of(z, i, q.classes);
+        const float shift = maximum * math::kLog2E;
+        const float at_maximum = math::exp2_fast(fmaf(maximum, math::kLog2E, -shift));
+        float own = 0, others = 0, exponent = 0, base = 0, sum = 0;
+        // The slopes are measured from the most probable class's: the small gradients of a nearly
+        // perfect prediction must not be differences of large numbers.
+#pragma unroll
+        for (int c = 0; c < kClasses; ++c) {
+          const float t = fmaf(z[c][i], math::kLog2E, -shift);
+          const float e = math::exp2_fast(t);
+          own = c == y ? e : own;
+          exponent = c == y ? t : exponent;
+          others += c == y ? 0.0f : e;
+          base = e == at_maximum ? (c == y ? hit[c] : miss[c]) : base;
+          z[c][i] = e;
+        }
+        const float inverse = math::reciprocal(own + others), scale = weight[i] * inverse;
+        if (full) {
+#pragma unroll
+          for (int c = 0; c < kClasses; ++c) {
+            const float h = fmaf(square[c], z[c][i] * inverse, c == y ? hit[c] : miss[c]);
+            base = z[c][i] == at_maximum ? h : base;
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kClasses; ++c) {
+          float h = c == y ? hit[c] : miss[c];
+          if (full) h = fmaf(square[c], z[c][i] * inverse, h);
+          sum = fmaf(z[c][i], h - base, sum);
+        }
+        const float p = own * inverse, complement = others * inverse, mean = sum * inverse;
+        float u = -nll[y], h = hit[y];
+        if (gamma != 0.0f) {
+          const float minus_log = label_minus_log(own, others, inverse, exponent);
+          u = nll[y] * math::focal_slope(p, complement, minus_log, gamma);
+        }
+        const float rest = full ? off_total - off[y] : 0.0f;
+        if (full) h = fmaf(square[y], p, h);
+        const float at_label = weight[i] * fmaf(p, h - base - mean + rest, u * complement);
+        const float away = base + mean + u - rest;
+#pragma unroll
+        for (int c = 0; c < kClasses; ++c) {
+          float slope = miss[c] - away;
+          if (full) slope = fmaf(square[c], z[c][i] * inverse, slope);
+          float value = z[c][i] * scale * slope;
+          if (full) value = fmaf(-weight[i], off[c], value);
+          z[c][i] = c == y ? at_label : value;
+        }
+      }
+    }
+    if (excluded) clear_excluded(label, z);
+    store_gradient<T, Shape::kSure>(q, b, 0, span, z);
+  }
+}
+
+}  // namespace
+}  // namespace voxfuse::cuda

@@ -1,0 +1,10 @@
+// soft_confusion's kernels for logits of type float; a file of their own so that types compile in
+// parallel.
+#include "cuda/soft_confusion_launch.cuh"
+
+namespace voxfuse::cuda {
+
+template cudaError_t launch_forward<float>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_backward<float>(SoftConfusion&, cudaStream_t);
+
+}  // namespace voxfuse::cuda

@@ -1,0 +1,243 @@
+// Everything that has no kernel of its own: dense targets under a softmax, two different
+// activations, float64, more than 256 classes. The logits of a tile of voxels are walked through
+// more than once; after the first time they come from the caches.
+#pragma once
+
+#include "cuda/soft_confusion_separate.cuh"
+
+namespace voxfuse::cuda {
+namespace {
+
+constexpr int kGeneralThreads = 256;
+constexpr int kGeneralTile = 1024;  // voxels, and the chunk of the forward pass
+
+/// The softmax of one voxel without its classes: what is needed to evaluate any of them.
+template <class Real>
+struct Softmax {
+  Real maximum, inverse, complement_at_maximum, log_total;
+  int at;  // first class with the maximum
+
+  template <class T>
+  __device__ void read(const T* logits, int64_t stride, int classes) {
+    maximum = -math::largest(Real(0));
+    at = 0;
+    bool nan = false;
+    for (int c = 0; c < classes; ++c) {
+      const Real z = math::finite(Convert<Real>::from(logits[c * stride]));
+      nan = nan || z != z;
+      if (z > maximum) {
+        maximum = z;
+        at = c;
+      }
+    }
+    Real others = 0;
+    for (int c = 0; c < classes; ++c) {
+      const Real z = math::finite(Convert<Real>::from(logits[c * stride]));
+      if (c != at) others += math::exp_negative(z - maximum);
+    }
+    if (nan) maximum = others = static_cast<Real>(NAN);
+    inverse = Real(1) / (Real(1) + others);
+    complement_at_maximum = others * inverse;
+    log_total = math::log1p_accurate(others);
+  }
+
+  __device__ math::Probability<Real> of(Real logit, int c) const {
+    const Real z = math::finite(logit);
+    const Real p = math::exp_negative(z - maximum) * inverse;
+    const Real complement = c == at ? complement_at_maximum : Real(1) - p;
+    return {p, complement, (maximum - z) + log_total, Real(0)};
+  }
+};
+
+template <class Real>
+__device__ inline math::Probability<Real> evaluate(int activation, const Softmax<Real>& softmax,
+                                                   Real z, int c) {
+  if (activation == math::kSoftmax) return softmax.of(z, c);
+  return activation == math::kSigmoid ? math::sigmoid(z) : math::plain(z);
+}
+
+/// Target and weight of one voxel and class; a weight of 0 says that it is left out.
+template <class Real>
+__device__ inline Real load_one(const SoftConfusion& q, int64_t b, int c, int64_t voxel, Real& g) {
+  const Span span{voxel, q.voxels, kGeneralThreads};  // a step that never asks for vectors
+  Real w;
+  if (q.weight.data != nullptr && q.weight.type == Element::f64) {
+    w = Convert<Real>::from(static_cast<const double*>(
+        q.weight.data)[b * q.weight.stride.batch + voxel * q.weight.stride.voxel]);
+  } else {
+    float weight[1];
+    load_weights<1>(q, b, span, weight);
+    w = weight[0];
+  }
+  if (q.dense) {
+    Real value[1];
+    bool excluded[1];
+    load_dense<Real, 1>(q, b, c, span, value, excluded);
+    g = value[0];
+    return excluded[0] ? Real(0) : w;
+  }
+  int label[1];
+  load_labels<1>(q, b, span, label);
+  g = label[0] == c ? Real(1) : Real(0);
+  return label[0] < 0 ? Real(0) : w;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    general_forward(const __grid_constant__ SoftConfusion q) {
+  using Real = typename Compute<T>::Real;
+  VOXFUSE_SHARED(Softmax<Real>, softmax, [kGeneralTile]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  constexpr int kWarps = kGeneralThreads / kWarp;
+  const int classes = static_cast<int>(q.classes);
+  const Row row(q, blockIdx.x);
+  const Real gamma = static_cast<Real>(q.gamma);
+  const auto* input = static_cast<const T*>(q.input.data) + row.sample * q.input.stride.batch;
+  const bool any_softmax = q.activation == math::kSoftmax || q.likelihood == math::kSoftmax;
+  // A class belongs to one warp, and its sums to that warp's first lane.
+  for (int c = warp; c < classes; c += kWarps) {
+    if (lane < q.statistics) row.sums[int64_t{c} * q.statistics + lane] = 0;
+  }
+  __syncwarp();
+
+  const int64_t last = row.last * q.chunk < q.voxels ? row.last * q.chunk : q.voxels;
+  for (int64_t tile = row.first * q.chunk; tile < last; tile += kGeneralTile) {
+    const int count = static_cast<int>(last - tile < kGeneralTile ? last - tile : kGeneralTile);
+    if (any_softmax) {
+      __syncthreads();
+      for (int i = thread; i < count; i += kGeneralThreads) {
+        softmax[i].read(input + (tile + i) * q.input.stride.voxel, q.input.stride.channel, classes);
+      }
+      __syncthreads();
+    }
+    for (int c = warp; c < classes; c += kWarps) {
+      const T* plane = input + c * q.input.stride.channel;
+      Real sums[8] = {};
+      for (int i = lane; i < count; i += kWarp) {
+        Real g;
+        const Real w = load_one<Real>(q, row.sample, c, tile + i, g);
+        if (w == Real(0)) continue;
+        const Real z = Convert<Real>::from(plane[(tile + i) * q.input.stride.voxel]);
+        const auto p = evaluate<Real>(q.activation, softmax[i], z, c);
+        const auto r =
+            q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax[i], z, c);
+        const auto o = math::overlap(p, g, q.use_min);
+        sums[kTP] += w * o.tp;
+        sums[kFP] += w * o.fp;
+        sums[kFN] += w * o.fn;
+        sums[kNLL] += w * math::product(g, math::focal(r.complement, r.minus_log, gamma));
+        if (q.statistics == 8) {
+          const Real off = q.likelihood == math::kSoftmax
+                               ? r.minus_log
+                               : math::focal(r.p, r.minus_log_complement, gamma);
+          sums[kOFF] += w * math::product(Real(1) - g, off);
+          sums[kP2] += w * p.p * p.p;
+          sums[kG2] += w * g * g;
+          sums[kW] += w;
+        }
+      }
+      double* out = row.sums + int64_t{c} * q.statistics;
+#pragma unroll
+      for (int s = 0; s < 8; ++s) {
+        if (s < q.statistics) {
+          const Real sum = warp_sum(sums[s]);
+          if (lane == s) out[s] += sum;
+        }
+      }
+    }
+  }
+}
+
+/// The slopes of one class, straight from the cotangents.
+template <class Real>
+struct GeneralSlope {
+  Real hit, miss, nll, off, square;
+
+  __device__ GeneralSlope(const SoftConfusion& q, int64_t b, int c) {
+    const double* x = q.cotangents + (b * q.classes + c) * q.statistics;
+    hit = static_cast<Real>(x[kTP] - x[kFN]);
+    miss = static_cast<Real>(x[kFP]);
+    nll = static_cast<Real>(x[kNLL]);
+    off = q.statistics == 8 ? static_cast<Real>(x[kOFF]) : Real(0);
+    square = q.statistics == 8 ? Real(2) * static_cast<Real>(x[kP2]) : Real(0);
+  }
+
+  __device__ Real overlap(const math::Probability<Real>& p, Real g, bool use_min) const {
+    const Real a = math::overlap_slope(p, g, use_min);
+    return a * hit + (Real(1) - a) * miss + square * p.p;
+  }
+
+  /// u of the softmax likelihood.
+  __device__ Real likelihood(const math::Probability<Real>& r, Real g, Real gamma) const {
+    return math::product(g, nll * math::focal_slope(r.p, r.complement, r.minus_log, gamma)) -
+           off * (Real(1) - g);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    general_backward(const __grid_constant__ SoftConfusion q) {
+  using Real = typename Compute<T>::Real;
+  const int classes = static_cast<int>(q.classes);
+  const unsigned blocks = static_cast<unsigned>((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
+  const int64_t b = blockIdx.x / blocks;
+  const int64_t voxel = int64_t{blockIdx.x % blocks} * kGeneralThreads + threadIdx.x;
+  if (voxel >= q.voxels) return;
+  const Real gamma = static_cast<Real>(q.gamma);
+  const bool full = q.statistics == 8;
+  const auto* input =
+      static_cast<const T*>(q.input.data) + b * q.input.stride.batch + voxel * q.input.stride.voxel;
+  auto* gradient = static_cast<T*>(const_cast<void*>(q.gradient.data)) +
+                   b * q.gradient.stride.batch + voxel * q.gradient.stride.voxel;
+  const auto logit = [&](int c) { return Convert<Real>::from(input[c * q.input.stride.channel]); };
+
+  Real g;
+  if (load_one<Real>(q, b, 0, voxel, g) == Real(0)) {
+    for (int c = 0; c < classes; ++c) gradient[c * q.gradient.stride.channel] = T(0.0f);
+    return;
+  }
+  Softmax<Real> softmax{};
+  Real base = 0, mean = 0, total = 0;  // of the overlap's slopes; of the likelihood's
+  if (q.activation == math::kSoftmax || q.likelihood == math::kSoftmax) {
+    softmax.read(input, q.input.stride.channel, classes);
+    if (q.activation == math::kSoftmax) {
+      // Measured from the most probable class's slope: see few_backward.
+      load_one<Real>(q, b, softmax.at, voxel, g);
+      base = GeneralSlope<Real>(q, b, softmax.at)
+                 .overlap(softmax.of(logit(softmax.at), softmax.at), g, q.use_min);
+    }
+    for (int c = 0; c < classes; ++c) {
+      load_one<Real>(q, b, c, voxel, g);
+      const auto p = softmax.of(logit(c), c);
+      const GeneralSlope<Real> slope(q, b, c);
+      if (q.activation == math::kSoftmax) {
+        mean += p.p * (slope.overlap(p, g, q.use_min) - base);
+      }
+      if (q.likelihood == math::kSoftmax) total += slope.likelihood(p, g, gamma);
+    }
+  }
+  for (int c = 0; c < classes; ++c) {
+    const Real w = load_one<Real>(q, b, c, voxel, g), z = logit(c);
+    const GeneralSlope<Real> slope(q, b, c);
+    const auto p = evaluate<Real>(q.activation, softmax, z, c);
+    Real value = slope.overlap(p, g, q.use_min);
+    if (q.activation == math::kSoftmax) {
+      value = p.p * (value - base - mean);
+    } else if (q.activation == math::kSigmoid) {
+      value *= p.p * p.complement;
+    }
+    const auto r = q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax, z, c);
+    if (q.likelihood == math::kSoftmax) {
+      const Real u = slope.likelihood(r, g, gamma);
+      value += u * r.complement - r.p * (total - u);
+    } else if (q.likelihood == math::kSigmoid) {
+      value += separate_likelihood<math::kSigmoid>(r, g, slope.nll, slope.off, gamma, full);
+    } else {
+      value += separate_likelihood<math::kNone>(r, g, slope.nll, slope.off, gamma, full);
+    }
+    gradient[c * q.gradient.stride.channel] = Store<T>::from(w * value);
+  }
+}
+
+}  // namespace
+}  // namespace voxfuse::cuda

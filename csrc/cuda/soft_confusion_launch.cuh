@@ -1,0 +1,166 @@
+// Picks the kernel for a problem with logits of type T.
+#pragma once
+
+#include "cuda/soft_confusion_few.cuh"
+#include "cuda/soft_confusion_general.cuh"
+#include "cuda/soft_confusion_many.cuh"
+#include "cuda/soft_confusion_separate.cuh"
+
+namespace voxfuse::cuda {
+namespace {
+
+template <class T, int kClasses>
+cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+  if (backward) {
+    using Shape = FewBackward<T, kClasses>;
+    constexpr int kBlock = Shape::kVoxels * Shape::kThreads * Shape::kTiles;
+    const int64_t blocks = q.batch * ((q.voxels + kBlock - 1) / kBlock);
+    return launch(few_backward<T, kClasses>, dim3(static_cast<unsigned>(blocks)),
+                  dim3(Shape::kThreads), stream, q);
+  }
+  const dim3 grid(static_cast<unsigned>(q.batch * q.rows));
+  const dim3 block(FewShape<T, kClasses>::kThreads);
+  return q.statistics == 8 ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
+                           : launch(few_forward<T, kClasses, false>, grid, block, stream, q);
+}
+
+template <class T>
+cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+  switch (q.classes) {
+    case 2:
+      return few<T, 2>(q, backward, stream);
+    case 3:
+      return few<T, 3>(q, backward, stream);
+    case 4:
+      return few<T, 4>(q, backward, stream);
+    case 5:
+      return few<T, 5>(q, backward, stream);
+    case 6:
+      return few<T, 6>(q, backward, stream);
+    case 7:
+      return few<T, 7>(q, backward, stream);
+    case 8:
+      return few<T, 8>(q, backward, stream);
+    case 9:
+    case 10:
+      return few<T, 10>(q, backward, stream);
+    case 11:
+    case 12:
+      return few<T, 12>(q, backward, stream);
+    case 13:
+    case 14:
+      return few<T, 14>(q, backward, stream);
+    default:
+      return few<T, 16>(q, backward, stream);
+  }
+}
+
+template <class T, int kClasses>
+cudaError_t many(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+  const dim3 block(static_cast<unsigned>((q.classes + kClasses - 1) / kClasses * kWarp));
+  if (backward) {
+    constexpr int kBlock = ManyShape<kClasses>::kTile * ManyShape<kClasses>::kTiles;
+    const int64_t blocks = q.batch * ((q.voxels + kBlock - 1) / kBlock);
+    return launch(many_backward<T, kClasses>, dim3(static_cast<unsigned>(blocks)), block, stream,
+                  q);
+  }
+  return launch(many_forward<T, kClasses>, dim3(static_cast<unsigned>(q.batch * q.rows)), block,
+                stream, q);
+}
+
+template <class T, int kActivation>
+cudaError_t separate(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+  const dim3 block(kSeparateThreads);
+  if (backward) {
+    constexpr int kBlock = kSeparateVoxels<T> * kSeparateThreads * kSeparateTiles;
+    const int64_t blocks = q.batch * q.classes * ((q.voxels + kBlock - 1) / kBlock);
+    return launch(separate_backward<T, kActivation>, dim3(static_cast<unsigned>(blocks)), block,
+                  stream, q);
+  }
+  const dim3 grid(static_cast<unsigned>(q.batch * q.rows * q.classes));
+  return q.statistics == 8
+             ? launch(separate_forward<T, kActivation, true>, grid, block, stream, q)
+             : launch(separate_forward<T, kActivation, false>, grid, block, stream, q);
+}
+
+template <class T>
+cudaError_t general(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+  const dim3 block(kGeneralThreads);
+  if (backward) {
+    const int64_t blocks = q.batch * ((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
+    return launch(general_backward<T>, dim3(static_cast<unsigned>(blocks)), block, stream, q);
+  }
+  return launch(general_forward<T>, dim3(static_cast<unsigned>(q.batch * q.rows)), block, stream,
+                q);
+}
+
+/// Whether every run of 16 bytes along the voxels can be read at once.
+template <class T>
+bool planar(const View& view) {
+  constexpr int64_t kElements = 16 / sizeof(T);
+  return view.stride.voxel == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+         view.stride.batch % kElements == 0 && view.stride.channel % kElements == 0;
+}
+
+template <class T>
+Layout layout_of(const View& view, const SoftConfusion& q) {
+  constexpr int64_t kElements = 16 / sizeof(T);
+  if (planar<T>(view)) return Layout::kPlanar;
+  // The kernels for an even number of classes beyond 8 also run with one class less.
+  const bool exact = q.classes <= 8 || (q.classes <= 16 && q.classes % 2 == 0);
+  if (exact && view.stride.channel == 1 && view.stride.voxel == q.classes &&
+      reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride.batch % kElements == 0) {
+    return Layout::kInterleaved;
+  }
+  return Layout::kScalar;
+}
+
+/// Whether runs of 8 voxels, or what fills 16 bytes, can be read as vectors.
+bool aligned(const View& view) {
+  if (view.data == nullptr) return false;
+  const int64_t elements = 16 / element_size(view.type) < 8 ? 16 / element_size(view.type) : 8;
+  return view.stride.voxel == 1 && view.stride.batch % elements == 0 &&
+         view.stride.channel % elements == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % (elements * element_size(view.type)) == 0;
+}
+
+template <class T>
+cudaError_t start(SoftConfusion& q, bool backward, cudaStream_t stream) {
+  q.target.vector = aligned(q.target);
+  q.weight.vector = aligned(q.weight);
+  const bool softmax = q.activation == math::kSoftmax && q.likelihood == math::kSoftmax;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    q.input_layout = layout_of<T>(q.input, q);
+    if (backward) q.gradient_layout = layout_of<T>(q.gradient, q);
+    if (softmax && !q.dense && q.classes >= 2 && q.classes <= 16) {
+      return few<T>(q, backward, stream);
+    }
+    // Here classes are never interleaved in registers.
+    if (q.input_layout == Layout::kInterleaved) q.input_layout = Layout::kScalar;
+    if (q.gradient_layout == Layout::kInterleaved) q.gradient_layout = Layout::kScalar;
+    if (softmax && !q.dense && q.classes > 16 && q.classes <= 256 && q.statistics == 4) {
+      return q.classes <= 128 ? many<T, 8>(q, backward, stream) : many<T, 16>(q, backward, stream);
+    }
+    if (q.activation == math::kSigmoid && q.likelihood == math::kSigmoid) {
+      return separate<T, math::kSigmoid>(q, backward, stream);
+    }
+    if (q.activation == math::kNone && q.likelihood == math::kNone) {
+      return separate<T, math::kNone>(q, backward, stream);
+    }
+  }
+  return general<T>(q, backward, stream);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_forward(SoftConfusion& q, cudaStream_t stream) {
+  return start<T>(q, false, stream);
+}
+
+template <class T>
+cudaError_t launch_backward(SoftConfusion& q, cudaStream_t stream) {
+  return start<T>(q, true, stream);
+}
+
+}  // namespace voxfuse::cuda

@@ -1,0 +1,238 @@
+// Sigmoid or no activation: the classes do not know of each other, so that a block works on one
+// class of one row. Labels and weights are read once a class; the blocks of the classes of a row
+// are neighbours, and find them in the L2 cache.
+#pragma once
+
+#include "cuda/soft_confusion_tile.cuh"
+
+namespace voxfuse::cuda {
+namespace {
+
+constexpr int kSeparateThreads = 256;
+
+template <class T>
+constexpr int kSeparateVoxels = 16 / static_cast<int>(sizeof(T));
+
+/// Whether the foreground indicator of a single class is to be left out: the ignored value, and
+/// integers that are neither 0 nor 1.
+template <class L>
+__device__ inline bool indicator_excluded(L raw, const SoftConfusion& q) {
+  const int64_t value = static_cast<int64_t>(raw);
+  return (q.has_ignore && value == q.ignore_index) || (value != 0 && value != 1);
+}
+
+__device__ inline bool indicator_excluded(double raw, const SoftConfusion& q) {
+  // The conversion is defined only inside the range of int64.
+  return q.has_ignore && raw > -9.2e18 && raw < 9.2e18 &&
+         static_cast<int64_t>(raw) == q.ignore_index;
+}
+__device__ inline bool indicator_excluded(float raw, const SoftConfusion& q) {
+  return indicator_excluded(static_cast<double>(raw), q);
+}
+__device__ inline bool indicator_excluded(__half raw, const SoftConfusion& q) {
+  return indicator_excluded(static_cast<double>(to_float(raw)), q);
+}
+__device__ inline bool indicator_excluded(__nv_bfloat16 raw, const SoftConfusion& q) {
+  return indicator_excluded(static_cast<double>(to_float(raw)), q);
+}
+
+template <class L, class Real, int kVoxels>
+__device__ inline void load_dense_as(const SoftConfusion& q, int64_t b, int64_t c, const Span& span,
+                                     Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
+  L raw[kVoxels];
+  const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch +
+                     c * q.target.stride.channel;
+  load_span<kVoxels>(base, q.target.stride.voxel, q.target.vector && span.step == 1, span, raw);
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    excluded[i] = q.classes == 1 && indicator_excluded(raw[i], q);
+    g[i] = Convert<Real>::from(raw[i]);
+  }
+}
+
+/// The dense target of class c at a thread's voxels.
+template <class Real, int kVoxels>
+__device__ inline void load_dense(const SoftConfusion& q, int64_t b, int64_t c, const Span& span,
+                                  Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
+  switch (q.target.type) {
+    case Element::boolean:
+    case Element::u8:
+      return load_dense_as<uint8_t>(q, b, c, span, g, excluded);
+    case Element::i16:
+      return load_dense_as<int16_t>(q, b, c, span, g, excluded);
+    case Element::i32:
+      return load_dense_as<int32_t>(q, b, c, span, g, excluded);
+    case Element::i64:
+      return load_dense_as<int64_t>(q, b, c, span, g, excluded);
+    case Element::f16:
+      return load_dense_as<__half>(q, b, c, span, g, excluded);
+    case Element::bf16:
+      return load_dense_as<__nv_bfloat16>(q, b, c, span, g, excluded);
+    case Element::f64:
+      return load_dense_as<double>(q, b, c, span, g, excluded);
+    default:
+      return load_dense_as<float>(q, b, c, span, g, excluded);
+  }
+}
+
+/// Target values of class c and weights; both are 0 for voxels that are left out.
+template <int kVoxels>
+__device__ inline void load_class(const SoftConfusion& q, int64_t b, int c, const Span& span,
+                                  float (&g)[kVoxels], float (&weight)[kVoxels]) {
+  if (q.dense) {
+    bool excluded[kVoxels];
+    load_dense<float, kVoxels>(q, b, c, span, g, excluded);
+    load_weights<kVoxels>(q, b, span, weight);
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) {
+      if (excluded[i] || !span.holds(i)) weight[i] = 0;
+      if (weight[i] == 0.0f) g[i] = 0;
+    }
+  } else {
+    int label[kVoxels];
+    load_voxels<kVoxels>(q, b, span, label, weight);
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) g[i] = label[i] == c ? 1.0f : 0.0f;
+  }
+}
+
+/// The logits of one class: as load_logits, but a class's voxels are never interleaved here.
+template <class T, int kVoxels>
+__device__ inline void load_plane(const SoftConfusion& q, int64_t b, int c, const Span& span,
+                                  float (&z)[kVoxels]) {
+  T raw[kVoxels];
+  const auto* base =
+      static_cast<const T*>(q.input.data) + b * q.input.stride.batch + c * q.input.stride.channel;
+  load_span<kVoxels>(base, q.input.stride.voxel, span.step == 1, span, raw);
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) z[i] = to_float(raw[i]);
+}
+
+template <int kActivation, class Real>
+__device__ inline math::Probability<Real> probability(Real z) {
+  return kActivation == math::kSigmoid ? math::sigmoid(z) : math::plain(z);
+}
+
+template <class T, int kActivation, bool kFull>
+__global__ void __launch_bounds__(kSeparateThreads)
+    separate_forward(const __grid_constant__ SoftConfusion q) {
+  constexpr int kVoxels = kSeparateVoxels<T>, kSums = kFull ? 8 : 4;
+  constexpr int kWarps = kSeparateThreads / kWarp;
+  VOXFUSE_SHARED(float, warps, [kWarps][kSums]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const unsigned classes = static_cast<unsigned>(q.classes);
+  const int c = static_cast<int>(blockIdx.x % classes);
+  const Row row(q, blockIdx.x / classes);
+  const float gamma = static_cast<float>(q.gamma);
+  double total = 0;  // of sum `thread`
+
+  for (int64_t chunk = row.first; chunk < row.last; ++chunk) {
+    float sums[kSums] = {};
+    const int64_t begin = chunk * q.chunk;
+    const int64_t end = begin + q.chunk < q.voxels ? begin + q.chunk : q.voxels;
+    for (int64_t tile = begin; tile < end; tile += kVoxels * kSeparateThreads) {
+      const Span span = span_of<kVoxels>(q.input_layout, tile, q.voxels, thread, kSeparateThreads);
+      float z[kVoxels], g[kVoxels], weight[kVoxels];
+      load_plane<T, kVoxels>(q, row.sample, c, span, z);
+      load_class<kVoxels>(q, row.sample, c, span, g, weight);
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        const float w = weight[i];
+        const auto r = probability<kActivation>(w == 0.0f ? 0.5f : z[i]);
+        const auto o = math::overlap(r, g[i], q.use_min);
+        sums[kTP] = fmaf(w, o.tp, sums[kTP]);
+        sums[kFP] = fmaf(w, o.fp, sums[kFP]);
+        sums[kFN] = fmaf(w, o.fn, sums[kFN]);
+        sums[kNLL] += w * math::product(g[i], math::focal(r.complement, r.minus_log, gamma));
+        if constexpr (kFull) {
+          const float off = math::focal(r.p, r.minus_log_complement, gamma);
+          sums[kOFF] += w * math::product(1.0f - g[i], off);
+          sums[kP2] = fmaf(w, r.p * r.p, sums[kP2]);
+          sums[kG2] = fmaf(w, g[i] * g[i], sums[kG2]);
+          sums[kW] += w;
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      const float sum = warp_sum(sums[s]);
+      if (lane == 0) warps[warp][s] = sum;
+    }
+    __syncthreads();
+    if (thread < kSums) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += warps[w][thread];
+    }
+    __syncthreads();
+  }
+  if (thread < kSums) row.sums[c * kSums + thread] = total;
+}
+
+/// Gradient of the likelihood terms of a sigmoid or of plain probabilities.
+template <int kActivation, class Real>
+__device__ inline Real separate_likelihood(const math::Probability<Real>& r, Real g, Real nll,
+                                           Real off, Real gamma, bool full) {
+  const bool sigmoid = kActivation == math::kSigmoid;
+  const Real chain = sigmoid ? r.complement : math::reciprocal(r.p);
+  Real value =
+      math::product(g, nll * math::focal_slope(r.p, r.complement, r.minus_log, gamma) * chain);
+  if (full) {
+    const Real back = sigmoid ? r.p : math::reciprocal(r.complement);
+    value -= math::product(
+        Real(1) - g,
+        off * math::focal_slope(r.complement, r.p, r.minus_log_complement, gamma) * back);
+  }
+  return value;
+}
+
+constexpr int kSeparateTiles = 4;  // of a block of the backward pass
+
+template <class T, int kActivation>
+__global__ void __launch_bounds__(kSeparateThreads)
+    separate_backward(const __grid_constant__ SoftConfusion q) {
+  constexpr int kVoxels = kSeparateVoxels<T>;
+  constexpr int kTile = kVoxels * kSeparateThreads, kBlock = kTile * kSeparateTiles;
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned classes = static_cast<unsigned>(q.classes);
+  const unsigned blocks = static_cast<unsigned>((q.voxels + kBlock - 1) / kBlock);
+  const int c = static_cast<int>(blockIdx.x % classes);
+  const int64_t b = blockIdx.x / classes / blocks;
+  const int64_t begin = int64_t{blockIdx.x / classes % blocks} * kBlock;
+  const int64_t end = begin + kBlock < q.voxels ? begin + kBlock : q.voxels;
+  const Slope slope(q.cotangents + (b * q.classes + c) * q.statistics, q.statistics);
+  const bool full = q.statistics == 8;
+  const float gamma = static_cast<float>(q.gamma);
+  auto* gradient = static_cast<T*>(const_cast<void*>(q.gradient.data)) +
+                   b * q.gradient.stride.batch + c * q.gradient.stride.channel;
+
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const Span span = span_of<kVoxels>(q.input_layout, tile, q.voxels, thread, kSeparateThreads);
+    float z[kVoxels], g[kVoxels], weight[kVoxels];
+    load_plane<T, kVoxels>(q, b, c, span, z);
+    load_class<kVoxels>(q, b, c, span, g, weight);
+    T out[kVoxels];
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) {
+      const float w = weight[i];
+      const auto r = probability<kActivation>(w == 0.0f ? 0.5f : z[i]);
+      const float a = math::overlap_slope(r, g[i], q.use_min);
+      float h = fmaf(a, slope.hit, (1.0f - a) * slope.miss);
+      if (full) h = fmaf(slope.square, r.p, h);
+      if (kActivation == math::kSigmoid) h *= r.p * r.complement;
+      h += separate_likelihood<kActivation>(r, g[i], slope.nll, slope.off, gamma, full);
+      out[i] = Store<T>::from(w == 0.0f ? 0.0f : w * h);
+    }
+    if (q.gradient_layout == Layout::kPlanar && span.step == 1 &&
+        span.first + kVoxels <= span.end) {
+      store_vector<kVoxels>(gradient + span.first, out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        if (span.holds(i)) gradient[span.voxel(i) * q.gradient.stride.voxel] = out[i];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace voxfuse::cuda

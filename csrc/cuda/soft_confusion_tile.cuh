@@ -1,0 +1,255 @@
+// What the kernels of soft_confusion share: reading labels, weights and logits, and the places of
+// the sums.
+#pragma once
+
+#include "cuda/elements.h"
+#include "cuda/soft_confusion.h"
+#include "math/confusion.h"
+
+namespace voxfuse::cuda {
+namespace {
+
+enum Statistic : int { kTP = 0, kFP, kFN, kNLL, kOFF, kP2, kG2, kW };
+
+/// The class of a label, or -1 if the voxel is to be left out.
+template <class L>
+__device__ inline int class_of(L raw, const SoftConfusion& q) {
+  const int label = raw >= L(0) && raw < q.classes ? static_cast<int>(raw) : -1;
+  return q.has_ignore && label == q.ignore_index ? -1 : label;
+}
+
+__device__ inline int class_of(float raw, const SoftConfusion& q) {
+  // Truncated towards zero, and in range before the conversion, for any bit pattern.
+  const bool inside = raw > -1.0f && raw < static_cast<float>(q.classes);
+  const int label = inside ? static_cast<int>(raw) : -1;
+  return q.has_ignore && label == q.ignore_index ? -1 : label;
+}
+
+__device__ inline int class_of(uint8_t raw, const SoftConfusion& q) {
+  return class_of(static_cast<int32_t>(raw), q);
+}
+
+__device__ inline int class_of(__half raw, const SoftConfusion& q) {
+  return class_of(__half2float(raw), q);
+}
+
+template <class L, int kVoxels>
+__device__ inline void load_labels_as(const SoftConfusion& q, int64_t b, const Span& span,
+                                      int (&label)[kVoxels]) {
+  L raw[kVoxels];
+  const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch;
+  load_span<kVoxels>(base, q.target.stride.voxel, q.target.vector && span.step == 1, span, raw);
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) label[i] = span.holds(i) ? class_of(raw[i], q) : -1;
+}
+
+/// The classes of a thread's voxels, -1 for those that are left out or past the end.
+template <int kVoxels>
+__device__ inline void load_labels(const SoftConfusion& q, int64_t b, const Span& span,
+                                   int (&label)[kVoxels]) {
+  switch (q.target.type) {
+    case Element::boolean:
+    case Element::u8:
+      return load_labels_as<uint8_t>(q, b, span, label);
+    case Element::i16:
+      return load_labels_as<int16_t>(q, b, span, label);
+    case Element::i32:
+      return load_labels_as<int32_t>(q, b, span, label);
+    case Element::i64:
+      return load_labels_as<int64_t>(q, b, span, label);
+    case Element::f16:
+      return load_labels_as<__half>(q, b, span, label);
+    default:
+      return load_labels_as<float>(q, b, span, label);
+  }
+}
+
+template <class L, int kVoxels>
+__device__ inline void load_weights_as(const SoftConfusion& q, int64_t b, const Span& span,
+                                       float (&weight)[kVoxels]) {
+  L raw[kVoxels];
+  const auto* base = static_cast<const L*>(q.weight.data) + b * q.weight.stride.batch;
+  load_span<kVoxels>(base, q.weight.stride.voxel, q.weight.vector && span.step == 1, span, raw);
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) weight[i] = to_float(raw[i]);
+}
+
+template <int kVoxels>
+__device__ inline void load_weights(const SoftConfusion& q, int64_t b, const Span& span,
+                                    float (&weight)[kVoxels]) {
+  if (q.weight.data == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) weight[i] = 1.0f;
+    return;
+  }
+  switch (q.weight.type) {
+    case Element::boolean:
+      return load_weights_as<uint8_t>(q, b, span, weight);
+    case Element::f16:
+      return load_weights_as<__half>(q, b, span, weight);
+    case Element::bf16:
+      return load_weights_as<__nv_bfloat16>(q, b, span, weight);
+    case Element::f64:
+      return load_weights_as<double>(q, b, span, weight);
+    default:
+      return load_weights_as<float>(q, b, span, weight);
+  }
+}
+
+/// Labels and weights together; `label` is -1 and `weight` 0 for voxels that are left out. Returns
+/// whether there are any.
+template <int kVoxels>
+__device__ inline bool load_voxels(const SoftConfusion& q, int64_t b, const Span& span,
+                                   int (&label)[kVoxels], float (&weight)[kVoxels]) {
+  load_labels<kVoxels>(q, b, span, label);
+  load_weights<kVoxels>(q, b, span, weight);
+  bool excluded = false;
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    if (weight[i] == 0.0f) label[i] = -1;
+    if (label[i] < 0) weight[i] = 0.0f;
+    excluded = excluded || label[i] < 0;
+  }
+  return excluded;
+}
+
+/// Logits of classes [first, first + kClasses) at a thread's voxels; those beyond q.classes are
+/// -infinity. The first kSure classes are known to exist.
+template <class T, int kSure, int kClasses, int kVoxels>
+__device__ inline void load_logits(const SoftConfusion& q, int64_t b, int first, const Span& span,
+                                   float (&z)[kClasses][kVoxels]) {
+  const int64_t channel = opaque(q.input.stride.channel);
+  const T* plane =
+      static_cast<const T*>(q.input.data) + b * q.input.stride.batch + first * channel;
+  const bool whole = span.step == 1 && span.first + kVoxels <= span.end;
+  if (q.input_layout == Layout::kPlanar && whole) {
+    T raw[kClasses][kVoxels];
+    plane += span.first;
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c, plane += channel) {
+      if (c >= kSure) {
+#pragma unroll
+        for (int i = 0; i < kVoxels; ++i) raw[c][i] = Store<T>::from(-INFINITY);
+      }
+      if (c < kSure || first + c < q.classes) load_vector<kVoxels>(plane, raw[c]);
+    }
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) z[c][i] = to_float(raw[c][i]);
+    }
+  } else if (kSure > 0 && q.input_layout == Layout::kInterleaved && whole) {
+    T raw[kClasses * kVoxels];
+    load_vector<kClasses * kVoxels>(plane + span.first * kClasses, raw);
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) z[c][i] = to_float(raw[i * kClasses + c]);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c, plane += channel) {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        z[c][i] = -INFINITY;
+        if (c < kSure || first + c < q.classes) {
+          z[c][i] = span.holds(i) ? to_float(plane[span.voxel(i) * q.input.stride.voxel]) : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kSure, int kClasses, int kVoxels>
+__device__ inline void store_gradient(const SoftConfusion& q, int64_t b, int first,
+                                      const Span& span, const float (&value)[kClasses][kVoxels]) {
+  const int64_t channel = opaque(q.gradient.stride.channel);
+  T* plane = static_cast<T*>(const_cast<void*>(q.gradient.data)) + b * q.gradient.stride.batch +
+             first * channel;
+  const bool whole = span.step == 1 && span.first + kVoxels <= span.end;
+  if (kSure > 0 && q.gradient_layout == Layout::kInterleaved && whole) {
+    T raw[kClasses * kVoxels];
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) {
+#pragma unroll
+      for (int c = 0; c < kClasses; ++c) raw[i * kClasses + c] = Store<T>::from(value[c][i]);
+    }
+    store_vector<kClasses * kVoxels>(plane + span.first * kClasses, raw);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kClasses; ++c, plane += channel) {
+    if (c >= kSure && first + c >= q.classes) continue;
+    if (q.gradient_layout == Layout::kPlanar && whole) {
+      T raw[kVoxels];
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) raw[i] = Store<T>::from(value[c][i]);
+      store_vector<kVoxels>(plane + span.first, raw);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        if (span.holds(i)) {
+          plane[span.voxel(i) * q.gradient.stride.voxel] = Store<T>::from(value[c][i]);
+        }
+      }
+    }
+  }
+}
+
+/// The voxels of thread `thread` of `threads` in the tile that starts at `tile`: consecutive ones
+/// where they are read as vectors, else neighbouring threads take neighbouring voxels.
+template <int kVoxels>
+__device__ inline Span span_of(Layout layout, int64_t tile, int64_t end, int thread, int threads) {
+  if (layout == Layout::kScalar) return {tile + thread, end, threads};
+  return {tile + thread * kVoxels, end, 1};
+}
+
+template <int kClasses, int kVoxels>
+__device__ inline void clear_excluded(const int (&label)[kVoxels], float (&z)[kClasses][kVoxels]) {
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    if (label[i] < 0) {
+#pragma unroll
+      for (int c = 0; c < kClasses; ++c) z[c][i] = 0.0f;
+    }
+  }
+}
+
+/// -log p of the label's class from its exponential, that of all others and its exponent in base 2.
+__device__ inline float label_minus_log(float own, float others, float inverse, float exponent) {
+  const float tail = math::minus_log1m(fminf(own, others) * inverse);
+  return own >= others ? tail : tail + math::kLn2 * (math::log2_fast(others) - exponent);
+}
+
+/// The cotangents of one class in float: hit = TP's - FN's counts where g = 1, miss = FP's where
+/// g = 0, then NLL's, OFF's and twice P2's.
+struct Slope {
+  float hit, miss, nll, off, square;
+
+  Slope() = default;
+  __device__ Slope(const double* cotangent, int statistics) {
+    hit = static_cast<float>(cotangent[kTP] - cotangent[kFN]);
+    miss = static_cast<float>(cotangent[kFP]);
+    nll = static_cast<float>(cotangent[kNLL]);
+    off = statistics == 8 ? static_cast<float>(cotangent[kOFF]) : 0.0f;
+    square = statistics == 8 ? 2.0f * static_cast<float>(cotangent[kP2]) : 0.0f;
+  }
+};
+
+/// The chunks whose sums this block adds up, and where they go.
+struct Row {
+  int64_t sample, first, last;  // chunks [first, last)
+  double* sums;                 // (classes, statistics)
+
+  __device__ Row(const SoftConfusion& q, unsigned index) {
+    const unsigned rows = static_cast<unsigned>(q.rows);
+    sample = index / rows;
+    first = index % rows * q.chunks_per_row;
+    const int64_t chunks = (q.voxels + q.chunk - 1) / q.chunk;
+    last = first + q.chunks_per_row < chunks ? first + q.chunks_per_row : chunks;
+    sums = q.workspace + index * q.classes * q.statistics;
+  }
+};
+
+}  // namespace
+}  // namespace voxfuse::cuda

@@ -1,0 +1,68 @@
+// Runs soft_confusion's CUDA kernels in the emulation. A record is one call, forward or backward,
+// as tests/emulation/emulator.py writes it.
+#include "cuda/soft_confusion.h"
+#include "records.h"
+
+using voxfuse::Element;
+using voxfuse::Strides;
+using voxfuse::cuda::SoftConfusion;
+using voxfuse::cuda::View;
+using voxfuse::emulation::Buffer;
+using voxfuse::emulation::Record;
+
+namespace {
+
+/// A view into a buffer, from [element type, offset in bytes or -1 for none, three strides].
+View view_of(const Record& record, std::size_t buffer, std::size_t at) {
+  View view;
+  const std::int64_t* x = record.integers.data() + at;
+  view.type = static_cast<Element>(x[0]);
+  if (x[1] >= 0) view.data = record.buffers[buffer].get() + x[1];
+  view.stride = Strides{x[2], x[3], x[4]};
+  return view;
+}
+
+}  // namespace
+
+int main() {
+  Record record;
+  while (voxfuse::emulation::read(record)) {
+    const std::int64_t* x = record.integers.data();
+    SoftConfusion q;
+    const bool backward = x[0] != 0;
+    q.batch = x[1];
+    q.classes = x[2];
+    q.voxels = x[3];
+    q.dense = x[4] != 0;
+    q.activation = static_cast<int>(x[5]);
+    q.likelihood = static_cast<int>(x[6]);
+    q.use_min = x[7] != 0;
+    q.has_ignore = x[8] != 0;
+    q.ignore_index = x[9];
+    q.statistics = static_cast<int>(x[10]);
+    q.gamma = record.doubles[0];
+    q.input = view_of(record, 0, 11);
+    q.target = view_of(record, 1, 16);
+    q.weight = view_of(record, 2, 21);
+    cudaError_t error = cudaSuccess;
+    if (backward) {
+      q.cotangents = record.buffers[3].as<const double>();
+      q.gradient = view_of(record, 4, 26);
+      error = voxfuse::cuda::soft_confusion_backward(q, nullptr);
+      voxfuse::emulation::write({&record.buffers[4]});
+    } else {
+      const auto bytes = static_cast<std::int64_t>(sizeof(double));
+      const Buffer sums(q.batch * q.classes * q.statistics * bytes);
+      const Buffer workspace(voxfuse::cuda::workspace_doubles(q) * bytes);
+      q.sums = sums.as<double>();
+      q.workspace = workspace.as<double>();
+      error = voxfuse::cuda::soft_confusion_forward(q, nullptr);
+      voxfuse::emulation::write({&sums});
+    }
+    if (error != cudaSuccess) {
+      std::fprintf(stderr, "launch failed: error %d\n", static_cast<int>(error));
+      return 1;
+    }
+  }
+  return 0;
+}
