@@ -54,7 +54,7 @@ struct RatioTerm {
 // A sum with coefficient 0 is not looked at: it may be infinite.
 VOXFUSE_HOST_DEVICE inline RatioSums ratio_sums(const double* sums, const RatioOptions& options) {
   RatioSums result{0, 0, 0};
-  for (int k = 0; k < options.sums; ++k) {
+  for (int k = 0; k < kMaxSums; ++k) {  // coefficients beyond options.sums are 0
     const double num = options.numerator[k];
     const double den = options.denominator[k];
     if (num != 0) result.hits += num * sums[k];
