@@ -1,0 +1,403 @@
+// Patch fusion on the GPU: a block owns a tile of the result, lists the patches that touch it in
+// their order, and every thread adds up runs of voxels in registers. Each voxel is written once; no
+// atomics, so the bits are those of the patch order.
+#include <algorithm>
+
+#include "cuda/elements.h"
+#include "cuda/overlap_add.h"
+
+namespace voxfuse::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kListed = 256;  // patches that a block can list; with more it walks through all
+// Channels that a thread adds up at a time.
+template <class T>
+constexpr int kChannels = sizeof(T) == 2 ? 2 : 4;
+constexpr int kTileDepth = 8;
+
+enum class Mode { kForward, kRing, kWeights };
+
+/// What a launch adds to the problem: how a block's tile lies in the result.
+struct Tiling {
+  int columns;  // threads along the last axis; kThreads / columns rows
+  int tiles[3];
+  int64_t channels_per_block;
+};
+
+/// A patch as a tile sees it. Origins far outside are moved to where they just do not touch.
+struct Placed {
+  int64_t patch;
+  int origin[3];
+  int row[3];
+  bool valid;
+
+  __device__ Placed() {}
+  __device__ Placed(const Fusion& q, int64_t index) : patch(index), valid(true) {
+    const int lead = 3 - q.axes;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      origin[axis] = row[axis] = 0;
+      if (axis < lead) continue;
+      const int64_t at = q.origins[index * q.axes + axis - lead];
+      const int64_t low = int64_t{q.begin[axis]} - q.patch[axis], high = q.end[axis];
+      origin[axis] = static_cast<int>(at < low ? low : (at > high ? high : at));
+      if (!q.separable) continue;
+      const int64_t k = q.rows[index * q.axes + axis - lead];
+      valid = valid && k >= 0 && k < q.row_count[axis];  // else out of bounds: left out
+      row[axis] = static_cast<int>(k);
+    }
+  }
+
+  __device__ bool touches(const Fusion& q, const int (&low)[3], const int (&high)[3]) const {
+    bool result = valid;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      result = result && origin[axis] < high[axis] && origin[axis] + q.patch[axis] > low[axis];
+    }
+    return result;
+  }
+};
+
+__device__ inline int slot(const Fusion& q, int axis, int coordinate) {
+  return axis == q.ring_axis ? coordinate % q.extent[axis] : coordinate;
+}
+
+template <class Real>
+__device__ inline Real axis_weight(const Fusion& q, const Placed& at, int axis, int t) {
+  return q.weights[axis] == nullptr
+             ? Real(1)
+             : static_cast<Real>(
+                   __ldg(q.weights[axis] + int64_t{at.row[axis]} * q.patch[axis] + t));
+}
+
+/// Weights of kRun voxels of a patch from (tz, ty, tx) on; 0 outside the patch. Divided by `total`
+/// in float64 where there is one.
+template <class Real, int kRun>
+__device__ inline void weights_of(const Fusion& q, const Placed& at, int tz, int ty, int tx,
+                                  const double (&total)[kRun], Real (&weight)[kRun]) {
+  const auto window = [&](int i) {
+    return __ldg(q.weights[0] + (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx + i);
+  };
+  if (q.total == nullptr) {
+    Real outer = 0;
+    if (q.separable) outer = axis_weight<Real>(q, at, 0, tz) * axis_weight<Real>(q, at, 1, ty);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      weight[i] = 0;
+      if (tx + i < 0 || tx + i >= q.patch[2]) continue;
+      weight[i] =
+          q.separable ? outer * axis_weight<Real>(q, at, 2, tx + i) : static_cast<Real>(window(i));
+    }
+  } else {
+    double outer = 0;
+    if (q.separable) outer = axis_weight<double>(q, at, 0, tz) * axis_weight<double>(q, at, 1, ty);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      weight[i] = 0;
+      if (tx + i < 0 || tx + i >= q.patch[2] || total[i] == 0) continue;
+      const double exact = q.separable ? outer * axis_weight<double>(q, at, 2, tx + i) : window(i);
+      weight[i] = static_cast<Real>(exact / total[i]);
+    }
+  }
+}
+
+template <int kRun>
+__device__ inline bool is_aligned(const void* pointer, int element) {
+  return reinterpret_cast<uintptr_t>(pointer) % widest(kRun * element) == 0;
+}
+
+/// A run of patch voxels; those outside [first, last) are 0.
+template <class Real, int kRun, class T>
+__device__ inline void load_run(const T* run, int first, int last, Real (&value)[kRun]) {
+  if (first <= 0 && last >= kRun && is_aligned<kRun>(run, sizeof(T))) {
+    T raw[kRun];
+    load_vector<kRun>(run, raw);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] = Convert<Real>::from(raw[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      value[i] = i >= first && i < last ? Convert<Real>::from(run[i]) : Real(0);
+    }
+  }
+}
+
+template <class T, Mode kMode>
+struct Output {
+  using type = T;
+};
+template <class T>
+struct Output<T, Mode::kRing> {
+  using type = typename Compute<T>::Real;
+};
+
+template <class T, Mode kMode>
+__global__ void __launch_bounds__(kThreads, 2)
+    gather(const __grid_constant__ Fusion q, const __grid_constant__ Tiling tiling) {
+  using Real = typename Compute<T>::Real;
+  using Out = typename Output<T, kMode>::type;
+  constexpr int kRun = 16 / sizeof(T);
+  constexpr int kCopies = kMode == Mode::kWeights ? 1 : kChannels<T>;
+  VOXFUSE_SHARED(Placed, list, [kListed]);
+  VOXFUSE_SHARED(int, warp_counts, [kThreads / kWarp]);
+
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int thread_rows = kThreads / tiling.columns;
+  const unsigned tile = blockIdx.x;
+  const int tile_x = static_cast<int>(tile % tiling.tiles[2]);
+  const int tile_y = static_cast<int>(tile / tiling.tiles[2] % tiling.tiles[1]);
+  const int tile_z = static_cast<int>(tile / tiling.tiles[2] / tiling.tiles[1]);
+  const int low[3] = {q.begin[0] + tile_z * kTileDepth, q.begin[1] + tile_y * thread_rows,
+                      q.begin[2] + tile_x * tiling.columns * kRun};
+  const int size[3] = {kTileDepth, thread_rows, tiling.columns * kRun};
+  int high[3];
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) {
+    high[axis] = low[axis] + size[axis] < q.end[axis] ? low[axis] + size[axis] : q.end[axis];
+  }
+
+  // The patches over this tile, in ascending order.
+  int listed = 0;
+  for (int64_t first = 0; first < q.patches; first += kThreads) {
+    Placed placed;
+    bool touches = false;
+    if (first + thread < q.patches) {
+      placed = Placed(q, first + thread);
+      touches = placed.touches(q, low, high);
+    }
+    const unsigned votes = __ballot_sync(kAllLanes, touches);
+    if (lane == 0) warp_counts[warp] = __popc(votes);
+    __syncthreads();
+    int before = listed + __popc(votes & ((1u << lane) - 1));
+    for (int w = 0; w < kThreads / kWarp; ++w) {
+      if (w < warp) before += warp_counts[w];
+      listed += warp_counts[w];
+    }
+    if (touches && before < kListed) list[before] = placed;
+    __syncthreads();
+  }
+  if (kMode != Mode::kForward && listed == 0) return;
+  const bool walk_all = listed > kListed;
+  const int64_t steps = walk_all ? q.patches : listed;
+
+  const int y = low[1] + thread / tiling.columns, x = low[2] + thread % tiling.columns * kRun;
+  if (thread / tiling.columns >= thread_rows || y >= high[1] || x >= high[2]) return;
+  const int64_t first_channel = blockIdx.y * tiling.channels_per_block;
+  const int64_t last_channel = first_channel + tiling.channels_per_block < q.channels
+                                   ? first_channel + tiling.channels_per_block
+                                   : q.channels;
+  const int64_t plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
+  const int64_t patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+  auto* target = static_cast<Out*>(q.target);
+  const auto* source = static_cast<const T*>(q.source);
+
+  for (int z = low[0]; z < high[0]; ++z) {
+    const int64_t line = (int64_t{slot(q, 0, z)} * q.extent[1] + slot(q, 1, y)) * q.extent[2];
+    const int wide = high[2] - x < kRun ? high[2] - x : kRun;
+    double total[kRun];
+    if (q.total != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        total[i] = i < wide ? q.total[line + slot(q, 2, x + i)] : 0.0;
+      }
+    }
+    for (int64_t channel = first_channel; channel < last_channel; channel += kCopies) {
+      Real sum[kCopies][kRun] = {};
+      bool touched = false;
+      const int copies =
+          static_cast<int>(last_channel - channel < kCopies ? last_channel - channel : kCopies);
+      if constexpr (kMode != Mode::kForward) {
+#pragma unroll
+        for (int c = 0; c < kCopies; ++c) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            if (c < copies && i < wide) {
+              sum[c][i] = target[(channel + c) * plane + line + slot(q, 2, x + i)];
+            }
+          }
+        }
+      }
+      for (int64_t step = 0; step < steps; ++step) {
+        const Placed at = walk_all ? Placed(q, step) : list[step];
+        const int tz = z - at.origin[0], ty = y - at.origin[1], tx = x - at.origin[2];
+        if (!at.valid || tz < 0 || tz >= q.patch[0] || ty < 0 || ty >= q.patch[1] ||
+            tx + kRun <= 0 || tx >= q.patch[2]) {
+          continue;
+        }
+        touched = true;
+        Real weight[kRun];
+        weights_of<Real, kRun>(q, at, tz, ty, tx, total, weight);
+        if constexpr (kMode == Mode::kWeights) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) sum[0][i] += weight[i];
+        } else {
+          const int first = -tx, last = q.patch[2] - tx;
+          const int64_t offset = (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
+          const int64_t base = (at.patch * q.channels + channel) * patch_plane + offset;
+          Real value[kCopies][kRun];
+#pragma unroll
+          for (int c = 0; c < kCopies; ++c) {
+            if (c < copies) {
+              load_run<Real, kRun>(source + (base + c * patch_plane), first, last, value[c]);
+            }
+          }
+#pragma unroll
+          for (int c = 0; c < kCopies; ++c) {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) {
+              // Outside the patch there is nothing to add, whatever was read.
+              if (c < copies && i >= first && i < last) {
+                sum[c][i] = sum[c][i] + weight[i] * value[c][i];
+              }
+            }
+          }
+        }
+      }
+      if (kMode != Mode::kForward && !touched) continue;
+#pragma unroll
+      for (int c = 0; c < kCopies; ++c) {
+        if (c >= copies) continue;
+        Out* run = target + (channel + c) * plane + line;
+        Out out[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) out[i] = Store<Out>::from(sum[c][i]);
+        if (wide == kRun && q.ring_axis != 2 && is_aligned<kRun>(run + x, sizeof(Out))) {
+          store_vector<kRun>(run + x, out);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            if (i < wide) run[slot(q, 2, x + i)] = out[i];
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Gradient of the patches: every thread makes a run of voxels of one patch in all channels.
+template <class T>
+__global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ Fusion q) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kRun = 16 / sizeof(T);
+  const int runs = (q.patch[2] + kRun - 1) / kRun;  // in a row of a patch
+  const int64_t per_patch = int64_t{q.patch[0]} * q.patch[1] * runs;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= per_patch * q.patches) return;
+  const Placed at(q, index / per_patch);
+  const int within = static_cast<int>(index % per_patch);
+  const int tx = within % runs * kRun, ty = within / runs % q.patch[1];
+  const int tz = within / runs / q.patch[1];
+  const int z = at.origin[0] + tz, y = at.origin[1] + ty, x = at.origin[2] + tx;
+  const bool inside = at.valid && z >= 0 && z < q.extent[0] && y >= 0 && y < q.extent[1];
+  const int width = q.patch[2] - tx < kRun ? q.patch[2] - tx : kRun;
+  const int first = -x, last = q.extent[2] - x < width ? q.extent[2] - x : width;
+  const int64_t line = (int64_t{z} * q.extent[1] + y) * q.extent[2] + x;
+  Real weight[kRun];
+  if (inside) {
+    double total[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      total[i] = q.total != nullptr && i >= first && i < last ? q.total[line + i] : 0.0;
+    }
+    weights_of<Real, kRun>(q, at, tz, ty, tx, total, weight);
+  }
+  const int64_t plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
+  const int64_t patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+  const auto* gradient = static_cast<const T*>(q.source);
+  T* run = static_cast<T*>(q.target) + at.patch * q.channels * patch_plane +
+           (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
+  for (int64_t channel = 0; channel < q.channels; ++channel, run += patch_plane) {
+    T out[kRun];
+    Real value[kRun] = {};
+    if (inside) load_run<Real, kRun>(gradient + (channel * plane + line), first, last, value);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const bool kept = inside && i >= first && i < last;
+      out[i] = Store<T>::from(kept ? weight[i] * value[i] : Real(0));
+    }
+    if (width == kRun && is_aligned<kRun>(run, sizeof(T))) {
+      store_vector<kRun>(run, out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < width) run[i] = out[i];
+      }
+    }
+  }
+}
+
+template <class T, Mode kMode>
+cudaError_t start_gather(const Fusion& q, cudaStream_t stream) {
+  constexpr int kRun = 16 / sizeof(T);
+  Tiling tiling{};
+  // As many threads along a row as fill it evenly, at most a warp.
+  const int runs = (q.end[2] - q.begin[2] + kRun - 1) / kRun;
+  if (runs <= 0 || q.end[1] <= q.begin[1] || q.end[0] <= q.begin[0] || q.channels == 0) {
+    return cudaSuccess;
+  }
+  const int across = (runs + kWarp - 1) / kWarp;
+  tiling.columns = (runs + across - 1) / across;
+  const int size[3] = {kTileDepth, kThreads / tiling.columns, tiling.columns * kRun};
+  int64_t tiles = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    tiling.tiles[axis] = (q.end[axis] - q.begin[axis] + size[axis] - 1) / size[axis];
+    tiles *= tiling.tiles[axis];
+  }
+  // Channels are divided among blocks only where the tiles alone would not fill a GPU.
+  const int64_t groups = (q.channels + kChannels<T> - 1) / kChannels<T>;
+  const int64_t split = std::clamp<int64_t>(1056 / tiles, 1, std::min<int64_t>(groups, 65535));
+  tiling.channels_per_block = (groups + split - 1) / split * kChannels<T>;
+  const int64_t blocks = (q.channels + tiling.channels_per_block - 1) / tiling.channels_per_block;
+  if (tiles > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  return launch(gather<T, kMode>, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)),
+                dim3(kThreads), stream, q, tiling);
+}
+
+template <class T>
+cudaError_t start_scatter(const Fusion& q, cudaStream_t stream) {
+  constexpr int kRun = 16 / sizeof(T);
+  const int64_t runs = int64_t{q.patch[0]} * q.patch[1] * ((q.patch[2] + kRun - 1) / kRun);
+  const int64_t blocks = (runs * q.patches + kThreads - 1) / kThreads;
+  if (blocks == 0 || q.channels == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  return launch(scatter<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, q);
+}
+
+template <class Start>
+cudaError_t by_type(Element type, const Start& start) {
+  switch (type) {
+    case Element::f32:
+      return start(float{});
+    case Element::f16:
+      return start(__half{});
+    case Element::bf16:
+      return start(__nv_bfloat16{});
+    case Element::f64:
+      return start(double{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t overlap_add_forward(const Fusion& q, cudaStream_t stream) {
+  return by_type(
+      q.type, [&](auto zero) { return start_gather<decltype(zero), Mode::kForward>(q, stream); });
+}
+
+cudaError_t overlap_add_ring(const Fusion& q, cudaStream_t stream) {
+  return by_type(q.type,
+                 [&](auto zero) { return start_gather<decltype(zero), Mode::kRing>(q, stream); });
+}
+
+cudaError_t overlap_add_weights(const Fusion& q, cudaStream_t stream) {
+  return start_gather<double, Mode::kWeights>(q, stream);
+}
+
+cudaError_t overlap_add_backward(const Fusion& q, cudaStream_t stream) {
+  return by_type(q.type, [&](auto zero) { return start_scatter<decltype(zero)>(q, stream); });
+}
+
+}  // namespace voxfuse::cuda

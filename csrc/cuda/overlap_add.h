@@ -1,0 +1,42 @@
+// Patch fusion on the GPU, over plain pointers, always with three spatial axes (missing leading
+// ones have extent 1). Everything runs asynchronously on `stream`.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "math/layout.h"
+
+namespace voxfuse::cuda {
+
+struct Fusion {
+  int64_t patches = 0, channels = 0;
+  int axes = 3;                                  // spatial axes of the tables
+  int patch[3] = {1, 1, 1};                      // extent of a patch
+  int extent[3] = {1, 1, 1};                     // of the volume or ring
+  int begin[3] = {0, 0, 0}, end[3] = {1, 1, 1};  // coordinates that are kept, an axis
+  int ring_axis = -1;  // coordinate x lies in slot x % extent[ring_axis]; -1: no ring
+
+  const int64_t* origins = nullptr;  // (patches, axes)
+  const int64_t* rows = nullptr;     // (patches, axes), used with separable weights
+
+  bool separable = true;
+  const double* weights[3] = {};  // (row_count, patch) an axis, or a dense window in [0]
+  int64_t row_count[3] = {1, 1, 1};
+  const double* total = nullptr;  // sum of the weights, or null: they are used as they are
+
+  Element type = Element::f32;   // of the patches
+  const void* source = nullptr;  // patches (N, C, *patch); backward: gradient (C, *extent)
+  void* target = nullptr;        // (C, *extent): patches' type, or accumulation type for a ring;
+                                 // backward: (N, C, *patch)
+};
+
+/// target = the fused volume.
+cudaError_t overlap_add_forward(const Fusion& problem, cudaStream_t stream);
+/// target (a ring) += the patches.
+cudaError_t overlap_add_ring(const Fusion& problem, cudaStream_t stream);
+/// target (float64, one channel, a ring) += the patches' weights.
+cudaError_t overlap_add_weights(const Fusion& problem, cudaStream_t stream);
+/// target = gradient of the patches.
+cudaError_t overlap_add_backward(const Fusion& problem, cudaStream_t stream);
+
+}  // namespace voxfuse::cuda
