@@ -1,0 +1,119 @@
+"""What the compiler made of the CUDA kernels: no local memory, wide loads, few instances."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import voxfuse
+
+LIBRARY = Path(voxfuse.__file__).parent / "libvoxfuse_cuda.so"
+
+
+def cuobjdump() -> str | None:
+    """CUDA's disassembler: Triton's package carries one, so no toolkit is needed."""
+    carried = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin/cuobjdump"
+    return str(carried) if carried.exists() else shutil.which("cuobjdump")
+
+
+if not LIBRARY.exists():
+    pytest.skip("libvoxfuse_cuda.so was not built", allow_module_level=True)
+if cuobjdump() is None:
+    pytest.skip("cuobjdump is not installed (Triton's package has one)", allow_module_level=True)
+
+
+def dump(*options: str) -> str:
+    command = [str(cuobjdump()), *options, str(LIBRARY)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    architecture: str
+    symbol: str
+    name: str  # as in the source, e.g. few_forward<float, 2, false>
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    found = []
+    architecture = ""
+    for line in dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            architecture = match[1]
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            symbol = match[1]
+        elif match := re.match(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line.strip()):
+            found.append(Kernel(architecture, symbol, symbol, *map(int, match.groups())))
+    names = (
+        subprocess.run(
+            ["c++filt"], input="\n".join(k.symbol for k in found), capture_output=True, text=True
+        ).stdout.splitlines()
+        if shutil.which("c++filt")
+        else [k.symbol for k in found]
+    )
+    short = [
+        re.sub(r">\(.*", ">", re.sub(r"^void |voxfuse::cuda::|\(anonymous namespace\)::", "", name))
+        for name in names
+    ]
+    return [dataclasses.replace(k, name=n) for k, n in zip(found, short, strict=True)]
+
+
+def test_number_of_instances(kernels):
+    per_architecture: dict[str, int] = {}
+    for kernel in kernels:
+        per_architecture[kernel.architecture] = per_architecture.get(kernel.architecture, 0) + 1
+    assert per_architecture
+    assert all(100 < count <= 200 for count in per_architecture.values()), per_architecture
+
+
+def test_no_kernel_uses_local_memory(kernels):
+    """Neither spilled registers nor arrays that are indexed at run time."""
+    offenders = [f"{k.name} {k.architecture}" for k in kernels if k.stack or k.local]
+    assert offenders == []
+
+
+def test_shared_memory_fits_without_asking_for_more(kernels):
+    assert max(kernel.shared for kernel in kernels) <= 48 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    [
+        ("few_forward<float, 2, false>", 128),
+        ("few_forward<float, 16, false>", 128),
+        ("few_forward<__nv_bfloat16, 2, false>", 128),
+        ("few_forward<__half, 2, false>", 128),
+        ("few_forward<__nv_bfloat16, 4, false>", 64),
+        ("few_backward<float, 2>", 128),
+        ("few_backward<__nv_bfloat16, 2>", 128),
+        ("many_forward<float, 8>", 128),
+        ("many_backward<float, 8>", 128),
+        ("separate_forward<float, 1, false>", 128),
+        ("separate_backward<__nv_bfloat16, 1>", 128),
+        ("gather<float, (Mode)0>", 128),
+        ("gather<__nv_bfloat16, (Mode)0>", 128),
+        ("scatter<__half>", 128),
+    ],
+)
+def test_wide_loads_and_stores(kernels, kernel, width):
+    """Each thread reads (and, backward, writes) that many bits at once."""
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt (binutils) is not installed")
+    chosen = [k for k in kernels if k.name == kernel]
+    assert chosen, f"no kernel {kernel} in {sorted({k.name for k in kernels})}"
+    code = dump("--dump-sass", "--function", chosen[0].symbol)
+    assert re.search(rf"LDG\.E(\.\w+)*\.{width}", code)
+    if "backward" in kernel or kernel.startswith(("gather", "scatter")):
+        assert re.search(rf"STG\.E(\.\w+)*\.{width}", code)
+    assert not re.search(r"\b(LDL|STL)\b", code)
