@@ -35,8 +35,8 @@ def truth(fuser, patches, window="bspline"):
     weight = torch.from_numpy(vectors[0])
     for vector in vectors[1:]:
         weight = weight.unsqueeze(-1) * torch.from_numpy(vector)
-    margin = [(p, p) for p in fuser.patch_size]
-    padded = [v + 2 * p for v, p in zip(fuser.volume_shape, fuser.patch_size, strict=True)]
+    margin = [(p + 3, p + 3) for p in fuser.patch_size]
+    padded = [v + 2 * (p + 3) for v, p in zip(fuser.volume_shape, fuser.patch_size, strict=True)]
     sums = torch.zeros(fuser.channels, *padded, dtype=torch.float64)
     total = torch.zeros(padded, dtype=torch.float64)
     for patch, origin in zip(patches, fuser.origins.tolist(), strict=True):

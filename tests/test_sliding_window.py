@@ -232,3 +232,123 @@ def test_every_patch_of_every_sample_is_predicted_once():
 
     voxfuse.sliding_window_inference(torch.rand(3, 1, 16, 16), 8, predictor, 0.5, sw_batch_size=4)
     assert count == 3 * 9
+
+
+@pytest.mark.parametrize("output", ["labels", "probabilities", "mask", "foreground", "entropy"])
+@pytest.mark.parametrize("tta", [None, "mirror", "rotations"])
+def test_outputs_and_flips(output, tta):
+    """A predictor that does not care about directions gives the same under any flips."""
+    torch.manual_seed(0)
+    volume = torch.rand(2, 1, 21, 18, 14)
+
+    def predictor(patch):
+        return torch.cat([patch, 1 - patch, (3 * patch).sin()], 1)
+
+    result = voxfuse.sliding_window_inference(
+        volume,
+        (8, 8, 8),
+        predictor,
+        0.5,
+        output=output,
+        activation="softmax",
+        tta=tta,
+        sw_batch_size=5,
+    )
+    p = predictor(volume).softmax(1)
+    expected = {
+        "labels": p.argmax(1, keepdim=True),
+        "probabilities": p,
+        "mask": p > 0.5,
+        "foreground": p[:, 1:].amax(1, keepdim=True),
+        "entropy": -torch.xlogy(p, p).sum(1, keepdim=True),
+    }[output]
+    assert result.shape == expected.shape
+    if result.is_floating_point():
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert (result != expected).float().mean() < 1e-3
+
+
+def test_flips_reach_the_predictor_and_are_undone():
+    volume = torch.rand(1, 1, 12, 9)
+    seen = []
+
+    def predictor(patch):
+        seen.append(patch)
+        return patch
+
+    result = voxfuse.sliding_window_inference(volume, (12, 9), predictor, tta="mirror")
+    assert torch.allclose(result, volume)
+    expected = [volume, volume.flip(2), volume.flip(3), volume.flip(2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_an_ensemble_is_the_mean_of_its_models():
+    volume = torch.rand(1, 1, 20, 20)
+    models = [lambda x: x, lambda x: 2 * x, lambda x: 6 * x]
+    result = voxfuse.sliding_window_inference(volume, 8, models, sw_batch_size=3)
+    torch.testing.assert_close(result, 3 * volume)
+
+
+def test_a_head_gives_the_labels_of_the_logits():
+    torch.manual_seed(0)
+    volume = torch.rand(1, 2, 24, 20, 16)
+    features = torch.nn.Conv3d(2, 4, 3, padding=1)
+    head = torch.nn.Conv3d(4, 9, 1)
+    options = {"output": "labels", "sw_batch_size": 4}
+    expected = voxfuse.sliding_window_inference(volume, 12, lambda x: head(features(x)), **options)
+    actual = voxfuse.sliding_window_inference(
+        volume, 12, features, head=(head.weight, head.bias), **options
+    )
+    assert (actual != expected).float().mean() < 1e-3
+
+
+def test_a_fault_in_the_predictor_leaves_finished_slices():
+    volume = torch.rand(1, 1, 40, 8, 8) + 1
+    out = np.zeros((40, 8, 8), np.uint8)
+    calls = 0
+
+    def predictor(patch):
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("out of order")
+        return torch.cat([torch.zeros_like(patch), patch], 1)
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        voxfuse.sliding_window_inference(volume, 8, predictor, output="labels", out=out)
+    assert (out[:16] == 1).all()
+    assert (out[16:] == 0).all()
+
+
+def test_empty_patches_are_skipped():
+    volume = torch.zeros(1, 1, 32, 8, 8)
+    volume[:, :, :10] = 1
+    predicted = []
+
+    def predictor(patch):
+        predicted.append(patch)
+        return torch.cat([torch.zeros_like(patch), torch.ones_like(patch)], 1)
+
+    result = voxfuse.sliding_window_inference(
+        volume, 8, predictor, output="labels", skip=lambda patch: not patch.any(), fill=5
+    )
+    assert len(predicted) == 3
+    assert (result[:, :, :16] == 1).all()
+    assert (result[:, :, 16:] == 5).all()
+
+
+def test_results_go_where_the_caller_says(tmp_path):
+    volume = torch.rand(2, 1, 30, 12, 10)
+    options = {"output": "labels", "sw_batch_size": 7}
+    expected = voxfuse.sliding_window_inference(volume, 8, twice, **options)
+    memmap = np.memmap(tmp_path / "labels", np.uint8, "w+", shape=(2, 1, 30, 12, 10))
+    assert voxfuse.sliding_window_inference(volume, 8, twice, out=memmap, **options) is memmap
+    assert np.array_equal(memmap, expected.numpy())
+    slabs = []
+    voxfuse.sliding_window_inference(
+        volume[:1], 8, twice, out=lambda slab, *bounds: slabs.append(slab), **options
+    )
+    assert torch.equal(torch.cat(slabs, 1), expected[0])
+    with pytest.raises(ValueError, match="out: got a function and 2 samples"):
+        voxfuse.sliding_window_inference(volume, 8, twice, out=slabs.append, **options)

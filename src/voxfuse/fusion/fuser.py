@@ -213,6 +213,7 @@ class PatchFuser:
         self._result: Tensor | None = None
         self._returned: Any = None
         self._ring: Tensor | None = None
+        self._kind: torch.dtype | None = None
         self._total: Tensor | None = None
         self._in_place = False
         if out is not None and self._callback is None:
@@ -269,6 +270,34 @@ class PatchFuser:
             ValueError: a shape does not fit; an origin is not planned, was added before, or cannot
                 be added yet. Nothing of the batch has been added then.
         """
+        self._push(self._prepared(patches, flip), origins, 1)
+
+    def add_members(
+        self,
+        predictions: Sequence[tuple[Tensor, Sequence[int]]],
+        origins: Tensor | NDArray[Any] | Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Add all ``members`` predictions of a batch of patches: pairs of (patches, flip).
+
+        As that many calls of :meth:`add`, but the ring is touched once: the predictions are summed
+        first, in one copy of the batch. A batch may then cross rows of patches.
+        """
+        if len(predictions) != self.members:
+            raise ValueError(f"predictions: are {len(predictions)}, expected {self.members}")
+        total: Tensor | None = None
+        for patches, flip in predictions:
+            prepared = self._prepared(patches, flip)
+            if total is None:
+                dtype = accumulation_dtype(prepared.dtype)
+                alone = self.members == 1
+                total = prepared if alone else prepared.to(dtype, copy=True)
+            else:
+                total += prepared
+        assert total is not None
+        self._push(total, origins, self.members)
+
+    def _prepared(self, patches: Tensor, flip: Sequence[int]) -> Tensor:
+        """Check patches, turn them back and activate them for soft voting."""
         patches = _checks.require_tensor("patches", patches).detach()
         expected = (self.channels, *self.patch_size)
         if tuple(patches.shape[1:]) != expected:
@@ -279,16 +308,21 @@ class PatchFuser:
                 f"patches: got {_checks.describe(patches)}, expected float32, float16, bfloat16 or "
                 "float64"
             )
-        indices = self._indices(origins, patches.shape[0])
-        segments = self._segments(indices)
-        ring = self._open(patches)
+        if self._kind is None:
+            self._kind = patches.dtype
         axes = sorted({int(axis) + 2 for axis in flip})
         if axes:
             patches = patches.flip(axes)
         if self.voting == "soft" and self.activation != "none":
             patches = _activated(patches, self.activation)
+        return patches
+
+    def _push(self, patches: Tensor, origins: Any, times: int) -> None:
+        indices = self._indices(origins, patches.shape[0], times)
+        segments = self._segments(indices, times)
+        ring = self._open(patches)
         for first, last, left in segments:
-            self._add(ring, patches[first:last], indices[first:last])
+            self._add(ring, patches[first:last], indices[first:last], times)
             self._left = left
             self._advance()
 
@@ -309,6 +343,17 @@ class PatchFuser:
             # Every patch was left out.
             self._open(torch.empty(0, self.channels, *self.patch_size))
         return self._returned
+
+    def new_result(
+        self, dtype: torch.dtype, device: torch.device, lead: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Allocate what the result of patches of ``dtype`` needs, with its channel axis."""
+        shape = (*lead, self.classes if self._all_channels() else 1, *self.volume_shape)
+        return torch.zeros(shape, dtype=self._result_dtype(dtype), device=device)
+
+    def send_to(self, fresh: Tensor) -> None:
+        """Write the result into ``fresh``, which :meth:`new_result` made (it is all zeros)."""
+        self._take(fresh)
 
     # --- what is asked for --------------------------------------------------------------------
 
@@ -400,7 +445,7 @@ class PatchFuser:
         if self._result is None and self._callback is None:
             self._returned = torch.zeros(
                 self._result_shape(),
-                dtype=self._result_dtype(patches.dtype),
+                dtype=self._result_dtype(self._kind or patches.dtype),
                 device=self._device or patches.device,
             )
             self._result = self._returned if self._all_channels() else self._returned.unsqueeze(0)
@@ -421,7 +466,7 @@ class PatchFuser:
         self._weights = [w.to(device) for w in self._weights]
         if self._in_place:
             assert result is not None
-            if result is not self._returned or self._given is not None:
+            if self._given is not None:
                 result.zero_()
             self._ring = result
             return result
@@ -438,7 +483,7 @@ class PatchFuser:
 
     # --- the stream ---------------------------------------------------------------------------
 
-    def _indices(self, origins: Any, count: int) -> list[int]:
+    def _indices(self, origins: Any, count: int, times: int) -> list[int]:
         if origins is None:
             while self._cursor < len(self._added) and self._added[self._cursor] >= self.members:
                 self._cursor += 1
@@ -462,11 +507,11 @@ class PatchFuser:
                         f"origins: {origin} is none of the {len(self)} planned patches"
                     )
                 indices.append(self._index[origin])
-        for index, times in Counter(indices).items():
-            if self._added[index] + times > self.members:
+        for index, often in Counter(indices).items():
+            if self._added[index] + often * times > self.members:
                 origin = tuple(self.origins[index].tolist())
-                often = "once" if self.members == 1 else f"{self.members} times"
-                raise ValueError(f"origins: {origin} is added again; each patch comes {often}")
+                limit = "once" if self.members == 1 else f"{self.members} times"
+                raise ValueError(f"origins: {origin} is added again; each patch comes {limit}")
         return indices
 
     def _first_open(self, left: list[int]) -> int:
@@ -476,7 +521,7 @@ class PatchFuser:
                 return start
         return self.volume_shape[self.stream_axis]
 
-    def _segments(self, indices: list[int]) -> list[tuple[int, int, list[int]]]:
+    def _segments(self, indices: list[int], times: int) -> list[tuple[int, int, list[int]]]:
         """Cut a batch where the ring has to move on: (first, last, patches left in each row)."""
         segments = []
         left, base, first = list(self._left), self._base, 0
@@ -488,21 +533,23 @@ class PatchFuser:
                 first, base = position, self._first_open(left)
                 if stop > base + self._depth:
                     origin = tuple(self.origins[index].tolist())
-                    missing = tuple(self.origins[self._first_missing(indices[:position])].tolist())
+                    missing = tuple(
+                        self.origins[self._first_missing(indices[:position], times)].tolist()
+                    )
                     raise ValueError(
                         f"origins: {origin} cannot be added yet: the ring holds slices {base} to "
                         f"{base + self._depth} of axis {self.stream_axis} until the patch at "
                         f"{missing} has come"
                     )
-            left[row] -= 1
+            left[row] -= times
         segments.append((first, len(indices), left))
         return segments
 
-    def _first_missing(self, pending: list[int]) -> int:
+    def _first_missing(self, pending: list[int], times: int) -> int:
         coming = Counter(pending)
-        return next(i for i, n in enumerate(self._added) if n + coming[i] < self.members)
+        return next(i for i, n in enumerate(self._added) if n + coming[i] * times < self.members)
 
-    def _add(self, ring: Tensor, patches: Tensor, indices: list[int]) -> None:
+    def _add(self, ring: Tensor, patches: Tensor, indices: list[int], times: int) -> None:
         if not indices:
             return
         extent = self.volume_shape[self.stream_axis]
@@ -520,7 +567,7 @@ class PatchFuser:
             backend=self.backend,
         )
         for index in indices:
-            self._added[index] += 1
+            self._added[index] += times
 
     def _advance(self) -> None:
         """Write the slices that no patch to come reaches, and move the ring on."""
@@ -543,7 +590,7 @@ class PatchFuser:
             shape = list(self.volume_shape)
             shape[axis] = stop - start
             channels = self.classes if self._all_channels() else 1
-            dtype = self._result_dtype(ring.dtype) if place is None else place.dtype
+            dtype = self._result_dtype(self._kind or ring.dtype) if place is None else place.dtype
             slab = torch.empty((channels, *shape), dtype=dtype, device=ring.device)
         assert slab is not None
         weight, bias = (None, None) if self._head is None else self._head
@@ -649,14 +696,14 @@ def _origins(
     # Checks the shapes in any case.
     regular = plan_grid(volume, patch, overlap if origins is None else 0.5, rule)
     if origins is None:
-        return regular.origins
+        return _once(regular).origins
     if isinstance(origins, Grid):
         if (origins.volume_shape, origins.patch_shape) != (volume, patch):
             raise ValueError(
                 f"origins: got a grid of {origins.patch_shape} patches over a volume "
                 f"{origins.volume_shape}, expected {patch} over {volume}"
             )
-        return origins.origins
+        return _once(origins).origins
     if isinstance(origins, (Tensor, np.ndarray)):
         table = torch.as_tensor(origins).detach()
         if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
@@ -667,6 +714,12 @@ def _origins(
     if len(origins) != len(patch):
         raise ValueError(f"origins: got starts along {len(origins)} axes, expected {len(patch)}")
     return Grid(volume, patch, tuple(tuple(int(s) for s in axis) for axis in origins)).origins
+
+
+def _once(grid: Grid) -> Grid:
+    """Leave out starts that occur again, as those of steps below one voxel do."""
+    starts = tuple(tuple(dict.fromkeys(axis)) for axis in grid.starts)
+    return Grid(grid.volume_shape, grid.patch_shape, starts)
 
 
 def _readable(size: float) -> str:
