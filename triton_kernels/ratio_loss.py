@@ -299,8 +299,7 @@ def _terms(
     if LOG:
         ratio = n / d
         floored = ratio < min_denominator
-        near = 1.0 - index
-        small = -log_of_sum(1.0, -index, near)
+        small = -log_of_sum(1.0, -index, 1.0 - index, tl.float64)
         large = -tl.log(tl.where(floored, min_denominator, ratio))
         value = tl.where((index < 0.5) & (floored == 0), small, large)
         a = tl.where(empty | floored, 0.0, 1.0 / n)

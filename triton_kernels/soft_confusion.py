@@ -2,8 +2,9 @@
 
 Layout of the work. A *tile* is BLOCK voxels of all classes, held in registers as a tuple of
 TILES blocks of (CLASSES, BLOCK) numbers: up to 16 classes one block a class (no padding, no
-exchange between threads), up to 256 classes in blocks of 32. Beyond that the *online* kernels
-walk over the class blocks and read the logits again (from the cache) instead of keeping them.
+exchange between threads), up to 256 classes in blocks of one class a warp. Beyond that the
+*online* kernels walk over the class blocks and read the logits again (from the cache) instead of
+keeping them.
 
 Reduction. A *chunk* is a fixed number of consecutive tiles; it is summed in float32 (float64 for
 float64 logits). A program adds its chunks in float64, in order, and writes one partial sum; the
@@ -25,23 +26,27 @@ from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
     device_guard,
+    exponential,
     flatten,
     log_of_sum,
     log_one_plus,
     power,
     power_of_two,
+    reciprocal,
     stack,
     strides_of,
 )
 
-#: Most classes with one register block a class.
+#: Most classes with one register block a class; half as many in float64.
 FEW_CLASSES = 16
-#: Most classes of which a tile fits in registers.
+#: Most classes of which a tile fits in registers with labels and softmax; half as many in other
+#: cases and in float64.
 RESIDENT_CLASSES = 256
-#: Classes in a block when there are more than FEW_CLASSES.
+#: Classes in a block of the online kernels.
 CLASS_BLOCK = 32
-#: Most bytes of partial sums (up to RESIDENT_CLASSES classes; eight times as many beyond).
+#: Most bytes of partial sums, and with the online kernels.
 WORKSPACE_BYTES = 1 << 20
+ONLINE_WORKSPACE_BYTES = 8 << 20
 #: Most programs that reduce one sample. Enough to fill any GPU several times over.
 MAX_SLOTS = 4096
 #: Most tiles in a chunk: so many float32 additions follow each other in a thread.
@@ -63,10 +68,16 @@ NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
+def _at_most_finite(x, DTYPE: tl.constexpr):
+    """Replace +inf by the largest finite number; NaN stays."""
+    top = 3.4028234663852886e38 if DTYPE == tl.float32 else 1.7976931348623157e308
+    return tl.minimum(x, top, propagate_nan=NAN)
+
+
+@triton.jit
 def _finite(z, DTYPE: tl.constexpr):
     """Treat +-inf as the limit of ever larger logits; NaN stays."""
-    top = 3.4028234663852886e38 if DTYPE == tl.float32 else 1.7976931348623157e308
-    return tl.minimum(tl.maximum(z, -top, propagate_nan=NAN), top, propagate_nan=NAN)
+    return -_at_most_finite(-_at_most_finite(z, DTYPE), DTYPE)
 
 
 @triton.jit
@@ -82,8 +93,8 @@ def _inside(start, voxels, BLOCK: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _class_index(first, CLASSES: tl.constexpr):
-    """Indices of a block of classes, (CLASSES, 1) int64."""
-    return (first + tl.arange(0, CLASSES).to(tl.int64))[:, None]
+    """Indices of a block of classes, (CLASSES, 1)."""
+    return (first + tl.arange(0, CLASSES))[:, None]
 
 
 @triton.jit
@@ -92,7 +103,7 @@ def _load_values(
 ):
     """Load a (CLASSES, BLOCK) block and convert it to the compute type."""
     mask = inside & (index < classes) if PADDED else inside
-    return tl.load(pointer + index * stride_c + offset, mask=mask, other=0).to(DTYPE)
+    return tl.load(pointer + index.to(tl.int64) * stride_c + offset, mask=mask, other=0).to(DTYPE)
 
 
 @triton.jit
@@ -101,7 +112,7 @@ def _softmax_logits(zs, classes, TILES: tl.constexpr, CLASSES: tl.constexpr, DTY
     result = ()
     for t in tl.static_range(TILES):
         z = _finite(zs[t], DTYPE)
-        if CLASSES > 1:
+        if CLASSES > 1 and t == TILES - 1:
             z = tl.where(_class_index(t * CLASSES, CLASSES) < classes, z, float("-inf"))
         result = result + (z,)
     return result
@@ -196,7 +207,7 @@ def _softmax_state(zs, TILES: tl.constexpr, CLASSES: tl.constexpr, DTYPE: tl.con
     count = tl.full([1, 1], 0.0, DTYPE)
     for t in tl.static_range(TILES):
         d = zs[t] - m
-        rest = rest + tl.where(d == 0, 0.0, tl.exp(d))
+        rest = rest + tl.where(d == 0, 0.0, exponential(d, DTYPE))
         count = count + tl.where(d == 0, 1.0, 0.0)
     if CLASSES > 1:
         rest = tl.sum(rest, axis=0, keep_dims=True)
@@ -212,18 +223,18 @@ def _probability(z, m, rest, count, ACTIVATION: tl.constexpr, DTYPE: tl.constexp
     """
     if ACTIVATION == SOFTMAX:
         d = _finite(z, DTYPE) - m
-        e = tl.exp(d)
+        e = exponential(d, DTYPE)
         total = rest + count
-        scale = 1.0 / total
+        scale = reciprocal(total, DTYPE)
         p = e * scale
         # Only a class with the largest logit can have more than half of the total.
         complement = tl.where(d == 0, rest + (count - 1.0), total - e) * scale
-        minus_log = log_of_sum(1.0, rest + (count - 1.0), total) - d
+        minus_log = log_of_sum(1.0, rest + (count - 1.0), total, DTYPE) - d
         minus_log_complement = minus_log
     elif ACTIVATION == SIGMOID:
         z = _finite(z, DTYPE)
-        e = tl.exp(-tl.abs(z))
-        high = 1.0 / (1.0 + e)
+        e = exponential(-tl.abs(z), DTYPE)
+        high = reciprocal(1.0 + e, DTYPE)
         low = e * high
         p = tl.where(z > 0, high, low)
         complement = tl.where(z > 0, low, high)
@@ -240,19 +251,21 @@ def _probability(z, m, rest, count, ACTIVATION: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def _two_classes(z0, z1, label, DTYPE: tl.constexpr):
-    """Softmax of two classes with one exponential: p of the label, p of the other, -log p."""
+    """Softmax of two classes with one exponential.
+
+    Return p of the label, p of the other class, and e and the gap in
+    ``-log p = log(1 + e) + gap``.
+    """
     # Equal infinities differ by nothing; NaN is equal to nothing and stays.
     d = tl.where(z0 == z1, 0.0, z1 - z0)
-    distance = tl.abs(d)
-    e = tl.exp(-distance)
-    high = 1.0 / (1.0 + e)
+    distance = _at_most_finite(tl.abs(d), DTYPE)
+    e = exponential(-distance, DTYPE)
+    high = reciprocal(1.0 + e, DTYPE)
     low = e * high
     right = (d > 0) == (label == 1)
     p = tl.where(right, high, low)
     other = tl.where(right, low, high)
-    minus_log = log_one_plus(e, DTYPE) + tl.where(right, 0.0, distance)
-    minus_log = _finite(minus_log, DTYPE)
-    return p, other, minus_log
+    return p, other, e, tl.where(right, 0.0, distance)
 
 
 @triton.jit
@@ -360,8 +373,10 @@ def _terms(
         else:
             off = (1.0 - g) * _modulated(r_complement, r, minus_log_complement, gamma, GAMMA, DTYPE)
         off = tl.where(g == 1, 0.0, off)
-        return (tp, fp, fn, nll, off, p * p, g * g, tl.full([1, 1], 1.0, DTYPE))
-    return (tp, fp, fn, nll)
+        terms = (tp, fp, fn, nll, off, p * p, g * g, tl.full([1, 1], 1.0, DTYPE))
+    else:
+        terms = (tp, fp, fn, nll)
+    return terms
 
 
 @triton.jit
@@ -393,6 +408,7 @@ def _forward_resident(
     HAS_IGNORE: tl.constexpr,
     TWO: tl.constexpr,
     FAST: tl.constexpr,
+    LOGS: tl.constexpr,
     TILES: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -405,14 +421,14 @@ def _forward_resident(
 ):
     """Partial sums of one program's chunks into partial[slot, sample, class, sum].
 
-    SUMS is the number of accumulators a class block: the statistics, except for two classes, where
-    3 a class are enough (one class's false positive is the other's false negative).
+    SUMS is the number of accumulators a class block: the statistics, except that for two classes
+    one class's false positive is the other's false negative, and that with LOGS the sum of the
+    logarithms of softmax's totals is kept as their product, one logarithm a chunk.
     """
     slot = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
     samples = tl.num_programs(1)
-    PADDED: tl.constexpr = CLASSES > 1
     STATS: tl.constexpr = 8 if FULL else 4
     input += sample * input_b
     target += sample * target_b
@@ -449,22 +465,35 @@ def _forward_resident(
             if TWO:
                 for t in tl.static_range(2):
                     zs = zs + (tl.load(input + t * input_c + offset, mask=inside, other=0),)
-                p, other, nll = _two_classes(zs[0].to(DTYPE), zs[1].to(DTYPE), label, DTYPE)
-                nll = _modulated(p, other, nll, gamma, GAMMA, DTYPE)
+                p, other, e, gap = _two_classes(zs[0].to(DTYPE), zs[1].to(DTYPE), label, DTYPE)
+                if not LOGS:
+                    gap = _modulated(p, other, log_one_plus(e, DTYPE) + gap, gamma, GAMMA, DTYPE)
                 if weight is not None:
-                    p, other, nll = p * w, other * w, nll * w
+                    p, other, gap = p * w, other * w, gap * w
                 new = ()
                 for t in tl.static_range(2):
+                    mask = label == t
                     new = new + (
-                        _add_where(sums[3 * t], label == t, p, 1, BLOCK, FOLD, CONTIGUOUS),
-                        _add_where(sums[3 * t + 1], label == t, other, 1, BLOCK, FOLD, CONTIGUOUS),
-                        _add_where(sums[3 * t + 2], label == t, nll, 1, BLOCK, FOLD, CONTIGUOUS),
+                        _add_where(sums[SUMS * t], mask, p, 1, BLOCK, FOLD, CONTIGUOUS),
+                        _add_where(sums[SUMS * t + 1], mask, other, 1, BLOCK, FOLD, CONTIGUOUS),
+                        _add_where(sums[SUMS * t + 2], mask, gap, 1, BLOCK, FOLD, CONTIGUOUS),
                     )
+                    if LOGS:
+                        new = new + (_multiply_where(sums[SUMS * t + 3], mask, e),)
                 sums = new
             else:
                 for t in tl.static_range(TILES):
                     index = _class_index(t * CLASSES, CLASSES)
-                    z = _load_values(input, index, input_c, offset, inside, classes, PADDED, DTYPE)
+                    z = _load_values(
+                        input,
+                        index,
+                        input_c,
+                        offset,
+                        inside,
+                        classes,
+                        CLASSES > 1 and t == TILES - 1,
+                        DTYPE,
+                    )
                     zs = zs + (z,)
                 if FAST:
                     sums = _add_label_terms(
@@ -476,6 +505,8 @@ def _forward_resident(
                         weight is not None,
                         gamma,
                         GAMMA,
+                        LOGS,
+                        SUMS,
                         TILES,
                         CLASSES,
                         BLOCK,
@@ -502,7 +533,7 @@ def _forward_resident(
                             label,
                             value,
                             TARGET,
-                            PADDED,
+                            CLASSES > 1 and t == TILES - 1,
                             DTYPE,
                         )
                         terms = _terms(
@@ -532,11 +563,13 @@ def _forward_resident(
                                 ),
                             )
                     sums = new
+        if LOGS:
+            sums = _take_logarithms(sums, TILES, SUMS, DTYPE)
         if TWO:
             p0, other0, nll0, p1, other1, nll1 = sums
             sums = (p0, other1, other0, nll0, p1, other0, other1, nll1)
-        elif TILES * SUMS < (1 << LEVELS):
-            for _ in tl.static_range((1 << LEVELS) - TILES * SUMS):
+        elif TILES * STATS < (1 << LEVELS):
+            for _ in tl.static_range((1 << LEVELS) - TILES * STATS):
                 sums = sums + (tl.zeros([CLASSES, BLOCK // FOLD], DTYPE),)
         table = tl.reshape(stack(sums, LEVELS), [CLASSES, BLOCK // FOLD, 1 << LEVELS])
         # The float64 sums live in memory: in registers, every thread would hold all of them.
@@ -544,6 +577,55 @@ def _forward_resident(
         before = tl.load(place, mask=(row < classes) & later, other=0.0)
         tl.store(place, before + tl.sum(table, axis=1).to(tl.float64), mask=row < classes)
         tl.debug_barrier()
+
+
+@triton.jit
+def _multiply_where(product, mask, x):
+    """``product`` is P - 1; return P (1 + x) - 1 where ``mask``, without losing small x."""
+    return tl.where(mask, product + (product * x + x), product)
+
+
+@triton.jit
+def _take_logarithms(sums, TILES: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr):
+    """Add the logarithm of each class's product, its last accumulator, to the one before."""
+    result = ()
+    for t in tl.static_range(TILES):
+        product = sums[t * SUMS + SUMS - 1]
+        logarithm = log_of_sum(1.0, product, 1.0 + product, DTYPE)
+        for s in tl.static_range(SUMS - 2):
+            result = result + (sums[t * SUMS + s],)
+        result = result + (sums[t * SUMS + SUMS - 2] + logarithm,)
+    return result
+
+
+@triton.jit
+def _gaps_to_largest(zs, classes, TILES: tl.constexpr, CLASSES: tl.constexpr, DTYPE: tl.constexpr):
+    """Return ``z - largest`` of every class, never NaN, and something NaN if a logit is NaN.
+
+    Infinite logits count as the limit of ever larger ones. Classes that only pad the last block
+    have a gap of infinity.
+    """
+    if CLASSES > 1:
+        valid = _class_index((TILES - 1) * CLASSES, CLASSES) < classes
+        m = tl.where(valid, zs[TILES - 1], float("-inf"))
+        for t in tl.static_range(TILES - 1):
+            m = tl.maximum(m, zs[t], propagate_nan=NAN)
+    else:
+        m = zs[0]
+        for t in tl.static_range(1, TILES):
+            m = tl.maximum(m, zs[t], propagate_nan=NAN)
+    if CLASSES > 1:
+        broken = tl.max(tl.where(m == m, 0.0, 1.0), axis=0, keep_dims=True)
+        m = tl.max(m, axis=0, keep_dims=True)
+        m = tl.where(broken == 0, m, float("nan"))
+    gaps = ()
+    for t in tl.static_range(TILES):
+        # The minimum of 0 and NaN is 0: infinity less infinity counts as no gap.
+        gap = tl.minimum(zs[t] - m, 0.0)
+        if CLASSES > 1 and t == TILES - 1:
+            gap = tl.where(valid, gap, float("-inf"))
+        gaps = gaps + (gap,)
+    return gaps, m
 
 
 @triton.jit
@@ -556,6 +638,8 @@ def _add_label_terms(
     WEIGHTED: tl.constexpr,
     gamma,
     GAMMA: tl.constexpr,
+    LOGS: tl.constexpr,
+    SUMS: tl.constexpr,
     TILES: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -564,51 +648,55 @@ def _add_label_terms(
     DTYPE: tl.constexpr,
 ):
     """Labels with softmax throughout: all but FP is a property of the label's class alone."""
-    zs = _softmax_logits(zs, classes, TILES, CLASSES, DTYPE)
-    m = zs[0]
-    for t in tl.static_range(1, TILES):
-        m = tl.maximum(m, zs[t])
-    if CLASSES > 1:
-        m = tl.max(m, axis=0, keep_dims=True)
+    gaps, m = _gaps_to_largest(zs, classes, TILES, CLASSES, DTYPE)
     es = ()
     d_label = tl.full([1, 1], 0.0, DTYPE)
     others = tl.full([1, 1], 0.0, DTYPE)
     for t in tl.static_range(TILES):
         hit = label == _class_index(t * CLASSES, CLASSES)
-        d = zs[t] - m
-        e = tl.exp(d)
+        e = exponential(gaps[t], DTYPE)
         es = es + (e,)
         if CLASSES > 1:
-            d_label = d_label + tl.where(hit, d, 0.0)
+            d_label = d_label + tl.where(hit, gaps[t], 0.0)
             others = others + tl.where(hit, 0.0, e)
         else:
-            d_label = tl.where(hit, d, d_label)
-            others = tl.where(hit, others, others + e)
+            d_label = tl.where(hit, gaps[t], d_label)
+            others = others + tl.where(hit, 0.0, e)
     if CLASSES > 1:
         d_label = tl.sum(d_label, axis=0, keep_dims=True)
         others = tl.sum(others, axis=0, keep_dims=True)
-    e_label = tl.exp(d_label)
+    d_label = tl.where(m == m, d_label, m)
+    e_label = exponential(d_label, DTYPE)
     total = e_label + others
-    scale = 1.0 / total
+    scale = reciprocal(total, DTYPE)
     p = e_label * scale
     other = others * scale
-    # The larger of e_label and others need not be e_label, but then log(total) is not small.
-    nll = log_of_sum(e_label, others, total) - d_label
-    nll = _modulated(p, other, nll, gamma, GAMMA, DTYPE)
+    nll = _at_most_finite(-d_label, DTYPE)
+    if not LOGS:
+        # Where e_label is the smaller of the two, log(total) is not small.
+        nll = nll + log_of_sum(e_label, others, total, DTYPE)
+        nll = _modulated(p, other, nll, gamma, GAMMA, DTYPE)
     if WEIGHTED:
         scale, p, other, nll = scale * w, p * w, other * w, nll * w
-    included = label >= 0
+    scale = tl.where(label >= 0, scale, 0.0)
     new = ()
     for t in tl.static_range(TILES):
         index = _class_index(t * CLASSES, CLASSES)
         hit = label == index
-        miss = (label != index) & included
+        # No e is NaN, so that a scale of 0 keeps excluded voxels out.
+        wrong = tl.where(hit, 0.0, es[t]) * scale
+        if FOLD == 1:
+            fp = sums[SUMS * t + 1] + wrong
+        else:
+            fp = sums[SUMS * t + 1] + _fold(wrong, CLASSES, BLOCK, FOLD, CONTIGUOUS)
         new = new + (
-            _add_where(sums[4 * t], hit, p, CLASSES, BLOCK, FOLD, CONTIGUOUS),
-            _add_where(sums[4 * t + 1], miss, es[t] * scale, CLASSES, BLOCK, FOLD, CONTIGUOUS),
-            _add_where(sums[4 * t + 2], hit, other, CLASSES, BLOCK, FOLD, CONTIGUOUS),
-            _add_where(sums[4 * t + 3], hit, nll, CLASSES, BLOCK, FOLD, CONTIGUOUS),
+            _add_where(sums[SUMS * t], hit, p, CLASSES, BLOCK, FOLD, CONTIGUOUS),
+            fp,
+            _add_where(sums[SUMS * t + 2], hit, other, CLASSES, BLOCK, FOLD, CONTIGUOUS),
+            _add_where(sums[SUMS * t + 3], hit, nll, CLASSES, BLOCK, FOLD, CONTIGUOUS),
         )
+        if LOGS:
+            new = new + (_multiply_where(sums[SUMS * t + 4], hit, others + (e_label - 1.0)),)
     return new
 
 
@@ -705,7 +793,7 @@ def _forward_online(
                 wide = tl.broadcast_to(terms[s] * w, [CLASSES, BLOCK])
                 sums = sums + (tl.where(included, wide, 0.0),)
             table = tl.reshape(stack(sums, LEVELS), [CLASSES, BLOCK, STATS])
-            place = partial + index * STATS + column
+            place = partial + index.to(tl.int64) * STATS + column
             mask = (index < classes) & (column < STATS)
             # The first tile overwrites what the memory held.
             later = tl.full([1, 1], tile, tl.int64) >= slots
@@ -740,11 +828,11 @@ def _online_state(
             new = tl.maximum(m, tl.max(z, axis=0, keep_dims=True))
             d = z - new
             # What was the largest so far may now belong to the others.
-            shrunk = tl.where(m == new, 1.0, tl.exp(m - new))
+            shrunk = tl.where(m == new, 1.0, exponential(m - new, DTYPE))
             moved = tl.where(m == new, 0.0, count * shrunk)
             rest = rest * shrunk + moved
             count = tl.where(m == new, count, 0.0)
-            rest += tl.sum(tl.where(d == 0, 0.0, tl.exp(d)), axis=0, keep_dims=True)
+            rest += tl.sum(tl.where(d == 0, 0.0, exponential(d, DTYPE)), axis=0, keep_dims=True)
             count += tl.sum(tl.where(d == 0, 1.0, 0.0), axis=0, keep_dims=True)
             m = new
     return m, rest, count
@@ -769,7 +857,7 @@ def _load_cotangents(
     grad, index, classes, SUMS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr
 ):
     """(t - n, f, l, o, s) of a block of classes: the cotangents of TP less FN, FP, NLL, OFF, P2."""
-    place = grad + index * SUMS
+    place = grad + index.to(tl.int64) * SUMS
     mask = index < classes if PADDED else index >= 0
     f = tl.load(place + 1, mask=mask, other=0.0)
     n = tl.load(place + 2, mask=mask, other=0.0)
@@ -778,8 +866,10 @@ def _load_cotangents(
     if SUMS == 8:
         o = tl.load(place + 4, mask=mask, other=0.0)
         s = tl.load(place + 5, mask=mask, other=0.0)
-        return (hit.to(DTYPE), f.to(DTYPE), nll.to(DTYPE), o.to(DTYPE), (2.0 * s).to(DTYPE))
-    return (hit.to(DTYPE), f.to(DTYPE), nll.to(DTYPE))
+        result = (hit.to(DTYPE), f.to(DTYPE), nll.to(DTYPE), o.to(DTYPE), (2.0 * s).to(DTYPE))
+    else:
+        result = (hit.to(DTYPE), f.to(DTYPE), nll.to(DTYPE))
+    return result
 
 
 @triton.jit
@@ -883,7 +973,6 @@ def _backward_resident(
 ):
     """Gradient of the tiles of one program."""
     sample = tl.program_id(1).to(tl.int64)
-    PADDED: tl.constexpr = CLASSES > 1
     grad += sample * classes * SUMS
     input += sample * input_b
     target += sample * target_b
@@ -893,7 +982,9 @@ def _backward_resident(
     cotangents = ()
     for t in tl.static_range(TILES):
         index = _class_index(t * CLASSES, CLASSES)
-        cotangents = cotangents + (_load_cotangents(grad, index, classes, SUMS, PADDED, DTYPE),)
+        cotangents = cotangents + (
+            _load_cotangents(grad, index, classes, SUMS, CLASSES > 1 and t == TILES - 1, DTYPE),
+        )
 
     first = tl.program_id(0).to(tl.int64) * tiles_a_program * BLOCK
     last = tl.minimum(first + tiles_a_program * BLOCK, voxels)
@@ -917,13 +1008,33 @@ def _backward_resident(
         zs = ()
         for t in tl.static_range(TILES):
             index = _class_index(t * CLASSES, CLASSES)
-            z = _load_values(input, index, input_c, offset, inside, classes, PADDED, DTYPE)
+            z = _load_values(
+                input,
+                index,
+                input_c,
+                offset,
+                inside,
+                classes,
+                CLASSES > 1 and t == TILES - 1,
+                DTYPE,
+            )
             zs = zs + (z,)
+        WEIGHTED: tl.constexpr = weight is not None
         if TWO:
-            results = _two_class_gradient(zs, label, cotangents, gamma, GAMMA, DTYPE)
+            results = _two_class_gradient(zs, label, w, cotangents, WEIGHTED, gamma, GAMMA, DTYPE)
         elif FAST:
             results = _label_gradient(
-                zs, label, cotangents, classes, gamma, GAMMA, TILES, CLASSES, DTYPE
+                zs,
+                label,
+                w,
+                cotangents,
+                classes,
+                WEIGHTED,
+                gamma,
+                GAMMA,
+                TILES,
+                CLASSES,
+                DTYPE,
             )
         else:
             m = tl.full([1, 1], 0.0, DTYPE)
@@ -944,7 +1055,7 @@ def _backward_resident(
                     label,
                     value,
                     TARGET,
-                    PADDED,
+                    CLASSES > 1 and t == TILES - 1,
                     DTYPE,
                 )
                 gs = gs + (g,)
@@ -990,19 +1101,19 @@ def _backward_resident(
                     SUMS,
                     DTYPE,
                 )
-                results = results + (
-                    _combine(
-                        p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
-                    ),
+                result = _combine(
+                    p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
                 )
+                results = results + (tl.where(included, result * w, 0.0),)
         for t in tl.static_range(TILES):
             index = _class_index(t * CLASSES, CLASSES)
-            result = results[t]
-            if weight is not None:
-                result = result * w
-            result = tl.where(included, result, 0.0).to(output.dtype.element_ty)
-            place = output + index * output_c + start * output_v + lane * output_v
-            tl.store(place, result, mask=inside & (index < classes) if PADDED else inside)
+            result = tl.broadcast_to(results[t], [CLASSES, BLOCK]).to(output.dtype.element_ty)
+            place = output + index.to(tl.int64) * output_c + start * output_v + lane * output_v
+            tl.store(
+                place,
+                result,
+                mask=inside & (index < classes) if CLASSES > 1 and t == TILES - 1 else inside,
+            )
 
 
 @triton.jit
@@ -1068,14 +1179,26 @@ def _combine(
 
 
 @triton.jit
-def _two_class_gradient(zs, label, cotangents, gamma, GAMMA: tl.constexpr, DTYPE: tl.constexpr):
+def _two_class_gradient(
+    zs,
+    label,
+    w,
+    cotangents,
+    WEIGHTED: tl.constexpr,
+    gamma,
+    GAMMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """Two classes, labels: the gradient of one class is minus the other's."""
-    p, other, minus_log = _two_classes(zs[0], zs[1], label, DTYPE)
+    p, other, e, gap = _two_classes(zs[0], zs[1], label, DTYPE)
     first = label == 0
     hit = tl.where(first, cotangents[0][0] - cotangents[1][1], cotangents[1][0] - cotangents[0][1])
     nll = tl.where(first, cotangents[0][2], cotangents[1][2])
-    q = _slope(p, other, minus_log, gamma, GAMMA, DTYPE)
+    q = _slope(p, other, log_one_plus(e, DTYPE) + gap, gamma, GAMMA, DTYPE)
     of_label = other * (p * hit + nll * q)
+    if WEIGHTED:
+        of_label = of_label * w
+    of_label = tl.where(label >= 0, of_label, 0.0)
     of_first = tl.where(first, of_label, -of_label)
     return (of_first, -of_first)
 
@@ -1084,8 +1207,10 @@ def _two_class_gradient(zs, label, cotangents, gamma, GAMMA: tl.constexpr, DTYPE
 def _label_gradient(
     zs,
     label,
+    w,
     cotangents,
     classes,
+    WEIGHTED: tl.constexpr,
     gamma,
     GAMMA: tl.constexpr,
     TILES: tl.constexpr,
@@ -1093,59 +1218,60 @@ def _label_gradient(
     DTYPE: tl.constexpr,
 ):
     """Labels with softmax throughout."""
-    finite = _softmax_logits(zs, classes, TILES, CLASSES, DTYPE)
-    m = finite[0]
-    for t in tl.static_range(1, TILES):
-        m = tl.maximum(m, finite[t])
-    if CLASSES > 1:
-        m = tl.max(m, axis=0, keep_dims=True)
+    gaps, m = _gaps_to_largest(zs, classes, TILES, CLASSES, DTYPE)
     zero = tl.full([1, 1], 0.0, DTYPE)
-    rest, count, top, low, nll = zero, zero, zero, zero, zero
-    d_label, others = zero, zero
+    total, best, nll, d_label, others = zero, zero, zero, zero, zero
     es = ()
     for t in tl.static_range(TILES):
         index = _class_index(t * CLASSES, CLASSES)
         hit = label == index
         h = tl.where(hit, cotangents[t][0], cotangents[t][1])
-        d = finite[t] - m
-        e = tl.exp(d)
+        e = exponential(gaps[t], DTYPE)
         es = es + (e,)
-        largest = d == 0
+        total = total + e
+        largest = gaps[t] == 0
         if CLASSES > 1:
-            largest = largest & (index < classes)
-        rest = rest + tl.where(largest, 0.0, e)
-        count = count + tl.where(largest, 1.0, 0.0)
-        top = top + tl.where(largest, h, 0.0)
-        low = low + tl.where(largest, 0.0, e * h)
-        nll = nll + tl.where(hit, cotangents[t][2], 0.0)
+            h = tl.where(largest, h, float("-inf"))
+            best = h if t == 0 else tl.maximum(best, h)
+            nll = nll + tl.where(hit, cotangents[t][2], 0.0)
+        else:
+            best = tl.where(largest, h, best)
+            nll = tl.where(hit, cotangents[t][2], nll)
         if GAMMA != 0:
-            d_label = d_label + tl.where(hit, d, 0.0)
+            d_label = d_label + tl.where(hit, gaps[t], 0.0)
             others = others + tl.where(hit, 0.0, e)
     if CLASSES > 1:
-        rest = tl.sum(rest, axis=0, keep_dims=True)
-        count = tl.sum(count, axis=0, keep_dims=True)
-        top = tl.sum(top, axis=0, keep_dims=True)
-        low = tl.sum(low, axis=0, keep_dims=True)
+        total = tl.sum(total, axis=0, keep_dims=True)
+        best = tl.max(best, axis=0, keep_dims=True)
         nll = tl.sum(nll, axis=0, keep_dims=True)
         if GAMMA != 0:
             d_label = tl.sum(d_label, axis=0, keep_dims=True)
             others = tl.sum(others, axis=0, keep_dims=True)
-    total = rest + count
-    scale = 1.0 / total
-    best = top / count
-    mean = (low - best * rest) * scale
+    scale = reciprocal(total, DTYPE)
+    # h is measured from a most probable class's, so that the gradient of a nearly perfect
+    # prediction is not a difference of large numbers.
+    low = zero
+    for t in tl.static_range(TILES):
+        hit = label == _class_index(t * CLASSES, CLASSES)
+        low = low + es[t] * (tl.where(hit, cotangents[t][0], cotangents[t][1]) - best)
+    if CLASSES > 1:
+        low = tl.sum(low, axis=0, keep_dims=True)
     slope = -nll
     if GAMMA != 0:
-        e_label = tl.exp(d_label)
-        minus_log = log_of_sum(e_label, others, total) - d_label
+        e_label = exponential(d_label, DTYPE)
+        minus_log = log_of_sum(e_label, others, total, DTYPE) + _at_most_finite(-d_label, DTYPE)
         slope = nll * _slope(e_label * scale, others * scale, minus_log, gamma, GAMMA, DTYPE)
+    shift = low * scale + slope
+    included = label >= 0
+    scale = tl.where(included, tl.where(m == m, scale, m), 0.0)
+    if WEIGHTED:
+        scale, slope = scale * w, slope * w
     results = ()
     for t in tl.static_range(TILES):
         hit = label == _class_index(t * CLASSES, CLASSES)
-        p = es[t] * scale
         near = tl.where(hit, cotangents[t][0], cotangents[t][1]) - best
-        direct = tl.where(hit, slope, 0.0)
-        results = results + (p * (near - mean) + (direct - p * slope),)
+        result = (es[t] * scale) * (near - shift) + tl.where(hit, slope, 0.0)
+        results = results + (result,)
     return results
 
 
@@ -1292,7 +1418,7 @@ def _backward_online(
                 p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
             )
             result = tl.where(included, result * w, 0.0).to(output.dtype.element_ty)
-            place = output + index * output_c + start * output_v + lane * output_v
+            place = output + index.to(tl.int64) * output_c + start * output_v + lane * output_v
             tl.store(place, result, mask=inside & (index < classes))
 
 
@@ -1311,6 +1437,7 @@ class Problem(NamedTuple):
     likelihood: int
     overlap: int
     has_ignore: bool
+    has_weight: bool
     gamma: float
     sums: int
     contiguous: bool
@@ -1333,8 +1460,6 @@ def plan(problem: Problem, backward: bool) -> Plan:
         and problem.overlap == 0
         and problem.sums == 4
     )
-    vector = VECTOR_BYTES // itemsize
-    num_warps = 4
     constants: dict[str, Any] = {
         "ACTIVATION": problem.activation,
         "LIKELIHOOD": problem.likelihood,
@@ -1348,26 +1473,22 @@ def plan(problem: Problem, backward: bool) -> Plan:
         constants["SUMS"] = problem.sums
     else:
         constants["FULL"] = problem.sums == 8
-    if classes > RESIDENT_CLASSES:
+    double = problem.dtype == torch.float64
+    if classes > (RESIDENT_CLASSES // 2 if double or not labels_only else RESIDENT_CLASSES):
         kernel = _backward_online if backward else _forward_online
-        block = 16 * vector
+        block = 16 * VECTOR_BYTES // itemsize
         constants |= {"CLASSES": CLASS_BLOCK, "BLOCK": block}
         constants["EVEN"] = problem.voxels % block == 0
-        return Plan(kernel, constants, num_warps)
+        return Plan(kernel, constants, 4)
 
-    few = classes <= FEW_CLASSES
+    few = classes <= (FEW_CLASSES // 2 if double else FEW_CLASSES)
     two = labels_only and classes == 2
-    if few:
-        # Registers that hold the logits of a thread's voxels.
-        room = 64 if labels_only else 32
-        while vector > 1 and vector * power_of_two(classes) > room:
-            vector //= 2
-        vector = min(vector, 8 if classes <= 2 else 4)
-        block, tiles, block_classes = 32 * num_warps * vector, classes, 1
-    else:
-        num_warps = 4 if classes <= 64 else 8
-        block, block_classes = 32 if itemsize == 8 else 64, CLASS_BLOCK
-        tiles = triton.cdiv(classes, CLASS_BLOCK)
+    # Beyond FEW_CLASSES every warp has one class of each block.
+    num_warps = 4 if few else _warps(problem, labels_only)
+    block_classes = 1 if few else num_warps
+    tiles = triton.cdiv(classes, block_classes)
+    vector = min(VECTOR_BYTES // itemsize, _voxels_a_thread(problem, labels_only, backward))
+    block = 32 * vector * (num_warps if few else 1)
     constants |= {
         "TWO": two,
         "FAST": labels_only and not two,
@@ -1378,33 +1499,53 @@ def plan(problem: Problem, backward: bool) -> Plan:
     }
     if backward:
         return Plan(_backward_resident, constants, num_warps)
-    sums = 3 if two else problem.sums
     # Voxels of a class that lie in one thread are added up before they are accumulated, unless
     # there are registers enough to keep them apart, which saves selections.
-    if few:
-        fold = 1 if tiles * sums * vector <= 32 else vector
-    elif problem.contiguous:
-        fold = vector
-    else:
-        fold = max(1, block * (CLASS_BLOCK // vector) // (32 * num_warps))
+    sums = 3 if two else problem.sums
+    apart = tiles * sums * vector <= 64 or not (few or problem.contiguous)
+    logs = few and labels_only and apart and not problem.has_weight and problem.gamma == 0
     constants |= {
-        "FOLD": fold,
+        "LOGS": logs,
+        "FOLD": 1 if apart else vector,
         "CONTIGUOUS": problem.contiguous,
-        "SUMS": sums,
+        "SUMS": sums + 1 if logs else sums,
         "LEVELS": 3 if two else power_of_two(tiles * sums).bit_length() - 1,
     }
     return Plan(_forward_resident, constants, num_warps)
 
 
-def reduction_shape(problem: Problem, block: int) -> tuple[int, int, int]:
+def _warps(problem: Problem, labels_only: bool) -> int:
+    """Warps of a program, and classes of a block, for more than FEW_CLASSES."""
+    warps = 4 if problem.classes <= 64 else 8 if problem.classes <= 128 else 16
+    wide = problem.dtype == torch.float64 or not labels_only
+    return min(16, 2 * warps) if wide else warps
+
+
+def _voxels_a_thread(problem: Problem, labels_only: bool, backward: bool) -> int:
+    """Most voxels of all its classes that a thread has registers for (read off the compiler)."""
+    classes, double = problem.classes, problem.dtype == torch.float64
+    if classes <= 2:
+        return 8 if labels_only else 4
+    if classes <= (8 if backward else 4):
+        return 4
+    if classes <= 8:
+        return 2
+    if double or not labels_only or classes > 128:
+        return 1
+    return 2 if problem.contiguous or classes > FEW_CLASSES else 1
+
+
+def reduction_shape(problem: Problem, chosen: Plan) -> tuple[int, int, int]:
     """Return (tiles a chunk, chunks a sample, slots a sample): who adds what to what."""
-    tiles = triton.cdiv(problem.voxels, block)
+    tiles = triton.cdiv(problem.voxels, chosen.constants["BLOCK"])
+    online = chosen.kernel is _forward_online
     tiles_a_chunk = 1
-    if problem.classes <= RESIDENT_CLASSES:
-        while tiles_a_chunk < MAX_TILES and tiles * problem.batch >= 4096 * tiles_a_chunk:
-            tiles_a_chunk *= 2
+    while not online and tiles_a_chunk < MAX_TILES:
+        if tiles * problem.batch < 4096 * tiles_a_chunk:
+            break
+        tiles_a_chunk *= 2
     chunks = triton.cdiv(tiles, tiles_a_chunk)
-    allowed = WORKSPACE_BYTES * (1 if problem.classes <= RESIDENT_CLASSES else 8)
+    allowed = ONLINE_WORKSPACE_BYTES if online else WORKSPACE_BYTES
     slots = allowed // (problem.batch * problem.classes * problem.sums * 8)
     slots = max(1, min(chunks, MAX_SLOTS, slots))
     # The same number of chunks for every slot, but for the last round.
@@ -1418,6 +1559,7 @@ def _describe(
     likelihood: int,
     overlap: int,
     ignore_index: int | None,
+    has_weight: bool,
     gamma: float,
     sums: int,
     contiguous: bool,
@@ -1443,6 +1585,7 @@ def _describe(
         likelihood,
         overlap,
         has_ignore,
+        has_weight,
         gamma,
         sums,
         contiguous,
@@ -1487,14 +1630,14 @@ def soft_confusion(
         likelihood,
         overlap,
         ignore_index,
+        weight is not None,
         gamma,
         sums,
         strides[2] == 1,
     )
     chosen = plan(problem, backward=False)
-    tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen.constants["BLOCK"])
-    online = problem.classes > RESIDENT_CLASSES
-    work = (chunks,) if online else (tiles_a_chunk, chunks)
+    tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
+    work = (chunks,) if chosen.kernel is _forward_online else (tiles_a_chunk, chunks)
     result = torch.empty(shape, dtype=torch.float64, device=input.device)
     partial = result
     if slots > 1:
@@ -1556,6 +1699,7 @@ def soft_confusion_backward(
         likelihood,
         overlap,
         ignore_index,
+        weight is not None,
         gamma,
         sums,
         strides[2] == 1,
