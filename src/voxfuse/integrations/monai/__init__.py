@@ -10,7 +10,13 @@ by PyTorch, in part or in whole. Where the numbers differ, and why:
 - 0/0 (both sets empty, no smoothing) counts as agreement, where MONAI has NaN;
 - masked and ignored voxels count exactly nothing, even where their logits are NaN;
 - the loss is a plain tensor for MetaTensors too, and cannot be differentiated twice.
+
+:func:`sliding_window_inference`, ``SlidingWindowInferer`` and ``SlidingWindowInfererAdapt`` replace
+those of ``monai.inferers``; the two classes derive from MONAI's, which is imported at their first
+use.
 """
+
+from typing import Any
 
 from voxfuse.integrations.monai._compound import (
     DiceCELoss,
@@ -18,6 +24,7 @@ from voxfuse.integrations.monai._compound import (
     GeneralizedDiceFocalLoss,
 )
 from voxfuse.integrations.monai._focal import FocalLoss
+from voxfuse.integrations.monai._inference import sliding_window_inference
 from voxfuse.integrations.monai._masked import MaskedDiceLoss, MaskedLoss
 from voxfuse.integrations.monai._overlap import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
@@ -31,4 +38,15 @@ __all__ = [
     "MaskedDiceLoss",
     "MaskedLoss",
     "TverskyLoss",
+    "sliding_window_inference",
 ]
+
+_INFERERS = ("SlidingWindowInferer", "SlidingWindowInfererAdapt")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INFERERS:
+        from voxfuse.integrations.monai import _inferers
+
+        return getattr(_inferers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
