@@ -260,9 +260,10 @@ class PatchFuser:
         Args:
             patches: (N, channels, \*patch_size) float32, float16, bfloat16 or float64, of the same
                 dtype and device in every call.
-            origins: (N, n) first voxels, each one of :attr:`origins`. Any order is fine as long as
-                a patch lies within ``depth of a patch`` from the first slice that is not final.
-                None takes the next N of :attr:`origins`.
+            origins: (N, n) first voxels, each one of :attr:`origins`, in any order that keeps to
+                the ring: no patch reaches further than a patch's depth from the first slice that
+                is not final. (Means of the accumulator's dtype on a grid are summed in the result
+                itself, in any order.) None takes the next N of :attr:`origins`.
             flip: spatial axes along which these predictions are mirrored; they are turned back.
 
         Raises:
@@ -319,8 +320,8 @@ class PatchFuser:
 
     def _push(self, patches: Tensor, origins: Any, times: int) -> None:
         indices = self._indices(origins, patches.shape[0], times)
-        segments = self._segments(indices, times)
         ring = self._open(patches)
+        segments = self._segments(indices, times)
         for first, last, left in segments:
             self._add(ring, patches[first:last], indices[first:last], times)
             self._left = left
@@ -525,6 +526,10 @@ class PatchFuser:
         """Cut a batch where the ring has to move on: (first, last, patches left in each row)."""
         segments = []
         left, base, first = list(self._left), self._base, 0
+        if self._in_place:
+            for index in indices:
+                left[self._row_of[index]] -= times
+            return [(0, len(indices), left)]
         for position, index in enumerate(indices):
             row = self._row_of[index]
             stop = self._bounds[row][1]
