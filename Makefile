@@ -52,11 +52,13 @@ $(VENV)/.requirements: $(VENV)/.created constraints.txt
 
 # Editable, so that Python code needs no reinstallation; compiled code is rebuilt when it changes.
 # Without build isolation the extension is compiled against the torch installed above.
-$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py CMakeLists.txt $(COMPILED)
+$(VENV)/.installed: $(VENV)/.requirements constraints.txt pyproject.toml setup.py CMakeLists.txt $(COMPILED)
 	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || \
 	  { echo "No C++ compiler found; on Debian and Ubuntu install g++"; exit 1; }
 	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
 	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
+	@# Peers that tests compare with. Their losses need none of their dependencies, which are many.
+	@$(INSTALL) --no-deps nnunetv2 segmentation-models-pytorch
 	@$(BIN)/voxfuse info
 	@touch $@
 
