@@ -78,6 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--classes", type=int, nargs="+", default=[2, 14, 117])
     step.add_argument("--patch", type=int, default=64, help="cubic patch (default 64)")
     step.add_argument("--limit-gib", type=float, help="also find the largest patch that fits")
+    fusion = commands.add_parser("fusion", help="time and memory of the sliding window alone")
+    add_common(fusion)
+    fusion.add_argument("--classes", type=int, default=4)
+    fusion.add_argument("--volume", type=int, default=256, help="cubic volume (default 256)")
+    fusion.add_argument("--patch", type=int, default=96, help="cubic patch (default 96)")
+    fusion.add_argument(
+        "--parts", type=names, default=["time", "memory"], help="comma-separated: time,memory"
+    )
     return parser
 
 
@@ -87,6 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.command == "loss":
         results: dict[str, Any] = loss_benchmark.run(options, DTYPES[options.dtype])
+    elif options.command == "fusion":
+        from benchmarks import fusion_benchmark
+
+        results = fusion_benchmark.run(options)
     else:
         from benchmarks import step_benchmark
 
