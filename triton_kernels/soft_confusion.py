@@ -921,6 +921,8 @@ def _slopes(
     if LIKELIHOOD == SOFTMAX:
         if SUMS == 8:
             u = u - cotangents[3] * (1.0 - g)
+        # Together with the other classes' share this is u - r sum u without its cancellation.
+        direct = direct + u * r_complement
     else:
         chain = r_complement if LIKELIHOOD == SIGMOID else 1.0 / r
         # Without a cotangent there is no slope, not even an infinite one (r = 0).
@@ -1174,7 +1176,7 @@ def _combine(
         mean = low - best * (rest / (rest + count))
         result = result + p * ((h - best) - mean)
     if LIKELIHOOD == SOFTMAX:
-        result = result + (u - r * share)
+        result = result - r * (share - u)
     return result
 
 

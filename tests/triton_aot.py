@@ -1,0 +1,411 @@
+"""Compile the Triton kernels ahead of time and read their resources off the machine code.
+
+No GPU is needed. Triton's interpreter must be off in the process that compiles, so that the tests
+run this file as a program. By hand, ``python -m tests.triton_aot`` prints the table of all cases.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TYPES = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float64": "*fp64",
+    "uint8": "*u8",
+    "int64": "*i64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel instance; ``fast`` ones may not spill registers."""
+
+    name: str
+    operator: str
+    capability: int = 90
+    options: tuple[tuple[str, Any], ...] = ()
+    fast: bool = True
+
+
+def soft_confusion(name: str, capability: int = 90, fast: bool = True, **options: Any) -> Case:
+    return Case(name, "soft_confusion", capability, tuple(options.items()), fast)
+
+
+def other(operator: str, name: str, fast: bool = True, **options: Any) -> Case:
+    return Case(name, operator, 90, tuple(options.items()), fast)
+
+
+CASES = (
+    *(
+        soft_confusion(
+            f"{'backward' if backward else 'forward'}-{classes}-{dtype}-sm{capability}",
+            capability,
+            classes=classes,
+            dtype=dtype,
+            backward=backward,
+        )
+        for backward in (False, True)
+        for classes, dtype, capability in (
+            (2, "float32", 90),
+            (2, "bfloat16", 90),
+            (2, "bfloat16", 80),
+            (2, "float16", 100),
+            (4, "float32", 90),
+            (4, "bfloat16", 80),
+            (4, "bfloat16", 100),
+            (8, "bfloat16", 90),
+            (16, "float32", 90),
+            (32, "bfloat16", 90),
+            (117, "float32", 90),
+            (117, "bfloat16", 80),
+            (2, "float64", 90),
+        )
+    ),
+    *(
+        soft_confusion(
+            f"{name}-{'backward' if backward else 'forward'}", **options, backward=backward
+        )
+        for backward in (False, True)
+        for name, options in (
+            ("online", dict(classes=300)),
+            ("online-full", dict(classes=300, full=True, fast=False)),
+            (
+                "binary-sigmoid",
+                dict(classes=1, target="binary", activation=1, full=True, gamma=2.0, weighted=True),
+            ),
+            ("dense-min", dict(classes=3, target="dense", overlap=1)),
+            ("mixed-likelihood", dict(classes=3, likelihood=1, full=True, gamma=0.5, fast=False)),
+            ("many-full", dict(classes=40, full=True, weighted=True, odd=True)),
+            ("focal-weighted", dict(classes=4, gamma=2.0, weighted=True, has_ignore=True)),
+            ("probabilities", dict(classes=4, activation=0, target="dense", full=True, fast=False)),
+            ("channels-last", dict(classes=4, dtype="bfloat16", contiguous=False)),
+            ("one-voxel", dict(classes=3, tiny=True)),
+        )
+    ),
+    other("finish", "second-stage"),
+    other("ratio_loss", "ratio-loss", classes=4),
+    other("ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True),
+    other("ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True),
+    other("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
+    other("ratio_loss_backward", "ratio-loss-backward"),
+    *(
+        other("overlap_add", f"fusion-{name}", **options)
+        for name, options in (
+            ("gather", dict(dtype="float32")),
+            ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
+            ("gather-dense-total", dict(dense=True, total=True, fast=False)),
+            ("gather-line", dict(axes=1)),
+            ("ring", dict(ring=0, channels=8)),
+            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
+            ("backward", dict(backward=True, dtype="bfloat16")),
+        )
+    ),
+)
+
+
+@dataclasses.dataclass
+class Instance:
+    """A kernel with the types and compile-time values of its parameters."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, Any]
+    num_warps: int = 4
+    multiples_of_16: tuple[str, ...] = ()
+
+
+def _soft_confusion_instance(
+    classes: int,
+    dtype: str = "float32",
+    backward: bool = False,
+    target: str = "labels",
+    activation: int = 2,
+    likelihood: int | None = None,
+    overlap: int = 0,
+    has_ignore: bool = False,
+    weighted: bool = False,
+    gamma: float = 0.0,
+    full: bool = False,
+    contiguous: bool = True,
+    odd: bool = False,
+    tiny: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import soft_confusion as kernels
+
+    kinds = {"labels": 0, "dense": 1, "indicator": 2, "binary": 3}
+    problem = kernels.Problem(
+        dtype=getattr(torch, dtype),
+        batch=1,
+        classes=classes,
+        voxels=1 if tiny else 128**3 + odd,
+        target_kind=kinds[target],
+        activation=activation,
+        likelihood=activation if likelihood is None else likelihood,
+        overlap=overlap,
+        has_ignore=has_ignore,
+        has_weight=weighted,
+        gamma=gamma,
+        sums=8 if full else 4,
+        contiguous=contiguous,
+    )
+    plan = kernels.plan(problem, backward)
+    pointer = TYPES[dtype]
+    unit = ("input_v", "output_v") if contiguous else ("input_c", "output_c")
+    types: dict[str, Any] = {
+        "input": pointer,
+        "output": pointer,
+        "target": TYPES["float32" if target == "dense" else "uint8"],
+        "weight": TYPES["float32"] if weighted else None,
+        "partial": "*fp64",
+        "grad": "*fp64",
+        "gamma": "fp64",
+        **dict.fromkeys((*unit, "target_v", "weight_v"), 1),
+    }
+    strides = ("voxels", "input_b", "input_c", "target_b", "target_c", "weight_b")
+    strides += ("output_b", "output_c")
+    if tiny:
+        types |= dict.fromkeys((*strides, "chunks", "tiles_a_chunk", "tiles_a_program"), 1)
+    return Instance(
+        plan.kernel,
+        plan.constants,
+        types,
+        plan.num_warps,
+        () if odd else tuple(name for name in strides if types.get(name) != 1),
+    )
+
+
+def _finish_instance() -> Instance:
+    from voxfuse.triton_kernels import soft_confusion as kernels
+
+    return Instance(kernels._finish, {"BLOCK": 1024}, {"partial": "*fp64", "result": "*fp64"})
+
+
+def _ratio_loss_instance(
+    classes: int,
+    rows: int = 1,
+    sums: int = 4,
+    nll: bool = False,
+    off: bool = False,
+    pooling: int = 0,
+    absent: int = 0,
+    log: bool = False,
+    tiny: bool = False,
+) -> Instance:
+    from voxfuse.triton_kernels import ratio_loss as kernels
+
+    constants = kernels.forward_constants(
+        sums,
+        rows,
+        classes,
+        True,
+        nll,
+        off,
+        False,
+        pooling,
+        absent,
+        1,
+        2 if off else 1,
+        log,
+        not log,
+    )
+    scalars = [f"{letter}{i}" for letter in "nd" for i in range(8)]
+    scalars += ["smooth_nr", "smooth_dr", "min_denominator", "exponent", "ratio_scale"]
+    scalars += ["nll_scale", "off_scale"]
+    weight = "*fp64" if nll else None
+    types: dict[str, Any] = {"stats": "*fp64", "loss": "*fp32", "cotangents": "*fp64"}
+    types |= dict.fromkeys(("class_weight", "nll_weight", "off_weight"), weight)
+    types |= dict.fromkeys(scalars, "fp64")
+    if tiny:
+        types |= dict.fromkeys(("samples", "rows", "classes", "first_class", "terms"), 1)
+    return Instance(kernels._forward, constants, types)
+
+
+def _ratio_loss_backward_instance() -> Instance:
+    from voxfuse.triton_kernels import ratio_loss as kernels
+
+    types = {"grad_loss": "*fp32", "cotangents": "*fp64", "result": "*fp64"}
+    return Instance(kernels._backward, {"SUMS": 4, "BY_CLASS": True, "BLOCK": 1024}, types)
+
+
+def _overlap_add_instance(
+    dtype: str = "float32",
+    axes: int = 3,
+    channels: int = 4,
+    dense: bool = False,
+    total: bool = False,
+    ring: int = -1,
+    weights: bool = False,
+    backward: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import overlap_add as kernels
+
+    height, width = kernels.tile_shape(1 if axes == 1 else 96, 96)
+    constants: dict[str, Any] = {
+        "AXES": axes,
+        "DENSE": dense,
+        "CHANNELS": channels,
+        "HEIGHT": height,
+        "WIDTH": width,
+        "DTYPE": kernels._accumulation(getattr(torch, dtype)),
+    }
+    if not backward:
+        constants |= {"RING": ring, "ADD": ring >= 0, "WEIGHTS": weights}
+        constants["ORIGINS"] = kernels.ORIGINS
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        "patches": None if weights else pointer,
+        "output": "*fp32" if ring >= 0 and not weights else pointer,
+        "grad": pointer,
+        "result": pointer,
+        "origins": "*i64",
+        "rows": "*i64",
+        "table_z": "*fp64" if axes > 2 and not dense else None,
+        "table_y": "*fp64" if axes > 1 and not dense else None,
+        "table_x": "*fp64",
+        "total": "*fp64" if total else None,
+        "patches_x": 1,
+    }
+    if axes == 1:
+        ones = ("size_z", "size_y", "patch_z", "patch_y", "length_z", "length_y")
+        types |= dict.fromkeys(ones, 1)
+    kernel = kernels._scatter if backward else kernels._gather
+    return Instance(kernel, constants, types, multiples_of_16=("size_x",))
+
+
+INSTANCES = {
+    "soft_confusion": _soft_confusion_instance,
+    "finish": _finish_instance,
+    "ratio_loss": _ratio_loss_instance,
+    "ratio_loss_backward": _ratio_loss_backward_instance,
+    "overlap_add": _overlap_add_instance,
+}
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Compile one case; return its registers, stack and instructions that matter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from voxfuse.triton_kernels._common import LAUNCH_OPTIONS
+
+    instance = INSTANCES[case.operator](**dict(case.options))
+    signature, constants, attributes = {}, dict(instance.constants), {}
+    for position, name in enumerate(instance.kernel.arg_names):
+        kind = instance.types.get(name, "i32")
+        if name in instance.constants:
+            signature[name] = "constexpr"
+        elif kind is None or kind == 1:
+            # What Triton does with None and with integers that are 1.
+            signature[name], constants[name] = "constexpr", kind
+        else:
+            signature[name] = kind
+            if kind.startswith("*") or name in instance.multiples_of_16:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(instance.kernel, signature, constants, attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", case.capability, 32),
+        options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS},
+    )
+    return {"name": case.name, **_resources(compiled.asm["cubin"])}
+
+
+def _resources(cubin: bytes) -> dict[str, Any]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, f"cuobjdump reports no resources: {usage}"
+    registers, stack, shared, local = map(int, found.groups())
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9.]+)", code, re.M)
+    counts = collections.Counter(instructions)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": shared,
+        "local": local,
+        "instructions": len(instructions),
+        "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
+        "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
+        "atomics": sum(n for name, n in counts.items() if re.match(r"(RED|ATOM[GS]?)\.", name)),
+    }
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def compile_in_parallel(cases: tuple[Case, ...], directory: Path) -> dict[str, dict[str, Any]]:
+    """Compile ``cases`` in two processes without the interpreter; results by name."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(directory / "cache"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    root = Path(__file__).resolve().parent.parent
+    workers = []
+    for part in range(2):
+        names = json.dumps([case.name for case in cases[part::2]])
+        output = directory / f"part{part}.json"
+        command = [sys.executable, "-m", "tests.triton_aot", names, str(output)]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        workers.append((process, output))
+    results: dict[str, dict[str, Any]] = {}
+    for process, output in workers:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        results |= {entry["name"]: entry for entry in json.loads(output.read_text())}
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The resources of every case, one a line."""
+    columns = ("registers", "stack", "shared", "instructions", "loads_128", "stores_128")
+    lines = [f"{'kernel':36}" + "".join(f"{column:>13}" for column in columns)]
+    for name, entry in results.items():
+        lines.append(f"{name:36}" + "".join(f"{entry[column]:>13}" for column in columns))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        names = set(json.loads(arguments[0]))
+        results = [compile_case(case) for case in CASES if case.name in names]
+        Path(arguments[1]).write_text(json.dumps(results))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        print(table(compile_in_parallel(CASES, Path(directory))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
