@@ -1,15 +1,18 @@
-"""What the compiler made of the CUDA kernels: no local memory, wide loads, few instances."""
+"""The built CUDA library: its operators, and what the compiler made of the kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import voxfuse
 
@@ -117,3 +120,49 @@ def test_wide_loads_and_stores(kernels, kernel, width):
     if "backward" in kernel or kernel.startswith(("gather", "scatter")):
         assert re.search(rf"STG\.E(\.\w+)*\.{width}", code)
     assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+def test_the_library_registers_a_kernel_for_every_operator(tmp_path):
+    """Also under a PyTorch without CUDA, where an empty library stands in for libtorch_cuda."""
+    cpu_library = LIBRARY.with_name("libvoxfuse_cpu.so")
+    if not cpu_library.exists():
+        pytest.skip("libvoxfuse_cpu.so, which declares the operators, was not built")
+    environment = dict(os.environ)
+    if torch.version.cuda is None:
+        if shutil.which("g++") is None:
+            pytest.skip("g++ is not installed")
+        stub = tmp_path / "stub.cpp"
+        stub.write_text(
+            'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+        )
+        library = tmp_path / "libtorch_cuda.so"
+        subprocess.run(
+            ["g++", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", stub, "-o", library],
+            check=True,
+        )
+        environment["LD_LIBRARY_PATH"] = str(tmp_path)
+    operators = [
+        "soft_confusion",
+        "soft_confusion_backward",
+        "ratio_loss",
+        "ratio_loss_backward",
+        "overlap_add",
+        "overlap_add_backward",
+        "overlap_add_",
+        "overlap_weights_",
+    ]
+    code = (
+        "import sys, torch\n"
+        "for path in sys.argv[1:3]: torch.ops.load_library(path)\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print([name for name in sys.argv[3:] if not has('voxfuse::' + name, 'CUDA')])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(cpu_library), str(LIBRARY), *operators],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

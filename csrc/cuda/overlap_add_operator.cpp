@@ -1,10 +1,9 @@
 // The patch fusion operators on the GPU: tensors to pointers. The kernels know nothing of PyTorch.
-#include "ops/overlap_add.h"
-
 #include <limits>
 
 #include "cuda/operator.h"
 #include "cuda/overlap_add.h"
+#include "ops/overlap_add.h"
 
 namespace voxfuse::cuda {
 namespace {

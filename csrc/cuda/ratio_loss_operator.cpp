@@ -1,10 +1,9 @@
 // ratio_loss on the GPU: tensors to pointers. The kernel knows nothing of PyTorch.
-#include "ops/ratio_loss.h"
-
 #include <tuple>
 
 #include "cuda/operator.h"
 #include "cuda/ratio_loss.h"
+#include "ops/ratio_loss.h"
 
 namespace voxfuse::cuda {
 namespace {
@@ -26,10 +25,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& stats_in, const std::vector<dou
                                    const std::optional<Tensor>& off_weight, double nll_scale,
                                    double off_scale, int64_t normaliser, bool double_loss) {
   RatioLoss q;
-  q.options = ratio_options(stats_in, numerator, denominator, smooth_nr, smooth_dr,
-                            min_denominator, exponent, log, class_weight, first_class, batch,
-                            class_pooling, absent, reduction, ratio_scale, nll_weight, off_weight,
-                            nll_scale, off_scale, normaliser);
+  q.options = ratio_options(stats_in, numerator, denominator, smooth_nr, smooth_dr, min_denominator,
+                            exponent, log, class_weight, first_class, batch, class_pooling, absent,
+                            reduction, ratio_scale, nll_weight, off_weight, nll_scale, off_scale,
+                            normaliser);
   const torch::stable::accelerator::DeviceGuard guard(stats_in.get_device_index());
   const Tensor stats = torch::stable::contiguous(stats_in);
   Tensor loss = torch::stable::new_empty(stats, ratio_loss_shape(stats, q.options),

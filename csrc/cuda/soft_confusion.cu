@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
-
 #include "cuda/soft_confusion.h"
 
 namespace voxfuse::cuda {

@@ -11,6 +11,14 @@
 namespace voxfuse::cuda {
 namespace {
 
+// Blocks that a multiprocessor must at least be able to hold. Left alone (0), the compiler chooses
+// well for sm_90; for sm_80 it chooses so few registers that some spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kAnyBlocks = 2;
+#else
+constexpr int kAnyBlocks = 0;
+#endif
+
 template <class T, int kClasses>
 struct FewShape {
   static constexpr int kThreads = kClasses <= 4 ? 256 : 128;
@@ -19,15 +27,17 @@ struct FewShape {
   static constexpr int kSure = kClasses <= 8 ? kClasses : kClasses - 1;
 };
 
-// Voxels of a thread: as many as leave enough registers for four warps a scheduler.
 template <class T, int kClasses, bool kFull>
 struct FewForward : FewShape<T, kClasses> {
+  // Voxels of a thread: as many as leave registers for enough warps to hide the latencies.
   static constexpr int kVoxels = kClasses == 2 ? 8 : kFull && kClasses > 8 ? 2 : 4;
+  static constexpr int kBlocks = !kFull ? kAnyBlocks : kClasses <= 4 ? 2 : kClasses <= 8 ? 4 : 3;
 };
 
 template <class T, int kClasses>
 struct FewBackward : FewShape<T, kClasses> {
   static constexpr int kVoxels = kClasses == 2 ? 16 / sizeof(T) : kClasses <= 8 ? 4 : 2;
+  static constexpr int kBlocks = kAnyBlocks;
   static constexpr int kTiles = 4;  // by one block
 };
 
@@ -79,7 +89,8 @@ struct Pair {
 };
 
 template <class T, int kClasses, bool kFull>
-__global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads, 2)
+__global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
+                                  FewForward<T, kClasses, kFull>::kBlocks)
     few_forward(const __grid_constant__ SoftConfusion q) {
   using Shape = FewForward<T, kClasses, kFull>;
   constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads, kWarps = kThreads / kWarp;
@@ -245,7 +256,8 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads, 2)
 }
 
 template <class T, int kClasses>
-__global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads)
+__global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
+                                  FewBackward<T, kClasses>::kBlocks)
     few_backward(const __grid_constant__ SoftConfusion q) {
   using Shape = FewBackward<T, kClasses>;
   constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads;

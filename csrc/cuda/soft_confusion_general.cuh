@@ -83,7 +83,7 @@ __device__ inline Real load_one(const SoftConfusion& q, int64_t b, int c, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     general_forward(const __grid_constant__ SoftConfusion q) {
   using Real = typename Compute<T>::Real;
   VOXFUSE_SHARED(Softmax<Real>, softmax, [kGeneralTile]);
@@ -175,7 +175,7 @@ struct GeneralSlope {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     general_backward(const __grid_constant__ SoftConfusion q) {
   using Real = typename Compute<T>::Real;
   const int classes = static_cast<int>(q.classes);

@@ -114,7 +114,7 @@ __device__ inline math::Probability<Real> probability(Real z) {
 }
 
 template <class T, int kActivation, bool kFull>
-__global__ void __launch_bounds__(kSeparateThreads)
+__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
     separate_forward(const __grid_constant__ SoftConfusion q) {
   constexpr int kVoxels = kSeparateVoxels<T>, kSums = kFull ? 8 : 4;
   constexpr int kWarps = kSeparateThreads / kWarp;
@@ -188,7 +188,7 @@ __device__ inline Real separate_likelihood(const math::Probability<Real>& r, Rea
 constexpr int kSeparateTiles = 4;  // of a block of the backward pass
 
 template <class T, int kActivation>
-__global__ void __launch_bounds__(kSeparateThreads)
+__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
     separate_backward(const __grid_constant__ SoftConfusion q) {
   constexpr int kVoxels = kSeparateVoxels<T>;
   constexpr int kTile = kVoxels * kSeparateThreads, kBlock = kTile * kSeparateTiles;

@@ -119,8 +119,7 @@ template <class T, int kSure, int kClasses, int kVoxels>
 __device__ inline void load_logits(const SoftConfusion& q, int64_t b, int first, const Span& span,
                                    float (&z)[kClasses][kVoxels]) {
   const int64_t channel = opaque(q.input.stride.channel);
-  const T* plane =
-      static_cast<const T*>(q.input.data) + b * q.input.stride.batch + first * channel;
+  const T* plane = static_cast<const T*>(q.input.data) + b * q.input.stride.batch + first * channel;
   const bool whole = span.step == 1 && span.first + kVoxels <= span.end;
   if (q.input_layout == Layout::kPlanar && whole) {
     T raw[kClasses][kVoxels];

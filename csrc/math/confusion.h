@@ -7,11 +7,7 @@
 #include <cfloat>
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define VOXFUSE_HD __host__ __device__ __forceinline__
-#else
-#define VOXFUSE_HD inline
-#endif
+#include "math/host_device.h"
 
 namespace voxfuse::math {
 
@@ -21,18 +17,18 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 constexpr float kLn2 = 0.693147181f;
 
-VOXFUSE_HD float largest(float) { return FLT_MAX; }
-VOXFUSE_HD double largest(double) { return DBL_MAX; }
+VOXFUSE_HOST_DEVICE inline float largest(float) { return FLT_MAX; }
+VOXFUSE_HOST_DEVICE inline double largest(double) { return DBL_MAX; }
 
 /// Infinite values become the largest finite ones; NaN stays.
 template <class Real>
-VOXFUSE_HD Real finite(Real x) {
+VOXFUSE_HOST_DEVICE inline Real finite(Real x) {
   const Real limit = largest(x);
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
 /// 2^x to about 2 units in the last place; results below 2^-126 become 0.
-VOXFUSE_HD float exp2_fast(float x) {
+VOXFUSE_HOST_DEVICE inline float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -43,7 +39,7 @@ VOXFUSE_HD float exp2_fast(float x) {
 #endif
 }
 
-VOXFUSE_HD float log2_fast(float x) {
+VOXFUSE_HOST_DEVICE inline float log2_fast(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -54,7 +50,7 @@ VOXFUSE_HD float log2_fast(float x) {
 }
 
 /// 1 / x to 1 unit in the last place.
-VOXFUSE_HD float reciprocal(float x) {
+VOXFUSE_HOST_DEVICE inline float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -64,11 +60,11 @@ VOXFUSE_HD float reciprocal(float x) {
 #endif
 }
 
-VOXFUSE_HD double reciprocal(double x) { return 1.0 / x; }
+VOXFUSE_HOST_DEVICE inline double reciprocal(double x) { return 1.0 / x; }
 
 /// e^x for x <= 0. The product with log2(e) is carried in two parts, or its rounding would cost as
 /// many units in the last place as |x|.
-VOXFUSE_HD float exp_negative(float x) {
+VOXFUSE_HOST_DEVICE inline float exp_negative(float x) {
   const float product = x * kLog2E;
   const float error = fmaf(x, kLog2ELow, fmaf(x, kLog2E, -product));
   const float y = exp2_fast(product);
@@ -76,11 +72,11 @@ VOXFUSE_HD float exp_negative(float x) {
   return y == 0.0f ? 0.0f : fmaf(y, error * kLn2, y);
 }
 
-VOXFUSE_HD double exp_negative(double x) { return std::exp(x); }
+VOXFUSE_HOST_DEVICE inline double exp_negative(double x) { return std::exp(x); }
 
 /// -log(1 - y) for 0 <= y <= 1/2, to a few units in the last place: a minimax polynomial of
 /// -log(1 - y) / y with relative error 2.3e-8.
-VOXFUSE_HD float minus_log1m(float y) {
+VOXFUSE_HOST_DEVICE inline float minus_log1m(float y) {
   float s = 1.4410337209701538f;
   s = fmaf(s, y, -1.6956636905670166f);
   s = fmaf(s, y, 1.2575494050979614f);
@@ -93,26 +89,26 @@ VOXFUSE_HD float minus_log1m(float y) {
   return s * y;
 }
 
-VOXFUSE_HD double minus_log1m(double y) { return -std::log1p(-y); }
+VOXFUSE_HOST_DEVICE inline double minus_log1m(double y) { return -std::log1p(-y); }
 
-VOXFUSE_HD float log_accurate(float x) { return logf(x); }
-VOXFUSE_HD double log_accurate(double x) { return std::log(x); }
+VOXFUSE_HOST_DEVICE inline float log_accurate(float x) { return logf(x); }
+VOXFUSE_HOST_DEVICE inline double log_accurate(double x) { return std::log(x); }
 
-VOXFUSE_HD float log1p_accurate(float x) { return log1pf(x); }
-VOXFUSE_HD double log1p_accurate(double x) { return std::log1p(x); }
+VOXFUSE_HOST_DEVICE inline float log1p_accurate(float x) { return log1pf(x); }
+VOXFUSE_HOST_DEVICE inline double log1p_accurate(double x) { return std::log1p(x); }
 
 /// x^gamma for x in [0, 1] and gamma != 0; 0 at x = 0 for gamma > 0.
-VOXFUSE_HD float power(float x, float gamma) {
+VOXFUSE_HOST_DEVICE inline float power(float x, float gamma) {
   if (gamma == 1.0f) return x;
   if (gamma == 2.0f) return x * x;
   return exp2f(gamma * log2f(x));
 }
 
-VOXFUSE_HD double power(double x, double gamma) { return std::pow(x, gamma); }
+VOXFUSE_HOST_DEVICE inline double power(double x, double gamma) { return std::pow(x, gamma); }
 
 /// factor * value where 0 * infinity (as in 0 log 0) is 0.
 template <class Real>
-VOXFUSE_HD Real product(Real factor, Real value) {
+VOXFUSE_HOST_DEVICE inline Real product(Real factor, Real value) {
   return factor == Real(0) ? Real(0) : factor * value;
 }
 
@@ -122,7 +118,7 @@ struct Probability {
 };
 
 template <class Real>
-VOXFUSE_HD Probability<Real> sigmoid(Real logit) {
+VOXFUSE_HOST_DEVICE inline Probability<Real> sigmoid(Real logit) {
   const Real z = finite(logit);
   const Real e = exp_negative(z < Real(0) ? z : -z);  // NaN takes the second branch and stays
   const Real large = reciprocal(Real(1) + e), small = e * large;
@@ -133,7 +129,7 @@ VOXFUSE_HD Probability<Real> sigmoid(Real logit) {
 }
 
 template <class Real>
-VOXFUSE_HD Probability<Real> plain(Real p) {
+VOXFUSE_HOST_DEVICE inline Probability<Real> plain(Real p) {
   const Real complement = Real(1) - p;
   return {p, complement, -log_accurate(p), -log_accurate(complement)};
 }
@@ -145,7 +141,7 @@ struct Overlap {
 };
 
 template <class Real>
-VOXFUSE_HD Overlap<Real> overlap(const Probability<Real>& q, Real g, bool use_min) {
+VOXFUSE_HOST_DEVICE inline Overlap<Real> overlap(const Probability<Real>& q, Real g, bool use_min) {
   if (!use_min) return {q.p * g, q.p * (Real(1) - g), q.complement * g};
   // A comparison with NaN would choose a plausible number.
   if (q.p != q.p || g != g) return {q.p + g, q.p + g, q.p + g};
@@ -155,7 +151,7 @@ VOXFUSE_HD Overlap<Real> overlap(const Probability<Real>& q, Real g, bool use_mi
 
 /// d TP / d p with overlap min, g with the product.
 template <class Real>
-VOXFUSE_HD Real overlap_slope(const Probability<Real>& q, Real g, bool use_min) {
+VOXFUSE_HOST_DEVICE inline Real overlap_slope(const Probability<Real>& q, Real g, bool use_min) {
   if (!use_min) return g;
   const Real missed = g >= Real(0.5) ? q.complement - (Real(1) - g) : g - q.p;
   return missed > Real(0) ? Real(1) : (missed < Real(0) ? Real(0) : Real(0.5));
@@ -163,13 +159,13 @@ VOXFUSE_HD Real overlap_slope(const Probability<Real>& q, Real g, bool use_min) 
 
 /// (1 - r)^gamma (-log r).
 template <class Real>
-VOXFUSE_HD Real focal(Real complement, Real minus_log, Real gamma) {
+VOXFUSE_HOST_DEVICE inline Real focal(Real complement, Real minus_log, Real gamma) {
   return gamma == Real(0) ? minus_log : power(complement, gamma) * minus_log;
 }
 
 /// q = gamma r (1-r)^(gamma-1) log r - (1-r)^gamma, which tends to 0 as r tends to 1 if gamma > 0.
 template <class Real>
-VOXFUSE_HD Real focal_slope(Real r, Real complement, Real minus_log, Real gamma) {
+VOXFUSE_HOST_DEVICE inline Real focal_slope(Real r, Real complement, Real minus_log, Real gamma) {
   if (gamma == Real(0)) return Real(-1);
   if (complement == Real(0)) return Real(0);
   const Real lower = gamma == Real(1) ? Real(1) : power(complement, gamma - Real(1));
