@@ -145,7 +145,7 @@ def with_ignored(target: Tensor, ignore_index: int | None) -> Tensor:
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_tversky(problem, data):
     logits, target = problem
     options = draw_options(
@@ -169,7 +169,7 @@ def dice_options(classes: int, **more):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_dice(problem, data):
     logits, target = problem
     classes = logits.shape[1] - data.draw(st.integers(0, 1))
@@ -183,7 +183,7 @@ def test_dice(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_generalized_dice(problem, data):
     logits, target = problem
     kinds = st.sampled_from(["square", "simple", "uniform"])
@@ -201,7 +201,7 @@ gammas = st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.5])
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_focal(problem, data):
     logits, target = problem
     classes = max(logits.shape[1] - data.draw(st.integers(0, 1)), 1)
@@ -225,7 +225,7 @@ def test_focal(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_dice_ce(problem, data):
     logits, target = problem
     classes = logits.shape[1]
@@ -249,7 +249,7 @@ def test_dice_ce(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_dice_focal(problem, data):
     logits, target = problem
     options = draw_options(
@@ -270,7 +270,7 @@ def test_dice_focal(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_generalized_dice_focal(problem, data):
     logits, target = problem
     kinds = st.sampled_from(["square", "simple", "uniform"])
@@ -295,7 +295,7 @@ def masks(draw, logits: Tensor):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_masked_dice(problem, data):
     logits, target = problem
     options = draw_options(data, logits, dice_options(logits.shape[1], soft_label=flag))
@@ -304,7 +304,7 @@ def test_masked_dice(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_masked_loss_around_every_loss(problem, data):
     """MONAI masks the logits, so that a masked voxel still has its activation's value."""
     logits, target = problem

@@ -88,7 +88,7 @@ def built(name: str, *arguments, **options):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_get_tp_fp_fn_tn(problem, data):
     target = data.draw(
         st.sampled_from([problem.labels, problem.labels[:, 0], problem.regions]), label="target"
@@ -115,7 +115,7 @@ nonlinearities = st.sampled_from(
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_dice(problem, data):
     name = data.draw(st.sampled_from(["SoftDiceLoss", "MemoryEfficientSoftDiceLoss"]))
     options = {
@@ -158,7 +158,7 @@ def with_ignored(labels: Tensor, ignore_label: int | None, everywhere: bool) -> 
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_dc_and_ce(problem, data):
     channels = problem.logits.shape[1]
     ignore_label = data.draw(st.sampled_from([None, None, channels, 0]))
@@ -188,7 +188,7 @@ def test_dc_and_ce(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_dc_and_bce(problem, data):
     channels = problem.logits.shape[1]
     ignored = data.draw(flag)
@@ -209,7 +209,7 @@ def test_dc_and_bce(problem, data):
 
 
 @given(problem=problems(least_channels=2), data=st.data())
-@settings(max_examples=80)
+@settings(max_examples=60)
 def test_dc_and_topk(problem, data):
     channels = problem.logits.shape[1]
     ignore_label = data.draw(st.sampled_from([None, channels, 0]))
@@ -223,7 +223,7 @@ def test_dc_and_topk(problem, data):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=80)
+@settings(max_examples=60)
 def test_robust_cross_entropy(problem, data):
     options = {
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),

@@ -260,8 +260,8 @@ def _reraise(error: ValueError) -> NoReturn:
     raise error
 
 
-def is_binary(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is known to hold nothing but 0 and 1.
+def is_binary(tensor: Tensor, or_else: float | None = None) -> bool:
+    """Whether ``tensor`` is known to hold nothing but 0, 1 and the number ``or_else``.
 
     Float tensors are looked at, a block at a time, which synchronises with a GPU; where that is
     not possible (under a compiler or while a CUDA graph is captured) the answer is no.
@@ -274,7 +274,10 @@ def is_binary(tensor: Tensor) -> bool:
         return False
     wrong = torch.zeros((), dtype=torch.bool, device=tensor.device)
     for block in tensor.detach().reshape(-1).split(_BLOCK.get(tensor.device.type, 1 << 22)):
-        wrong |= ((block != 0) & (block != 1)).any()
+        found = (block != 0) & (block != 1)
+        if or_else is not None:
+            found &= block != or_else
+        wrong |= found.any()
         if not tensor.is_cuda and wrong:
             return False
     return not bool(wrong)

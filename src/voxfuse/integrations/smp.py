@@ -1,0 +1,465 @@
+"""segmentation-models-pytorch's losses on the fused operators, for any number of spatial axes.
+
+    from voxfuse.integrations.smp import TverskyLoss  # instead of smp.losses
+
+Semantics are those of smp 0.5. Labels are read in the dtype they come in. What the kernels cannot
+do (a focal loss of soft targets, ``normalized``, ``reduced_threshold``, ``reduction="none"``) is
+computed by PyTorch. Where the numbers or errors differ, and why:
+
+- labels may have any dtype (smp's one-hot encoding wants int64), and layouts that smp's ``view``
+  refuses are read;
+- a label without a class is an error in the focal and Lovász losses too, as it is in the others
+  (on a GPU such a voxel counts as ignored);
+- without a single voxel that counts the focal loss is 0 (smp: NaN);
+- ``gamma`` of the Tversky loss has slope 0 at a loss of 0 (smp: NaN or infinite below 1);
+- half-precision logits are computed in float32 and the loss is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from voxfuse.integrations._fused import (
+    LabelError,
+    Likelihood,
+    Ratio,
+    Voxels,
+    from_sums,
+    fused_loss,
+    is_binary,
+    plain,
+    sums,
+)
+from voxfuse.losses.functional import lovasz_hinge_loss, lovasz_softmax_loss
+
+__all__ = ["DiceLoss", "FocalLoss", "JaccardLoss", "LovaszLoss", "TverskyLoss"]
+
+BINARY_MODE = "binary"
+MULTICLASS_MODE = "multiclass"
+MULTILABEL_MODE = "multilabel"
+MODES = {BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE}
+
+
+def _predictions(y_pred: Tensor) -> Tensor:
+    y_pred = plain(y_pred)
+    return y_pred if y_pred.is_floating_point() else y_pred.float()
+
+
+def _excluding(target: Tensor, ignore_index: int | None) -> tuple[Tensor | None, int | None]:
+    """Weight and ignore_index for the operator, which truncates floats of a single channel."""
+    if ignore_index == 0 and target.is_floating_point():
+        return target != 0, None
+    return None, ignore_index
+
+
+class _OverlapLoss(_Loss):
+    """Tversky, Dice and Jaccard, pooled over the batch, with min(p, g) for p g as in smp."""
+
+    alpha: float = 0.5
+    beta: float = 0.5
+    ignore_index: int | None = None
+
+    def __init__(
+        self,
+        mode: str,
+        classes: list[int] | None,
+        log_loss: bool,
+        from_logits: bool,
+        smooth: float,
+        eps: float,
+    ) -> None:
+        assert mode in MODES
+        super().__init__()
+        self.mode = mode
+        if classes is not None:
+            assert mode != BINARY_MODE, "Masking classes is not supported with mode=binary"
+            if isinstance(classes, (list, tuple, np.ndarray, Tensor)):
+                classes = torch.as_tensor(classes).to(torch.long)  # type: ignore[assignment]
+        self.classes = classes
+        self.from_logits = from_logits
+        self.smooth = smooth
+        self.eps = eps
+        self.log_loss = log_loss
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """Return the loss.
+
+        Args:
+            y_pred: (N, C, *spatial), logits unless ``from_logits`` is off.
+            y_true: (N, *spatial); (N, C, *spatial) in mode "multilabel".
+        """
+        assert y_true.size(0) == y_pred.size(0)
+        y_pred, y_true = _predictions(y_pred), plain(y_true)
+        activation = "none"
+        if self.from_logits:
+            activation = "softmax" if self.mode == MULTICLASS_MODE else "sigmoid"
+        if self.mode == MULTICLASS_MODE:
+            return self._aggregate(self._multiclass(y_pred, y_true, activation))
+        samples, channels = y_pred.shape[0], y_pred.shape[1] if self.mode != BINARY_MODE else 1
+        input = y_pred.reshape(samples, channels, -1)
+        target = y_true.reshape(samples, channels, -1)
+        input = self._aligned(input, target)
+        return self._aggregate(self._channels(input, target, activation))
+
+    def _multiclass(self, y_pred: Tensor, y_true: Tensor, activation: str) -> Tensor:
+        samples, classes = y_pred.shape[:2]
+        input, labels = y_pred.flatten(2), y_true.reshape(samples, -1)
+        if input.ndim == 2:
+            input = input.unsqueeze(-1)
+        input = self._aligned(input, labels.unsqueeze(1))
+        if classes == 1:
+            return self._one_class(input, labels, activation)
+        voxels = Voxels(input, labels, None, activation, "min", self.ignore_index)
+        return fused_loss(voxels, self._ratio(classes))
+
+    def _one_class(self, input: Tensor, labels: Tensor, activation: str) -> Tensor:
+        """A softmax over one class is 1 everywhere."""
+        if activation == "softmax":
+            input = input.softmax(1)
+        valid = None if self.ignore_index is None else labels != self.ignore_index
+        foreground = labels == 0
+        if input.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ~foreground if valid is None else ~foreground & valid
+            if bool(wrong.any()):
+                raise LabelError(f"target: label {int(labels[wrong][0])} is outside [0, 1)")
+        voxels = Voxels(input, foreground.unsqueeze(1), valid, "none", "min")
+        return fused_loss(voxels, self._ratio(1))
+
+    def _channels(self, input: Tensor, target: Tensor, activation: str) -> Tensor:
+        """(N, C, V) predictions and targets, every channel with its own ignored voxels."""
+        samples, channels, count = input.shape
+        ratio = self._ratio(channels)
+        read_as_is = target.dtype in (torch.bool, torch.uint8) or target.is_floating_point()
+        if channels > 1 and self.ignore_index is None and read_as_is:
+            return fused_loss(Voxels(input, target, None, activation, "min"), ratio)
+        rows = (samples * channels, 1, count)
+        weight, ignore_index = _excluding(target, self.ignore_index)
+        if weight is not None:
+            weight = weight.reshape(rows)
+        voxels = Voxels(
+            input.reshape(rows), target.reshape(rows), weight, activation, "min", ignore_index
+        )
+        if channels == 1:
+            return fused_loss(voxels, ratio)
+        stats = sums(voxels, full=False)
+        pooled = stats.reshape(samples, channels, -1)
+        return from_sums(pooled, Voxels(input, target), ratio, None)
+
+    def _aligned(self, input: Tensor, target: Tensor) -> Tensor:
+        """The predictions of the target's size, which smp's mask may broadcast."""
+        if self.ignore_index is not None and input.shape[::2] != target.shape[::2]:
+            mask = (target.shape[0], 1, target.shape[2])
+            input = input.expand(torch.broadcast_shapes(input.shape, mask))
+        assert input.shape[::2] == target.shape[::2]
+        return input
+
+    def _ratio(self, channels: int) -> Ratio:
+        weight, reduction = None, "mean"
+        if isinstance(self.classes, Tensor):
+            # loss[classes].mean(), where a class may be chosen twice.
+            chosen = self.classes.cpu()
+            weight = torch.zeros(channels, dtype=torch.float64)
+            share = torch.full(chosen.shape, 1 / max(chosen.numel(), 1), dtype=torch.float64)
+            weight = weight.index_put((chosen,), share, accumulate=True)
+            reduction = "sum"
+        return Ratio(
+            (1.0,),
+            (1.0, float(self.alpha), float(self.beta)),
+            float(self.smooth),
+            float(self.smooth),
+            float(self.eps),
+            self.log_loss,
+            weight,
+            batch=True,
+            absent="zero",
+            reduction=reduction,
+        )
+
+    def _aggregate(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class DiceLoss(_OverlapLoss):
+    r"""smp's DiceLoss in one pass over the voxels.
+
+    .. math::
+        loss = \mathrm{mean}_c\; [G_c > 0] \Bigl(1 - \frac{TP + s}
+            {\max(TP + FP / 2 + FN / 2 + s,\; \epsilon)}\Bigr)
+
+    or the negative logarithm of the ratio with ``log_loss``. Classes without a voxel in the target
+    count as 0.
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.smp import DiceLoss
+        >>> DiceLoss("binary")(torch.zeros(1, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.long))
+        tensor(0.3333)
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        classes: list[int] | None = None,
+        log_loss: bool = False,
+        from_logits: bool = True,
+        smooth: float = 0.0,
+        ignore_index: int | None = None,
+        eps: float = 1e-7,
+    ) -> None:
+        super().__init__(mode, classes, log_loss, from_logits, smooth, eps)
+        self.ignore_index = ignore_index
+
+
+class TverskyLoss(DiceLoss):
+    r"""smp's TverskyLoss in one pass over the voxels: :class:`DiceLoss` with alpha and beta.
+
+    .. math::
+        loss = \Bigl(\mathrm{mean}_c\; [G_c > 0] \Bigl(1 - \frac{TP + s}
+            {\max(TP + \alpha FP + \beta FN + s,\; \epsilon)}\Bigr)\Bigr)^\gamma
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.smp import TverskyLoss
+        >>> loss = TverskyLoss("binary", alpha=0.3, beta=0.7)
+        >>> loss(torch.zeros(1, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.long))
+        tensor(0.4118)
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        classes: list[int] | None = None,
+        log_loss: bool = False,
+        from_logits: bool = True,
+        smooth: float = 0.0,
+        ignore_index: int | None = None,
+        eps: float = 1e-7,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+    ) -> None:
+        assert mode in MODES
+        super().__init__(mode, classes, log_loss, from_logits, smooth, ignore_index, eps)
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+
+    def _aggregate(self, loss: Tensor) -> Tensor:
+        if self.gamma == 1:
+            return loss
+        flat = loss == 0
+        result: Tensor = (loss.masked_fill(flat, 1) ** self.gamma).masked_fill(flat, 0)
+        return result
+
+
+class JaccardLoss(_OverlapLoss):
+    """smp's JaccardLoss in one pass over the voxels: :class:`TverskyLoss` with alpha = beta = 1.
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.smp import JaccardLoss
+        >>> JaccardLoss("binary")(torch.zeros(1, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.long))
+        tensor(0.5000)
+    """
+
+    alpha = 1.0
+    beta = 1.0
+
+    def __init__(
+        self,
+        mode: str,
+        classes: list[int] | None = None,
+        log_loss: bool = False,
+        from_logits: bool = True,
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+    ) -> None:
+        super().__init__(mode, classes, log_loss, from_logits, smooth, eps)
+
+
+class FocalLoss(_Loss):
+    r"""smp's FocalLoss in one pass over the voxels.
+
+    .. math::
+        loss = \mathrm{mean}\; \alpha\, g\, (1-p)^\gamma (-\log p)
+            + (1-\alpha)(1-g)\, p^\gamma (-\log(1-p))
+
+    with p the sigmoid of every channel's logit; in mode "multiclass" the classes' means are added
+    up. Soft targets, ``normalized``, ``reduced_threshold`` and reductions other than "mean", "sum"
+    and "batchwise_mean" are computed by PyTorch.
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.smp import FocalLoss
+        >>> FocalLoss("binary")(torch.zeros(1, 1, 8, 8), torch.ones(1, 8, 8))
+        tensor(0.1733)
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        alpha: float | None = None,
+        gamma: float | None = 2.0,
+        ignore_index: int | None = None,
+        reduction: str | None = "mean",
+        normalized: bool = False,
+        reduced_threshold: float | None = None,
+    ) -> None:
+        assert mode in MODES
+        super().__init__()
+        self.mode = mode
+        self.ignore_index = ignore_index
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction: Any = reduction
+        self.normalized = normalized
+        self.reduced_threshold = reduced_threshold
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
+        y_pred, y_true = _predictions(y_pred), plain(y_true)
+        if self.mode == MULTICLASS_MODE:
+            return self._multiclass(y_pred, y_true)
+        self._check_sizes(torch.Size([y_pred.numel()]), torch.Size([y_true.numel()]))
+        input, target = y_pred.reshape(1, 1, -1), y_true.reshape(1, 1, -1)
+        weight, ignore_index = _excluding(target, self.ignore_index)
+        # Between 0 and 1 smp's formula is not the sum of the two terms.
+        linear = self.gamma == 0 and self.alpha is None
+        if not self._fused() or not (linear or is_binary(target, self.ignore_index)):
+            return self._composed(input.reshape(-1), target.reshape(-1))
+        voxels = Voxels(input, target, weight, "sigmoid", ignore_index=ignore_index)
+        return fused_loss(voxels, None, self._likelihood())
+
+    def _multiclass(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        single = torch.Size((y_pred.shape[0], *y_pred.shape[2:]))
+        self._check_sizes(single, y_true.shape)
+        classes = y_pred.shape[1]
+        # Without ignored voxels smp sums over the batch only here.
+        over_batch = self.reduction == "batchwise_mean" and self.ignore_index is None
+        if over_batch or not self._fused():
+            return self._class_by_class(y_pred, y_true)
+        target, weight, ignore_index = y_true, None, self.ignore_index
+        if classes == 1:
+            # A single channel's target is the indicator of its class.
+            target = y_true == 0
+            weight = None if ignore_index is None else y_true != ignore_index
+            ignore_index = None
+        voxels = Voxels(y_pred, target, weight, "sigmoid", ignore_index=ignore_index)
+        return fused_loss(voxels, None, self._likelihood())
+
+    def _check_sizes(self, predicted: torch.Size, actual: torch.Size) -> None:
+        if predicted == actual:
+            return
+        if self.ignore_index is not None:
+            raise IndexError(
+                f"The shape of the mask {list(actual)} does not match the shape of the indexed "
+                f"tensor {list(predicted)}"
+            )
+        raise ValueError(f"Target size ({actual}) must be the same as input size ({predicted})")
+
+    def _fused(self) -> bool:
+        return (
+            self.reduction in ("mean", "sum", "batchwise_mean")
+            and not self.normalized
+            and self.reduced_threshold is None
+            and self.gamma is not None
+            and self.gamma >= 0
+        )
+
+    def _likelihood(self) -> Likelihood:
+        assert self.gamma is not None
+        on, off = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
+        normaliser = "voxels" if self.reduction == "mean" else "one"
+        return Likelihood("sigmoid", on, off, normaliser, self.gamma)
+
+    def _class_by_class(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        kept = None if self.ignore_index is None else y_true != self.ignore_index
+        losses = []
+        for c in range(y_pred.shape[1]):
+            input, target = y_pred[:, c], y_true == c
+            if kept is not None:
+                input, target = input[kept], target[kept]
+            losses.append(self._voxelwise(input, target))
+        return torch.stack(losses).sum(0)
+
+    def _composed(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.ignore_index is not None:
+            kept = target != self.ignore_index
+            input, target = input[kept], target[kept]
+        return self._voxelwise(input, target)
+
+    def _voxelwise(self, input: Tensor, target: Tensor) -> Tensor:
+        """Voxel by voxel in PyTorch."""
+        if input.dtype in (torch.float16, torch.bfloat16):
+            input = input.float()
+        g = target.to(input.dtype)
+        entropy = F.binary_cross_entropy_with_logits(input, g, reduction="none")
+        missed = -torch.expm1(-entropy)
+        gamma: Any = self.gamma
+        if self.reduced_threshold is None:
+            focus = missed**gamma
+        else:
+            focus = (missed / self.reduced_threshold) ** gamma
+            focus = focus.masked_fill(1 - missed < self.reduced_threshold, 1)
+        loss = focus * entropy
+        if self.alpha is not None:
+            loss = loss * (self.alpha * g + (1 - self.alpha) * (1 - g))
+        if self.normalized:
+            loss = loss / focus.sum().clamp_min(1e-6)
+        if self.reduction == "mean":
+            loss = loss.mean()
+        elif self.reduction == "sum":
+            loss = loss.sum()
+        elif self.reduction == "batchwise_mean":
+            loss = loss.sum(0)
+        result: Tensor = loss
+        return result
+
+
+class LovaszLoss(_Loss):
+    """smp's LovaszLoss: the Lovász hinge, or the Lovász softmax of the classes present.
+
+    One class is sorted at a time; see :class:`voxfuse.LovaszLoss`. ``from_logits`` changes nothing,
+    as in smp.
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.smp import LovaszLoss
+        >>> LovaszLoss("binary")(torch.zeros(1, 1, 8, 8), torch.ones(1, 8, 8))
+        tensor(1.)
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        per_image: bool = False,
+        ignore_index: int | None = None,
+        from_logits: bool = True,
+    ) -> None:
+        assert mode in MODES
+        super().__init__()
+        self.mode = mode
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
+        y_pred, y_true = _predictions(y_pred), plain(y_true)
+        if self.mode == MULTICLASS_MODE:
+            if y_true.ndim < y_pred.ndim or y_true.shape[1] != 1 or y_pred.shape[1] == 1:
+                y_true = y_true.reshape(y_pred.shape[0], *y_pred.shape[2:])
+            return lovasz_softmax_loss(
+                y_pred, y_true, per_image=self.per_image, ignore_index=self.ignore_index
+            )
+        images = y_pred.shape[0] if self.per_image else 1
+        input, target = y_pred.reshape(images, 1, -1), y_true.reshape(images, 1, -1)
+        weight, ignore_index = _excluding(target, self.ignore_index)
+        return lovasz_hinge_loss(
+            input, target, weight, per_image=self.per_image, ignore_index=ignore_index
+        )
