@@ -16,6 +16,7 @@ tuned at run time: another block shape is another order of summation, that is ot
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,14 @@ CLASS_BLOCK = 32
 WORKSPACE_BYTES = 1 << 20
 ONLINE_WORKSPACE_BYTES = 8 << 20
 #: Most programs that reduce one sample. Enough to fill any GPU several times over.
-MAX_SLOTS = 4096
+MAX_SLOTS = 31 * 132
+#: Programs come in multiples of this where there are so many: the multiprocessors of the H200,
+#: which then finish together. On another GPU the bits are the same and the last round less even.
+SLOT_MULTIPLE = 132
+#: Tiles of a volume above which chunks grow.
+TILES_TO_FILL = 2048
+#: Most samples a launch takes.
+MAX_SAMPLES = 65535
 #: Most tiles in a chunk: so many float32 additions follow each other in a thread.
 MAX_TILES = 16
 
@@ -1543,13 +1551,15 @@ def reduction_shape(problem: Problem, chosen: Plan) -> tuple[int, int, int]:
     online = chosen.kernel is _forward_online
     tiles_a_chunk = 1
     while not online and tiles_a_chunk < MAX_TILES:
-        if tiles * problem.batch < 4096 * tiles_a_chunk:
+        if tiles * problem.batch < TILES_TO_FILL * tiles_a_chunk:
             break
         tiles_a_chunk *= 2
     chunks = triton.cdiv(tiles, tiles_a_chunk)
     allowed = ONLINE_WORKSPACE_BYTES if online else WORKSPACE_BYTES
     slots = allowed // (problem.batch * problem.classes * problem.sums * 8)
     slots = max(1, min(chunks, MAX_SLOTS, slots))
+    if slots < chunks and slots > SLOT_MULTIPLE:
+        slots -= slots % SLOT_MULTIPLE
     # The same number of chunks for every slot, but for the last round.
     return tiles_a_chunk, chunks, triton.cdiv(chunks, triton.cdiv(chunks, slots))
 
@@ -1608,6 +1618,14 @@ def _flatten_all(
     return flat, flat_target, weight, strides
 
 
+def _split(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Parts of at most MAX_SAMPLES samples of every tensor."""
+    batch = next(len(x) for x in tensors if x is not None)
+    for start in range(0, batch, MAX_SAMPLES):
+        part = slice(start, start + MAX_SAMPLES)
+        yield tuple(None if x is None else x[part] for x in tensors)
+
+
 def soft_confusion(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -1624,6 +1642,10 @@ def soft_confusion(
     shape = (*input.shape[:2], sums)
     if input.numel() == 0:
         return torch.zeros(shape, dtype=torch.float64, device=input.device)
+    if shape[0] > MAX_SAMPLES:
+        options = (activation, likelihood, overlap, ignore_index, gamma, full)
+        parts = _split(input, target, weight)
+        return torch.cat([soft_confusion(*part, *options) for part in parts])
     flat, flat_target, flat_weight, strides = _flatten_all(input, target, weight)
     problem = _describe(
         input,
@@ -1688,6 +1710,13 @@ def soft_confusion_backward(
     gradient = torch.empty_like(input)
     if input.numel() == 0:
         return gradient
+    if input.shape[0] > MAX_SAMPLES:
+        options = (activation, likelihood, overlap, ignore_index, gamma)
+        for part, output in zip(
+            _split(grad, input, target, weight), gradient.split(MAX_SAMPLES), strict=True
+        ):
+            output.copy_(soft_confusion_backward(*part, *options))
+        return gradient
     flat, flat_target, flat_weight, strides = _flatten_all(input, target, weight)
     output, output_strides = gradient, strides_of(gradient)
     if output_strides is None:
@@ -1709,7 +1738,7 @@ def soft_confusion_backward(
     chosen = plan(problem, backward=True)
     tiles = triton.cdiv(problem.voxels, chosen.constants["BLOCK"])
     # Several tiles a program share the reading of the cotangents.
-    tiles_a_program = 8 if tiles * problem.batch >= 1 << 15 else 1
+    tiles_a_program = max(1, min(8, tiles * problem.batch // TILES_TO_FILL))
     with device_guard(input):
         chosen.kernel[(triton.cdiv(tiles, tiles_a_program), problem.batch)](
             grad.contiguous(),
