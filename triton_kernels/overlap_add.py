@@ -17,7 +17,7 @@ import triton.language as tl
 
 from voxfuse.triton_kernels._common import LAUNCH_OPTIONS, device_guard, power_of_two
 
-#: Channels that a program adds up together.
+#: Channels that a program adds up together; half as many in a ring, which takes more registers.
 MAX_CHANNELS = 8
 #: Voxels in a tile, and most of them along the last axis.
 TILE = 512
@@ -400,7 +400,7 @@ def _add(
     ring_axis, start, stop = (-1, 0, 0) if ring is None else ring
     height, width = tile_shape(*size[1:])
     tiles = size[0] * triton.cdiv(size[1], height) * triton.cdiv(size[2], width)
-    block_channels = min(power_of_two(channels), MAX_CHANNELS)
+    block_channels = min(power_of_two(channels), MAX_CHANNELS // (1 if ring is None else 2))
     strides = (0, 0, 0, 0, 0)
     if patches is not None:
         spatial = patches.stride()[2:]
