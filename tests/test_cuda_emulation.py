@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate
-from tests.confusion_cases import ACTIVATIONS, Case, check, schema_arguments, tensors
+from tests.confusion_cases import (
+    ACTIVATIONS,
+    Case,
+    certain_probabilities,
+    check,
+    schema_arguments,
+    tensors,
+)
 from tests.emulation import emulator
 from voxfuse.reference import overlap_add as fusion_reference
 from voxfuse.reference import ratio_loss as ratio_reference
@@ -250,6 +257,11 @@ def test_focal_modulation_of_confident_predictions(soft_confusion, classes, gamm
             Case(classes=classes, spatial=(4, 4, 8), gamma=gamma, full=full, spread=12.0),
             soft_confusion,
         )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_certain_probabilities_have_the_slope_of_the_overlap_alone(soft_confusion, gamma):
+    certain_probabilities(soft_confusion, gamma, "cpu")
 
 
 CLASS_PATHS = (2, 3, 8, 9, 20, 140, 300)

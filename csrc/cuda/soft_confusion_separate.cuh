@@ -174,13 +174,14 @@ __device__ inline Real separate_likelihood(const math::Probability<Real>& r, Rea
                                            Real off, Real gamma, bool full) {
   const bool sigmoid = kActivation == math::kSigmoid;
   const Real chain = sigmoid ? r.complement : math::reciprocal(r.p);
+  // Without a cotangent there is no slope, not even an infinite one (r = 0).
   Real value =
-      math::product(g, nll * math::focal_slope(r.p, r.complement, r.minus_log, gamma) * chain);
+      math::product(nll * g, math::focal_slope(r.p, r.complement, r.minus_log, gamma) * chain);
   if (full) {
     const Real back = sigmoid ? r.p : math::reciprocal(r.complement);
-    value -= math::product(
-        Real(1) - g,
-        off * math::focal_slope(r.complement, r.p, r.minus_log_complement, gamma) * back);
+    value -=
+        math::product(off * (Real(1) - g),
+                      math::focal_slope(r.complement, r.p, r.minus_log_complement, gamma) * back);
   }
   return value;
 }
