@@ -344,6 +344,24 @@ def test_masked_loss_around_every_loss(problem, data):
     )
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool])
+def test_labels_outside_the_mask_may_be_anything(mask_dtype):
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 1, 4, 4))
+    mask = (torch.rand(2, 1, 4, 4) > 0.5).to(mask_dtype)
+    labels = torch.where(mask != 0, labels, 255)
+    options = {"softmax": True, "to_onehot_y": True}
+    check("MaskedDiceLoss", options, logits, labels, mask)
+    assert_parity(
+        lambda: ours.MaskedLoss(ours.DiceCELoss, **options),
+        lambda: peer.MaskedLoss(peer.DiceCELoss, **options),
+        logits,
+        labels,
+        mask,
+    )
+    with pytest.raises(ValueError, match="label 3"):
+        ours.MaskedLoss(ours.DiceLoss, **options)(logits, torch.full_like(labels, 3), mask)
+
+
 def test_masked_loss_takes_any_callable():
     logits, mask = torch.randn(2, 1, 4, 4), (torch.rand(2, 1, 4, 4) > 0.5).float()
     target = torch.rand(2, 1, 4, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from voxfuse.integrations._fused import is_binary, plain
+from voxfuse.integrations._fused import LabelError, is_binary, plain
 from voxfuse.integrations.monai._common import (
     Activation,
     ClassWeight,
@@ -96,7 +96,10 @@ class MaskedLoss(_Loss):
         loss: Any = self.loss
         voxels = voxel_mask(input, target, mask) if _is_own(loss) else None
         if voxels is not None:
-            result: Tensor = loss._forward(input, target, voxels)
+            try:
+                result: Tensor = loss._forward(input, target, voxels)
+            except LabelError:  # outside the mask any label will do
+                result = loss._forward(input, target * mask, voxels)
             return result
         return self.loss(input * mask, target * mask)
 
@@ -188,7 +191,11 @@ class MaskedDiceLoss(DiceLoss):
         labels = self.to_onehot_y and input.shape[1] > 1
         blank = "none" if labels and self.include_background else None
         case = self._case(input, target, voxels, activation=activation, blank=blank)
-        return self._evaluate(case)
+        try:
+            return self._evaluate(case)
+        except LabelError:  # outside the mask any label will do
+            masked = case.voxels._replace(target=case.voxels.target * plain(mask))
+            return self._evaluate(case._replace(voxels=masked))
 
     def _takes_mask(self) -> bool:
         return False
