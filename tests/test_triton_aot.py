@@ -29,12 +29,13 @@ def test_names_are_distinct():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_compiles_without_spilling_on_the_fast_paths(compiled, case):
+def test_compiles_without_spills_that_matter(compiled, case):
     entry = compiled[case.name]
     assert entry["registers"] <= 255
     assert entry["local"] == 0
-    if case.fast:
-        assert entry["stack"] == 0, f"{case.name} spills {entry['stack']} bytes a thread"
+    # The assembler trades a few words that do not change in the inner loop for occupancy.
+    allowed = 0 if case.fast else 64
+    assert entry["stack"] <= allowed, f"{case.name} spills {entry['stack']} bytes a thread"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -106,7 +106,7 @@ CASES = (
             ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
             ("gather-dense-total", dict(dense=True, total=True, fast=False)),
             ("gather-line", dict(axes=1)),
-            ("ring", dict(ring=0, channels=4)),
+            ("ring", dict(ring=0, channels=4, fast=False)),
             ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64", fast=False)),
             ("backward", dict(backward=True, dtype="bfloat16")),
         )

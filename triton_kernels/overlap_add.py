@@ -27,10 +27,10 @@ ORIGINS = 128
 
 
 @triton.jit
-def _coordinates(slot, start, extent, RING: tl.constexpr):
-    """The coordinate that a ring holds in ``slot``: the one of [start, start + extent)."""
+def _coordinates(slot, start, first_slot, extent, RING: tl.constexpr):
+    """The coordinate that a ring holds in ``slot``: ``start`` lies in ``first_slot``."""
     if RING:
-        result = start + (slot - start % extent + extent) % extent
+        result = start + slot - first_slot + tl.where(slot < first_slot, extent, 0)
     else:
         result = slot
     return result
@@ -148,6 +148,7 @@ def _gather(
     patches_x,
     start,
     stop,
+    first_slot,
     AXES: tl.constexpr,
     DENSE: tl.constexpr,
     RING: tl.constexpr,
@@ -171,9 +172,9 @@ def _gather(
     slot_x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
     slot_y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     slot_z = tile // tiles_x // tiles_y + tl.zeros([1, 1], tl.int32)
-    x = _coordinates(slot_x, start, size_x, RING == 2)
-    y = _coordinates(slot_y, start, size_y, RING == 1)
-    z = _coordinates(slot_z, start, size_z, RING == 0)
+    x = _coordinates(slot_x, start, first_slot, size_x, RING == 2)
+    y = _coordinates(slot_y, start, first_slot, size_y, RING == 1)
+    z = _coordinates(slot_z, start, first_slot, size_z, RING == 0)
     inside_x = slot_x < size_x
     inside_y = slot_y < size_y
     inside_z = slot_z < size_z
@@ -421,6 +422,7 @@ def _add(
             *strides,
             start,
             stop,
+            start % output.shape[1 + ring_axis] if ring_axis >= 0 else 0,
             AXES=axes,
             DENSE=dense,
             RING=ring_axis + 3 - axes if ring_axis >= 0 else -1,
