@@ -68,6 +68,9 @@ def chunks(
                 included = w != 0
             if ignore_index is not None:
                 included = included & (g[:, :1].to(torch.int64) != ignore_index)
+            if not dense:
+                # Raises on the CPU, when the chunk is reduced; elsewhere such labels are ignored.
+                included = included & (g >= 0) & (g < classes)
             f = flat[sample, :, part].to(dtype).masked_fill(~included[0], 0)
             z = matrix @ f if offset is None else torch.addmm(offset, matrix, f)
             yield Chunk(sample, part, f, z.unsqueeze(0), g, w, included)
