@@ -49,7 +49,8 @@ def problems(draw, soft=True):
     kind = draw(st.sampled_from(["labels", "labels", "hard", "soft" if soft else "hard", "wrong"]))
     if kind == "labels":
         # Not every class is there.
-        target = torch.randint(0, draw(st.integers(1, channels)), (batch, 1, *spatial))
+        most = draw(st.integers(1, channels))
+        target = torch.randint(0, most, (batch, 1, *spatial), generator=generator)
         kinds = [torch.float32, torch.int64, torch.uint8, torch.int32]
         target = target.to(draw(st.sampled_from(kinds)))
     elif kind == "wrong":

@@ -65,7 +65,8 @@ def problems(draw, soft=True, wrong=True, dtypes=(torch.float64, torch.float32))
     if wrong and draw(st.integers(0, 9)) == 0:
         spatial = (*spatial[:-1], spatial[-1] + 1)
     if mode == "multiclass":
-        target = torch.randint(0, draw(st.integers(1, channels)), (batch, *spatial))
+        most = draw(st.integers(1, channels))
+        target = torch.randint(0, most, (batch, *spatial), generator=generator)
         return mode, logits, target
     with_channel = mode == "multilabel" or draw(flag)
     shape = (batch, channels, *spatial) if with_channel else (batch, *spatial)
