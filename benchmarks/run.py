@@ -1,4 +1,4 @@
-"""Benchmarks of voxfuse: ``python benchmarks/run.py {loss,step,fusion} --help``.
+"""Benchmarks of voxfuse: ``python benchmarks/run.py {loss,step,fusion,head} --help``.
 
 A result is checked before it is timed; competitors run interleaved in one process; the table, the
 JSON and the plot come from the same measurements. See benchmarks/harness.py for the method.
@@ -86,6 +86,26 @@ def build_parser() -> argparse.ArgumentParser:
     fusion.add_argument(
         "--parts", type=names, default=["time", "memory"], help="comma-separated: time,memory"
     )
+    head = commands.add_parser("head", help="the last layer and its loss, fused and apart")
+    add_common(head)
+    head.add_argument("--features", type=int, default=32, help="K (default 32)")
+    head.add_argument("--classes", type=int, nargs="+", help="C of the timings (2 14 117)")
+    head.add_argument("--batch", type=int, default=1, help="of the timings (default 1)")
+    head.add_argument("--edge", type=int, default=96, help="volume of the timings (default 96^3)")
+    head.add_argument("--volumes", type=int, nargs="+", help="edges to weigh (64 96 128)")
+    head.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    head.add_argument(
+        "--peers",
+        type=names,
+        default=["eager", "compiled", "compiled plain"],
+        help="comma-separated: eager,compiled,compiled plain",
+    )
+    head.add_argument(
+        "--parts",
+        type=names,
+        default=["time", "memory", "sweep"],
+        help="comma-separated: time,memory,sweep",
+    )
     return parser
 
 
@@ -99,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import fusion_benchmark
 
         results = fusion_benchmark.run(options)
+    elif options.command == "head":
+        from benchmarks import head_benchmark
+
+        results = head_benchmark.run(options, DTYPES[options.dtype])
     else:
         from benchmarks import step_benchmark
 

@@ -1,0 +1,317 @@
+"""The last layer and its loss as one: time and memory against convolution and loss apart.
+
+Everybody computes Dice + cross-entropy of the logits of a 1x1x1 convolution over K features, and
+the gradients of features, weight and bias. Half precision runs under autocast, as in training.
+
+* ``fused``: :func:`voxfuse.head_loss`, which makes no logits
+* ``unfused``: convolution, then :class:`voxfuse.DiceCELoss`
+* ``eager``: convolution, then MONAI's DiceCELoss
+* ``compiled``: ``torch.compile`` of ``eager``
+* ``compiled plain``: ``torch.compile`` of the convolution and a Dice + cross-entropy written for
+  it, which compares labels in place of one-hot encoding them
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import voxfuse
+from benchmarks import harness
+
+#: Classes of the timings, and of memory over the classes.
+CLASSES, MEMORY_CLASSES = (2, 14, 117), (2, 8, 14, 32, 64, 117, 256)
+SWEEP_FEATURES, SWEEP_CLASSES = (16, 32, 64), (2, 4, 8, 16, 32, 64, 117)
+VOLUMES = (64, 96, 128)
+
+Loss = Callable[[nn.Conv3d, Tensor, Tensor], Tensor]
+
+
+class Problem:
+    """Features, a head and labels."""
+
+    def __init__(
+        self,
+        batch: int,
+        channels: int,
+        classes: int,
+        edge: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device, self.dtype = device, dtype
+        coarse = (batch, 1, *(-(-edge // 8),) * 3)
+        # Blocks of 8^3 voxels, about as coherent as anatomy.
+        labels = torch.randint(0, classes, coarse, generator=generator).to(
+            torch.uint8 if classes <= 256 else torch.int16
+        )
+        for axis in (2, 3, 4):
+            labels = labels.repeat_interleave(8, axis).narrow(axis, 0, edge)
+        self.labels = labels.contiguous().to(device)
+        features = torch.randn((batch, channels, edge, edge, edge), generator=generator)
+        self.features = features.to(dtype).to(device).requires_grad_()
+        self.head = nn.Conv3d(channels, classes, 1)
+        with torch.no_grad():
+            self.head.weight.normal_(std=1.5 / channels**0.5, generator=generator)
+        self.head.to(device)
+        self.input_gradient_bytes = features.numel() * dtype.itemsize
+        self.logit_bytes = features.numel() // channels * classes * dtype.itemsize
+
+    def step(self, loss: Loss) -> Callable[[], Tensor]:
+        """Forward and backward; everybody allocates the gradients."""
+        leaves = (self.features, *self.head.parameters())
+        half = self.dtype not in (torch.float32, torch.float64)
+
+        def call() -> Tensor:
+            for leaf in leaves:
+                leaf.grad = None
+            with torch.autocast(self.device.type, self.dtype, enabled=half):
+                value = loss(self.head, self.features, self.labels)
+            value.backward()
+            gradient, self.features.grad = self.features.grad, None
+            assert gradient is not None
+            return gradient
+
+        return call
+
+
+def fused(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
+    return voxfuse.head_loss(_OWN, features, head.weight, head.bias, labels)
+
+
+def unfused(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
+    value: Tensor = _OWN(head(features), labels)
+    return value
+
+
+def plain(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
+    """Dice + cross-entropy without a one-hot volume, which compiles well."""
+    logits = head(features).float()
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    index = torch.arange(logits.shape[1], device=logits.device, dtype=labels.dtype)
+    hit = labels == index.reshape(1, -1, 1, 1, 1)
+    axes = (2, 3, 4)
+    overlap = torch.where(hit, p, 0).sum(axes)
+    dice = 1 - (2 * overlap + 1e-5) / (p.sum(axes) + hit.to(p.dtype).sum(axes) + 1e-5)
+    return dice.mean() - torch.where(hit, log_p, 0).sum() / labels.numel()
+
+
+_OWN = voxfuse.DiceCELoss()
+
+
+def competitors(peers: set[str]) -> tuple[dict[str, Loss], dict[str, str]]:
+    """Everybody wanted, and why somebody wanted is missing."""
+    found: dict[str, Loss] = {"fused": fused, "unfused": unfused}
+    missing = {}
+    if importlib.util.find_spec("monai") is None:
+        missing |= dict.fromkeys({"eager", "compiled"} & peers, "the package monai is missing")
+    else:
+        from monai.losses import DiceCELoss
+
+        monai = DiceCELoss(softmax=True, to_onehot_y=True)
+
+        def eager(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
+            value: Tensor = monai(head(features), labels)
+            return value
+
+        if "eager" in peers:
+            found["eager"] = eager
+        if "compiled" in peers:
+            found["compiled"] = torch.compile(eager, dynamic=False)
+    if "compiled plain" in peers:
+        found["compiled plain"] = torch.compile(plain, dynamic=False)
+    return found, missing
+
+
+def gate(problem: Problem, losses: dict[str, Loss]) -> None:
+    """Refuse to time a loss whose value or gradients are wrong.
+
+    The truth is the package's reference in float64, chunk by chunk.
+    """
+    # Under autocast everybody rounds the head's weight, too.
+    exact = [x.detach().to(problem.dtype).double() for x in problem.head.parameters()]
+    leaves = [x.requires_grad_() for x in (problem.features.detach().double(), *exact)]
+    truth_loss = voxfuse.DiceCELoss(backend="reference")
+    truth = voxfuse.head_loss(truth_loss, *leaves, problem.labels)  # type: ignore[arg-type]
+    truth.backward()
+    # PyTorch rounds half-precision logits, which makes their exponentials off by a few per cent.
+    limit = 2e-3 if problem.dtype == torch.float32 else 5e-2
+    for name, loss in losses.items():
+        gradient = problem.step(loss)()
+        with (
+            torch.no_grad(),
+            torch.autocast(problem.device.type, problem.dtype, enabled=limit > 1e-2),
+        ):
+            value = loss(problem.head, problem.features, problem.labels)
+        error = abs(value.item() - truth.item()) / abs(truth.item())
+        if not error <= limit:
+            raise SystemExit(f"{name}: the loss is {value.item()}, expected {truth.item()}")
+        found = (gradient, *(p.grad for p in problem.head.parameters()))
+        for what, mine, leaf in zip(("features", "weight", "bias"), found, leaves, strict=True):
+            assert mine is not None
+            assert leaf.grad is not None
+            error = float((mine.double() - leaf.grad).abs().max() / leaf.grad.abs().max())
+            if not error <= limit:
+                raise SystemExit(f"{name}: the gradient of {what} is off by {error:.1e}")
+
+
+def measure_times(options: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Interleaved forward + backward of everybody, at K features and every number of classes."""
+    device = torch.device(options.device)
+    clock = harness.Clock(device)
+    rows = []
+    for classes in options.classes or CLASSES:
+        torch._dynamo.reset()
+        problem = Problem(options.batch, options.features, classes, options.edge, dtype, device)
+        losses, missing = competitors(set(options.peers))
+        for name, why in missing.items():
+            print(f"  {name} left out: {why}")
+        gate(problem, losses)
+        harness.allocate_fresh()
+        calls = {name: problem.step(loss) for name, loss in losses.items()}
+        timings = harness.interleave(calls, clock, options.rounds, options.budget)
+        row: dict[str, Any] = {
+            "batch": options.batch,
+            "features": options.features,
+            "classes": classes,
+            "edge": options.edge,
+            "losses": {name: timing.summary() for name, timing in timings.items()},
+        }
+        own = row["losses"]["fused"]["min_ms"]
+        print(
+            f"\nK={options.features}, C={classes}, ({options.batch}, {options.edge}^3): "
+            "forward + backward"
+        )
+        for name, summary in row["losses"].items():
+            summary["fused_over_it"] = own / summary["min_ms"]
+            print(
+                f"  {name:<16}{summary['min_ms']:>10.1f} ms (p20-p80 {summary['p20_ms']:.1f}-"
+                f"{summary['p80_ms']:.1f})   fused takes {summary['fused_over_it']:.2f} of it"
+            )
+        rows.append(row)
+        del problem, calls
+        gc.collect()
+    return rows
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def weigh(problem: Problem, losses: dict[str, Loss], row: dict[str, Any]) -> dict[str, Any]:
+    """Add to ``row`` everybody's peak beyond the inputs and their gradients.
+
+    Whoever would need more than half of the free memory (fifteen volumes of logits, more than any
+    of them takes) is left out.
+    """
+    row |= {"gradient_bytes": problem.input_gradient_bytes, "logit_bytes": problem.logit_bytes}
+    row["extra_bytes"] = {}
+    for name, loss in losses.items():
+        if name != "fused":
+            volumes = 4 if name == "unfused" else 15
+            if volumes * problem.logit_bytes > available_bytes(problem.device) / 2:
+                row["extra_bytes"][name] = None
+                continue
+        peak = harness.peak_extra_bytes(problem.step(loss), problem.device)
+        row["extra_bytes"][name] = max(0, peak - problem.input_gradient_bytes)
+    cells = ", ".join(
+        f"{name} " + ("too large for this machine" if extra is None else f"{extra / 2**20:.1f} MiB")
+        for name, extra in row["extra_bytes"].items()
+    )
+    print(
+        f"  C={row['classes']:<4} ({row['batch']}, {row['edge']}^3), logits "
+        f"{problem.logit_bytes / 2**20:.0f} MiB: {cells}"
+    )
+    return row
+
+
+def measure_memory(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """Peak memory over the volume with the most classes, and over the classes."""
+    device = torch.device(options.device)
+    features = options.features
+    most = max(options.classes or CLASSES)
+    losses, _ = competitors({"eager"} & set(options.peers))
+    print(f"\npeak memory beyond inputs and their gradients, K={features}")
+    volumes, classes = [], []
+    for edge in options.volumes or ((32, 48) if options.quick else VOLUMES):
+        problem = Problem(2, features, most, edge, dtype, device)
+        row = {"batch": 2, "features": features, "classes": most, "edge": edge}
+        volumes.append(weigh(problem, losses, row))
+        del problem
+        gc.collect()
+    edge = min(options.edge, 64)
+    for count in MEMORY_CLASSES:
+        problem = Problem(1, features, count, edge, dtype, device)
+        row = {"batch": 1, "features": features, "classes": count, "edge": edge}
+        classes.append(weigh(problem, losses, row))
+        del problem
+        gc.collect()
+    return {"volumes": volumes, "classes": classes}
+
+
+def measure_sweep(options: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Fused against unfused over features and classes: where fusing begins to pay."""
+    device = torch.device(options.device)
+    clock = harness.Clock(device)
+    edge = 32 if options.quick else 64
+    rows = []
+    print(f"\nfused over unfused, (1, {edge}^3)")
+    for features in SWEEP_FEATURES:
+        for classes in SWEEP_CLASSES:
+            problem = Problem(1, features, classes, edge, dtype, device)
+            calls = {"fused": problem.step(fused), "unfused": problem.step(unfused)}
+            timings = harness.interleave(calls, clock, options.rounds, 1.5)
+            summary = {name: timing.summary() for name, timing in timings.items()}
+            ratio = summary["fused"]["min_ms"] / summary["unfused"]["min_ms"]
+            rows.append(
+                {
+                    "features": features,
+                    "classes": classes,
+                    "edge": edge,
+                    "losses": summary,
+                    "fused_over_unfused": ratio,
+                }
+            )
+        line = "".join(
+            f"  C={row['classes']}: {row['fused_over_unfused']:.2f}"
+            for row in rows
+            if row["features"] == features
+        )
+        print(f"  K={features:<3}{line}")
+    return rows
+
+
+def run(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """Run the parts asked for and return what --json writes."""
+    device = torch.device(options.device)
+    if options.quick:
+        options.edge, options.rounds = min(options.edge, 32), min(options.rounds, 3)
+    results: dict[str, Any] = {
+        "benchmark": "head",
+        "machine": harness.machine(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    print(f"machine: {results['machine']}")
+    # Memory first: what torch.compile leaves behind does not belong to anybody.
+    if "memory" in options.parts:
+        results["memory"] = measure_memory(options, dtype)
+    if "sweep" in options.parts:
+        results["sweep"] = measure_sweep(options, dtype)
+    if "time" in options.parts:
+        results["time"] = measure_times(options, dtype)
+    return results
