@@ -1,219 +1,536 @@
-"""Patch fusion: time and peak memory of the sliding window, without a network.
+"""Patch fusion: time and memory of putting a volume together from overlapping patches.
 
-The predictor is a null one: it cycles through 32 distinct prepared predictions, more than the
-last-level cache holds, so that what is left is cutting patches out, fusing and finalising. The peer
-is MONAI's sliding window (plain and buffered), with argmax where labels are asked for; values are
-checked first. "read" is reading as many predictions once, "copy" writing them to memory too.
+The predictor is a null one: it hands out prepared predictions, 32 distinct ones in turn, together
+more than the last-level cache holds. What is left is cutting patches out, adding them, and making
+of the sums what was asked for. Every job starts at the same patches and ends at the same result:
+the weighted means of all classes ("logits"), or uint8 or int64 labels.
+
+Floor: "read" is reading the predictions of all patches once.
+
+Peers: MONAI's sliding window, plain and with buffer_steps, and TorchIO's GridAggregator. MONAI
+multiplies a prediction in place, so it is given a copy; the seconds of copying are measured inside
+the call and taken off. Where labels are asked for, the peers' volumes go through argmax.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-from collections.abc import Callable
+import importlib.metadata
+import importlib.util
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import voxfuse
-import voxfuse.fusion.windows
-from benchmarks import harness
+from benchmarks import fusion_memory, harness
 from voxfuse.fusion.grids import plan_grid
+from voxfuse.fusion.windows import gaussian_window
 
 DISTINCT = 32
+OVERLAP = 0.5
+#: Peers whose volumes would take more than this are left out of the sweeps of memory.
+PEER_LIMIT = 5 << 30
+PEERS = {"monai": "monai", "monai-buffered": "monai", "torchio": "torchio"}
+FLOOR = ("read", "copy")
+
+Call = Callable[[], Any]
 
 
 class NullPredictor:
-    """Returns prepared predictions, the next ones at every call."""
+    """Hands out prepared predictions, the next ones at every call.
 
-    def __init__(self, channels: int, patch: tuple[int, ...], distinct: int = DISTINCT) -> None:
+    ``fresh`` predictors return new tensors, as a network does: for measuring memory.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        patch: Sequence[int],
+        distinct: int = DISTINCT,
+        device: torch.device | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.fresh = fresh
         generator = torch.Generator().manual_seed(0)
-        self.prepared = torch.randn((2 * distinct, channels, *patch), generator=generator)
-        self.prepared[distinct:] = self.prepared[:distinct]
-        self.distinct = distinct
-        self.next = 0
+        self.prepared = torch.randn((distinct, channels, *patch), generator=generator).to(device)
+        self.restart()
 
     def restart(self) -> None:
         self.next = 0
+        self.copy_seconds = 0.0
 
     def __call__(self, batch: Tensor) -> Tensor:
-        size = batch.shape[0]
-        first = self.next % self.distinct
+        prediction = self._prepared(batch.shape[0])
+        return prediction.clone() if self.fresh else prediction
+
+    def copied(self, batch: Tensor) -> Tensor:
+        """A prediction that the caller may overwrite; the seconds that copying takes are kept."""
+        _wait(self.prepared.device)
+        started = time.perf_counter()
+        with record_function("copying"):
+            prediction = self._prepared(batch.shape[0]).clone()
+        _wait(self.prepared.device)
+        self.copy_seconds += time.perf_counter() - started
+        return prediction
+
+    def _prepared(self, size: int) -> Tensor:
+        first, distinct = self.next % self.prepared.shape[0], self.prepared.shape[0]
         self.next += size
-        if first + size <= 2 * self.distinct:
+        if first + size <= distinct:
             return self.prepared[first : first + size]
-        return self.prepared[[(first + i) % self.distinct for i in range(size)]]
+        # A batch that runs over the end: no job that is timed takes such a batch.
+        return self.prepared[[(first + i) % distinct for i in range(size)]]
 
 
-def _monai(volume: Tensor, patch: tuple[int, ...], predictor: NullPredictor, **options: Any) -> Any:
-    from monai.inferers import sliding_window_inference
+class Setting:
+    """A volume, its patches and their predictions."""
 
-    def predict(batch: Tensor) -> Tensor:
-        # MONAI multiplies the prediction in place: it needs one of its own.
-        return predictor(batch).clone()
+    def __init__(
+        self,
+        shape: Sequence[int],
+        patch: int,
+        classes: int,
+        device: torch.device,
+        distinct: int = DISTINCT,
+    ) -> None:
+        self.device = device
+        self.classes = classes
+        self.patch = (patch,) * 3
+        self.volume = torch.zeros(1, 1, *shape, device=device)
+        grid = plan_grid(shape, self.patch, OVERLAP)
+        self.count, self.row = len(grid), len(grid.starts[-1])
+        # Whole rows, so that a batch of one row is a slice of what is prepared.
+        self.predictor = NullPredictor(
+            classes, self.patch, -(-distinct // self.row) * self.row, device
+        )
 
-    size = options.pop("size", 1)
-    predictor.restart()
-    return sliding_window_inference(volume, patch, size, predict, 0.5, mode="gaussian", **options)
+    def monai(self, **options: Any) -> Tensor:
+        from monai.inferers import sliding_window_inference
+
+        self.predictor.restart()
+        # With a buffer MONAI multiplies into a new tensor.
+        predict = self.predictor if "buffer_steps" in options else self.predictor.copied
+        return sliding_window_inference(
+            self.volume, self.patch, 1, predict, OVERLAP, mode="gaussian", **options
+        )
+
+    def drop_in(self) -> Tensor:
+        from voxfuse.integrations.monai import sliding_window_inference
+
+        self.predictor.restart()
+        return sliding_window_inference(
+            self.volume, self.patch, 1, self.predictor, OVERLAP, mode="gaussian"
+        )
+
+    def voxfuse(self, batch: int = 1, window: str = "gaussian", **options: Any) -> Tensor:
+        self.predictor.restart()
+        # The order of MONAI's patches, so that every job adds the same predictions.
+        return voxfuse.sliding_window_inference(
+            self.volume, self.patch, self.predictor, OVERLAP, window, batch, stream_axis=0,
+            **options,
+        )  # fmt: skip
+
+    def aggregator(
+        self, make: Callable[..., Any], mode: str, staged: bool = False, **options: Any
+    ) -> Tensor:
+        """What TorchIO's aggregator, or one with its interface, makes of the patches.
+
+        ``staged`` marks the calls for the split by stage, where operators alone do not tell.
+        """
+
+        def stage(name: str) -> Any:
+            return record_function(name) if staged else contextlib.nullcontext()
+
+        sampler = self._sampler()
+        locations = torch.as_tensor(sampler.locations)
+        self.predictor.restart()
+        aggregator = make(sampler, mode, **options)
+        for i in range(len(locations)):
+            with stage("fusion"):
+                aggregator.add_batch(self.predictor(self.volume), locations[i : i + 1])
+        with stage("finalisation"):
+            return aggregator.get_output_tensor()
+
+    def _sampler(self) -> Any:
+        import torchio
+
+        # The image's values play no part; one voxel, expanded, needs no memory.
+        image = torchio.ScalarImage(tensor=torch.zeros(1, 1, 1, 1).expand(self.volume.shape[1:]))
+        overlap = [int(size * OVERLAP) for size in self.patch]
+        return torchio.GridSampler(torchio.Subject(image=image), self.patch, overlap)
 
 
-def _drop_in(volume: Tensor, patch: tuple[int, ...], predictor: NullPredictor, size: int) -> Any:
-    from voxfuse.integrations.monai import sliding_window_inference
+def jobs(
+    setting: Setting, output: str, peers: Sequence[str], modes: Sequence[str]
+) -> dict[str, Call]:
+    """The calls that lead to ``output``, the floor among them; TorchIO's in every overlap mode."""
+    predictor, probe = setting.predictor, setting.volume[:1]
 
-    predictor.restart()
-    return sliding_window_inference(volume, patch, size, predictor, 0.5, mode="gaussian")
-
-
-def _voxfuse(
-    volume: Tensor, patch: tuple[int, ...], predictor: NullPredictor, size: int, **options: Any
-) -> Any:
-    predictor.restart()
-    return voxfuse.sliding_window_inference(
-        volume, patch, predictor, 0.5, "gaussian", size, stream_axis=0, **options
-    )
-
-
-def competitors(
-    volume: Tensor, patch: tuple[int, ...], predictor: NullPredictor, output: str
-) -> tuple[dict[str, Callable[[], Any]], int]:
-    """The calls to time, and the number of patches."""
-    grid = plan_grid(tuple(volume.shape[2:]), patch, 0.5)
-    count, row = len(grid), len(grid.starts[-1])
-
-    def clones() -> None:
+    def copy() -> None:
         predictor.restart()
-        for _ in range(count):
-            predictor(volume[:1]).clone()
+        for _ in range(setting.count):
+            predictor(probe).clone()
 
     def read() -> None:
         predictor.restart()
-        for _ in range(count):
-            predictor(volume[:1]).sum()
+        for _ in range(setting.count):
+            predictor(probe).sum()
 
-    calls: dict[str, Callable[[], Any]] = {"read": read, "copy": clones}
-    if output == "logits":
-        calls |= {
-            "MONAI": lambda: _monai(volume, patch, predictor),
-            "MONAI, buffered": lambda: _monai(
-                volume, patch, predictor, buffer_steps=1, buffer_dim=0
-            ),
-            "voxfuse as MONAI": lambda: _drop_in(volume, patch, predictor, 1),
-            "voxfuse": lambda: _voxfuse(volume, patch, predictor, 1),
-            "voxfuse, a row a batch": lambda: _voxfuse(volume, patch, predictor, row),
-        }
-    else:
-        calls |= {
-            "MONAI": lambda: _monai(volume, patch, predictor).argmax(1, keepdim=True),
-            "voxfuse": lambda: _voxfuse(volume, patch, predictor, 1, output="labels"),
-            "voxfuse, a row a batch": lambda: _voxfuse(
-                volume, patch, predictor, row, output="labels"
-            ),
-        }
-    return calls, count
+    calls: dict[str, Call] = {"read": read, "copy": copy}
+    labels = output == "labels"
+
+    def finish(call: Call, axis: int = 1) -> Call:
+        """A peer's volume, or its labels."""
+
+        def labelled() -> Tensor:
+            volume = call()
+            with record_function("finalisation"):
+                return volume.argmax(axis, keepdim=True)
+
+        return labelled if labels else call
+
+    if "monai" in peers:
+        calls["MONAI"] = finish(setting.monai)
+    if "monai-buffered" in peers:
+        calls["MONAI, buffered"] = finish(lambda: setting.monai(buffer_steps=1, buffer_dim=0))
+    if not labels:
+        calls["voxfuse as MONAI"] = setting.drop_in
+    calls["voxfuse"] = lambda: setting.voxfuse(output=output)
+    calls["voxfuse, a row a batch"] = lambda: setting.voxfuse(setting.row, output=output)
+    if "torchio" in peers:
+        from torchio import GridAggregator as Peer
+
+        from voxfuse.integrations.torchio import GridAggregator as Own
+
+        for mode in modes:
+            calls[f"TorchIO, {mode}"] = finish(
+                lambda mode=mode: setting.aggregator(Peer, mode, staged=True), axis=0
+            )
+            if labels and mode == "crop":
+                continue
+            options = {"output": "labels"} if labels else {}
+            calls[f"voxfuse as TorchIO, {mode}"] = lambda mode=mode, options=options: (
+                setting.aggregator(Own, mode, **options)
+            )
+    return calls
 
 
-def check(
-    calls: dict[str, Callable[[], Any]],
-    volume: Tensor,
-    patch: tuple[int, ...],
-    predictor: NullPredictor,
-    output: str,
-) -> None:
-    """Raise unless every result is MONAI's, given the same window."""
-    window = voxfuse.fusion.windows.gaussian_window(list(patch)).float()
-    clamped = _monai(volume, patch, predictor)
-    gaussian = _monai(volume, patch, predictor, roi_weight_map=window)
-    for name, call in calls.items():
-        if name in ("read", "copy", "MONAI"):
-            continue
-        actual, expected = call(), clamped if "MONAI" in name else gaussian
+def check(setting: Setting, calls: dict[str, Call], output: str) -> dict[str, float]:
+    """Raise unless every result of ours is the peer's; return how far each is from it."""
+
+    def compare(name: str, actual: Tensor, expected: Tensor, axis: int = 1) -> None:
+        actual, expected = actual.to(setting.device), expected.to(setting.device)
+        if output == "labels" and expected.shape != actual.shape:
+            expected = expected.argmax(axis, keepdim=True)
         if output == "labels":
-            differ = float((actual != expected.argmax(1, keepdim=True)).float().mean())
-            if differ > 1e-4:
-                raise RuntimeError(f"{name}: {differ:.3%} of the labels differ from MONAI's")
+            worst[name] = float((actual != expected).double().mean())
         else:
-            worst = float((actual - expected).abs().max())
-            if worst > 1e-4:
-                raise RuntimeError(f"{name}: differs from MONAI by {worst}")
+            worst[name] = float((actual - expected).abs().max())
+        # Normal numbers, up to 5 of magnitude: float32 sums of 8 of them, in another order, are
+        # 1e-5 apart. Labels differ where the two greatest sums are that close.
+        if not worst[name] <= 1e-4:
+            raise RuntimeError(f"{name}: is not the peer's result: {worst[name]:g} apart")
+
+    worst: dict[str, float] = {}
+    if "MONAI" in calls:
+        # MONAI raises the least weights of its Gaussian; ours are MONAI's in the drop-in alone.
+        window = gaussian_window(list(setting.patch)).float().to(setting.device)
+        plain = setting.monai(roi_weight_map=window)
+        for name in ("voxfuse", "voxfuse, a row a batch"):
+            compare(name, calls[name](), plain)
+        del plain
+        if "voxfuse as MONAI" in calls:
+            compare("voxfuse as MONAI", calls["voxfuse as MONAI"](), calls["MONAI"]())
+    for name, call in calls.items():
+        mode = name.removeprefix("voxfuse as TorchIO, ")
+        if mode != name:
+            compare(name, call(), calls[f"TorchIO, {mode}"](), 0)
+    return worst
 
 
-def _time(options: argparse.Namespace, clock: harness.Clock, output: str) -> dict[str, Any]:
-    edge, patch = (96, (48,) * 3) if options.quick else (options.volume, (options.patch,) * 3)
-    volume = torch.zeros(1, 1, edge, edge, edge)
-    predictor = NullPredictor(options.classes, patch)
-    calls, count = competitors(volume, patch, predictor, output)
-    check(calls, volume, patch, predictor, output)
+def _time(options: argparse.Namespace, peers: Sequence[str], output: str) -> dict[str, Any]:
+    device = torch.device(options.device)
+    edge, patch = (96, 48) if options.quick else (options.volume, options.patch)
+    setting = Setting((edge,) * 3, patch, options.classes[0], device)
+    modes = ("crop", "average", "hann") if output == "logits" else ("hann",)
+    calls = jobs(setting, output, peers, modes)
+    worst = check(setting, calls, output)
+
+    copies: dict[str, list[float]] = {name: [] for name in calls}
+
+    def noted(name: str, call: Call) -> Call:
+        def run() -> Any:
+            result = call()
+            copies[name].append(setting.predictor.copy_seconds)
+            return result
+
+        return run
+
     rounds = min(options.rounds, 3) if options.quick else options.rounds
-    timings = harness.interleave(calls, clock, rounds, options.budget)
-    rows = {name: timing.summary() for name, timing in timings.items()}
-    print(f"\n{output}: {options.classes} classes, {edge}^3, {count} patches of {patch[0]}^3")
-    # The predictions that MONAI overwrites are cloned for it; that is not its own cost.
-    cloning = max(rows["copy"]["median_ms"] - rows["read"]["median_ms"], 0)
-    own = rows["MONAI"]["median_ms"] - cloning
+    timings = harness.interleave(
+        {name: noted(name, call) for name, call in calls.items()},
+        harness.Clock(device),
+        rounds,
+        options.budget,
+    )
+    rows: dict[str, Any] = {}
+    for name, timing in timings.items():
+        # The first of the copies belongs to the call that warms up.
+        spent = zip(timing.seconds, copies[name][1:], strict=True)
+        rows[name] = harness.Timing([total - copying for total, copying in spent]).summary()
+        rows[name]["copies_ms"] = 1e3 * statistics.median(copies[name][1:])
+    print(
+        f"\n{output}: {setting.classes} classes, {edge}^3, {setting.count} patches of {patch}^3, "
+        f"overlap {OVERLAP}; median of {rows['read']['rounds']} rounds"
+    )
     for name, row in rows.items():
-        median = row["median_ms"]
-        row["monai_over_it"] = own / median
-        row["over_read"] = median / rows["read"]["median_ms"]
+        row["over_read"] = row["median_ms"] / rows["read"]["median_ms"]
+        line = f"  {name:28}{row['median_ms']:9.1f} ms  {row['over_read']:6.2f} x reading"
+        if name.startswith("voxfuse"):
+            mode = name.removeprefix("voxfuse as TorchIO, ")
+            rivals = ("MONAI", "MONAI, buffered") if mode == name else (f"TorchIO, {mode}",)
+            row["times_faster_than"] = {
+                rival: rows[rival]["median_ms"] / row["median_ms"]
+                for rival in rivals
+                if rival in rows
+            }
+            for rival, ratio in row["times_faster_than"].items():
+                line += f"   {ratio:.2f} x as fast as {rival}"
+        print(line)
+    return {
+        "output": output,
+        "classes": setting.classes,
+        "volume": edge,
+        "patch": patch,
+        "overlap": OVERLAP,
+        "patches": setting.count,
+        "rows": rows,
+        "differences": worst,
+    }
+
+
+# --- where the time goes --------------------------------------------------------------------------
+
+#: Operators by what they do for a sliding window. "copying" is that of MONAI's predictions, which
+#: a network's own would not need.
+STAGES = {
+    "copying": "copying",
+    "cutting": "cutting",
+    "aten::cat": "cutting",
+    "aten::contiguous": "cutting",
+    "fusion": "fusion",
+    "aten::mul": "fusion",
+    "aten::mul_": "fusion",
+    "aten::add_": "fusion",
+    "voxfuse::overlap_add_": "fusion",
+    "finalisation": "finalisation",
+    "aten::div_": "finalisation",
+    "aten::argmax": "finalisation",
+    "voxfuse::finalize_slab": "finalisation",
+    "aten::zeros": "allocation",
+    "aten::zero_": "allocation",
+    "aten::empty": "allocation",
+}
+SPLIT = ("cutting", "fusion", "finalisation", "allocation", "rest")
+
+
+def stages(call: Call, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one call by stage; "rest" is what no operator took."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    call()
+    with profile(activities=activities) as profiler:
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        total = 1e3 * (time.perf_counter() - started)
+    spent: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
+            busy = event.device_time_total if device.type == "cuda" else event.cpu_time_total
+            spent[STAGES.get(event.name, "rest")] += busy / 1e3
+    spent["rest"] = max(total - sum(spent.values()) + spent["rest"], 0.0)
+    return {stage: spent[stage] for stage in SPLIT}
+
+
+def network_ms(patch: Sequence[int], classes: int, device: torch.device) -> float | None:
+    """Milliseconds that a small network takes for one patch; None without MONAI."""
+    if importlib.util.find_spec("monai") is None:
+        return None
+    from monai.networks.nets import UNet
+
+    net = UNet(3, 1, classes, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=1)
+    net = net.to(device).eval()
+    image = torch.randn(1, 1, *patch, device=device)
+    clock = harness.Clock(device)
+    with torch.no_grad():
+        net(image)
+        return 1e3 * statistics.median(clock.time(lambda: net(image)) for _ in range(3))
+
+
+def _split(options: argparse.Namespace, peers: Sequence[str]) -> dict[str, Any]:
+    """Volume to labels, by stage, beside the time of a small network for as many patches."""
+    device = torch.device(options.device)
+    edge, patch = (96, 48) if options.quick else (options.volume, options.patch)
+    setting = Setting((edge,) * 3, patch, options.classes[0], device)
+    given = setting.predictor
+
+    class Touching(NullPredictor):
+        """Reads its batch as a network would, which is when a patch is really cut out."""
+
+        def __init__(self) -> None:
+            self.prepared, self.fresh = given.prepared, False
+            self.restart()
+
+        def __call__(self, batch: Tensor) -> Tensor:
+            with record_function("cutting"):
+                batch.contiguous()
+            return super().__call__(batch)
+
+    setting.predictor = Touching()
+    calls = jobs(setting, "labels", peers, ("hann",))
+    a_patch = network_ms(setting.patch, setting.classes, device)
+    predictor = None if a_patch is None else a_patch * setting.count
+    rows = {name: stages(call, device) for name, call in calls.items() if name not in FLOOR}
+    print(
+        f"\nvolume to labels by stage, ms: {setting.classes} classes, {edge}^3, {patch}^3 patches"
+    )
+    print(f"  {'':28}" + "".join(f"{stage:>14}" for stage in SPLIT))
+    for name, row in rows.items():
+        print(f"  {name:28}" + "".join(f"{row[stage]:14.1f}" for stage in SPLIT))
+    if predictor is not None:
         print(
-            f"  {name:24} {median:9.1f} ms   x{row['over_read']:5.2f} of reading"
-            f"   MONAI takes {row['monai_over_it']:5.2f} times as long"
+            f"  predictor: {predictor:.0f} ms, {setting.count} times the {a_patch:.1f} ms of a "
+            "small MONAI UNet"
         )
-    return {"output": output, "volume": edge, "patch": patch[0], "patches": count, "rows": rows}
+    return {
+        "classes": setting.classes,
+        "volume": edge,
+        "patch": patch,
+        "patches": setting.count,
+        "network": "MONAI UNet, channels 16 to 128",
+        "network_ms_a_patch": a_patch,
+        "predictor_ms": predictor,
+        "rows": rows,
+    }
 
 
-def _memory(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory above the inputs over the depth of the volume, the long axis last."""
-    edge, patch, classes = (64, 24, 20) if options.quick else (128, 48, 60)
-    rows = []
-    print(f"\npeak memory: {classes} classes, {patch}^3 patches, {edge}x{edge}xD, labels out")
-    predictor = NullPredictor(classes, (patch,) * 3, 2)
-    features = NullPredictor(max(classes // 4, 1), (patch,) * 3, 2)
-    head = (torch.randn(classes, max(classes // 4, 1)), torch.randn(classes))
-    for depth in (edge, 2 * edge, 4 * edge):
-        volume = torch.zeros(1, 1, edge, edge, depth)
-        plan = voxfuse.PatchFuser(
-            (edge, edge, depth), (patch,) * 3, classes, output="labels"
-        ).plan()
+# --- memory over classes and depth ----------------------------------------------------------------
 
-        def stream(head: Any = None, volume: Tensor = volume) -> Any:
-            return voxfuse.sliding_window_inference(
-                volume,
-                (patch,) * 3,
-                predictor if head is None else features,
-                0.5,
-                output="labels",
-                head=head,
-            )
 
-        row = {
-            "depth": depth,
-            "planned": plan.ring_bytes + plan.output_bytes,
-            "voxfuse": harness.peak_extra_bytes(stream, torch.device("cpu")),
-            "voxfuse, head": harness.peak_extra_bytes(lambda: stream(head), torch.device("cpu")),
-        }
-        if depth <= 2 * edge:
-            row["MONAI"] = harness.peak_extra_bytes(
-                lambda volume=volume: _monai(volume, (patch,) * 3, predictor).argmax(1),
-                torch.device("cpu"),
-            )
+def _memory(options: argparse.Namespace, peers: Sequence[str]) -> dict[str, Any]:
+    """Peak memory above the inputs, labels out: over the classes, and over the depth."""
+    edge, patch = (64, 32) if options.quick else (128, 64)
+    depths = [edge, 2 * edge, 4 * edge] if options.quick else options.depths
+    classes = options.classes
+    print(f"\npeak memory above the inputs, MiB: {edge}x{edge}xD, {patch}^3 patches, labels out")
+    result: dict[str, Any] = {"edge": edge, "patch": patch, "features": {}}
+    for title, settings in (
+        ("over_classes", [(count, depths[min(1, len(depths) - 1)]) for count in classes]),
+        ("over_depth", [(classes[-1], depth) for depth in depths]),
+    ):
+        result[title] = [_peaks(options, peers, edge, patch, *setting) for setting in settings]
+    return result
+
+
+def _peaks(
+    options: argparse.Namespace,
+    peers: Sequence[str],
+    edge: int,
+    patch: int,
+    classes: int,
+    depth: int,
+) -> dict[str, Any]:
+    device = torch.device(options.device)
+    setting = Setting((edge, edge, depth), patch, classes, device, 1)
+    setting.predictor.fresh = True
+    features = max(classes // 4, 1)
+    weight, bias = torch.randn(classes, features), torch.randn(classes)
+    own = {"output": "labels", "window": "gaussian"}
+    narrow = NullPredictor(features, setting.patch, 1, device, fresh=True)
+
+    def stream(predictor: NullPredictor, head: Any = None) -> Tensor:
+        predictor.restart()
+        return voxfuse.sliding_window_inference(
+            setting.volume, setting.patch, predictor, OVERLAP, head=head, **own
+        )
+
+    calls: dict[str, Call] = {
+        "voxfuse": lambda: stream(setting.predictor),
+        "voxfuse, head": lambda: stream(narrow, (weight, bias)),
+    }
+    dense = 4 * classes * edge * edge * depth
+    if "monai" in peers and dense <= PEER_LIMIT:
+        calls["MONAI"] = lambda: setting.monai().argmax(1)
+    if "monai-buffered" in peers and 2 * dense <= PEER_LIMIT:
+        calls["MONAI, buffered"] = lambda: setting.monai(buffer_steps=1, buffer_dim=-1).argmax(1)
+    if "torchio" in peers and 3 * dense <= PEER_LIMIT:
+        from torchio import GridAggregator
+
+        calls["TorchIO, hann"] = lambda: setting.aggregator(GridAggregator, "hann").argmax(0)
+    plan = voxfuse.PatchFuser((edge, edge, depth), setting.patch, classes, output="labels").plan()
+    peaks = {}
+    for name, call in calls.items():
+        peaks[name] = harness.peak_extra_bytes(call, device, warm=0 if name != "voxfuse" else 1)
         gc.collect()
-        rows.append(row)
-        listed = ", ".join(
-            f"{name} {value / 2**20:.1f} MiB" for name, value in row.items() if name != "depth"
-        )
-        print(f"  D = {depth:5}: {listed}")
-    return rows
+    listed = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in peaks.items())
+    print(f"  {classes:4} classes, D = {depth:5}: {listed}")
+    return {
+        "classes": classes,
+        "depth": depth,
+        "features": features,
+        "planned": plan.ring_bytes + plan.output_bytes,
+        "dense": dense,
+        "peaks": peaks,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def available(wanted: Sequence[str], device: torch.device) -> list[str]:
+    """The peers that are installed and run on the device; says which are left out."""
+    found = []
+    for name in wanted:
+        if name not in PEERS:
+            raise SystemExit(f"--peers: got {name!r}, expected some of {', '.join(PEERS)}")
+        if importlib.util.find_spec(PEERS[name]) is None:
+            print(f"{name} left out: not installed")
+        elif name == "torchio" and device.type != "cpu":
+            print("torchio left out: its aggregator works on the CPU alone")
+        else:
+            found.append(name)
+    return found
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return everything as data."""
-    if options.device != "cpu":
-        raise SystemExit("the fusion benchmark runs on the CPU so far")
-    clock = harness.Clock(torch.device("cpu"))
-    results: dict[str, Any] = {"benchmark": "fusion", "machine": harness.machine(clock.device)}
-    if "time" in options.parts:
-        results["time"] = [_time(options, clock, output) for output in ("logits", "labels")]
-    if "memory" in options.parts:
-        results["memory"] = _memory(options)
+    device = torch.device(options.device)
+    unknown = set(options.parts) - {"time", "split", "memory", "bars"}
+    if unknown:
+        raise SystemExit(f"--parts: got {', '.join(sorted(unknown))}")
+    peers = available(options.peers, device)
+    results: dict[str, Any] = {"benchmark": "fusion", "machine": harness.machine(device)}
+    for name in sorted({PEERS[peer] for peer in peers}):
+        results["machine"][name] = importlib.metadata.version(name)
+    with torch.no_grad():
+        if "time" in options.parts:
+            results["time"] = [_time(options, peers, output) for output in ("logits", "labels")]
+        if "split" in options.parts:
+            results["split"] = _split(options, peers)
+        if "memory" in options.parts:
+            results["memory"] = _memory(options, peers)
+    if "bars" in options.parts:
+        results["bars"] = fusion_memory.run(options.quick)
     return results

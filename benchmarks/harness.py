@@ -125,21 +125,30 @@ def interleave(
     return timings
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """One of the process's memory counters, such as VmRSS, VmHWM or RssAnon."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
+def reset_peak() -> int:
+    """Return freed memory to the system, forget the high-water mark; what is resident now."""
+    allocate_fresh()
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def peak_extra_bytes(function: Callable[[], Any], device: torch.device, warm: int = 2) -> int:
     """Highest memory during one call above what was in use before it, its result included.
 
     On the CPU this is the high-water mark of the resident set, which the kernel keeps to within
-    some 256 KiB; the function runs twice before, so that one-time allocations do not count.
+    some 256 KiB; the function runs ``warm`` times before, so that one-time allocations do not
+    count.
     """
-    function()
-    function()
+    for _ in range(warm):
+        function()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -150,11 +159,9 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         del result
         return peak - before
-    allocate_fresh()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = reset_peak()
     result = function()
-    peak = _status("VmHWM")
+    peak = status_bytes("VmHWM")
     del result
     return peak - before
 

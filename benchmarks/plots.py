@@ -21,10 +21,19 @@ COLOURS = {
     "floor": "#2b2d42",
 }
 
+#: Cutting, fusion, finalisation, allocation and the rest.
+STAGE_COLOURS = ("#8d99ae", "#0b6e4f", "#e09f3e", "#6a4c93", "#d9d9d9")
+
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw what fits the kind of benchmark."""
-    {"loss": draw_loss, "sweep": draw_sweep, "step": draw_step}[results["benchmark"]](results, path)
+    drawings = {
+        "loss": draw_loss,
+        "sweep": draw_sweep,
+        "step": draw_step,
+        "fusion": draw_fusion,
+    }
+    drawings[results["benchmark"]](results, path)
 
 
 def _label(shape: list[int]) -> str:
@@ -185,6 +194,104 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_fusion(results: dict[str, Any], path: Path) -> None:
+    """Bars: time of fusion, and of its stages; lines: peak memory over classes and depth."""
+    missing = [part for part in ("time", "split", "memory") if part not in results]
+    if missing:
+        raise SystemExit(f"--plot: needs the parts time, split and memory, lacks {missing}")
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), constrained_layout=True)
+    _fusion_times(axes[0][0], results["time"][0])
+    _fusion_stages(axes[0][1], results["split"])
+    memory = results["memory"]
+    edge, patch = memory["edge"], memory["patch"]
+    common = f"labels out, {patch}³ patches"
+    classes, depths = memory["over_classes"], memory["over_depth"]
+    _fusion_memory(axes[1][0], classes, "classes")
+    axes[1][0].set_title(f"Peak memory: {edge}x{edge}x{classes[0]['depth']}, {common}")
+    _fusion_memory(axes[1][1], depths, "depth")
+    axes[1][1].set_title(f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes, {common}")
+    axes[1][1].set_xlabel("depth D of the volume, slices")
+    axes[1][0].legend(frameon=False, fontsize=8)
+    _finish(figure, results, path)
+
+
+def _fusion_colour(name: str) -> str:
+    if name.startswith("voxfuse"):
+        return COLOURS["voxfuse"]
+    if name.startswith("MONAI"):
+        return COLOURS["monai"]
+    return COLOURS["nnunet"] if name.startswith("TorchIO") else COLOURS["floor"]
+
+
+def _fusion_times(axis: Any, timed: dict[str, Any]) -> None:
+    rows = [(name, row) for name, row in timed["rows"].items() if name != "copy"][::-1]
+    names = [name if name != "read" else "reading the patches once" for name, _ in rows]
+    values = [row["median_ms"] for _, row in rows]
+    colours = [_fusion_colour(name) for name, _ in rows]
+    bars = axis.barh(names, values, color=colours)
+    axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize=8)
+    axis.set_title(
+        f"Fused volume of {timed['classes']} classes, {timed['volume']}³, "
+        f"{timed['patches']} patches of {timed['patch']}³"
+    )
+    axis.set_xlabel("milliseconds without the predictor, median")
+    axis.margins(x=0.1)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _fusion_stages(axis: Any, split: dict[str, Any]) -> None:
+    names = list(split["rows"])[::-1]
+    left = [0.0] * len(names)
+    stages = list(split["rows"][names[0]])
+    for stage, colour in zip(stages, STAGE_COLOURS, strict=True):
+        widths = [split["rows"][name][stage] for name in names]
+        axis.barh(names, widths, left=left, color=colour, label=stage)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for index, total in enumerate(left):
+        axis.annotate(
+            f"{total:.0f}", (total, index), (3, 0), textcoords="offset points", va="center",
+            fontsize=8,
+        )  # fmt: skip
+    axis.set_title(f"Volume to labels, by stage: {split['classes']} classes, {split['volume']}³")
+    note = "milliseconds without the predictor, one call"
+    if split["predictor_ms"] is not None:
+        note += f" (a small UNet takes {split['predictor_ms'] / 1e3:.0f} s)"
+    axis.set_xlabel(note)
+    axis.legend(frameon=False, fontsize=8, loc="center right")
+    axis.margins(x=0.1)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _fusion_memory(axis: Any, rows: list[dict[str, Any]], over: str) -> None:
+    for name, marker, line in (
+        ("voxfuse", "o", "-"),
+        ("voxfuse, head", "o", ":"),
+        ("MONAI", "D", "-"),
+        ("MONAI, buffered", "D", ":"),
+        ("TorchIO, hann", "^", "-"),
+    ):
+        measured = [row for row in rows if name in row["peaks"]]
+        label = name + (" (a quarter as many features)" if name == "voxfuse, head" else "")
+        axis.plot(
+            [row[over] for row in measured],
+            [row["peaks"][name] / 2**20 for row in measured],
+            marker=marker,
+            linestyle=line,
+            markersize=4,
+            color=_fusion_colour(name),
+            label=label,
+        )
+    ticks = [row[over] for row in rows]
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(over)
+    axis.set_ylabel("MiB above the inputs")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,34 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--limit-gib", type=float, help="also find the largest patch that fits")
     fusion = commands.add_parser("fusion", help="time and memory of the sliding window alone")
     add_common(fusion)
-    fusion.add_argument("--classes", type=int, default=4)
+    fusion.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        default=[4, 20, 60],
+        help="of the memory; times are those of the first (default 4 20 60)",
+    )
+    fusion.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[128, 256, 512, 1024],
+        help="slices of the volume whose memory is measured (default 128 256 512 1024)",
+    )
     fusion.add_argument("--volume", type=int, default=256, help="cubic volume (default 256)")
     fusion.add_argument("--patch", type=int, default=96, help="cubic patch (default 96)")
     fusion.add_argument(
-        "--parts", type=names, default=["time", "memory"], help="comma-separated: time,memory"
+        "--peers",
+        type=names,
+        default=["monai", "monai-buffered", "torchio"],
+        help="comma-separated: monai,monai-buffered,torchio",
+    )
+    fusion.add_argument(
+        "--parts",
+        type=names,
+        default=["time", "split", "memory"],
+        help="comma-separated: time,split,memory and bars, the peaks at 117 classes and at 1024^3 "
+        "(default all but bars)",
     )
     head = commands.add_parser("head", help="the last layer and its loss, fused and apart")
     add_common(head)
