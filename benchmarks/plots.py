@@ -209,9 +209,11 @@ def draw_fusion(results: dict[str, Any], path: Path) -> None:
     common = f"labels out, {patch}³ patches"
     classes, depths = memory["over_classes"], memory["over_depth"]
     _fusion_memory(axes[1][0], classes, "classes")
-    axes[1][0].set_title(f"Peak memory: {edge}x{edge}x{classes[0]['depth']}, {common}")
+    axes[1][0].set_title(f"Peak memory: {edge}x{edge}x{classes[0]['depth']}, {common}", fontsize=10)
     _fusion_memory(axes[1][1], depths, "depth")
-    axes[1][1].set_title(f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes, {common}")
+    axes[1][1].set_title(
+        f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes, {common}", fontsize=10
+    )
     axes[1][1].set_xlabel("depth D of the volume, slices")
     axes[1][0].legend(frameon=False, fontsize=8)
     _finish(figure, results, path)
@@ -234,7 +236,8 @@ def _fusion_times(axis: Any, timed: dict[str, Any]) -> None:
     axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize=8)
     axis.set_title(
         f"Fused volume of {timed['classes']} classes, {timed['volume']}³, "
-        f"{timed['patches']} patches of {timed['patch']}³"
+        f"{timed['patches']} patches of {timed['patch']}³",
+        fontsize=10,
     )
     axis.set_xlabel("milliseconds without the predictor, median")
     axis.margins(x=0.1)
@@ -254,11 +257,11 @@ def _fusion_stages(axis: Any, split: dict[str, Any]) -> None:
             f"{total:.0f}", (total, index), (3, 0), textcoords="offset points", va="center",
             fontsize=8,
         )  # fmt: skip
-    axis.set_title(f"Volume to labels, by stage: {split['classes']} classes, {split['volume']}³")
-    note = "milliseconds without the predictor, one call"
+    title = f"Volume to labels, by stage: {split['classes']} classes, {split['volume']}³"
     if split["predictor_ms"] is not None:
-        note += f" (a small UNet takes {split['predictor_ms'] / 1e3:.0f} s)"
-    axis.set_xlabel(note)
+        title += f" (a small UNet takes {split['predictor_ms'] / 1e3:.0f} s)"
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("milliseconds without the predictor, one call")
     axis.legend(frameon=False, fontsize=8, loc="center right")
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
