@@ -51,6 +51,12 @@ def truth(fuser, patches, window="bspline"):
     return torch.where(total == 0, 0.0, sums / total)
 
 
+def test_one_number_is_the_patch_size_of_every_axis():
+    assert voxfuse.PatchFuser((20, 18), 8, 2).patch_size == (8, 8)
+    cube, number = (voxfuse.PatchFuser((20, 18, 16), size, 2) for size in ((8, 8, 8), 8))
+    assert torch.equal(cube.origins, number.origins)
+
+
 @hypothesis.given(data=st.data())
 def test_logits_are_the_weighted_mean(data):
     axes = data.draw(st.integers(1, 3))

@@ -175,7 +175,12 @@ def test_progress_shows_a_bar(capsys):
             "roi_size: got (4, 4, 4), expected one number or 2, to go with a volume of (9, 8)",
         ),
         ({"roi_size": 4.5}, TypeError, "roi_size: got 4.5, expected integers"),
-        ({"predictor": 3}, TypeError, "predictor: got int, expected a callable"),
+        (
+            {"predictor": 3},
+            TypeError,
+            "predictor: got int, expected a callable (it comes third; MONAI's order of arguments: "
+            "voxfuse.integrations.monai)",
+        ),
         ({"sw_batch_size": 0}, ValueError, "sw_batch_size: got 0, expected an integer >= 1"),
         (
             {"grid": "odd"},

@@ -76,7 +76,7 @@ class PatchFuser:
 
     Args:
         volume_shape: extent of the volume, 1 to 3 axes.
-        patch_size: extent of a patch.
+        patch_size: extent of a patch, one number for all axes or one an axis.
         channels: channels of a prediction: classes, or features with ``head``.
         overlap, grid: the regular grid; see :func:`voxfuse.fusion.grids.plan_grid`.
         origins: patches elsewhere: an (N, n) integer tensor or array, a
@@ -130,7 +130,7 @@ class PatchFuser:
     def __init__(
         self,
         volume_shape: Sequence[int],
-        patch_size: Sequence[int],
+        patch_size: int | Sequence[int],
         channels: int,
         *,
         overlap: float | Sequence[float] = 0.5,
@@ -152,6 +152,8 @@ class PatchFuser:
         backend: str = "auto",
     ) -> None:
         self.volume_shape = tuple(int(size) for size in volume_shape)
+        if isinstance(patch_size, int):
+            patch_size = (patch_size,) * len(self.volume_shape)
         self.patch_size = tuple(int(size) for size in patch_size)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels: got {channels!r}, expected an integer >= 1")

@@ -112,7 +112,9 @@ def sliding_window_inference(
     roi = _roi(roi_size, spatial)
     several = isinstance(predictor, Sequence) and len(predictor) > 0
     if not callable(predictor) and not (several and all(map(callable, predictor))):
-        raise TypeError(f"predictor: got {type(predictor).__name__}, expected a callable")
+        # MONAI's call has the batch size in its place.
+        hint = " (it comes third; MONAI's order of arguments: voxfuse.integrations.monai)"
+        raise TypeError(f"predictor: got {type(predictor).__name__}, expected a callable{hint}")
     if isinstance(sw_batch_size, bool) or not isinstance(sw_batch_size, int) or sw_batch_size < 1:
         raise ValueError(f"sw_batch_size: got {sw_batch_size!r}, expected an integer >= 1")
     if grid not in RULES:
