@@ -517,7 +517,7 @@ def available(wanted: Sequence[str], device: torch.device) -> list[str]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return everything as data."""
     device = torch.device(options.device)
-    unknown = set(options.parts) - {"time", "split", "memory", "bars"}
+    unknown = set(options.parts) - {"time", "split", "memory", "bars", "example"}
     if unknown:
         raise SystemExit(f"--parts: got {', '.join(sorted(unknown))}")
     peers = available(options.peers, device)
@@ -533,4 +533,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             results["memory"] = _memory(options, peers)
     if "bars" in options.parts:
         results["bars"] = fusion_memory.run(options.quick)
+    if "example" in options.parts:
+        results["example"] = fusion_memory.run_example(options.quick)
     return results

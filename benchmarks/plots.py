@@ -259,7 +259,7 @@ def _fusion_stages(axis: Any, split: dict[str, Any]) -> None:
         )  # fmt: skip
     title = f"Volume to labels, by stage: {split['classes']} classes, {split['volume']}³"
     if split["predictor_ms"] is not None:
-        title += f" (a small UNet takes {split['predictor_ms'] / 1e3:.0f} s)"
+        title += f"\n(a small UNet for as many patches: {split['predictor_ms'] / 1e3:.0f} s)"
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("milliseconds without the predictor, one call")
     axis.legend(frameon=False, fontsize=8, loc="center right")

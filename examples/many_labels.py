@@ -5,26 +5,36 @@ noisy one-hot patches of the map at twice its resolution, 362 x 434 x 362 voxels
 that keeps all classes of the volume needs 26.6 GB for its sums alone. Here a ring of slices does,
 and with the last linear layer as ``head=`` a ring of 32 features.
 
-    python examples/many_labels.py           # 362 x 434 x 362; minutes
-    python examples/many_labels.py --quick   # a part of it; seconds
+    python examples/many_labels.py                  # 362 x 434 x 362; a few minutes
+    python examples/many_labels.py --quick          # a part of it; seconds
+    python examples/many_labels.py --limit-gib 8    # in a process that may not use more
+
+With ``--limit-gib`` the system refuses the process any more address space. MONAI's call, if MONAI
+is installed, is then made as well, on the same volume and patches: the script prints what comes of
+it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import torch
+from measure import peak_memory
 from torch import Tensor
 
 import voxfuse
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES, FEATURES = 117, 32
+CLASSES, FEATURES, OVERLAP = 117, 32, 0.25
 
 
 def read_regions() -> Tensor:
@@ -35,64 +45,89 @@ def read_regions() -> Tensor:
     return torch.from_numpy(labels.reshape(values.shape))
 
 
-def peak_bytes() -> int:
-    """High-water mark of the resident memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def reset_peak() -> int:
-    """Forget the high-water mark; return what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
+def finer(regions: Tensor) -> Tensor:
+    """The map at twice the resolution, uint8."""
+    fine = regions.to(torch.uint8)
+    for axis in range(3):
+        fine = fine.repeat_interleave(2, axis)
+    return fine
 
 
 def fuse(
-    regions: Tensor,
+    truth: Tensor,
     patch: int,
     channels: int,
     predict: Callable[[Tensor], Tensor],
     head: tuple[Tensor, Tensor] | None,
-) -> None:
-    shape = tuple(2 * size for size in regions.shape)
+) -> dict[str, Any]:
+    """Predict and fuse patch by patch, print and return what it took."""
     fuser = voxfuse.PatchFuser(
-        shape, (patch,) * 3, channels, overlap=0.25, output="labels", head=head
+        truth.shape, (patch,) * 3, channels, overlap=OVERLAP, output="labels", head=head
     )
     print(fuser.plan())
-    everything = 4 * CLASSES * int(np.prod(shape)) / 1e9
-    before = reset_peak()
     started = time.perf_counter()
     fusing = 0.0
-    for origins in fuser.batches(1):
-        x, y, z = origins[0].tolist()
-        # Twice the resolution: voxel i of the fine map is voxel i // 2 of the coarse one.
-        fine = [torch.arange(start, start + patch) // 2 for start in (x, y, z)]
-        labels = regions[fine[0]][:, fine[1]][:, :, fine[2]]
-        prediction = predict(labels)
-        begun = time.perf_counter()
-        fuser.add(prediction[None], origins)
-        fusing += time.perf_counter() - begun
-    result = fuser.result()
+    with peak_memory(torch.device("cpu")) as peak:
+        for origins in fuser.batches(1):
+            x, y, z = origins[0].tolist()
+            labels = truth[x : x + patch, y : y + patch, z : z + patch]
+            prediction = predict(labels.long())
+            begun = time.perf_counter()
+            fuser.add(prediction[None], origins)
+            fusing += time.perf_counter() - begun
+        result = fuser.result()
     seconds = time.perf_counter() - started
-    truth = regions.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    agree = float((result.long() == truth).float().mean())
+    agree = int((result == truth).sum()) / truth.numel()
+    dense = 4 * CLASSES * truth.numel()
     print(
         f"  {seconds:.1f} s, of which fusion {fusing:.1f} s; peak above the inputs "
-        f"{(peak_bytes() - before) / 2**20:.0f} MiB measured (all classes of the volume: "
-        f"{everything:.1f} GB); {agree:.2%} of the voxels as in the map"
+        f"{(peak.extra_bytes or 0) / 1e9:.2f} GB measured; the sums of all classes of the volume "
+        f"alone would be {dense / 1e9:.1f} GB; {agree:.2%} of the voxels as in the map"
     )
+    return {
+        "channels": channels,
+        "seconds": seconds,
+        "fusion_seconds": fusing,
+        "peak_bytes": peak.extra_bytes,
+        "ring_bytes": fuser.plan().ring_bytes,
+        "dense_bytes": dense,
+        "agree": agree,
+    }
+
+
+def try_monai(shape: torch.Size, patch: int, predict: Callable[[Tensor], Tensor]) -> str:
+    """Make MONAI's call for the same patches; what came of it."""
+    if importlib.util.find_spec("monai") is None:
+        return "not installed"
+    from monai.inferers import sliding_window_inference
+
+    no_labels = torch.zeros((patch,) * 3, dtype=torch.int64)
+    # The values of the volume play no part: one voxel, expanded, takes no memory.
+    volume = torch.zeros(1, 1, 1, 1, 1).expand(1, 1, *shape)
+    try:
+        sliding_window_inference(
+            volume, (patch,) * 3, 1, lambda _: predict(no_labels)[None], OVERLAP, mode="gaussian"
+        )
+    except (RuntimeError, MemoryError) as error:
+        return str(error).strip().splitlines()[0]
+    return "ran"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a part of the head, small patches")
+    parser.add_argument("--limit-gib", type=float, help="address space that the process may use")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
+    if options.limit_gib:
+        limit = int(options.limit_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        print(f"Limit of the address space (RLIMIT_AS): {options.limit_gib:g} GiB")
     torch.manual_seed(0)
     regions, patch = read_regions(), 96
     if options.quick:
         regions, patch = regions[60:90, 80:110, 60:90].contiguous(), 24
+    truth = finer(regions)
 
     noise = 0.2 * torch.randn(CLASSES, patch, patch, patch)
 
@@ -100,17 +135,39 @@ def main() -> None:
         return noise.clone().scatter_add_(0, labels[None], torch.ones_like(noise[:1]))
 
     print(f"\n{CLASSES} classes")
-    fuse(regions, patch, CLASSES, one_hot, None)
+    plain = fuse(truth, patch, CLASSES, one_hot, None)
 
     # Features: a code of 32 numbers a class; the head compares with every class's code.
     codes = torch.nn.functional.normalize(torch.randn(CLASSES, FEATURES), dim=1)
     some_noise = 0.1 * noise[:FEATURES]
 
     def features(labels: Tensor) -> Tensor:
-        return codes[labels].movedim(-1, 0) + some_noise
+        return codes.T[:, labels] + some_noise
 
     print(f"\n{FEATURES} features and a head of {CLASSES} classes")
-    fuse(regions, patch, FEATURES, features, (codes, torch.zeros(CLASSES)))
+    from_features = fuse(truth, patch, FEATURES, features, (codes, torch.zeros(CLASSES)))
+
+    monai = None
+    if options.limit_gib:
+        monai = try_monai(truth.shape, patch, one_hot)
+        print(f"\nMONAI's sliding_window_inference in the same process: {monai}")
+    if options.json:
+        record = {
+            "torch": str(torch.__version__),
+            "voxfuse": voxfuse.__version__,
+            "threads": torch.get_num_threads(),
+            "shape": list(truth.shape),
+            "patch": patch,
+            "overlap": OVERLAP,
+            "classes": CLASSES,
+            "limit_gib": options.limit_gib,
+            "plain": plain,
+            "features": from_features,
+            "monai_in_the_same_process": monai,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\nfigures: {options.json}")
 
 
 if __name__ == "__main__":
