@@ -37,7 +37,7 @@ from voxfuse.fusion.windows import gaussian_window
 DISTINCT = 32
 OVERLAP = 0.5
 #: Peers whose volumes would take more than this are left out of the sweeps of memory.
-PEER_LIMIT = 5 << 30
+PEER_LIMIT = 6 << 30
 PEERS = {"monai": "monai", "monai-buffered": "monai", "torchio": "torchio"}
 FLOOR = ("read", "copy")
 

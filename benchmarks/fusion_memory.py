@@ -59,7 +59,10 @@ def cases(quick: bool) -> list[Case]:
     for count in (0, features):
         what = f"{classes} classes" + (f" from {count} features" if count else "")
         for depth in (edge, 4 * edge):
-            for where, shape in (("last", (edge, edge, depth)), ("first", (depth, edge, edge))):
+            ends = {"last": (edge, edge, depth), "first": (depth, edge, edge)}
+            if count:
+                del ends["first"]
+            for where, shape in ends.items():
                 name = f"{what}, D = {depth}, long axis {where}"
                 listed.append(Case(name, shape, patch, classes, count))
     cube = 128 if quick else 1024

@@ -91,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--depths",
         type=int,
         nargs="+",
-        default=[128, 256, 512, 1024],
-        help="slices of the volume whose memory is measured (default 128 256 512 1024)",
+        default=[128, 256, 512],
+        help="slices of the volume whose memory is measured (default 128 256 512)",
     )
     fusion.add_argument("--volume", type=int, default=256, help="cubic volume (default 256)")
     fusion.add_argument("--patch", type=int, default=96, help="cubic patch (default 96)")
