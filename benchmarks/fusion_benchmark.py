@@ -433,12 +433,16 @@ def _memory(options: argparse.Namespace, peers: Sequence[str]) -> dict[str, Any]
     depths = [edge, 2 * edge, 4 * edge] if options.quick else options.depths
     classes = options.classes
     print(f"\npeak memory above the inputs, MiB: {edge}x{edge}xD, {patch}^3 patches, labels out")
-    result: dict[str, Any] = {"edge": edge, "patch": patch, "features": {}}
+    result: dict[str, Any] = {"edge": edge, "patch": patch}
+    known: dict[tuple[int, int], dict[str, Any]] = {}
     for title, settings in (
         ("over_classes", [(count, depths[min(1, len(depths) - 1)]) for count in classes]),
         ("over_depth", [(classes[-1], depth) for depth in depths]),
     ):
-        result[title] = [_peaks(options, peers, edge, patch, *setting) for setting in settings]
+        for setting in settings:
+            if setting not in known:
+                known[setting] = _peaks(options, peers, edge, patch, *setting)
+        result[title] = [known[setting] for setting in settings]
     return result
 
 

@@ -215,7 +215,9 @@ def draw_fusion(results: dict[str, Any], path: Path) -> None:
         f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes, {common}", fontsize=10
     )
     axes[1][1].set_xlabel("depth D of the volume, slices")
-    axes[1][0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+    )
     _finish(figure, results, path)
 
 

@@ -131,8 +131,12 @@ def main() -> None:
 
     noise = 0.2 * torch.randn(CLASSES, patch, patch, patch)
 
+    # One tensor for all predictions, as a network's own allocator would reuse it.
+    prediction = torch.empty_like(noise)
+    ones = torch.ones_like(noise[:1])
+
     def one_hot(labels: Tensor) -> Tensor:
-        return noise.clone().scatter_add_(0, labels[None], torch.ones_like(noise[:1]))
+        return prediction.copy_(noise).scatter_add_(0, labels[None], ones)
 
     print(f"\n{CLASSES} classes")
     plain = fuse(truth, patch, CLASSES, one_hot, None)
@@ -140,9 +144,11 @@ def main() -> None:
     # Features: a code of 32 numbers a class; the head compares with every class's code.
     codes = torch.nn.functional.normalize(torch.randn(CLASSES, FEATURES), dim=1)
     some_noise = 0.1 * noise[:FEATURES]
+    columns, some = codes.T.contiguous(), prediction[:FEATURES]
 
     def features(labels: Tensor) -> Tensor:
-        return codes.T[:, labels] + some_noise
+        torch.index_select(columns, 1, labels.flatten(), out=some.view(FEATURES, -1))
+        return some.add_(some_noise)
 
     print(f"\n{FEATURES} features and a head of {CLASSES} classes")
     from_features = fuse(truth, patch, FEATURES, features, (codes, torch.zeros(CLASSES)))
