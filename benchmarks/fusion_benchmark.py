@@ -524,6 +524,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     unknown = set(options.parts) - {"time", "split", "memory", "bars", "example"}
     if unknown:
         raise SystemExit(f"--parts: got {', '.join(sorted(unknown))}")
+    if device.type != "cpu" and {"bars", "example"} & set(options.parts):
+        raise SystemExit("--parts: bars and example are measured on the CPU alone")
     peers = available(options.peers, device)
     results: dict[str, Any] = {"benchmark": "fusion", "machine": harness.machine(device)}
     for name in sorted({PEERS[peer] for peer in peers}):
