@@ -298,6 +298,11 @@ INSTANCES = {
 
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile one case; return its registers, stack and instructions that matter."""
+    return {"name": case.name, **_resources(compile_cubin(case))}
+
+
+def compile_cubin(case: Case) -> bytes:
+    """The machine code of one case."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -323,7 +328,8 @@ def compile_case(case: Case) -> dict[str, Any]:
         target=GPUTarget("cuda", case.capability, 32),
         options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS},
     )
-    return {"name": case.name, **_resources(compiled.asm["cubin"])}
+    cubin: bytes = compiled.asm["cubin"]
+    return cubin
 
 
 def _resources(cubin: bytes) -> dict[str, Any]:
