@@ -284,7 +284,17 @@ def main() -> None:
         entries += triton(sorted({e["architecture"] for e in entries}) or (90,))
     print(table(entries))
     if options.out is not None:
-        options.out.write_text(json.dumps(entries, indent=1) + "\n")
+        from importlib.metadata import version
+
+        info = library.with_name("_build_info.json")
+        tools = {
+            "triton": version("triton") if options.backend != "cuda" else None,
+            "nvcc": json.loads(info.read_text())["cuda"] if options.backend != "triton" else None,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(
+            json.dumps({"compilers": tools, "kernels": entries}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
