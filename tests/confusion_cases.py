@@ -31,6 +31,7 @@ class Case:
     overlap: str = "product"
     ignore_index: int | None = None
     gamma: float = 0.0
+    focal_classes: int | None = None
     full: bool = False
     layout: str = "contiguous"  # "channels_last", "sliced" or "permuted"
     spread: float = 3.0
@@ -108,9 +109,11 @@ def check(case: Case, operators: Any, device: str = "cpu") -> None:
     wide = [on_cpu[0].double(), *on_cpu[1:]]
     narrow = [on_cpu[0].to(compute), *on_cpu[1:]]
 
-    actual = operators.soft_confusion(input, target, weight, *arguments, case.full)
-    truth = reference.soft_confusion(*wide, *arguments, case.full)
-    plain = reference.soft_confusion(*narrow, *arguments, case.full)
+    actual = operators.soft_confusion(
+        input, target, weight, *arguments, case.full, case.focal_classes
+    )
+    truth = reference.soft_confusion(*wide, *arguments, case.full, case.focal_classes)
+    plain = reference.soft_confusion(*narrow, *arguments, case.full, case.focal_classes)
     assert actual.dtype == torch.float64
     voxels = max(1, input[0, 0].numel())
     # Inside a chunk a lane adds at most 128 terms one by one, each addition rounding by half an
@@ -128,9 +131,13 @@ def check(case: Case, operators: Any, device: str = "cpu") -> None:
 
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
-    gradient = operators.soft_confusion_backward(grad.to(device), input, target, weight, *arguments)
-    true_gradient = reference.soft_confusion_backward(grad, *wide, *arguments)
-    plain_gradient = reference.soft_confusion_backward(grad, *narrow, *arguments)
+    gradient = operators.soft_confusion_backward(
+        grad.to(device), input, target, weight, *arguments, case.focal_classes
+    )
+    true_gradient = reference.soft_confusion_backward(grad, *wide, *arguments, case.focal_classes)
+    plain_gradient = reference.soft_confusion_backward(
+        grad, *narrow, *arguments, case.focal_classes
+    )
     assert gradient.dtype == input.dtype
     assert gradient.stride() == torch.empty_like(input).stride()
     # The cotangents are of order 1; what a gradient is made of (h, its mean, the focal slope) is of

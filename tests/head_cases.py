@@ -43,14 +43,19 @@ def unfused(
     voxel_weight: Tensor | None,
     options: tuple[Any, ...],
     full: bool,
+    focal_classes: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Sums, or with ``grad`` the three gradients, by way of the logits, in the tensors' dtype."""
     logits = torch.einsum("ck,bk...->bc...", weight, features)
     if bias is not None:
         logits = logits + bias.reshape(-1, *[1] * (features.ndim - 2))
     if grad is None:
-        return (reference.soft_confusion(logits, target, voxel_weight, *options, full),)
-    dz = reference.soft_confusion_backward(grad, logits, target, voxel_weight, *options)
+        return (
+            reference.soft_confusion(logits, target, voxel_weight, *options, full, focal_classes),
+        )
+    dz = reference.soft_confusion_backward(
+        grad, logits, target, voxel_weight, *options, focal_classes
+    )
     flat = dz.reshape(*dz.shape[:2], -1)
     return (
         torch.einsum("ck,bc...->bk...", weight, dz),
@@ -76,9 +81,9 @@ def check(
     wide = [None if x is None else x.double() for x in on_cpu[:3]] + on_cpu[3:]
     narrow = [None if x is None else x.to(compute) for x in on_cpu[:3]] + on_cpu[3:]
 
-    actual = operators.head_confusion(*given, *options, case.full, chunk_bytes)
-    (truth,) = unfused(None, *wide, options, case.full)
-    (plain,) = unfused(None, *narrow, options, case.full)
+    actual = operators.head_confusion(*given, *options, case.full, chunk_bytes, case.focal_classes)
+    (truth,) = unfused(None, *wide, options, case.full, case.focal_classes)
+    (plain,) = unfused(None, *narrow, options, case.full, case.focal_classes)
     assert actual.dtype == torch.float64
     voxels = max(1, wide[0][0, 0].numel())
     # A logit is a sum of K products, wrong by at most (K + 1) / 2 roundings of the sum of their
@@ -101,10 +106,10 @@ def check(
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     gradients = operators.head_confusion_backward(
-        grad.to(device), *given, *options, chunk_bytes, True, True
+        grad.to(device), *given, *options, chunk_bytes, True, True, case.focal_classes
     )
-    true = unfused(grad, *wide, options, case.full)
-    rough = unfused(grad, *narrow, options, case.full)
+    true = unfused(grad, *wide, options, case.full, case.focal_classes)
+    rough = unfused(grad, *narrow, options, case.full, case.focal_classes)
     if not bias:
         assert gradients[2].numel() == 0
     # dz is of the order of the cotangents; its rounding is multiplied by what it is summed with.

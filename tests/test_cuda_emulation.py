@@ -243,6 +243,7 @@ def test_pairs_of_activations(soft_confusion, activation, likelihood, gamma, ful
                     likelihood=likelihood,
                     overlap=overlap,
                     gamma=gamma,
+                    focal_classes=None if full else 2,
                     full=full,
                 ),
                 soft_confusion,
@@ -252,11 +253,16 @@ def test_pairs_of_activations(soft_confusion, activation, likelihood, gamma, ful
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
 @pytest.mark.parametrize("classes", [2, 4, 7, 21])
 def test_focal_modulation_of_confident_predictions(soft_confusion, classes, gamma):
-    for full in (False, True):
-        check(
-            Case(classes=classes, spatial=(4, 4, 8), gamma=gamma, full=full, spread=12.0),
-            soft_confusion,
+    for full, focal_classes in itertools.product((False, True), (None, 1)):
+        case = Case(
+            classes=classes,
+            spatial=(4, 4, 8),
+            gamma=gamma,
+            focal_classes=focal_classes,
+            full=full,
+            spread=12.0,
         )
+        check(case, soft_confusion)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
@@ -408,6 +414,7 @@ RATIO = dict(
     off_scale=0.0,
     normaliser=0,
     double_loss=True,
+    exponent_from=0,
 )
 
 
@@ -473,6 +480,8 @@ def test_ratio_loss_terms(ratio_loss, exponent, log):
             ratio_loss,
             stats[:, 1:],
             exponent=exponent,
+            exponent_from=2,
+            first_class=1,
             log=log,
             smooth_nr=smooth,
             smooth_dr=smooth,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -75,9 +76,11 @@ def test_any_option(activation, likelihood, overlap, gamma):
         likelihood=likelihood,
         overlap=overlap,
         gamma=gamma,
+        focal_classes=1,
         full=True,
     )
     check(case, 6, torch.ops.voxfuse)
+    check(dataclasses.replace(case, focal_classes=None), 6, torch.ops.voxfuse)
 
 
 @needs_library

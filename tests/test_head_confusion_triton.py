@@ -61,8 +61,17 @@ def test_any_option(activation, likelihood, gamma, target):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("weight", [None, torch.bool])
 def test_labels_with_softmax(gamma, weight):
-    case = Case(classes=5, spatial=(90,), gamma=gamma, ignore_index=3, weight=weight)
-    check(case, 6, OPERATORS, device=DEVICE)
+    for focal_classes, full in ((None, False), (1, False), (1, True)):
+        case = Case(
+            classes=5,
+            spatial=(90,),
+            gamma=gamma,
+            focal_classes=focal_classes,
+            ignore_index=3,
+            weight=weight,
+            full=full,
+        )
+        check(case, 6, OPERATORS, device=DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "permuted"])

@@ -178,6 +178,39 @@ def test_unified_focal_is_its_formula():
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_asymmetric_unified_focal_is_its_formula(classes, pooled):
+    logits, labels = batch(classes=classes, dtype=torch.float64)
+    logits.requires_grad_()
+    balance, delta, gamma = 0.3, 0.7, 0.5
+    tp, fp, fn = counts(logits, labels)
+    if pooled:
+        tp, fp, fn = (x.sum(0, keepdim=True) for x in (tp, fp, fn))
+    index = (tp + 1e-5) / (tp + delta * fn + (1 - delta) * fp + 1e-5)
+    terms = torch.cat([1 - index[:, :1], (1 - index[:, 1:]) ** (1 - gamma)], 1)
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    background = labels == 0
+    modulation = torch.where(background, (1 - delta) * (1 - p) ** gamma, delta)
+    expected = balance * (modulation * -p.log()).mean() + (1 - balance) * terms.mean()
+    for backend in ("auto", "reference"):
+        ours = voxfuse.UnifiedFocalLoss(
+            balance, delta, gamma, symmetric=False, batch=pooled, backend=backend
+        )(logits, labels)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+        (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        (found,) = torch.autograd.grad(ours, logits)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-15)
+
+
+def test_asymmetric_unified_focal_names_what_it_needs():
+    with pytest.raises(ValueError, match="symmetric: False needs one softmax"):
+        voxfuse.UnifiedFocalLoss(symmetric=False, activation="sigmoid")
+    loss = voxfuse.UnifiedFocalLoss(symmetric=False, activation="none")
+    with pytest.raises(ValueError, match="symmetric: False needs a channel for the background"):
+        loss(torch.rand(1, 1, 4), torch.ones(1, 1, 4))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_log_variants(reduction):
     logits, labels = batch(dtype=torch.float64)

@@ -45,6 +45,7 @@ class Case:
     off_scale: float = 0.0
     normaliser: int = 0
     double_loss: bool = True
+    exponent_from: int = 0
 
     def arguments(self) -> tuple[Any, ...]:
         values = []
@@ -90,6 +91,9 @@ def formula(stats: Tensor, case: Case) -> Tensor:
         terms = -ratio.clamp(min=case.min_denominator).log()
     else:
         terms = (1 - ratio) ** case.exponent
+        plain = max(case.exponent_from - case.first_class, 0)
+        if plain:
+            terms = torch.cat([1 - ratio[:, :plain], terms[:, plain:]], 1)
     terms = case.ratio_scale * weight * terms
     if case.reduction == 0:
         return terms[0] if case.batch else terms
@@ -114,6 +118,9 @@ def formula(stats: Tensor, case: Case) -> Tensor:
 FORMULA_CASES = (
     Case(),
     Case(denominator=(1.0, 0.3, 0.7), exponent=0.75, class_weight=(1.0, 2.0, 0.5)),
+    Case(exponent=0.5, exponent_from=1),
+    Case(exponent=2.0, exponent_from=2, first_class=1, reduction=0),
+    Case(exponent=0.5, exponent_from=9, batch=True),
     Case(numerator=(2.0,), denominator=(0.0,) * 5 + (1.0, 1.0), reduction=2),
     Case(numerator=(2.0,), denominator=(2.0, 1.0, 1.0), min_denominator=25.0),
     Case(first_class=1, batch=True, class_weight=(3.0, 1.0), smooth_nr=1.0, smooth_dr=2.0),
@@ -318,6 +325,12 @@ def test_a_second_derivative_is_refused(backend):
         ({"first_class": 3}, ValueError, "first_class: got 3, expected 0 to 2"),
         ({"numerator": [1.0] * 9}, ValueError, "numerator: got 9 numbers for 8 sums"),
         ({"exponent": 0}, ValueError, "exponent: got 0, expected a number > 0"),
+        ({"exponent_from": -1}, ValueError, "exponent_from: got -1, expected an int >= 0"),
+        (
+            {"exponent_from": 1, "class_pooling": "square"},
+            ValueError,
+            "exponent_from: got 1, expected 0 with pooled classes",
+        ),
         ({"class_weight": torch.ones(2)}, ValueError, r"class_weight: got shape \(2,\), expected"),
         ({"nll_weight": [1.0] * 3}, TypeError, "nll_weight: expected a torch.Tensor, got list"),
         ({"reduction": "none", "nll_scale": 1}, ValueError, "reduction: 'none' cannot be combined"),

@@ -67,12 +67,53 @@ def test_reference_equals_the_definition():
     torch.testing.assert_close(actual[..., 3].sum(1), nll.sum(1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("focal_classes", [0, 1, 2])
+def test_gamma_of_some_classes_is_a_mixture_of_two_exponents(focal_classes):
+    """In the reference: the first classes as with gamma, the others as without."""
+    for likelihood in ACTIVATIONS:
+        case = Case(
+            dtype=torch.float64, activation=likelihood, gamma=1.5, focal_classes=focal_classes
+        )
+        input, target, _ = tensors(case)
+        options = dict(activation=likelihood, full=True, backend="reference")
+        mixed = voxfuse.soft_confusion(
+            input, target, gamma=1.5, focal_classes=focal_classes, **options
+        )
+        focal = voxfuse.soft_confusion(input, target, gamma=1.5, **options)
+        plain = voxfuse.soft_confusion(input, target, **options)
+        assert torch.equal(mixed[:, :focal_classes], focal[:, :focal_classes])
+        assert torch.equal(mixed[:, focal_classes:], plain[:, focal_classes:])
+        assert not torch.equal(focal, plain)
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("focal_classes", [0, 1, 2, 9])
+def test_gamma_of_some_classes(operators, activation, focal_classes):
+    for full, target, dtype in itertools.product(
+        (False, True), ("labels", "dense"), (torch.float32, torch.float64)
+    ):
+        case = Case(
+            dtype=dtype,
+            target=target,
+            target_dtype=torch.uint8 if target == "labels" else torch.float32,
+            activation=activation,
+            gamma=1.5,
+            focal_classes=focal_classes,
+            full=full,
+        )
+        check(case, operators)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("focal_classes", [None, 1])
 @pytest.mark.parametrize("overlap", ["product", "min"])
 @pytest.mark.parametrize(
     ("activation", "likelihood"), list(itertools.product(ACTIVATIONS, ACTIVATIONS))
 )
-def test_reference_backward_equals_autograd_of_its_forward(activation, likelihood, overlap, gamma):
+def test_reference_backward_equals_autograd_of_its_forward(
+    activation, likelihood, overlap, gamma, focal_classes
+):
     case = Case(
         dtype=torch.float64,
         target="dense",
@@ -86,10 +127,12 @@ def test_reference_backward_equals_autograd_of_its_forward(activation, likelihoo
     input, target, weight = tensors(case)
     arguments = schema_arguments(case)
     input.requires_grad_()
-    sums = reference.soft_confusion(input, target, weight, *arguments, True)
+    sums = reference.soft_confusion(input, target, weight, *arguments, True, focal_classes)
     grad = torch.randn_like(sums)
     (expected,) = torch.autograd.grad(sums, input, grad)
-    actual = reference.soft_confusion_backward(grad, input.detach(), target, weight, *arguments)
+    actual = reference.soft_confusion_backward(
+        grad, input.detach(), target, weight, *arguments, focal_classes
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -482,6 +525,8 @@ BAD = [
     (dict(overlap="max"), ValueError, "overlap: got 'max'"),
     (dict(gamma=-1.0), ValueError, "gamma: got -1.0, expected a finite number >= 0"),
     (dict(gamma=float("nan")), ValueError, "gamma: got nan"),
+    (dict(focal_classes=-1), ValueError, "focal_classes: got -1, expected an int >= 0 or None"),
+    (dict(focal_classes=1.0), TypeError, "focal_classes: got 1.0, expected an int or None"),
     (
         dict(target=torch.rand(1, 2, 4), ignore_index=3),
         ValueError,

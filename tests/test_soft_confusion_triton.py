@@ -156,6 +156,23 @@ def test_focal_modulation(gamma, classes):
         check(case, OPERATORS, DEVICE)
 
 
+@pytest.mark.parametrize("classes", [2, 4, 17, 70])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_gamma_of_some_classes(activation, classes):
+    for full, focal_classes in ((False, 1), (True, 1), (False, 0), (True, classes)):
+        case = Case(
+            batch=1,
+            classes=classes,
+            spatial=(40,),
+            target_dtype=torch.uint8,
+            activation=activation,
+            gamma=1.5,
+            focal_classes=focal_classes,
+            full=full,
+        )
+        check(case, OPERATORS, DEVICE)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_certain_probabilities_have_the_slope_of_the_overlap_alone(gamma):
     certain_probabilities(OPERATORS, gamma, DEVICE)

@@ -88,6 +88,7 @@ CASES = (
             ("mixed-likelihood", dict(classes=3, likelihood=1, full=True, gamma=0.5, fast=False)),
             ("many-full", dict(classes=40, full=True, weighted=True, odd=True)),
             ("focal-weighted", dict(classes=4, gamma=2.0, weighted=True, has_ignore=True)),
+            ("focal-background", dict(classes=4, gamma=0.5, focal=1)),
             ("probabilities", dict(classes=4, activation=0, target="dense", full=True, fast=False)),
             ("channels-last", dict(classes=4, dtype="bfloat16", contiguous=False)),
             ("one-voxel", dict(classes=3, tiny=True)),
@@ -136,6 +137,7 @@ def _soft_confusion_instance(
     has_ignore: bool = False,
     weighted: bool = False,
     gamma: float = 0.0,
+    focal: int = -1,
     full: bool = False,
     contiguous: bool = True,
     odd: bool = False,
@@ -160,6 +162,7 @@ def _soft_confusion_instance(
         gamma=gamma,
         sums=8 if full else 4,
         contiguous=contiguous,
+        focal=focal,
     )
     plan = kernels.plan(problem, backward)
     pointer = TYPES[dtype]

@@ -154,6 +154,7 @@ def _head_forward(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     FAST: tl.constexpr,
@@ -226,7 +227,7 @@ def _head_forward(
                 p = e_label * scale
                 other = others * scale
                 nll = _log_of_sum(e_label, others, total) - d_label
-                nll = _modulated(p, other, nll, gamma, GAMMA, tl.float32)
+                nll = _modulated(p, other, nll, gamma, label, GAMMA, FOCAL, tl.float32)
                 # Excluded voxels have no label; theirs are finite numbers of zero features.
                 scale = tl.where(included, scale * w, 0.0)
                 terms = (
@@ -241,9 +242,10 @@ def _head_forward(
                 if ACTIVATION == SOFTMAX or LIKELIHOOD == SOFTMAX:
                     finite = _softmax_logits((z,), classes, 1, CLASSES, tl.float32)
                     m, rest, count = _softmax_state(finite, 1, CLASSES, tl.float32)
+                index = _class_index(0, CLASSES)
                 g = _load_target(
                     target,
-                    _class_index(0, CLASSES),
+                    index,
                     target_c,
                     target_offset,
                     included,
@@ -261,10 +263,12 @@ def _head_forward(
                     count,
                     g,
                     gamma,
+                    index,
                     ACTIVATION,
                     LIKELIHOOD,
                     MIN,
                     GAMMA,
+                    FOCAL,
                     FULL,
                     tl.float32,
                 )
@@ -323,6 +327,7 @@ def _head_backward(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     FAST: tl.constexpr,
@@ -396,7 +401,7 @@ def _head_backward(
                 PRECISION,
             )
             if FAST:
-                dz = _label_gradient(z, label, cotangents, classes, gamma, GAMMA, CLASSES)
+                dz = _label_gradient(z, label, cotangents, classes, gamma, GAMMA, FOCAL, CLASSES)
             else:
                 m = tl.full([1, 1], 0.0, tl.float32)
                 rest, count = m, m
@@ -424,10 +429,12 @@ def _head_backward(
                     g,
                     cotangents,
                     gamma,
+                    index,
                     ACTIVATION,
                     LIKELIHOOD,
                     MIN,
                     GAMMA,
+                    FOCAL,
                     SUMS,
                     tl.float32,
                 )
@@ -464,7 +471,14 @@ def _head_backward(
 
 @triton.jit
 def _label_gradient(
-    z, label, cotangents, classes, gamma, GAMMA: tl.constexpr, CLASSES: tl.constexpr
+    z,
+    label,
+    cotangents,
+    classes,
+    gamma,
+    GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
+    CLASSES: tl.constexpr,
 ):
     """Labels with softmax throughout.
 
@@ -482,7 +496,7 @@ def _label_gradient(
     slope = tl.sum(tl.where(hit, cotangents[2], 0.0), axis=0, keep_dims=True)
     if GAMMA != 0:
         minus_log = _log_of_sum(e_label, others, total) - d_label
-        slope = -slope * _slope(p_label, other, minus_log, gamma, GAMMA, tl.float32)
+        slope = -slope * _slope(p_label, other, minus_log, gamma, label, GAMMA, FOCAL, tl.float32)
     mean = tl.sum(tl.where(hit, 0.0, e * (cotangents[1] - own)), axis=0, keep_dims=True) * scale
     off_label = e * scale * (cotangents[1] - own - mean + slope)
     return tl.where(hit, -other * slope - p_label * mean, off_label)
@@ -518,7 +532,7 @@ def precision(dtype):
     return "ieee"
 
 
-def constants(features, classes, target, options, sums, *, interpreting):
+def constants(features, classes, target, options, sums, focal_classes=None, *, interpreting):
     """Compile-time parameters that forward and backward share, and the number of warps."""
     activation, likelihood, overlap, ignore_index, gamma = options
     channels = features.shape[1]
@@ -541,6 +555,7 @@ def constants(features, classes, target, options, sums, *, interpreting):
         "LIKELIHOOD": likelihood,
         "MIN": overlap == 1,
         "GAMMA": int(gamma) if gamma in (0, 1, 2) else 3,
+        "FOCAL": -1 if focal_classes is None else focal_classes,
         "TARGET": kind,
         "HAS_IGNORE": has_ignore,
         "FAST": kind == int(LABELS.value)
@@ -598,6 +613,7 @@ def head_confusion(
     gamma,
     full,
     chunk_bytes,
+    focal_classes=None,
 ):
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums."""
     options = (activation, likelihood, overlap, ignore_index, gamma)
@@ -609,11 +625,22 @@ def head_confusion(
         return torch.zeros(shape, dtype=torch.float64, device=features.device)
     if not in_registers(features, classes, backward=False):
         return chunked.head_confusion(
-            *arguments, *options, full, chunk_bytes, confusion=logits_kernels.soft_confusion
+            *arguments,
+            *options,
+            full,
+            chunk_bytes,
+            focal_classes,
+            confusion=logits_kernels.soft_confusion,
         )
     tensors, strides = _prepare(*arguments)
     chosen, num_warps = constants(
-        features, classes, target, options, sums, interpreting=_interpreting()
+        features,
+        classes,
+        target,
+        options,
+        sums,
+        focal_classes,
+        interpreting=_interpreting(),
     )
     voxels = math.prod(features.shape[2:])
     tiles_a_chunk, chunks, slots = reduction_shape(
@@ -661,6 +688,7 @@ def head_confusion_backward(
     chunk_bytes,
     need_features,
     need_head,
+    focal_classes=None,
 ):
     """Return the gradients at features, weight and bias; empty ones for what is not needed."""
     options = (activation, likelihood, overlap, ignore_index, gamma)
@@ -675,6 +703,7 @@ def head_confusion_backward(
             chunk_bytes,
             need_features,
             need_head,
+            focal_classes,
             confusion_backward=logits_kernels.soft_confusion_backward,
         )
     tensors, strides = _prepare(*arguments)
@@ -686,7 +715,13 @@ def head_confusion_backward(
             output = torch.empty(features.shape, dtype=features.dtype, device=features.device)
             output_strides = strides_of(output)
     chosen, num_warps = constants(
-        features, classes, target, options, sums, interpreting=_interpreting()
+        features,
+        classes,
+        target,
+        options,
+        sums,
+        focal_classes,
+        interpreting=_interpreting(),
     )
     voxels = math.prod(features.shape[2:])
     tiles_a_chunk, chunks, slots = reduction_shape(

@@ -82,6 +82,7 @@ def _forward(
     classes,
     first_class,
     terms,
+    exponent_from,
     n0: tl.float64,
     n1: tl.float64,
     n2: tl.float64,
@@ -117,6 +118,7 @@ def _forward(
     NORMALISER: tl.constexpr,
     LOG: tl.constexpr,
     LINEAR: tl.constexpr,
+    MIXED: tl.constexpr,
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
@@ -214,6 +216,21 @@ def _forward(
                 LOG,
                 LINEAR,
             )
+            if MIXED:
+                flat_value, flat_a, flat_b = _terms(
+                    misses,
+                    hits,
+                    size,
+                    _constant(smooth_nr),
+                    _constant(smooth_dr),
+                    _constant(min_denominator),
+                    _constant(exponent),
+                    LOG,
+                    True,
+                )
+                plain = column < exponent_from
+                value = tl.where(plain, flat_value, value)
+                a, b = tl.where(plain, flat_a, a), tl.where(plain, flat_b, b)
             if class_weight is not None and not POOLING:
                 value, a, b = value * weight, a * weight, b * weight
             if ABSENT != KEEP:
@@ -369,6 +386,7 @@ def ratio_loss(
     off_scale: float,
     normaliser: int,
     double_loss: bool,
+    exponent_from: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss and its derivative at ``stats``; see voxfuse.ops.ratio_loss."""
     samples, classes, sums = stats.shape
@@ -395,6 +413,7 @@ def ratio_loss(
             classes,
             first_class,
             rows if class_pooling else rows * (classes - first_class),
+            exponent_from,
             *_coefficients(numerator),
             *_coefficients(denominator),
             float(smooth_nr),
@@ -418,6 +437,7 @@ def ratio_loss(
                 normaliser,
                 log,
                 exponent == 1,
+                exponent_from > 0 and exponent != 1,
             ),
             num_warps=4,
             **LAUNCH_OPTIONS,
@@ -439,6 +459,7 @@ def forward_constants(
     normaliser: int,
     log: bool,
     linear: bool,
+    mixed: bool = False,
 ) -> dict[str, Any]:
     """The kernel's compile-time parameters."""
     block_classes = power_of_two(classes)
@@ -455,6 +476,7 @@ def forward_constants(
         "NORMALISER": normaliser,
         "LOG": log,
         "LINEAR": linear,
+        "MIXED": mixed,
         "ROWS": min(power_of_two(rows), max(1, TILE // block_classes)),
         "CLASSES": block_classes,
     }

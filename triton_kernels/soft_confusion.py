@@ -277,18 +277,44 @@ def _two_classes(z0, z1, label, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _modulated(p, complement, minus_log, gamma, GAMMA: tl.constexpr, DTYPE: tl.constexpr):
-    """``(1-p)^gamma (-log p)``, where 0 times infinity is 0."""
+def _modulated(
+    p,
+    complement,
+    minus_log,
+    gamma,
+    c,
+    GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``(1-p)^gamma (-log p)`` of the classes ``c``, where 0 times infinity is 0.
+
+    Only the first FOCAL classes have the exponent gamma (-1: all).
+    """
     result = minus_log
     if GAMMA != 0:
         factor = power(complement, gamma, False, GAMMA, DTYPE)
         result = tl.where(factor == 0, 0.0, factor * minus_log)
+        if FOCAL >= 0:
+            result = tl.where(c < FOCAL, result, minus_log)
     return result
 
 
 @triton.jit
-def _slope(p, complement, minus_log, gamma, GAMMA: tl.constexpr, DTYPE: tl.constexpr):
-    """``q = gamma p (1-p)^(gamma-1) log p - (1-p)^gamma``, 0 in the limit p = 1."""
+def _slope(
+    p,
+    complement,
+    minus_log,
+    gamma,
+    c,
+    GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``q = gamma p (1-p)^(gamma-1) log p - (1-p)^gamma``, 0 in the limit p = 1.
+
+    -1 for the classes ``c`` from FOCAL on, whose exponent is 0.
+    """
     if GAMMA == 0:
         result = tl.full([1, 1], -1.0, DTYPE)
     else:
@@ -298,6 +324,8 @@ def _slope(p, complement, minus_log, gamma, GAMMA: tl.constexpr, DTYPE: tl.const
         n = tl.full([1, 1], gamma, DTYPE)
         drift = tl.where(p == 0, 0.0, p * minus_log)
         result = tl.where(sure, 0.0, -factor * (n * drift + base))
+        if FOCAL >= 0:
+            result = tl.where(c < FOCAL, result, -1.0)
     return result
 
 
@@ -349,10 +377,12 @@ def _terms(
     count,
     g,
     gamma,
+    index,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     FULL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -373,13 +403,15 @@ def _terms(
         tp = p * g
         fp = p * (1.0 - g)
         fn = complement * g
-    nll = g * _modulated(r, r_complement, minus_log, gamma, GAMMA, DTYPE)
+    nll = g * _modulated(r, r_complement, minus_log, gamma, index, GAMMA, FOCAL, DTYPE)
     nll = tl.where(g == 0, 0.0, nll)
     if FULL:
         if LIKELIHOOD == SOFTMAX:
             off = (1.0 - g) * minus_log
         else:
-            off = (1.0 - g) * _modulated(r_complement, r, minus_log_complement, gamma, GAMMA, DTYPE)
+            off = (1.0 - g) * _modulated(
+                r_complement, r, minus_log_complement, gamma, index, GAMMA, FOCAL, DTYPE
+            )
         off = tl.where(g == 1, 0.0, off)
         terms = (tp, fp, fn, nll, off, p * p, g * g, tl.full([1, 1], 1.0, DTYPE))
     else:
@@ -411,6 +443,7 @@ def _forward_resident(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     FULL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
@@ -475,7 +508,9 @@ def _forward_resident(
                     zs = zs + (tl.load(input + t * input_c + offset, mask=inside, other=0),)
                 p, other, e, gap = _two_classes(zs[0].to(DTYPE), zs[1].to(DTYPE), label, DTYPE)
                 if not LOGS:
-                    gap = _modulated(p, other, log_one_plus(e, DTYPE) + gap, gamma, GAMMA, DTYPE)
+                    gap = _modulated(
+                        p, other, log_one_plus(e, DTYPE) + gap, gamma, label, GAMMA, FOCAL, DTYPE
+                    )
                 if weight is not None:
                     p, other, gap = p * w, other * w, gap * w
                 new = ()
@@ -513,6 +548,7 @@ def _forward_resident(
                         weight is not None,
                         gamma,
                         GAMMA,
+                        FOCAL,
                         LOGS,
                         SUMS,
                         TILES,
@@ -551,10 +587,12 @@ def _forward_resident(
                             count,
                             g,
                             gamma,
+                            index,
                             ACTIVATION,
                             LIKELIHOOD,
                             MIN,
                             GAMMA,
+                            FOCAL,
                             FULL,
                             DTYPE,
                         )
@@ -646,6 +684,7 @@ def _add_label_terms(
     WEIGHTED: tl.constexpr,
     gamma,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     LOGS: tl.constexpr,
     SUMS: tl.constexpr,
     TILES: tl.constexpr,
@@ -683,7 +722,7 @@ def _add_label_terms(
     if not LOGS:
         # Where e_label is the smaller of the two, log(total) is not small.
         nll = nll + log_of_sum(e_label, others, total, DTYPE)
-        nll = _modulated(p, other, nll, gamma, GAMMA, DTYPE)
+        nll = _modulated(p, other, nll, gamma, label, GAMMA, FOCAL, DTYPE)
     if WEIGHTED:
         scale, p, other, nll = scale * w, p * w, other * w, nll * w
     scale = tl.where(label >= 0, scale, 0.0)
@@ -731,6 +770,7 @@ def _forward_online(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     FULL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
@@ -794,7 +834,20 @@ def _forward_online(
                 DTYPE,
             )
             terms = _terms(
-                z, m, rest, count, g, gamma, ACTIVATION, LIKELIHOOD, MIN, GAMMA, FULL, DTYPE
+                z,
+                m,
+                rest,
+                count,
+                g,
+                gamma,
+                index,
+                ACTIVATION,
+                LIKELIHOOD,
+                MIN,
+                GAMMA,
+                FOCAL,
+                FULL,
+                DTYPE,
             )
             sums = ()
             for s in tl.static_range(STATS):
@@ -889,10 +942,12 @@ def _slopes(
     g,
     cotangents,
     gamma,
+    index,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     SUMS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -924,7 +979,7 @@ def _slopes(
         r, r_complement, minus_log, minus_log_complement = _probability(
             z, m, rest, count, LIKELIHOOD, DTYPE
         )
-    q = _slope(r, r_complement, minus_log, gamma, GAMMA, DTYPE)
+    q = _slope(r, r_complement, minus_log, gamma, index, GAMMA, FOCAL, DTYPE)
     u = nll * g * q
     if LIKELIHOOD == SOFTMAX:
         if SUMS == 8:
@@ -936,7 +991,7 @@ def _slopes(
         # Without a cotangent there is no slope, not even an infinite one (r = 0).
         direct = direct + tl.where(nll * g == 0, 0.0, u * chain)
         if SUMS == 8:
-            q = _slope(r_complement, r, minus_log_complement, gamma, GAMMA, DTYPE)
+            q = _slope(r_complement, r, minus_log_complement, gamma, index, GAMMA, FOCAL, DTYPE)
             chain = r if LIKELIHOOD == SIGMOID else 1.0 / r_complement
             off = cotangents[3] * (1.0 - g)
             direct = direct - tl.where(off == 0, 0.0, off * q * chain)
@@ -970,6 +1025,7 @@ def _backward_resident(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     TWO: tl.constexpr,
@@ -1031,7 +1087,9 @@ def _backward_resident(
             zs = zs + (z,)
         WEIGHTED: tl.constexpr = weight is not None
         if TWO:
-            results = _two_class_gradient(zs, label, w, cotangents, WEIGHTED, gamma, GAMMA, DTYPE)
+            results = _two_class_gradient(
+                zs, label, w, cotangents, WEIGHTED, gamma, GAMMA, FOCAL, DTYPE
+            )
         elif FAST:
             results = _label_gradient(
                 zs,
@@ -1042,6 +1100,7 @@ def _backward_resident(
                 WEIGHTED,
                 gamma,
                 GAMMA,
+                FOCAL,
                 TILES,
                 CLASSES,
                 DTYPE,
@@ -1080,10 +1139,12 @@ def _backward_resident(
                     gs[t],
                     cotangents[t],
                     gamma,
+                    index,
                     ACTIVATION,
                     LIKELIHOOD,
                     MIN,
                     GAMMA,
+                    FOCAL,
                     SUMS,
                     DTYPE,
                 )
@@ -1096,6 +1157,7 @@ def _backward_resident(
                     top, low, share = top + a, low + b, share + c
             results = ()
             for t in tl.static_range(TILES):
+                index = _class_index(t * CLASSES, CLASSES)
                 p, h, r, u, direct = _slopes(
                     zs[t],
                     m,
@@ -1104,10 +1166,12 @@ def _backward_resident(
                     gs[t],
                     cotangents[t],
                     gamma,
+                    index,
                     ACTIVATION,
                     LIKELIHOOD,
                     MIN,
                     GAMMA,
+                    FOCAL,
                     SUMS,
                     DTYPE,
                 )
@@ -1197,6 +1261,7 @@ def _two_class_gradient(
     WEIGHTED: tl.constexpr,
     gamma,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Two classes, labels: the gradient of one class is minus the other's."""
@@ -1204,7 +1269,7 @@ def _two_class_gradient(
     first = label == 0
     hit = tl.where(first, cotangents[0][0] - cotangents[1][1], cotangents[1][0] - cotangents[0][1])
     nll = tl.where(first, cotangents[0][2], cotangents[1][2])
-    q = _slope(p, other, log_one_plus(e, DTYPE) + gap, gamma, GAMMA, DTYPE)
+    q = _slope(p, other, log_one_plus(e, DTYPE) + gap, gamma, label, GAMMA, FOCAL, DTYPE)
     of_label = other * (p * hit + nll * q)
     if WEIGHTED:
         of_label = of_label * w
@@ -1223,6 +1288,7 @@ def _label_gradient(
     WEIGHTED: tl.constexpr,
     gamma,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     TILES: tl.constexpr,
     CLASSES: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -1270,7 +1336,9 @@ def _label_gradient(
     if GAMMA != 0:
         e_label = exponential(d_label, DTYPE)
         minus_log = log_of_sum(e_label, others, total, DTYPE) + _at_most_finite(-d_label, DTYPE)
-        slope = nll * _slope(e_label * scale, others * scale, minus_log, gamma, GAMMA, DTYPE)
+        slope = nll * _slope(
+            e_label * scale, others * scale, minus_log, gamma, label, GAMMA, FOCAL, DTYPE
+        )
     shift = low * scale + slope
     included = label >= 0
     scale = tl.where(included, tl.where(m == m, scale, m), 0.0)
@@ -1312,6 +1380,7 @@ def _backward_online(
     LIKELIHOOD: tl.constexpr,
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
+    FOCAL: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -1379,10 +1448,12 @@ def _backward_online(
                     g,
                     cotangents,
                     gamma,
+                    index,
                     ACTIVATION,
                     LIKELIHOOD,
                     MIN,
                     GAMMA,
+                    FOCAL,
                     SUMS,
                     DTYPE,
                 )
@@ -1417,10 +1488,12 @@ def _backward_online(
                 g,
                 cotangents,
                 gamma,
+                index,
                 ACTIVATION,
                 LIKELIHOOD,
                 MIN,
                 GAMMA,
+                FOCAL,
                 SUMS,
                 DTYPE,
             )
@@ -1451,6 +1524,7 @@ class Problem(NamedTuple):
     gamma: float
     sums: int
     contiguous: bool
+    focal: int = -1  # classes with the exponent gamma; -1: all
 
 
 class Plan(NamedTuple):
@@ -1475,6 +1549,7 @@ def plan(problem: Problem, backward: bool) -> Plan:
         "LIKELIHOOD": problem.likelihood,
         "MIN": problem.overlap == 1,
         "GAMMA": int(problem.gamma) if problem.gamma in (0, 1, 2) else 3,
+        "FOCAL": problem.focal,
         "TARGET": problem.target_kind,
         "HAS_IGNORE": problem.has_ignore,
         "DTYPE": tl.float64 if problem.dtype == torch.float64 else tl.float32,
@@ -1575,6 +1650,7 @@ def _describe(
     gamma: float,
     sums: int,
     contiguous: bool,
+    focal_classes: int | None,
 ) -> Problem:
     batch, classes = input.shape[:2]
     voxels = math.prod(input.shape[2:])
@@ -1601,6 +1677,7 @@ def _describe(
         gamma,
         sums,
         contiguous,
+        -1 if focal_classes is None else focal_classes,
     )
 
 
@@ -1636,6 +1713,7 @@ def soft_confusion(
     ignore_index: int | None,
     gamma: float,
     full: bool,
+    focal_classes: int | None = None,
 ) -> torch.Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums; see voxfuse.soft_confusion."""
     sums = 8 if full else 4
@@ -1643,7 +1721,7 @@ def soft_confusion(
     if input.numel() == 0:
         return torch.zeros(shape, dtype=torch.float64, device=input.device)
     if shape[0] > MAX_SAMPLES:
-        options = (activation, likelihood, overlap, ignore_index, gamma, full)
+        options = (activation, likelihood, overlap, ignore_index, gamma, full, focal_classes)
         parts = _split(input, target, weight)
         return torch.cat([soft_confusion(*part, *options) for part in parts])
     flat, flat_target, flat_weight, strides = _flatten_all(input, target, weight)
@@ -1658,6 +1736,7 @@ def soft_confusion(
         gamma,
         sums,
         strides[2] == 1,
+        focal_classes,
     )
     chosen = plan(problem, backward=False)
     tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
@@ -1705,13 +1784,14 @@ def soft_confusion_backward(
     overlap: int,
     ignore_index: int | None,
     gamma: float,
+    focal_classes: int | None = None,
 ) -> torch.Tensor:
     """Return the gradient at ``input``, in its dtype and layout."""
     gradient = torch.empty_like(input)
     if input.numel() == 0:
         return gradient
     if input.shape[0] > MAX_SAMPLES:
-        options = (activation, likelihood, overlap, ignore_index, gamma)
+        options = (activation, likelihood, overlap, ignore_index, gamma, focal_classes)
         for part, output in zip(
             _split(grad, input, target, weight), gradient.split(MAX_SAMPLES), strict=True
         ):
@@ -1734,6 +1814,7 @@ def soft_confusion_backward(
         gamma,
         sums,
         strides[2] == 1,
+        focal_classes,
     )
     chosen = plan(problem, backward=True)
     tiles = triton.cdiv(problem.voxels, chosen.constants["BLOCK"])

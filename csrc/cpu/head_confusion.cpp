@@ -38,7 +38,7 @@ Arguments arguments(const Tensor& features, const Tensor& weight, const std::opt
                     const Tensor& target, const std::optional<Tensor>& voxel_weight,
                     int64_t activation, int64_t likelihood, int64_t overlap,
                     const std::optional<int64_t>& ignore_index, double gamma, int64_t chunk_bytes,
-                    int statistics) {
+                    int statistics, const std::optional<int64_t>& focal_classes) {
   check_head_confusion(features, weight, bias, target, voxel_weight, activation, likelihood,
                        overlap, ignore_index, gamma, chunk_bytes);
   Arguments a{view_of(features, true),
@@ -70,6 +70,7 @@ Arguments arguments(const Tensor& features, const Tensor& weight, const std::opt
   q.has_ignore = ignore_index.has_value();
   q.ignore_index = ignore_index.value_or(0);
   q.gamma = gamma;
+  q.focal_classes = focal_classes_of(focal_classes);
   q.statistics = statistics;
   q.cotangent = nullptr;
   q.gradient = nullptr;
@@ -120,10 +121,11 @@ Tensor head_confusion(const Tensor& features, const Tensor& weight,
                       const std::optional<Tensor>& voxel_weight, int64_t activation,
                       int64_t likelihood, int64_t overlap,
                       const std::optional<int64_t>& ignore_index, double gamma, bool full,
-                      int64_t chunk_bytes) {
+                      int64_t chunk_bytes, const std::optional<int64_t>& focal_classes) {
   const int statistics = full ? 8 : 4;
-  const Arguments a = arguments(features, weight, bias, target, voxel_weight, activation,
-                                likelihood, overlap, ignore_index, gamma, chunk_bytes, statistics);
+  const Arguments a =
+      arguments(features, weight, bias, target, voxel_weight, activation, likelihood, overlap,
+                ignore_index, gamma, chunk_bytes, statistics, focal_classes);
   const Confusion& q = a.head.confusion;
   const int64_t rows = q.classes * statistics;
   const Ranges ranges = ranges_of(a.head, rows);
@@ -147,11 +149,11 @@ std::tuple<Tensor, Tensor, Tensor> head_confusion_backward(
     const std::optional<Tensor>& bias, const Tensor& target,
     const std::optional<Tensor>& voxel_weight, int64_t activation, int64_t likelihood,
     int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma, int64_t chunk_bytes,
-    bool need_features, bool need_head) {
+    bool need_features, bool need_head, const std::optional<int64_t>& focal_classes) {
   check_head_confusion_grad(grad, features, weight);
   Arguments a =
       arguments(features, weight, bias, target, voxel_weight, activation, likelihood, overlap,
-                ignore_index, gamma, chunk_bytes, static_cast<int>(grad.size(2)));
+                ignore_index, gamma, chunk_bytes, static_cast<int>(grad.size(2)), focal_classes);
   Head& head = a.head;
   Confusion& q = head.confusion;
   const Tensor cotangent = torch::stable::contiguous(grad);

@@ -44,13 +44,13 @@ class Row {
         total.size += weights_[c] * ratios[c].size;
         any = any || present[c];
       }
-      add_term(total, any);
+      add_term(total, any, options_.exponent);
       return;
     }
     weights_.assign(count, 1);
     for (int64_t c = 0; c < count; ++c) {
       if (class_weight != nullptr) weights_[c] = class_weight[c];
-      add_term(ratios[c], present[c]);
+      add_term(ratios[c], present[c], exponent_of(options_.first_class + c, options_));
       terms_.back().value *= weights_[c];
     }
   }
@@ -70,9 +70,9 @@ class Row {
   }
 
  private:
-  void add_term(const RatioSums& sums, bool present) {
+  void add_term(const RatioSums& sums, bool present, double exponent) {
     const bool keep = present || options_.absent == kKeepAbsent;
-    terms_.push_back(keep ? ratio_term(sums, options_) : RatioTerm{0, 0, 0});
+    terms_.push_back(keep ? ratio_term(sums, exponent, options_) : RatioTerm{0, 0, 0});
     if (present || options_.absent != kIgnoreAbsent) ++counted_;
   }
 
@@ -144,11 +144,12 @@ std::tuple<Tensor, Tensor> ratio_loss(const Tensor& stats_in, const std::vector<
                                       int64_t absent, int64_t reduction, double ratio_scale,
                                       const std::optional<Tensor>& nll_weight,
                                       const std::optional<Tensor>& off_weight, double nll_scale,
-                                      double off_scale, int64_t normaliser, bool double_loss) {
+                                      double off_scale, int64_t normaliser, bool double_loss,
+                                      int64_t exponent_from) {
   const RatioOptions options = ratio_options(
       stats_in, numerator, denominator, smooth_nr, smooth_dr, min_denominator, exponent, log,
       class_weight, first_class, batch, class_pooling, absent, reduction, ratio_scale, nll_weight,
-      off_weight, nll_scale, off_scale, normaliser);
+      off_weight, nll_scale, off_scale, normaliser, exponent_from);
   const Tensor stats = stats_in.is_contiguous() ? stats_in : torch::stable::contiguous(stats_in);
   const int64_t samples = stats.size(0);
   const int64_t classes = stats.size(1);

@@ -81,7 +81,8 @@ struct Arguments {
 
 Arguments arguments(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                     int64_t activation, int64_t likelihood, int64_t overlap,
-                    const std::optional<int64_t>& ignore_index, double gamma, int statistics) {
+                    const std::optional<int64_t>& ignore_index, double gamma, int statistics,
+                    const std::optional<int64_t>& focal_classes) {
   check_soft_confusion(input, target, weight, activation, likelihood, overlap, ignore_index, gamma);
   Arguments a{view_of(input, true), view_of(target, target.dim() == input.dim()), std::nullopt, {}};
   Confusion& q = a.confusion;
@@ -109,6 +110,7 @@ Arguments arguments(const Tensor& input, const Tensor& target, const std::option
   q.has_ignore = ignore_index.has_value();
   q.ignore_index = ignore_index.value_or(0);
   q.gamma = gamma;
+  q.focal_classes = focal_classes_of(focal_classes);
   q.statistics = statistics;
   q.cotangent = nullptr;
   q.gradient = nullptr;
@@ -118,10 +120,10 @@ Arguments arguments(const Tensor& input, const Tensor& target, const std::option
 Tensor soft_confusion(const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
                       int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
-                      bool full) {
+                      bool full, const std::optional<int64_t>& focal_classes) {
   const int statistics = full ? 8 : 4;
   const Arguments a = arguments(input, target, weight, activation, likelihood, overlap,
-                                ignore_index, gamma, statistics);
+                                ignore_index, gamma, statistics, focal_classes);
   const Confusion& q = a.confusion;
   const int64_t rows = q.classes * statistics;
   // The ranges' sums together stay within 512 KiB.
@@ -158,10 +160,11 @@ Tensor soft_confusion(const Tensor& input, const Tensor& target,
 Tensor soft_confusion_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                const std::optional<Tensor>& weight, int64_t activation,
                                int64_t likelihood, int64_t overlap,
-                               const std::optional<int64_t>& ignore_index, double gamma) {
+                               const std::optional<int64_t>& ignore_index, double gamma,
+                               const std::optional<int64_t>& focal_classes) {
   check_soft_confusion_grad(grad, input);
   Arguments a = arguments(input, target, weight, activation, likelihood, overlap, ignore_index,
-                          gamma, static_cast<int>(grad.size(2)));
+                          gamma, static_cast<int>(grad.size(2)), focal_classes);
   Confusion& q = a.confusion;
   const Tensor cotangent = torch::stable::contiguous(grad);
   q.cotangent = static_cast<const double*>(cotangent.const_data_ptr());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "math/layout.h"
 
@@ -32,6 +33,8 @@ struct Confusion {
   bool has_ignore;
   int64_t ignore_index;
   double gamma;
+  // gamma is that of the classes below; the others have 0.
+  int64_t focal_classes = std::numeric_limits<int64_t>::max();
 
   int statistics;  // 4 or 8: in the forward those to compute, in the backward those given
 

@@ -392,11 +392,12 @@ void general_forward(const Confusion& q, const Block<R>& block, Workspace<R>& wo
       const V r = load(rows.likelihood.p + c * width);
       const V complement = load(rows.likelihood.complement + c * width);
       const V minus_log = load(rows.likelihood.minus_log + c * width);
-      add(3, product<R>(g, power<R>(complement, gamma) * minus_log));
+      const R focal = c < q.focal_classes ? gamma : R{0};
+      add(3, product<R>(g, power<R>(complement, focal) * minus_log));
       if (full) {
         add(4, product<R>(1 - g, q.likelihood == Activation::softmax
                                      ? minus_log
-                                     : power<R>(r, gamma) *
+                                     : power<R>(r, focal) *
                                            load(rows.likelihood.minus_log_complement + c * width)));
         add(5, p * p);
         add(6, g * g);
@@ -446,13 +447,14 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
         mean_h += load(rows.overlap.p + c * width) * (load(rows.h + c * width) - reference);
       }
     }
+    const auto focal = [&](int64_t c) { return c < q.focal_classes ? gamma : R{0}; };
     const auto slope_u = [&](int64_t c) {
       const R* t = cotangent + c * S;
       const V g = target_of(block, c, v);
       const V r = load(rows.likelihood.p + c * width);
       V u = t[3] * g *
             likelihood_slope<R>(r, load(rows.likelihood.complement + c * width),
-                                logs ? load(rows.likelihood.minus_log + c * width) : V{}, gamma);
+                                logs ? load(rows.likelihood.minus_log + c * width) : V{}, focal(c));
       if (S == 8) u -= t[4] * (1 - g);
       return u;
     };
@@ -482,12 +484,12 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
         const bool sigmoid = q.likelihood == Activation::sigmoid;
         const V one = broadcast<R>(1);
         const V minus_log = logs ? load(rows.likelihood.minus_log + c * width) : V{};
-        const V slope = likelihood_slope<R>(r, complement, minus_log, gamma);
+        const V slope = likelihood_slope<R>(r, complement, minus_log, focal(c));
         // Without a cotangent there is no slope, not even an infinite one (r = 0).
         d += product<R>(t[3] * g, slope * (sigmoid ? complement : one / r));
         if (S == 8) {
           const V mirrored = logs ? load(rows.likelihood.minus_log_complement + c * width) : V{};
-          const V off = likelihood_slope<R>(complement, r, mirrored, gamma);
+          const V off = likelihood_slope<R>(complement, r, mirrored, focal(c));
           d -= product<R>(t[4] * (1 - g), off * (sigmoid ? r : one / complement));
         }
       }

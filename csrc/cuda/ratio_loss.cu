@@ -66,8 +66,9 @@ __device__ inline bool is_counted(const RatioOptions& o, bool present) {
   return present || o.absent != kIgnoreAbsent;
 }
 
-__device__ inline RatioTerm term_of(const RatioOptions& o, const RatioSums& sums, bool present) {
-  return present || o.absent == kKeepAbsent ? ratio_term(sums, o) : RatioTerm{0, 0, 0};
+__device__ inline RatioTerm term_of(const RatioOptions& o, const RatioSums& sums, bool present,
+                                    double exponent) {
+  return present || o.absent == kKeepAbsent ? ratio_term(sums, exponent, o) : RatioTerm{0, 0, 0};
 }
 
 /// Terms of single classes: a thread takes every kThreads-th (row, class).
@@ -91,7 +92,8 @@ __device__ inline double class_terms(const RatioLoss& q, int64_t rows, double* s
     double sums[kMaxSums];
     load_row(q, r, o.first_class + c, sums);
     const double factor = q.class_weight == nullptr ? 1 : q.class_weight[c];
-    const RatioTerm term = term_of(o, ratio_sums(sums, o), sums[kTp] + sums[kFn] != 0);
+    const RatioTerm term = term_of(o, ratio_sums(sums, o), sums[kTp] + sums[kFn] != 0,
+                                   exponent_of(o.first_class + c, o));
     const double part = scale * (term.value * factor);
     if (o.reduction == kNoReduction) store_loss(q, i, part);
     value += part;
@@ -155,7 +157,7 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
       total.size += weight * part.size;
     }
     total = {warp_sum(total.misses), warp_sum(total.hits), warp_sum(total.size)};
-    const RatioTerm term = term_of(o, total, present);
+    const RatioTerm term = term_of(o, total, present, o.exponent);
     if (lane == 0) {
       value += scale * term.value;
       if (o.reduction == kNoReduction) store_loss(q, r, scale * term.value);

@@ -23,12 +23,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& stats_in, const std::vector<dou
                                    int64_t absent, int64_t reduction, double ratio_scale,
                                    const std::optional<Tensor>& nll_weight,
                                    const std::optional<Tensor>& off_weight, double nll_scale,
-                                   double off_scale, int64_t normaliser, bool double_loss) {
+                                   double off_scale, int64_t normaliser, bool double_loss,
+                                   int64_t exponent_from) {
   RatioLoss q;
   q.options = ratio_options(stats_in, numerator, denominator, smooth_nr, smooth_dr, min_denominator,
                             exponent, log, class_weight, first_class, batch, class_pooling, absent,
                             reduction, ratio_scale, nll_weight, off_weight, nll_scale, off_scale,
-                            normaliser);
+                            normaliser, exponent_from);
   const torch::stable::accelerator::DeviceGuard guard(stats_in.get_device_index());
   const Tensor stats = torch::stable::contiguous(stats_in);
   Tensor loss = torch::stable::new_empty(stats, ratio_loss_shape(stats, q.options),

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <limits>
+
 #include "math/layout.h"
 
 namespace voxfuse::cuda {
@@ -32,8 +34,9 @@ struct SoftConfusion {
   bool has_ignore = false;
   int64_t ignore_index = 0;
   double gamma = 0;
-  int statistics = 4;                  // 4 or 8 a class
-  double* sums = nullptr;              // forward: (B, C, statistics)
+  int64_t focal_classes = std::numeric_limits<int64_t>::max();  // gamma is 0 from here on
+  int statistics = 4;                                           // 4 or 8 a class
+  double* sums = nullptr;                                       // forward: (B, C, statistics)
   double* workspace = nullptr;         // forward: workspace_doubles() elements
   const double* cotangents = nullptr;  // backward: (B, C, statistics)
   View gradient;                       // backward: written, input's type

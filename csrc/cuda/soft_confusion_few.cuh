@@ -136,7 +136,9 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
           own_tp = w * pair.p;
           own_fn = w * pair.complement;
           own_nll = pair.minus_log;
-          if (gamma != 0.0f) own_nll = math::focal(pair.complement, own_nll, gamma);
+          if (gamma != 0.0f && y < q.focal_classes) {
+            own_nll = math::focal(pair.complement, own_nll, gamma);
+          }
           if constexpr (kFull) {
             const float hit = own_tp * pair.p, miss = own_fn * pair.complement;
             off[0] += y == 1 ? w * pair.minus_log_other : 0.0f;
@@ -181,7 +183,9 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
           own_tp = own * scale;
           own_fn = others * scale;
           own_nll = label_minus_log(own, others, inverse, exponent);
-          if (gamma != 0.0f) own_nll = math::focal(others * inverse, own_nll, gamma);
+          if (gamma != 0.0f && y < q.focal_classes) {
+            own_nll = math::focal(others * inverse, own_nll, gamma);
+          }
         }
         own_nll *= w;
         if constexpr (kCells) {
@@ -314,7 +318,7 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
           value = pair.p * (first ? off[1] : off[0]);
         }
         float u = -l;
-        if (gamma != 0.0f)
+        if (gamma != 0.0f && (first ? 0 : 1) < q.focal_classes)
           u = l * math::focal_slope(pair.p, pair.complement, pair.minus_log, gamma);
         value = weight[i] * (fmaf(pair.complement, fmaf(pair.p, h, u), value));
         z[0][i] = first ? value : -value;
@@ -356,7 +360,7 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
         }
         const float p = own * inverse, complement = others * inverse, mean = sum * inverse;
         float u = -nll[y], h = hit[y];
-        if (gamma != 0.0f) {
+        if (gamma != 0.0f && y < q.focal_classes) {
           const float minus_log = label_minus_log(own, others, inverse, exponent);
           u = nll[y] * math::focal_slope(p, complement, minus_log, gamma);
         }

@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   constexpr int kWarps = kGeneralThreads / kWarp;
   const int classes = static_cast<int>(q.classes);
   const Row row(q, blockIdx.x);
-  const Real gamma = static_cast<Real>(q.gamma);
   const auto* input = static_cast<const T*>(q.input.data) + row.sample * q.input.stride.batch;
   const bool any_softmax = q.activation == math::kSoftmax || q.likelihood == math::kSoftmax;
   // A class belongs to one warp, and its sums to that warp's first lane.
@@ -112,6 +111,7 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     }
     for (int c = warp; c < classes; c += kWarps) {
       const T* plane = input + c * q.input.stride.channel;
+      const Real gamma = gamma_of<Real>(q, c);
       Real sums[8] = {};
       for (int i = lane; i < count; i += kWarp) {
         Real g;
@@ -183,7 +183,6 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   const int64_t b = blockIdx.x / blocks;
   const int64_t voxel = int64_t{blockIdx.x % blocks} * kGeneralThreads + threadIdx.x;
   if (voxel >= q.voxels) return;
-  const Real gamma = static_cast<Real>(q.gamma);
   const bool full = q.statistics == 8;
   const auto* input =
       static_cast<const T*>(q.input.data) + b * q.input.stride.batch + voxel * q.input.stride.voxel;
@@ -213,12 +212,15 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
       if (q.activation == math::kSoftmax) {
         mean += p.p * (slope.overlap(p, g, q.use_min) - base);
       }
-      if (q.likelihood == math::kSoftmax) total += slope.likelihood(p, g, gamma);
+      if (q.likelihood == math::kSoftmax) {
+        total += slope.likelihood(p, g, gamma_of<Real>(q, c));
+      }
     }
   }
   for (int c = 0; c < classes; ++c) {
     const Real w = load_one<Real>(q, b, c, voxel, g), z = logit(c);
     const GeneralSlope<Real> slope(q, b, c);
+    const Real gamma = gamma_of<Real>(q, c);
     const auto p = evaluate<Real>(q.activation, softmax, z, c);
     Real value = slope.overlap(p, g, q.use_min);
     if (q.activation == math::kSoftmax) {

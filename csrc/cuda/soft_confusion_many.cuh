@@ -122,7 +122,6 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   const int first = warp * kClasses;
-  const float gamma = static_cast<float>(q.gamma);
   const Row row(q, blockIdx.x);
   // Every class belongs to one warp; only its first lane touches these.
   if (lane == 0) {
@@ -147,6 +146,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
       for (int slot = thread; slot < kTile; slot += threads) {
         const ManyVoxel voxel(shared, slot, warps);
         const float scale = shared.weight[slot] * voxel.inverse;
+        const float gamma = gamma_of<float>(q, shared.label[slot]);
         shared.total_maximum[slot] = voxel.maximum;
         shared.scale[slot] = scale;
         tp[slot] = voxel.own * scale;
@@ -221,7 +221,6 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   const int first = warp * kClasses;
-  const float gamma = static_cast<float>(q.gamma);
   constexpr int kBlock = kTile * Shape::kTiles;
   const unsigned blocks = static_cast<unsigned>((q.voxels + kBlock - 1) / kBlock);
   const int64_t b = blockIdx.x / blocks, begin = int64_t{blockIdx.x % blocks} * kBlock;
@@ -265,6 +264,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
       }
       mean *= voxel.inverse;
       const float p = voxel.own * voxel.inverse;
+      const float gamma = gamma_of<float>(q, y);
       const float u = nll[y] * math::focal_slope(p, voxel.complement, voxel.minus_log, gamma);
       shared.total_maximum[slot] = voxel.maximum;
       shared.scale[slot] = shared.weight[slot] * voxel.inverse;

@@ -16,7 +16,8 @@ struct Arguments {
 
   Arguments(const Tensor& input_, const Tensor& target_, const std::optional<Tensor>& weight_,
             int64_t activation, int64_t likelihood, int64_t overlap,
-            const std::optional<int64_t>& ignore_index, double gamma, int statistics)
+            const std::optional<int64_t>& ignore_index, double gamma, int statistics,
+            const std::optional<int64_t>& focal_classes)
       : input(
             checked(input_, target_, weight_, activation, likelihood, overlap, ignore_index, gamma),
             true),
@@ -39,6 +40,7 @@ struct Arguments {
     q.has_ignore = ignore_index.has_value();
     q.ignore_index = ignore_index.value_or(0);
     q.gamma = gamma;
+    q.focal_classes = focal_classes_of(focal_classes);
     q.statistics = statistics;
   }
 
@@ -62,11 +64,12 @@ struct Arguments {
 
 Tensor forward(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                int64_t activation, int64_t likelihood, int64_t overlap,
-               const std::optional<int64_t>& ignore_index, double gamma, bool full) {
+               const std::optional<int64_t>& ignore_index, double gamma, bool full,
+               const std::optional<int64_t>& focal_classes) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const int statistics = full ? 8 : 4;
   Arguments a(input, target, weight, activation, likelihood, overlap, ignore_index, gamma,
-              statistics);
+              statistics, focal_classes);
   Tensor sums = torch::stable::new_empty(input, {input.size(0), input.size(1), statistics},
                                          ScalarType::Double);
   if (input.numel() == 0) return torch::stable::zero_(sums);
@@ -80,11 +83,12 @@ Tensor forward(const Tensor& input, const Tensor& target, const std::optional<Te
 
 Tensor backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                 const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
-                int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma) {
+                int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
+                const std::optional<int64_t>& focal_classes) {
   check_soft_confusion_grad(grad, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Arguments a(input, target, weight, activation, likelihood, overlap, ignore_index, gamma,
-              static_cast<int>(grad.size(2)));
+              static_cast<int>(grad.size(2)), focal_classes);
   Tensor result = torch::stable::empty_like(input);
   if (input.numel() == 0) return result;
   const Tensor cotangents = torch::stable::contiguous(grad);

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
   const unsigned classes = static_cast<unsigned>(q.classes);
   const int c = static_cast<int>(blockIdx.x % classes);
   const Row row(q, blockIdx.x / classes);
-  const float gamma = static_cast<float>(q.gamma);
+  const float gamma = gamma_of<float>(q, c);
   double total = 0;  // of sum `thread`
 
   for (int64_t chunk = row.first; chunk < row.last; ++chunk) {
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
   const int64_t end = begin + kBlock < q.voxels ? begin + kBlock : q.voxels;
   const Slope slope(q.cotangents + (b * q.classes + c) * q.statistics, q.statistics);
   const bool full = q.statistics == 8;
-  const float gamma = static_cast<float>(q.gamma);
+  const float gamma = gamma_of<float>(q, c);
   auto* gradient = static_cast<T*>(const_cast<void*>(q.gradient.data)) +
                    b * q.gradient.stride.batch + c * q.gradient.stride.channel;
 

@@ -214,6 +214,12 @@ __device__ inline void clear_excluded(const int (&label)[kVoxels], float (&z)[kC
   }
 }
 
+/// The likelihood's exponent of class c.
+template <class Real>
+__device__ inline Real gamma_of(const SoftConfusion& q, int c) {
+  return c < q.focal_classes ? static_cast<Real>(q.gamma) : Real(0);
+}
+
 /// -log p of the label's class from its exponential, that of all others and its exponent in base 2.
 __device__ inline float label_minus_log(float own, float others, float inverse, float exponent) {
   const float tail = math::minus_log1m(fminf(own, others) * inverse);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "host_device.h"
 
@@ -29,6 +30,7 @@ struct RatioOptions {
   double off_scale;
   int sums;  // 4 or 8
   int first_class;
+  int exponent_from;  // classes before have the exponent 1
   int class_pooling;
   int absent;
   int reduction;
@@ -71,7 +73,12 @@ VOXFUSE_HOST_DEVICE inline double ratio_slope(const RatioTerm& term, int k,
   return term.a * (den - num) + term.b * den;
 }
 
-VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums,
+// The exponent of the terms of a class.
+VOXFUSE_HOST_DEVICE inline double exponent_of(int64_t class_index, const RatioOptions& options) {
+  return class_index < options.exponent_from ? 1 : options.exponent;
+}
+
+VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums, double exponent,
                                                 const RatioOptions& options) {
   const double n = sums.hits + options.smooth_nr;
   double d = sums.size + options.smooth_dr;
@@ -90,11 +97,11 @@ VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums,
     } else {
       term = {index < 0.5 ? -std::log1p(-index) : -std::log(ratio), 1 / n, 0};
     }
-  } else if (options.exponent != 1) {
+  } else if (exponent != 1) {
     // The slope of I^exponent at I = 0 is taken as 0, for exponents below 1 too.
     if (index <= 0) return {0, 0, 0};
-    const double power = std::pow(index, options.exponent - 1);
-    term = {power * index, options.exponent * power / d, 0};
+    const double power = std::pow(index, exponent - 1);
+    term = {power * index, exponent * power / d, 0};
   }
   term.b = clamped ? -term.a : -index * term.a;
   return term;

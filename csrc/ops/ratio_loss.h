@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -39,7 +40,7 @@ inline RatioOptions ratio_options(const Tensor& stats, const std::vector<double>
                                   int64_t absent, int64_t reduction, double ratio_scale,
                                   const std::optional<Tensor>& nll_weight,
                                   const std::optional<Tensor>& off_weight, double nll_scale,
-                                  double off_scale, int64_t normaliser) {
+                                  double off_scale, int64_t normaliser, int64_t exponent_from) {
   STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double, "stats: expected float64");
   STD_TORCH_CHECK(stats.dim() == 3 && (stats.size(2) == 4 || stats.size(2) == 8),
                   "stats: expected shape (B, C, 4) or (B, C, 8)");
@@ -64,6 +65,10 @@ inline RatioOptions ratio_options(const Tensor& stats, const std::vector<double>
       sums == 8 || (off_scale == 0 && normaliser != kByVoxels && normaliser != kByElements),
       "stats: off_scale and the normalisers 'voxels' and 'elements' need all 8 sums");
 
+  STD_TORCH_CHECK(exponent_from == 0 || (exponent_from > 0 && class_pooling == kUnpooled),
+                  "exponent_from: got ", exponent_from,
+                  ", expected an int >= 0, and 0 with pooled classes");
+
   RatioOptions options{};
   for (size_t k = 0; k < numerator.size(); ++k) options.numerator[k] = numerator[k];
   for (size_t k = 0; k < denominator.size(); ++k) options.denominator[k] = denominator[k];
@@ -76,6 +81,7 @@ inline RatioOptions ratio_options(const Tensor& stats, const std::vector<double>
   options.off_scale = off_scale;
   options.sums = static_cast<int>(sums);
   options.first_class = static_cast<int>(first_class);
+  options.exponent_from = static_cast<int>(std::min(exponent_from, classes));
   options.class_pooling = static_cast<int>(class_pooling);
   options.absent = static_cast<int>(absent);
   options.reduction = static_cast<int>(reduction);

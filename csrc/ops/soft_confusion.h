@@ -2,6 +2,8 @@
 // Python wrapper's, with the same words, for callers that reach the operator directly.
 #pragma once
 
+#include <limits>
+
 #include "ops/tensor.h"
 
 namespace voxfuse {
@@ -74,6 +76,13 @@ inline void check_soft_confusion(const Tensor& input, const Tensor& target,
                   ", expected float32, float16, bfloat16 or float64");
   check_confusion_companions(input, input.size(1), target, weight, activation, likelihood, overlap,
                              ignore_index, gamma);
+}
+
+// How many classes, from the first on, have the likelihood's exponent gamma.
+inline int64_t focal_classes_of(const std::optional<int64_t>& focal_classes) {
+  STD_TORCH_CHECK(!focal_classes || *focal_classes >= 0, "focal_classes: got ", *focal_classes,
+                  ", expected an int >= 0 or None");
+  return focal_classes.value_or(std::numeric_limits<int64_t>::max());
 }
 
 inline void check_soft_confusion_grad(const Tensor& grad, const Tensor& input) {

@@ -257,6 +257,7 @@ class SoftConfusion:
         ignore_index: int | None,
         gamma: float,
         statistics: int,
+        focal_classes: int | None = None,
     ) -> bytes:
         batch, classes = input.shape[:2]
         channel = target.ndim == input.ndim
@@ -281,6 +282,7 @@ class SoftConfusion:
             *describe(target, channel),
             *describe(weight, weight_channel),
         ]
+        focal = float(classes if focal_classes is None else focal_classes)
         empty = bytearray()
         buffers = [storage_bytes(input), storage_bytes(target)]
         buffers.append(empty if weight is None else storage_bytes(weight))
@@ -288,7 +290,7 @@ class SoftConfusion:
             gradient = self._gradient(input)
             integers += describe(gradient, True)
             buffers += [storage_bytes(grad.contiguous()), storage_bytes(gradient)]
-        (result,) = self._program.call(integers, [gamma], buffers, 1)
+        (result,) = self._program.call(integers, [gamma, focal], buffers, 1)
         return result
 
     @staticmethod
@@ -296,16 +298,17 @@ class SoftConfusion:
         return torch.full_like(input, float("nan"))
 
     def soft_confusion(self, input: Tensor, target: Tensor, weight: Any, *rest: Any) -> Tensor:
-        *options, full = rest
+        *options, full = rest[:6]
         statistics = 8 if full else 4
-        result = self._call(None, input, target, weight, *options, statistics)
+        result = self._call(None, input, target, weight, *options, statistics, *rest[6:])
         like = torch.empty(*input.shape[:2], statistics, dtype=torch.float64)
         return from_bytes(result, like)
 
     def soft_confusion_backward(
         self, grad: Tensor, input: Tensor, target: Tensor, weight: Any, *options: Any
     ) -> Tensor:
-        result = self._call(grad, input, target, weight, *options, grad.shape[2])
+        sums = grad.shape[2]
+        result = self._call(grad, input, target, weight, *options[:5], sums, *options[5:])
         gradient = from_bytes(result, self._gradient(collapse(input, True)))
         return torch.empty_like(input).copy_(gradient)
 
@@ -344,6 +347,7 @@ class RatioLoss:
         off_scale: float,
         normaliser: int,
         double_loss: bool,
+        exponent_from: int = 0,
     ) -> tuple[Tensor, Tensor]:
         samples, classes, sums = stats.shape
         shape: list[int] = []
@@ -357,6 +361,7 @@ class RatioLoss:
         doubles += [nll_scale, off_scale]
         for coefficients in (numerator, denominator):
             doubles += [*coefficients, *[0.0] * (8 - len(coefficients))]
+        doubles.append(exponent_from)
         weights = (class_weight, nll_weight, off_weight)
         buffers = [storage_bytes(stats.contiguous().clone())]
         buffers += [bytearray() if w is None else storage_bytes(w.clone()) for w in weights]

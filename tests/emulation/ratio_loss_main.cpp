@@ -32,6 +32,7 @@ cudaError_t forward(const Record& record) {
   o.smooth_dr = d[1];
   o.min_denominator = d[2];
   o.exponent = d[3];
+  o.exponent_from = static_cast<int>(d[23]);
   o.ratio_scale = d[4];
   o.nll_scale = d[5];
   o.off_scale = d[6];

@@ -41,6 +41,7 @@ int main() {
     q.ignore_index = x[9];
     q.statistics = static_cast<int>(x[10]);
     q.gamma = record.doubles[0];
+    q.focal_classes = static_cast<std::int64_t>(record.doubles[1]);
     q.input = view_of(record, 0, 11);
     q.target = view_of(record, 1, 16);
     q.weight = view_of(record, 2, 21);

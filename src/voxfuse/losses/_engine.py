@@ -266,7 +266,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its slopes at the sums."""
     with _below_autograd():
-        stats = operators.confusion(input, target, weight, *plan.confusion)
+        stats = operators.confusion(input, target, weight, *plan.confusion, plan.focal_classes)
         if ranks is not None:
             stats = _sum_over_ranks(stats, plan.batch, ranks)
         result: tuple[Tensor, Tensor] = operators.ratio(
@@ -278,6 +278,7 @@ def _forward(
             weights.off,
             *plan.likelihood,
             input.dtype == torch.float64,
+            plan.exponent_from,
         )
     return result
 
@@ -312,7 +313,7 @@ class _Fused(torch.autograd.Function):
             if ranks is not None:
                 grad = _share_of_rank(grad, input.shape[0], ranks)
             gradient = operators.confusion_backward(
-                grad, input, target, weight, *plan.confusion[:5]
+                grad, input, target, weight, *plan.confusion[:5], plan.focal_classes
             )
         return once_differentiable(gradient, input), None, None, None, None, None, None
 
@@ -327,7 +328,7 @@ def _composed(
     ranks: Ranks | None,
 ) -> Tensor:
     """The same from the operators' own autograd: what a compiler can trace."""
-    stats = operators.confusion(input, target, weight, *plan.confusion)
+    stats = operators.confusion(input, target, weight, *plan.confusion, plan.focal_classes)
     return loss_of_sums(operators, plan, stats, weights, ranks, input.dtype == torch.float64)
 
 
@@ -351,6 +352,7 @@ def loss_of_sums(
         weights.off,
         *plan.likelihood,
         double_loss,
+        plan.exponent_from,
     )[0]
     return loss
 

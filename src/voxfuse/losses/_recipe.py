@@ -29,6 +29,10 @@ class Plan(NamedTuple):
     ratio: tuple[list[float], list[float], float, float, float, float, bool]
     terms: tuple[int, bool, int, int, int, float]
     likelihood: tuple[float, float, int]
+    #: How many classes, from the first on, the likelihood's gamma applies to; None: all.
+    focal_classes: int | None = None
+    #: Classes before this one have the exponent 1.
+    exponent_from: int = 0
 
     @property
     def first_class(self) -> int:
@@ -61,6 +65,7 @@ class Ratio:
     absent: int
     reduction: int
     scale: float
+    exponent_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Likelihood:
     mean: str
     reduction: int
     top_percent: float | None
+    focal_classes: int | None = None
 
 
 @dataclass
@@ -120,6 +126,11 @@ class Recipe:
                 raise ValueError(
                     "include_background: False leaves no class of an input with one channel"
                 )
+        if classes == 1 and likelihood is not None and likelihood.focal_classes is not None:
+            raise ValueError(
+                "symmetric: False needs a channel for the background, and the input has only one "
+                "channel"
+            )
         nll_scale, off_scale, normaliser = self._likelihood_scales(classes, dense)
         counted = normaliser in (NORMALISERS["voxels"], NORMALISERS["elements"])
         ratio = self.ratio
@@ -156,6 +167,8 @@ class Recipe:
                 ratio.scale,
             ),
             (nll_scale, off_scale, normaliser),
+            likelihood.focal_classes if likelihood else None,
+            ratio.exponent_from,
         )
 
     def _likelihood_scales(self, classes: int, dense: bool) -> tuple[float, float, int]:
@@ -232,6 +245,7 @@ def ratio_recipe(
     class_pooling: str = "none",
     scale: float = 1.0,
     likelihood: Likelihood | None = None,
+    exponent_from: int = 0,
 ) -> Recipe:
     """A ratio of sums, and possibly a log-likelihood from the same pass."""
     ratio = Ratio(
@@ -247,6 +261,7 @@ def ratio_recipe(
         absent=_checks.choice("absent", absent, ABSENT),
         reduction=_reduction(reduction, allow_none=likelihood is None),
         scale=scale,
+        exponent_from=exponent_from,
     )
     return Recipe(
         _checks.choice("activation", activation, ACTIVATIONS),
@@ -289,6 +304,7 @@ def likelihood_part(
     mean: str = "weighted",
     reduction: str = "mean",
     top_percent: float | None = None,
+    focal_classes: int | None = None,
 ) -> Likelihood:
     code = _checks.choice("activation", activation, ACTIVATIONS)
     if label_smoothing and code != SOFTMAX:
@@ -303,6 +319,7 @@ def likelihood_part(
         mean=mean,
         reduction=_reduction(reduction, allow_none=top_percent is None),
         top_percent=top_percent,
+        focal_classes=focal_classes,
     )
 
 
@@ -521,13 +538,19 @@ def dice_focal(
 
 
 def unified_focal(
-    balance: float = 0.5, delta: float = 0.6, gamma: float = 0.5, **options: Any
+    balance: float = 0.5,
+    delta: float = 0.6,
+    gamma: float = 0.5,
+    symmetric: bool = True,
+    **options: Any,
 ) -> Recipe:
     balance = number("balance", balance, 0.0, 1.0)
     delta = number("delta", delta, 0.0, 1.0)
     gamma = number("gamma", gamma, 0.0)
     if gamma >= 1:
         raise ValueError(f"gamma: got {gamma}, expected a number in [0, 1)")
+    if not symmetric and options.get("activation", "softmax") == "sigmoid":
+        raise ValueError("symmetric: False needs one softmax over background and foreground")
     part = likelihood_part(
         options.get("activation", "softmax"),
         scale=balance,
@@ -536,12 +559,16 @@ def unified_focal(
         include_background=options.get("include_background", True),
         mean="voxels",
         reduction=options.get("reduction", "mean"),
+        # The background alone is suppressed in the likelihood, the foreground alone enhanced in
+        # the overlap.
+        focal_classes=None if symmetric else 1,
     )
     return ratio_recipe(
         *tversky_coefficients(1 - delta, delta),
         1 - gamma,
         scale=1 - balance,
         likelihood=part,
+        exponent_from=0 if symmetric else 1,
         **options,
     )
 

@@ -196,19 +196,24 @@ class DiceFocalLoss(LossModule):
 
 
 class UnifiedFocalLoss(LossModule):
-    r"""Unified focal loss, the symmetric form (Yeung et al. 2022, arXiv 2102.04525).
+    r"""Unified focal loss, symmetric or asymmetric (Yeung et al. 2022, arXiv 2102.04525).
 
     .. math::
         loss = \lambda\; \mathrm{mean}_v\; \delta_c (1-p)^\gamma (-\log p)
             + (1-\lambda)\; \mathrm{mean}_{b,c}\; (1 - TI)^{1-\gamma}
 
     with TI weighing false negatives by delta and false positives by 1 - delta, and
-    :math:`\delta_c` delta for the foreground classes and 1 - delta for the background.
+    :math:`\delta_c` delta for the foreground classes and 1 - delta for the background. In the
+    asymmetric form the two exponents are for rare foreground: only the background's likelihood is
+    suppressed by :math:`(1-p)^\gamma`, and only the foreground's overlap terms have the exponent
+    :math:`1-\gamma`, the background's has 1.
 
     Args:
         balance: lambda, in [0, 1].
         delta: in [0, 1].
         gamma: in [0, 1).
+        symmetric: False for the asymmetric form; it needs a softmax (or probabilities) with class
+            0 the background.
         options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
 
     Example:
@@ -226,6 +231,7 @@ class UnifiedFocalLoss(LossModule):
         balance: float = 0.5,
         delta: float = 0.6,
         gamma: float = 0.5,
+        symmetric: bool = True,
         **options: Unpack[CompoundOptions],
     ) -> None:
-        super().__init__(balance=balance, delta=delta, gamma=gamma, **options)
+        super().__init__(balance=balance, delta=delta, gamma=gamma, symmetric=symmetric, **options)

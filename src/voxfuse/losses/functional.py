@@ -410,6 +410,7 @@ def unified_focal_loss(
     balance: float = 0.5,
     delta: float = 0.6,
     gamma: float = 0.5,
+    symmetric: bool = True,
     **options: Unpack[CompoundOptions],
 ) -> Tensor:
     """Unified focal loss; see :class:`voxfuse.UnifiedFocalLoss`."""
@@ -421,6 +422,7 @@ def unified_focal_loss(
         balance=balance,
         delta=delta,
         gamma=gamma,
+        symmetric=symmetric,
         **options,
     )
 

@@ -93,7 +93,16 @@ def head_loss(
     operators = operators_of(loss.backend, features.device)
     confusion = _registry.namespace_of(loss.backend, features.device).head_confusion
     try:
-        sums = confusion(features, weight, bias, target, voxel_weight, *plan.confusion, chunk_bytes)
+        sums = confusion(
+            features,
+            weight,
+            bias,
+            target,
+            voxel_weight,
+            *plan.confusion,
+            chunk_bytes,
+            plan.focal_classes,
+        )
         return loss_of_sums(operators, plan, sums, weights, ranks, features.dtype == torch.float64)
     except RuntimeError as error:
         if torch.compiler.is_compiling():

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from voxfuse.ops import _checks, _registry
-from voxfuse.ops.soft_confusion import ACTIVATIONS, OVERLAPS, check_inputs
+from voxfuse.ops.soft_confusion import (
+    ACTIVATIONS,
+    OVERLAPS,
+    check_focal_classes,
+    check_inputs,
+)
 
 #: Bytes of logits that may exist at one time, unless the caller says otherwise.
 CHUNK_BYTES = 64 << 20
@@ -27,6 +32,7 @@ def head_confusion(
     overlap: str = "product",
     ignore_index: int | None = None,
     gamma: float = 0.0,
+    focal_classes: int | None = None,
     full: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
@@ -49,7 +55,7 @@ def head_confusion(
         bias: (C,) or None.
         target: labels or dense target for C classes, see :func:`voxfuse.soft_confusion`.
         voxel_weight: voxel weights or mask (B, \*spatial) or (B, 1, \*spatial).
-        activation, likelihood, overlap, ignore_index, gamma, full: see
+        activation, likelihood, overlap, ignore_index, gamma, focal_classes, full: see
             :func:`voxfuse.soft_confusion`.
         chunk_bytes: most bytes of logits that exist at one time.
         backend: "auto", "cpp", "triton" or "reference"; see :func:`voxfuse.backends`.
@@ -88,6 +94,7 @@ def head_confusion(
     overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
+    check_focal_classes(focal_classes)
     weight = check_head(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes)
     operators = _registry.namespace_of(backend, features.device)
     try:
@@ -104,6 +111,7 @@ def head_confusion(
             float(gamma),
             full,
             chunk_bytes,
+            focal_classes,
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -173,7 +181,8 @@ def _fake(features: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _fake_backward(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_features, need_head = rest[-2:]
+    # After target and voxel_weight: five options, gamma last, and chunk_bytes.
+    need_features, need_head = rest[8:10]
     return (
         torch.empty_like(features) if need_features else features.new_empty(0),
         weight.new_empty(weight.shape) if need_head else weight.new_empty(0),
@@ -182,9 +191,10 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weight, bias, target, voxel_weight, *options, _, chunk_bytes = inputs
+    features, weight, bias, target, voxel_weight, *options, _, chunk_bytes, focal = inputs
     ctx.save_for_backward(features, weight, bias, target, voxel_weight)
     ctx.options = (*options, chunk_bytes)
+    ctx.focal_classes = focal
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,12 +210,13 @@ def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
         *ctx.options,
         need_features,
         need_weight or need_bias,
+        ctx.focal_classes,
     )
     return (
         df if need_features else None,
         dw if need_weight else None,
         db if need_bias else None,
-        *(None,) * 9,
+        *(None,) * 10,
     )
 
 
@@ -215,14 +226,14 @@ _HEAD = (
 )
 _registry.register(
     "head_confusion",
-    f"({_HEAD}bool full, int chunk_bytes) -> Tensor",
+    f"({_HEAD}bool full, int chunk_bytes, int? focal_classes=None) -> Tensor",
     _fake,
     stem="head_confusion",
 )
 _registry.register(
     "head_confusion_backward",
-    f"(Tensor grad, {_HEAD}int chunk_bytes, bool need_features, bool need_head) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_HEAD}int chunk_bytes, bool need_features, bool need_head, "
+    "int? focal_classes=None) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     stem="head_confusion",
 )

@@ -25,6 +25,7 @@ def ratio_loss(
     smooth_dr: float = 1e-5,
     min_denominator: float = 0.0,
     exponent: float = 1.0,
+    exponent_from: int = 0,
     log: bool = False,
     class_weight: Tensor | None = None,
     first_class: int = 0,
@@ -59,6 +60,8 @@ def ratio_loss(
         smooth_nr, smooth_dr: added to the numerator and to the denominator.
         min_denominator: smallest D and, with ``log``, smallest N/D; below it the slope is 0.
         exponent: power of the term, > 0; its slope at 0 is 0. Ignored with ``log``.
+        exponent_from: classes before this one have the exponent 1; 0 without ``class_pooling``
+            "none".
         log: use the negative logarithm of the ratio.
         class_weight: (C - first_class,), multiplies the terms.
         first_class: 1 leaves the background out of the terms.
@@ -108,6 +111,9 @@ def ratio_loss(
             raise ValueError(f"{name}: got {len(coefficients)} numbers for {width} sums")
     if not exponent > 0:
         raise ValueError(f"exponent: got {exponent}, expected a number > 0")
+    if exponent_from < 0 or (exponent_from > 0 and class_pooling != "none"):
+        allowed = "an int >= 0" if exponent_from < 0 else "0 with pooled classes"
+        raise ValueError(f"exponent_from: got {exponent_from}, expected {allowed}")
     class_weight = _weights("class_weight", class_weight, classes - first_class, stats)
     nll_weight = _weights("nll_weight", nll_weight, classes, stats)
     off_weight = _weights("off_weight", off_weight, classes, stats)
@@ -138,6 +144,7 @@ def ratio_loss(
             float(off_scale),
             normaliser_code,
             double_loss,
+            exponent_from,
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -194,6 +201,7 @@ def _fake(
     off_scale: float,
     normaliser: int,
     double_loss: bool,
+    exponent_from: int = 0,
 ) -> tuple[Tensor, Tensor]:
     shape: list[Any] = []
     if reduction == REDUCTIONS["none"]:
@@ -253,7 +261,7 @@ def _backward(
         gradient = operators.ratio_loss_backward(
             grad_loss, once_differentiable(cotangents, stats), *ctx.options
         )
-    return (gradient,) + (None,) * 20
+    return (gradient,) + (None,) * 21
 
 
 _registry.register(
@@ -262,7 +270,7 @@ _registry.register(
     "float min_denominator, float exponent, bool log, Tensor? class_weight, int first_class, "
     "bool batch, int class_pooling, int absent, int reduction, float ratio_scale, "
     "Tensor? nll_weight, Tensor? off_weight, float nll_scale, float off_scale, int normaliser, "
-    "bool double_loss) -> (Tensor loss, Tensor cotangents)",
+    "bool double_loss, int exponent_from=0) -> (Tensor loss, Tensor cotangents)",
     _fake,
     stem="ratio_loss",
 )

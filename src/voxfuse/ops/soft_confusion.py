@@ -46,6 +46,7 @@ def soft_confusion(
     overlap: str = "product",
     ignore_index: int | None = None,
     gamma: float = 0.0,
+    focal_classes: int | None = None,
     full: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -76,6 +77,8 @@ def soft_confusion(
         overlap: "product" (p g), or "min" (min(p, g) in place of p g).
         ignore_index: voxels with this label are left out.
         gamma: focal modulation of the log-likelihood, >= 0.
+        focal_classes: how many classes, from the first on, gamma applies to; for the others it is
+            0. None: all. 1 modulates the background alone (Yeung et al. 2022, arXiv 2102.04525).
         full: also return OFF, P2, G2 and W.
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
@@ -109,6 +112,7 @@ def soft_confusion(
     check_inputs(input, target, weight, ignore_index)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
+    check_focal_classes(focal_classes)
     operators = _registry.namespace_of(backend, input.device)
     try:
         result: Tensor = operators.soft_confusion(
@@ -121,10 +125,20 @@ def soft_confusion(
             ignore_index,
             float(gamma),
             full,
+            focal_classes,
         )
     except RuntimeError as error:
         _checks.reraise(error)
     return result
+
+
+def check_focal_classes(focal_classes: int | None) -> None:
+    if focal_classes is None:
+        return
+    if not isinstance(focal_classes, int) or isinstance(focal_classes, bool):
+        raise TypeError(f"focal_classes: got {focal_classes!r}, expected an int or None")
+    if focal_classes < 0:
+        raise ValueError(f"focal_classes: got {focal_classes}, expected an int >= 0 or None")
 
 
 def is_dense(input: Tensor, target: Tensor) -> bool:
@@ -213,6 +227,7 @@ def _fake(
     ignore_index: int | None,
     gamma: float,
     full: bool,
+    focal_classes: int | None = None,
 ) -> Tensor:
     return input.new_empty((input.shape[0], input.shape[1], 8 if full else 4), dtype=torch.float64)
 
@@ -222,9 +237,9 @@ def _fake_backward(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, target, weight, activation, likelihood, overlap, ignore_index, gamma, _ = inputs
+    input, target, weight, *options, _, focal_classes = inputs
     ctx.save_for_backward(input, target, weight)
-    ctx.options = (activation, likelihood, overlap, ignore_index, gamma)
+    ctx.options = (*options, focal_classes)
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,20 +249,20 @@ def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
         gradient = operators.soft_confusion_backward(
             grad.contiguous(), input, target, weight, *ctx.options
         )
-    return (gradient,) + (None,) * 8
+    return (gradient,) + (None,) * 9
 
 
 _registry.register(
     "soft_confusion",
     "(Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, int overlap, "
-    "int? ignore_index, float gamma, bool full) -> Tensor",
+    "int? ignore_index, float gamma, bool full, int? focal_classes=None) -> Tensor",
     _fake,
     stem="soft_confusion",
 )
 _registry.register(
     "soft_confusion_backward",
     "(Tensor grad, Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, "
-    "int overlap, int? ignore_index, float gamma) -> Tensor",
+    "int overlap, int? ignore_index, float gamma, int? focal_classes=None) -> Tensor",
     _fake_backward,
     stem="soft_confusion",
 )

@@ -89,6 +89,7 @@ def head_confusion(
     gamma: float,
     full: bool,
     chunk_bytes: int,
+    focal_classes: int | None = None,
     *,
     confusion: Callable[..., Tensor] = reference.soft_confusion,
 ) -> Tensor:
@@ -101,7 +102,7 @@ def head_confusion(
     options = (activation, likelihood, overlap, ignore_index, gamma)
     for chunk in chunks(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes):
         g, w = _labels(chunk, weight), chunk.voxel_weight
-        sums[chunk.sample] += confusion(chunk.logits, g, w, *options, full)[0]
+        sums[chunk.sample] += confusion(chunk.logits, g, w, *options, full, focal_classes)[0]
     return sums
 
 
@@ -120,6 +121,7 @@ def head_confusion_backward(
     chunk_bytes: int,
     need_features: bool,
     need_head: bool,
+    focal_classes: int | None = None,
     *,
     confusion_backward: Callable[..., Tensor] = reference.soft_confusion_backward,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +138,7 @@ def head_confusion_backward(
     for chunk in chunks(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes):
         cotangent = grad[chunk.sample : chunk.sample + 1]
         g, w = _labels(chunk, weight), chunk.voxel_weight
-        dz = confusion_backward(cotangent, chunk.logits, g, w, *options)[0]
+        dz = confusion_backward(cotangent, chunk.logits, g, w, *options, focal_classes)[0]
         if gradient is not None:
             if matrix is None:
                 matrix = weight.to(dz.dtype).t()

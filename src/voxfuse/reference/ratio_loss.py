@@ -5,6 +5,8 @@ For a sample (or the pooled batch) and a class with sums s::
     N = numerator . s + smooth_nr        D = max(denominator . s + smooth_dr, min_denominator)
     I = 1 - N / D                        term = I ** exponent    or    -log(N / D)
 
+Classes before ``exponent_from`` have the exponent 1.
+
 ``1 - N/D`` is evaluated as ``((denominator - numerator) . s + smooth_dr - smooth_nr) / D``, so that
 a nearly perfect prediction keeps its small loss to full relative precision. The derivatives are
 written out because the kernels return them together with the loss.
@@ -55,6 +57,7 @@ def ratio_loss(
     off_scale: float,
     normaliser: int,
     double_loss: bool,
+    exponent_from: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its derivative at ``stats`` (B, C, S), both from float64 arithmetic."""
     cotangents = torch.zeros_like(stats)
@@ -74,7 +77,15 @@ def ratio_loss(
                 pooling = pooling * class_weight
             misses, hits, size = ((pooling * x).sum(1, keepdim=True) for x in (misses, hits, size))
             present = present.any(1, keepdim=True)
-        terms = _terms(misses, hits, size, smooth_nr, smooth_dr, min_denominator, exponent, log)
+        smoothing = (smooth_nr, smooth_dr, min_denominator)
+        terms = _terms(misses, hits, size, *smoothing, exponent, log)
+        plain = max(exponent_from - first_class, 0)
+        if plain and pooling is None:
+            linear = _terms(misses, hits, size, *smoothing, 1.0, log)
+            index = torch.arange(rows.shape[1], device=rows.device)
+            terms = Terms(
+                *(torch.where(index < plain, x, y) for x, y in zip(linear, terms, strict=True))
+            )
         if class_weight is not None and pooling is None:
             terms = Terms(*(x * class_weight for x in terms))
         if absent != KEEP:

@@ -156,12 +156,14 @@ def soft_confusion(
     ignore_index: int | None,
     gamma: float,
     full: bool,
+    focal_classes: int | None = None,
 ) -> Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums.
 
     The four further sums are OFF = ``sum w (1-g) (-log r)`` for a softmax likelihood and
     ``sum w (1-g) r^gamma (-log(1-r))`` otherwise, P2 = ``sum w p^2``, G2 = ``sum w g^2`` and
-    W = ``sum w``.
+    W = ``sum w``. Of the classes, only the first ``focal_classes`` have the exponent gamma; the
+    others have 0.
     """
     values, g, w, _ = voxels(input, target, weight, ignore_index)
     p, complement, _, _ = probabilities(values, activation)
@@ -170,14 +172,26 @@ def soft_confusion(
         tp, fp, fn = torch.minimum(p, g), (p - g).clamp(min=0), (g - p).clamp(min=0)
     else:
         tp, fp, fn = p * g, p * (1 - g), complement * g
-    terms = [tp, fp, fn, _product(g, _power(r.complement, gamma) * r.minus_log)]
+    nll = torch.where(
+        _focal(p, focal_classes), _power(r.complement, gamma) * r.minus_log, r.minus_log
+    )
+    terms = [tp, fp, fn, _product(g, nll)]
     if full:
         if likelihood == SOFTMAX:
             off = _product(1 - g, r.minus_log)
         else:
-            off = _product(1 - g, _power(r.p, gamma) * r.minus_log_complement)
+            modulated = _power(r.p, gamma) * r.minus_log_complement
+            off = torch.where(_focal(p, focal_classes), modulated, r.minus_log_complement)
+            off = _product(1 - g, off)
         terms += [off, p * p, g * g, torch.ones_like(p)]
     return torch.stack([_weighted_sum(w, term) for term in terms], -1)
+
+
+def _focal(p: Tensor, focal_classes: int | None) -> Tensor:
+    """Which classes, of (B, C, V), the likelihood modulates: (C, 1)."""
+    classes = p.shape[1]
+    index = torch.arange(classes, device=p.device).unsqueeze(-1)
+    return index < (classes if focal_classes is None else focal_classes)
 
 
 def _weighted_sum(weight: Tensor, term: Tensor) -> Tensor:
@@ -195,6 +209,7 @@ def soft_confusion_backward(
     overlap: int,
     ignore_index: int | None,
     gamma: float,
+    focal_classes: int | None = None,
 ) -> Tensor:
     """Return the gradient at ``input``, in its dtype and layout, from ``grad`` (B, C, 4 or 8)."""
     values, g, w, included = voxels(input, target, weight, ignore_index)
@@ -210,7 +225,8 @@ def soft_confusion_backward(
         h = h + 2 * p * s
     gradient = _through_activation(h, p, complement, activation)
 
-    q = _q(r, gamma)
+    focal = _focal(p, focal_classes)
+    q = torch.where(focal, _q(r, gamma), -1)
     if likelihood == SOFTMAX:
         u = nll * g * q
         if o is not None:
@@ -224,7 +240,8 @@ def soft_confusion_backward(
         if o is not None:
             mirrored = Probabilities(r.complement, r.p, r.minus_log_complement, r.minus_log)
             chain = r.p if likelihood == SIGMOID else 1 / r.complement
-            gradient = gradient - _product(o * (1 - g), _q(mirrored, gamma) * chain)
+            slope = torch.where(focal, _q(mirrored, gamma), -1)
+            gradient = gradient - _product(o * (1 - g), slope * chain)
 
     gradient = torch.where(included, w * gradient, torch.zeros_like(gradient))
     result = torch.empty_like(input)
