@@ -1,0 +1,870 @@
+"""The bars that the GPU kernels are held to, each measured and compared with its limit.
+
+``python benchmarks/gpu_bars.py {loss,small,large,fusion,head,warm} --device cuda --json FILE``
+
+Every result is checked before it is timed. A wrong one of this package ends the run with exit
+status 3; a wrong peer is left out and named. Peers run in the same process, interleaved, on the
+same tensors. On a GPU the clock is a pair of events behind a write of a buffer larger than any
+second-level cache, which also hides the launches; where a bar speaks of wall time, it is the
+processor's clock around a synchronised call. ``--device cpu`` runs the same steps on small shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+import voxfuse
+from benchmarks import byte_model, harness, losses
+from benchmarks.kernel_driver import backends_on
+
+WRONG_RESULT = 3
+GPU_SHAPES = byte_model.LOSS_SHAPES
+CPU_SHAPES = [(1, 2, 24, 24, 24), (1, 5, 16, 16, 16)]
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+Call = Callable[[], Any]
+
+
+class WrongResult(Exception):
+    """A kernel of this package computed something else than it should."""
+
+
+@dataclasses.dataclass
+class Bar:
+    """One sentence to hold: ``measured`` at least or at most ``limit``."""
+
+    bar: str
+    case: str
+    limit: float
+    measured: float | None
+    at_least: bool = True
+    note: str = ""
+
+    def as_row(self) -> dict[str, Any]:
+        met = None
+        if self.measured is not None:
+            met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        sign = ">=" if self.at_least else "<="
+        return {**dataclasses.asdict(self), "sign": sign, "met": met}
+
+
+class Run:
+    """What one step collects, and the options it runs under."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.cuda = self.device.type == "cuda"
+        self.bars: list[Bar] = []
+        self.results: list[dict[str, Any]] = []
+        self.missing: dict[str, str] = {}
+        self.started = time.monotonic()
+        self.rounds = 25 if self.cuda else 3
+        self.backends = backends_on(self.device)
+        if self.cuda:
+            for name in ("cuda", "triton"):
+                if name not in self.backends:
+                    self.missing[name] = voxfuse.backends()[name].reason
+        if not self.backends:
+            raise SystemExit(f"no kernel of this package runs on {self.device}: {self.missing}")
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() - self.started > self.options.budget
+
+    def clock(self) -> harness.Clock:
+        return EventClock(self.device) if self.cuda else harness.Clock(self.device, 1 << 20)
+
+    def write(self, wrong: str | None = None) -> None:
+        results = {
+            "bars": [bar.as_row() for bar in self.bars],
+            "results": self.results,
+            "missing": self.missing,
+            "wrong": wrong,
+        }
+        self.options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+class EventClock(harness.Clock):
+    """Device time of a call: the launches hide behind the write that empties the caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, cold_bytes=1 << 30)
+
+    def time(self, function: Call) -> float:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        self._evict.zero_()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        del result
+        return start.elapsed_time(end) / 1e3
+
+
+def median_ms(timings: dict[str, harness.Timing]) -> dict[str, dict[str, float]]:
+    return {name: timing.summary() for name, timing in timings.items()}
+
+
+def free(run: Run) -> None:
+    gc.collect()
+    if run.cuda:
+        torch.cuda.empty_cache()
+
+
+def copy_ceiling(run: Run) -> float:
+    """Bytes a second, read plus written, of a large copy on the device."""
+    size = 1 << (32 if run.cuda else 22)
+    if run.cuda:
+        size = min(size, torch.cuda.mem_get_info(run.device)[0] // 8)
+    source = torch.empty(size // 4, device=run.device).normal_()
+    target = torch.empty_like(source)
+    clock = run.clock()
+    timings = harness.interleave({"copy": lambda: target.copy_(source)}, clock, run.rounds)
+    size = source.numel() * source.element_size()
+    return 2 * size / (timings["copy"].summary()["median_ms"] / 1e3)
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def draw(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits that favour blocky uint8 labels, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    batch, classes, *spatial = shape
+    coarse = [-(-n // 8) for n in spatial]
+    labels = torch.randint(0, classes, (batch, 1, *coarse), generator=generator, device=device)
+    labels = labels.to(torch.uint8)
+    for axis, extent in enumerate(spatial, 2):
+        labels = labels.repeat_interleave(8, axis).narrow(axis, 0, extent)
+    labels = labels.contiguous()
+    logits = torch.empty(tuple(shape), dtype=dtype, device=device)
+    for plane in logits.unbind(1):
+        plane.normal_(generator=generator)
+    for c in range(classes):
+        logits[:, c].add_((labels[:, 0] == c).to(dtype), alpha=2.0)
+    return logits, labels
+
+
+def plain_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """TP, FP and FN (B, C, 3) of a softmax in plain PyTorch."""
+    p = logits.softmax(1)
+    g = torch.zeros_like(p).scatter_(1, labels.long(), 1)
+    axes = tuple(range(2, p.ndim))
+    return torch.stack([(p * g).sum(axes), (p * (1 - g)).sum(axes), ((1 - p) * g).sum(axes)], -1)
+
+
+def tversky_of(sums: Tensor) -> Tensor:
+    tp, fp, fn = sums.unbind(-1)
+    s = losses.SMOOTH
+    return (1 - (tp + s) / (tp + losses.ALPHA * fp + losses.BETA * fn + s)).mean()
+
+
+class Truth:
+    """The loss and its gradient in float64 plain PyTorch, a slab of the volume at a time."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, slab_bytes: int = 1 << 30) -> None:
+        self.logits, self.labels = logits, labels
+        slice_bytes = 8 * logits[:, :, :1].numel()
+        self.depth = max(1, slab_bytes // slice_bytes)
+        total = sum(plain_sums(z.double(), y) for z, y, _ in self.slabs())
+        assert isinstance(total, Tensor)
+        total.requires_grad_()
+        value = tversky_of(total)
+        (self.cotangent,) = torch.autograd.grad(value, total)
+        self.value = value.item()
+
+    def slabs(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        for first in range(0, self.logits.shape[2], self.depth):
+            part = slice(first, first + self.depth)
+            yield self.logits.detach()[:, :, part], self.labels[:, :, part], part
+
+    def errors(self, value: Tensor, gradient: Tensor) -> tuple[float, float]:
+        """Error of the value, relative where it is above 1, and of the gradient over its largest.
+
+        NaN counts as infinitely wrong.
+        """
+        error = largest = 0.0
+        for z, y, part in self.slabs():
+            z = z.double().requires_grad_()
+            (true,) = torch.autograd.grad((plain_sums(z, y) * self.cotangent).sum(), z)
+            difference = (gradient[:, :, part].double() - true).abs().max().item()
+            error = math.inf if math.isnan(difference) else max(error, difference)
+            largest = max(largest, true.abs().max().item())
+        off = abs(value.item() - self.value) / max(1.0, abs(self.value))
+        return math.inf if math.isnan(off) else off, error / largest
+
+
+def value_and_gradient(loss: losses.Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf, labels)
+    value.backward()
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return value.detach(), gradient
+
+
+def step(loss: losses.Loss, leaf: Tensor, labels: Tensor) -> Call:
+    def call() -> Any:
+        leaf.grad = None
+        loss(leaf, labels).backward()
+        gradient, leaf.grad = leaf.grad, None
+        return gradient
+
+    return call
+
+
+def own_loss(backend: str) -> Any:
+    return voxfuse.TverskyLoss(
+        alpha=losses.ALPHA,
+        beta=losses.BETA,
+        smooth_nr=losses.SMOOTH,
+        smooth_dr=losses.SMOOTH,
+        activation="softmax",
+        backend=backend,
+    )
+
+
+def in_float32(loss: losses.Loss) -> losses.Loss:
+    """What autocast does for a loss of half-precision logits."""
+    return lambda logits, labels: loss(logits.float(), labels)
+
+
+def eager_peers(run: Run) -> dict[str, losses.Loss]:
+    found: dict[str, losses.Loss] = {"plain": in_float32(losses.plain_comparison)}
+    if importlib.util.find_spec("monai") is None:
+        run.missing["monai"] = "the package monai is not installed"
+    elif "monai" in run.options.peers:
+        from monai.losses import TverskyLoss
+
+        found["monai"] = in_float32(
+            TverskyLoss(
+                softmax=True,
+                to_onehot_y=True,
+                alpha=losses.ALPHA,
+                beta=losses.BETA,
+                smooth_nr=losses.SMOOTH,
+                smooth_dr=losses.SMOOTH,
+            )
+        )
+    if importlib.util.find_spec("nnunetv2") is None:
+        run.missing["nnunet"] = "the package nnunetv2 is not installed"
+    elif "nnunet" in run.options.peers:
+        found["nnunet"] = in_float32(losses._nnunet_dice(compiled=False))
+    return found
+
+
+def compiled_peers(run: Run) -> dict[str, losses.Loss]:
+    """Compiled in a form of their own for every shape: the fastest that torch.compile has."""
+    if "compile" not in run.options.peers:
+        run.missing["compile"] = "not asked for"
+        return {}
+    torch._dynamo.config.cache_size_limit = 64
+    found = {
+        "compile plain": torch.compile(in_float32(losses.plain_comparison), dynamic=False),
+        "compile one-hot": torch.compile(in_float32(losses.plain_one_hot), dynamic=False),
+    }
+    if importlib.util.find_spec("nnunetv2") is not None:
+        dice = losses._nnunet_dice(compiled=False)
+        found["compile nnunet"] = torch.compile(in_float32(dice), dynamic=False)
+    return found
+
+
+def check_loss(run: Run, name: str, loss: losses.Loss, truth: Truth) -> None:
+    """Raise WrongResult unless value and gradient are right to float32 and one rounding."""
+    value, gradient = value_and_gradient(loss, truth.logits, truth.labels)
+    if run.options.inject_wrong_result:
+        gradient.view(-1)[0] += gradient.abs().max()
+    off, error = truth.errors(value, gradient)
+    half = truth.logits.dtype != FLOAT32
+    if off > 1e-5 or error > (4e-3 if half else 1e-4):
+        raise WrongResult(
+            f"{name}, logits {tuple(truth.logits.shape)} {truth.logits.dtype}: the loss is off by "
+            f"{off:.2e}, the gradient by {error:.2e} of its largest value"
+        )
+
+
+def right_peers(run: Run, peers: dict[str, losses.Loss], truth: Truth) -> dict[str, losses.Loss]:
+    """The peers that run here and compute the same loss (nnU-Net's Dice is another one)."""
+    kept = {}
+    for name, loss in peers.items():
+        where = f"{name} at {tuple(truth.logits.shape)}"
+        try:
+            value, gradient = value_and_gradient(loss, truth.logits, truth.labels)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            run.missing[where] = str(error).splitlines()[0][:200]
+            continue
+        if "nnunet" not in name:
+            off, wrong = truth.errors(value, gradient)
+            if off > 2e-3 or wrong > 1e-2:
+                run.missing[where] = f"wrong: loss off by {off:.1e}, gradient by {wrong:.1e}"
+                continue
+        kept[name] = loss
+    return kept
+
+
+def loss_case(run: Run, shape: tuple[int, ...], dtype: torch.dtype, ceiling: float) -> None:
+    """Gate, time and weigh one shape, and add its bars."""
+    type_name = str(dtype).split(".")[-1]
+    case = f"({', '.join(map(str, shape))}) {type_name}"
+    logits, labels = draw(shape, dtype, run.device)
+    truth = Truth(logits, labels)
+    own = {name: own_loss(name) for name in run.backends}
+    for name, loss in own.items():
+        check_loss(run, name, loss, truth)
+    peers = right_peers(run, {**eager_peers(run), **compiled_peers(run)}, truth)
+    del truth
+    free(run)
+
+    leaf = logits.detach().requires_grad_()
+    functions = {name: step(loss, leaf, labels) for name, loss in {**own, **peers}.items()}
+    target = torch.empty_like(logits)
+    functions["copy of the logits"] = lambda: target.copy_(logits)
+    clock = run.clock()
+    rows = median_ms(harness.interleave(functions, clock, run.rounds, 15.0))
+    target = torch.empty(0)
+    floor = byte_model.tversky_floor(shape, dtype, labels.element_size())
+    result: dict[str, Any] = {
+        "case": case,
+        "floor_bytes": floor,
+        "copy_bytes_per_second": ceiling,
+        "rows": rows,
+        "achieved": {},
+        "peak_extra_bytes": {},
+    }
+    gradient_bytes = logits.numel() * logits.element_size()
+    for name in own:
+        speed = floor / (rows[name]["median_ms"] / 1e3)
+        result["achieved"][name] = speed
+        peak = harness.peak_extra_bytes(functions[name], run.device) - gradient_bytes
+        result["peak_extra_bytes"][name] = peak
+        run.bars.append(Bar(f"{name}: bytes/s over copy", case, 0.75, speed / ceiling))
+        what = f"{name}: memory above logits and gradient, MiB"
+        run.bars.append(Bar(what, case, 1.0, peak / 2**20, at_least=False))
+    best = max(result["achieved"].values()) / ceiling
+    limit = 0.9 if dtype == FLOAT32 else 0.8
+    run.bars.append(Bar("better backend: bytes/s over copy", case, limit, best))
+    fastest = min(rows[name]["median_ms"] for name in own)
+    compiled = {
+        "torch.compile of plain PyTorch": ["compile plain", "compile one-hot"],
+        "torch.compile of nnU-Net's Dice": ["compile nnunet"],
+    }
+    for peer, limit, names in (
+        ("MONAI", 10.0, ["monai"]),
+        *((peer, 1.5, names) for peer, names in compiled.items()),
+    ):
+        times = [rows[name]["median_ms"] for name in names if name in rows]
+        ratio = min(times) / fastest if times else None
+        note = "" if times else "not measured: the peer is missing"
+        run.bars.append(Bar(f"time of {peer} over ours", case, limit, ratio, note=note))
+    run.results.append(result)
+    print(f"\n{case}: floor {floor / 1e6:.1f} MB, {best:.1%} of copy")
+    for name, row in rows.items():
+        print(
+            f"  {name:<22}{row['median_ms']:>10.4f} ms  p20 {row['p20_ms']:.4f} p80 "
+            f"{row['p80_ms']:.4f}  x{row['median_ms'] / fastest:.2f}"
+        )
+
+
+def loss_step(run: Run) -> None:
+    ceiling = copy_ceiling(run)
+    run.results.append({"case": "copy ceiling", "copy_bytes_per_second": ceiling})
+    print(f"copy: {ceiling / 1e9:.1f} GB/s, read plus written")
+    for shape in GPU_SHAPES if run.cuda else CPU_SHAPES:
+        for dtype in (BFLOAT16, FLOAT32):
+            if run.out_of_time():
+                run.missing[f"{shape} {dtype}"] = "out of time"
+                continue
+            try:
+                loss_case(run, shape, dtype, ceiling)
+            except torch.OutOfMemoryError as error:
+                run.missing[f"{shape} {dtype}"] = str(error).splitlines()[0][:200]
+            run.write()
+            free(run)
+
+
+def warm_step(run: Run) -> None:
+    """Fill torch.compile's cache on disk, several processes at a time."""
+    shapes = GPU_SHAPES if run.cuda else CPU_SHAPES
+    jobs = [(shape, dtype) for shape in shapes for dtype in ("bfloat16", "float32")]
+    if run.options.case is not None:
+        shape, dtype = jobs[run.options.case]
+        logits, labels = draw(shape, getattr(torch, dtype), run.device)
+        for name, loss in compiled_peers(run).items():
+            value_and_gradient(loss, logits, labels)
+            print(f"{shape} {dtype} {name}", flush=True)
+        return
+    waiting = list(range(len(jobs)))
+    running: list[subprocess.Popen[bytes]] = []
+    command = [sys.executable, __file__, "warm", "--device", run.options.device, "--json"]
+    while waiting or running:
+        while waiting and len(running) < 4:
+            index = waiting.pop(0)
+            more = [os.devnull, "--case", str(index)]
+            running.append(subprocess.Popen([*command, *more]))
+        running = [process for process in running if process.poll() is None]
+        time.sleep(0.2)
+
+
+# --- small and large -----------------------------------------------------------------------------
+
+
+def count_kernels(call: Call) -> int:
+    """Kernels, copies and fills that one call puts on the device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == kind for event in profiler.events())
+
+
+def capture(call: Call) -> torch.cuda.CUDAGraph:
+    """A graph of one call, which must not synchronise with the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def launch_seconds(clock: harness.Clock, device: torch.device) -> float:
+    """What one more tiny kernel costs in a graph: its launch."""
+    x = torch.zeros(1, device=device)
+
+    def many(count: int) -> Call:
+        def call() -> None:
+            for _ in range(count):
+                x.add_(1)
+
+        return call
+
+    graphs = {count: capture(many(count)) for count in (20, 120)}
+    timings = harness.interleave({str(n): g.replay for n, g in graphs.items()}, clock, 25)
+    medians = {n: t.summary()["median_ms"] / 1e3 for n, t in timings.items()}
+    return (medians["120"] - medians["20"]) / 100
+
+
+def small_step(run: Run) -> None:
+    """A (2, 2, 96^3) step: wall time, launches, and the replay of a graph."""
+    shape = (2, 2, 96, 96, 96) if run.cuda else (2, 2, 16, 16, 16)
+    case = f"({', '.join(map(str, shape))})"
+    ceiling = copy_ceiling(run)
+    clock = run.clock()
+    launch = launch_seconds(clock, run.device) if run.cuda else 0.0
+    for dtype in (FLOAT32, BFLOAT16):
+        logits, labels = draw(shape, dtype, run.device)
+        truth = Truth(logits, labels)
+        leaf = logits.detach().requires_grad_()
+        name_of = f"{case} {str(dtype).split('.')[-1]}"
+        floor = byte_model.tversky_floor(shape, dtype)
+        for name in run.backends:
+            loss = own_loss(name)
+            check_loss(run, name, loss, truth)
+            call = step(loss, leaf, labels)
+            for _ in range(20 if run.cuda else 1):
+                call()
+            walls = harness.Timing([wall_seconds(call, run) for _ in range(200 if run.cuda else 3)])
+            wall = walls.summary()["median_ms"] * 1e3
+            row: dict[str, Any] = {"case": name_of, "backend": name, "wall_us": walls.summary()}
+            note = ""
+            replay = limit = None
+            if run.cuda:
+                with torch.no_grad():
+                    row["forward_kernels"] = count_kernels(functools.partial(loss, leaf, labels))
+                row["all_kernels"] = count_kernels(call)
+                graph = capture(call)
+                timing = harness.interleave({"replay": graph.replay}, clock, run.rounds)["replay"]
+                replay = timing.summary()["median_ms"] * 1e3
+                limit = 1.5 * 1e6 * (floor / ceiling + row["all_kernels"] * launch)
+                row |= {"replay_us": replay, "launch_us": launch * 1e6}
+                row["replay_limit_us"] = limit
+                backward = row["all_kernels"] - row["forward_kernels"]
+                for which, count in (("forward", row["forward_kernels"]), ("backward", backward)):
+                    what = f"{name}: launches of the {which} pass"
+                    run.bars.append(Bar(what, name_of, 2, count, at_least=False))
+                note = f"replayed as a graph {replay:.1f} us, limit of that {limit:.1f} us"
+            bar = Bar(f"{name}: wall time, us (or a graph)", name_of, 60, wall, False, note)
+            if replay is not None and limit is not None and wall > 60 and replay <= limit:
+                bar.measured, bar.limit = replay, limit
+                bar.note = f"as a graph; wall time {wall:.1f} us"
+            run.bars.append(bar)
+            run.results.append(row)
+    same_bits(run)
+
+
+def wall_seconds(call: Call, run: Run) -> float:
+    if run.cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if run.cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def same_bits(run: Run, runs: int = 20) -> None:
+    """Loss and gradient of ``runs`` calls, compared bit by bit; a difference is a wrong result."""
+    edge = 96 if run.cuda else 12
+    for classes in (2, 16, 117):
+        for dtype in (FLOAT32, BFLOAT16):
+            logits, labels = draw((1, classes, edge, edge, edge), dtype, run.device)
+            for name in run.backends:
+                loss = own_loss(name)
+                first = value_and_gradient(loss, logits, labels)
+                equal = 1
+                for _ in range(runs - 1):
+                    again = value_and_gradient(loss, logits, labels)
+                    equal += all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+                case = f"{classes} classes {str(dtype).split('.')[-1]}"
+                run.bars.append(Bar(f"{name}: runs with the same bits", case, runs, equal))
+                if equal < runs:
+                    raise WrongResult(f"{name}, {case}: {runs - equal} of {runs} runs differ")
+
+
+def large_step(run: Run) -> None:
+    """2^31 logits, right, and as fast a voxel as 256^3."""
+    edges = (256, 1024) if run.cuda else (16, 32)
+    need = 24 << 30
+    if run.cuda and torch.cuda.mem_get_info(run.device)[0] < need:
+        run.missing["2^31 logits"] = f"the device has less than {need >> 30} GiB free"
+        return
+    clock = run.clock()
+    per_voxel: dict[str, list[float]] = {name: [] for name in run.backends}
+    for edge in edges:
+        shape = (1, 2, edge, edge, edge)
+        logits, labels = draw(shape, BFLOAT16, run.device)
+        truth = Truth(logits, labels)
+        leaf = logits.detach().requires_grad_()
+        for name in run.backends:
+            check_loss(run, name, own_loss(name), truth)
+            functions = {name: step(own_loss(name), leaf, labels)}
+            rows = median_ms(harness.interleave(functions, clock, run.rounds, 10.0))
+            nanoseconds = rows[name]["median_ms"] * 1e6 / edge**3
+            per_voxel[name].append(nanoseconds)
+            case = f"(1, 2, {edge}^3) bfloat16"
+            run.results.append({"case": case, "backend": name, "ns_per_voxel": nanoseconds, **rows})
+        del logits, labels, truth, leaf
+        free(run)
+    for name, (near, far) in per_voxel.items():
+        what = f"{name}: time a voxel, {edges[1]}^3 over {edges[0]}^3"
+        run.bars.append(Bar(what, "2 classes bfloat16", 1.1, far / near, at_least=False))
+
+
+# --- fusion --------------------------------------------------------------------------------------
+
+
+def fusion_case(run: Run, channels: int, edge: int, patch: int, ceiling: float) -> None:
+    """Gather form on a grid of half overlap: gate, time, compare with copy."""
+    from voxfuse.fusion.grids import plan_grid
+
+    grid = plan_grid((edge,) * 3, (patch,) * 3, 0.5)
+    tables = grid.tables("gaussian")
+    assert tables.total is None
+    # On the device already, so that nothing is copied there inside the clock.
+    origins, rows_of = tables.origins.to(run.device), tables.rows.to(run.device)
+    weights = [weight.to(run.device) for weight in tables.weights]
+    generator = torch.Generator(run.device).manual_seed(0)
+    shape = (len(grid), channels, patch, patch, patch)
+    patches = torch.empty(shape, device=run.device)
+    for one in patches:
+        one.normal_(generator=generator)
+    volume = [edge] * 3
+    functions: dict[str, Call] = {}
+    reference = torch.ops.voxfuse_reference
+    picked = sorted({0, channels - 1})
+    expected = reference.overlap_add(
+        patches[:, picked].double(), origins, rows_of, weights, None, volume
+    )
+    for name, operators in run.backends.items():
+
+        def forward(operators: Any = operators) -> Tensor:
+            result: Tensor = operators.overlap_add(patches, origins, rows_of, weights, None, volume)
+            return result
+
+        fused = forward()
+        if run.options.inject_wrong_result:
+            fused[0, 0, 0, 0] += 1
+        error = (fused[picked].double() - expected).abs().max().item()
+        if not error <= 1e-5:
+            raise WrongResult(f"{name}: overlap_add of {shape} is off by {error:.2e}")
+
+        def backward(operators: Any = operators, fused: Tensor = fused) -> Tensor:
+            result: Tensor = operators.overlap_add_backward(fused, origins, rows_of, weights, None)
+            return result
+
+        functions[name] = forward
+        functions[f"{name} backward"] = backward
+    del expected
+    free(run)
+    rows = median_ms(harness.interleave(functions, run.clock(), run.rounds, 10.0))
+    case = f"{len(grid)} patches of {channels} x {patch}^3 float32"
+    for name in run.backends:
+        model = byte_model.overlap_add(len(grid), channels, (patch,) * 3, volume, FLOAT32, name)
+        for suffix, traffic in zip(("", " backward"), model, strict=True):
+            speed = traffic.floor / (rows[name + suffix]["median_ms"] / 1e3)
+            run.results.append(
+                {
+                    "case": case,
+                    "call": name + suffix,
+                    **rows[name + suffix],
+                    "floor_bytes": traffic.floor,
+                    "moved_over_floor": traffic.ratio,
+                    "over_copy": speed / ceiling,
+                }
+            )
+            if not suffix:
+                what = f"{name}: overlap_add, bytes/s over copy"
+                run.bars.append(Bar(what, case, 0.85, speed / ceiling))
+
+
+def streaming(run: Run) -> None:
+    """Peak memory of streaming labels with 117 classes, above the volume and the predictions."""
+    edge, patch, channels = (512, 96, 117) if run.cuda else (24, 8, 5)
+    limit = 12.0
+    prepared = torch.empty((2, channels, patch, patch, patch), device=run.device).normal_()
+    volume = torch.zeros(1, 1, edge, edge, edge, device=run.device)
+    turn = [0]
+
+    def predictor(batch: Tensor) -> Tensor:
+        turn[0] += 1
+        return prepared[turn[0] % 2][None].expand(len(batch), -1, -1, -1, -1)
+
+    def call() -> Tensor:
+        result: Tensor = voxfuse.sliding_window_inference(
+            volume, (patch,) * 3, predictor, 0.5, output="labels"
+        )
+        return result
+
+    call()
+    seconds = wall_seconds(call, run)
+    peak = harness.peak_extra_bytes(call, run.device)
+    case = f"{channels} classes, {edge}^3, patches of {patch}^3"
+    run.results.append({"case": f"streaming labels, {case}", "s": seconds, "peak_bytes": peak})
+    what = "streaming labels: peak memory, GiB"
+    run.bars.append(Bar(what, case, limit, peak / 2**30, at_least=False))
+
+
+def fusion_step(run: Run) -> None:
+    ceiling = copy_ceiling(run)
+    cases = ((4, 384, 96), (117, 192, 96)) if run.cuda else ((2, 24, 8), (5, 24, 8))
+    for channels, edge, patch in cases:
+        fusion_case(run, channels, edge, patch, ceiling)
+        run.write()
+        free(run)
+    streaming(run)
+
+
+# --- the head ------------------------------------------------------------------------------------
+
+
+def head_step(run: Run) -> None:
+    """Dice + cross-entropy of a 1x1x1 convolution: fused against convolution and loss apart."""
+    batch, channels, classes, edge = (2, 32, 117, 128) if run.cuda else (1, 8, 5, 12)
+    dtype = BFLOAT16 if run.cuda else FLOAT32
+    case = f"K={channels} C={classes} ({batch}, {edge}^3) {str(dtype).split('.')[-1]}"
+    generator = torch.Generator(run.device).manual_seed(0)
+    _, labels = draw((batch, 1, edge, edge, edge), dtype, run.device)
+    coarse = torch.randint(
+        0, classes, (batch, 1, *[-(-edge // 8)] * 3), generator=generator, device=run.device
+    )
+    for axis in (2, 3, 4):
+        coarse = coarse.repeat_interleave(8, axis).narrow(axis, 0, edge)
+    labels = coarse.to(torch.uint8).contiguous()
+    features = torch.empty((batch, channels, edge, edge, edge), dtype=dtype, device=run.device)
+    features.normal_(generator=generator).requires_grad_()
+    head = torch.nn.Conv3d(channels, classes, 1).to(run.device, dtype)
+    torch.nn.init.normal_(head.weight, std=1.5 / channels**0.5)
+    leaves = [features, head.weight, head.bias]
+
+    def fused(backend: str) -> Callable[[], Tensor]:
+        loss = voxfuse.DiceCELoss(backend=backend)
+        return lambda: voxfuse.head_loss(loss, features, head.weight, head.bias, labels)
+
+    def plain(logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits.float()
+        sums = plain_sums_by_comparison(logits, target)
+        tp, fp, fn = sums.unbind(-1)
+        dice = 1 - (2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)
+        return dice.mean() + torch.nn.functional.cross_entropy(logits, target[:, 0].long())
+
+    peers: dict[str, Callable[[], Tensor]] = {"eager plain": lambda: plain(head(features), labels)}
+    if importlib.util.find_spec("monai") is None:
+        run.missing["monai"] = "the package monai is not installed"
+    elif "monai" in run.options.peers:
+        from monai.losses import DiceCELoss
+
+        monai = DiceCELoss(softmax=True, to_onehot_y=True)
+        peers["eager MONAI"] = lambda: monai(head(features).float(), labels)
+    if "compile" in run.options.peers:
+        apart = torch.compile(lambda x, y: plain(head(x), y), dynamic=False)
+        peers["compile plain"] = lambda: apart(features, labels)
+    else:
+        run.missing["compile"] = "not asked for"
+
+    with torch.no_grad():
+        wide_head = torch.nn.Conv3d(channels, classes, 1).to(run.device, torch.float64)
+        wide_head.weight.copy_(head.weight)
+        wide_head.bias.copy_(head.bias)
+    true_value, true_gradients = head_truth(features, wide_head, labels)
+    functions: dict[str, Call] = {}
+    everyone = {**{name: fused(name) for name in run.backends}, **peers}
+    for name, call in everyone.items():
+        value = call()
+        gradients = torch.autograd.grad(value, leaves)
+        errors = [abs(value.item() - true_value) / abs(true_value)]
+        errors += [
+            ((g.double() - t).abs().max() / t.abs().max()).item()
+            for g, t in zip(gradients, true_gradients, strict=True)
+        ]
+        # Half-precision products of half-precision operands are exact; sums are float32, or tf32
+        # where PyTorch allows it, and results are rounded once.
+        limit = 2e-2 if dtype != FLOAT32 else 1e-3
+        worst = max(math.inf if math.isnan(e) else e for e in errors)
+        if name in run.backends and (worst > limit or run.options.inject_wrong_result):
+            listed = ", ".join(f"{e:.1e}" for e in errors)
+            raise WrongResult(f"{name}: the head's loss and gradients are off by {listed}")
+        run.results.append({"case": case, "call": name, "errors": errors})
+        del value, gradients
+
+        def timed(call: Callable[[], Tensor] = call) -> Any:
+            return torch.autograd.grad(call(), leaves)
+
+        functions[name] = timed
+    del true_gradients
+    free(run)
+    rows = median_ms(harness.interleave(functions, run.clock(), run.rounds, 15.0))
+    gradients_bytes = sum(x.numel() * x.element_size() for x in leaves)
+    eager = min((rows[n]["median_ms"] for n in rows if n.startswith("eager")), default=None)
+    compiled = rows.get("compile plain", {}).get("median_ms")
+    model = byte_model.head_confusion(batch, channels, classes, (edge,) * 3, dtype)
+    run.results.append(
+        {"case": case, "rows": rows, "byte_model": [traffic.as_row() for traffic in model]}
+    )
+    for name in run.backends:
+        own = rows[name]["median_ms"]
+        peak = harness.peak_extra_bytes(functions[name], run.device) - gradients_bytes
+        for peer, limit, other in (
+            ("eager", 0.5, eager),
+            ("torch.compile", 0.8, compiled),
+        ):
+            ratio = None if other is None else own / other
+            note = "not measured: the peer is missing" if other is None else ""
+            what = f"{name}: head, time over {peer}"
+            run.bars.append(Bar(what, case, limit, ratio, at_least=False, note=note))
+        what = f"{name}: head, memory above inputs and gradients, MiB"
+        run.bars.append(Bar(what, case, 64.0, peak / 2**20, at_least=False))
+    print(json.dumps(rows, indent=1))
+
+
+def plain_sums_by_comparison(logits: Tensor, labels: Tensor) -> Tensor:
+    """TP, FP and FN (B, C, 3) without a one-hot copy: the form that compiles best."""
+    p = logits.softmax(1)
+    shape = (1, logits.shape[1]) + (1,) * (logits.ndim - 2)
+    index = torch.arange(logits.shape[1], device=logits.device, dtype=labels.dtype).reshape(shape)
+    g = (labels == index).to(p.dtype)
+    axes = tuple(range(2, p.ndim))
+    return torch.stack([(p * g).sum(axes), (p * (1 - g)).sum(axes), ((1 - p) * g).sum(axes)], -1)
+
+
+def head_truth(features: Tensor, head: Any, labels: Tensor) -> tuple[float, list[Tensor]]:
+    """Value and gradients in float64 plain PyTorch, a slab of the volume at a time."""
+    depth = max(1, features.shape[2] // 16)
+    slabs = [slice(i, i + depth) for i in range(0, features.shape[2], depth)]
+    voxels = labels.numel()
+
+    def sums_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        logits = head(x)
+        target = labels[:, :, part]
+        likelihood = torch.nn.functional.cross_entropy(logits, target[:, 0].long(), reduction="sum")
+        return plain_sums(logits, target), likelihood
+
+    wide = features.detach()
+    with torch.no_grad():
+        parts = [sums_of(wide[:, :, part].double(), part) for part in slabs]
+    total = torch.stack([sums for sums, _ in parts]).sum(0).requires_grad_()
+    tp, fp, fn = total.unbind(-1)
+    dice = (1 - (2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)).mean()
+    (cotangent,) = torch.autograd.grad(dice, total)
+    value = dice.item() + sum(likelihood.item() for _, likelihood in parts) / voxels
+    gradient = torch.empty_like(wide, dtype=torch.float64)
+    head_gradients = [torch.zeros_like(head.weight), torch.zeros_like(head.bias)]
+    for part in slabs:
+        x = wide[:, :, part].double().requires_grad_()
+        sums, likelihood = sums_of(x, part)
+        objective = (sums * cotangent).sum() + likelihood / voxels
+        dx, dw, db = torch.autograd.grad(objective, [x, head.weight, head.bias])
+        gradient[:, :, part] = dx
+        head_gradients[0] += dw
+        head_gradients[1] += db
+    return value, [gradient, *head_gradients]
+
+
+STEPS = {
+    "loss": loss_step,
+    "small": small_step,
+    "large": large_step,
+    "fusion": fusion_step,
+    "head": head_step,
+    "warm": warm_step,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=sorted(STEPS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds after which to end")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=["monai", "nnunet", "compile"],
+        help="comma-separated: monai,nnunet,compile",
+    )
+    parser.add_argument("--case", type=int, help="of warm: only this combination")
+    parser.add_argument(
+        "--inject-wrong-result",
+        action="store_true",
+        help="falsify every result, to see that the gates hold",
+    )
+    run = Run(parser.parse_args())
+    try:
+        STEPS[run.options.step](run)
+    except WrongResult as error:
+        print(f"WRONG RESULT: {error}", file=sys.stderr)
+        run.write(wrong=str(error))
+        return WRONG_RESULT
+    run.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
