@@ -57,8 +57,8 @@ $(VENV)/.installed: $(VENV)/.requirements constraints.txt pyproject.toml setup.p
 	  { echo "No C++ compiler found; on Debian and Ubuntu install g++"; exit 1; }
 	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
 	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
-	@# Peers that tests compare with. Their losses need none of their dependencies, which are many.
-	@$(INSTALL) --no-deps nnunetv2 segmentation-models-pytorch
+	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
+	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch
 	@$(BIN)/voxfuse info
 	@touch $@
 

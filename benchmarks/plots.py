@@ -32,6 +32,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "sweep": draw_sweep,
         "step": draw_step,
         "fusion": draw_fusion,
+        "head": draw_head,
     }
     drawings[results["benchmark"]](results, path)
 
@@ -297,6 +298,54 @@ def _fusion_memory(axis: Any, rows: list[dict[str, Any]], over: str) -> None:
     axis.set_ylabel("MiB above the inputs")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_head(results: dict[str, Any], path: Path) -> None:
+    """Bars: time by classes; lines: peak memory over the classes. Parts not measured stay empty."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    styles = [
+        ("fused", "fused", "voxfuse"),
+        ("unfused", "convolution + voxfuse", "nnunet"),
+        ("compiled plain", "plain, compiled", "compiled"),
+        ("compiled", "convolution + MONAI, compiled", "plain"),
+        ("eager", "convolution + MONAI", "monai"),
+    ]
+    times = results.get("time", [])
+    for index, (name, label, colour) in enumerate(styles):
+        bars = [(x, row["losses"][name]) for x, row in enumerate(times) if name in row["losses"]]
+        if not bars:
+            continue
+        left.bar(
+            [x + (index - 2) * 0.16 for x, _ in bars],
+            [bar["min_ms"] for _, bar in bars],
+            0.16,
+            label=label,
+            color=COLOURS[colour],
+        )
+        rows = [
+            (row["classes"], max(row["extra_bytes"][name] / 2**20, 0.01))
+            for row in results.get("memory", {}).get("classes", [])
+            if row["extra_bytes"].get(name) is not None
+        ]
+        if rows:
+            right.plot(*zip(*rows, strict=True), marker="o", color=COLOURS[colour], markersize=4)
+    left.set_xticks(
+        range(len(times)), [f"{row['classes']} classes\n{row['edge']}³" for row in times]
+    )
+    right.set_xscale("log", base=2)
+    for axis, title, unit in (
+        (left, "Last layer + Dice-CE, forward + backward", "milliseconds"),
+        (right, "Peak memory beyond inputs and gradients, by classes", "MiB"),
+    ):
+        axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_ylabel(unit)
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+    )
+    _finish(figure, results, path)
 
 
 if __name__ == "__main__":

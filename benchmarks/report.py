@@ -1,7 +1,7 @@
-"""Write the README's benchmark tables from committed measurements.
+"""Write the benchmark tables of the documentation from committed measurements.
 
-python benchmarks/report.py            # rewrite README.md between its markers
-python benchmarks/report.py --check    # fail if the README is out of date
+python benchmarks/report.py            # rewrite the pages between their markers
+python benchmarks/report.py --check    # fail if a page is out of date
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSS = ROOT / "benchmarks" / "results" / "cpu" / "loss.json"
-FUSION = LOSS.with_name("fusion.json")
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
 
 def loss_table(results: dict[str, Any]) -> str:
@@ -113,28 +112,94 @@ def fusion_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"loss-table": (LOSS, loss_table), "fusion-table": (FUSION, fusion_table)}
+def head_table(results: dict[str, Any]) -> str:
+    """Memory over the volume and the classes, time, and the fused loss's time over the unfused."""
+    machine, memory = results["machine"], results["memory"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        extra = row["extra_bytes"].get(name)
+        return "not measured" if extra is None else f"{extra / 2**20:.0f} MiB"
+
+    first = memory["volumes"][0]
+    head = "fused | convolution, voxfuse's loss | convolution, MONAI's loss |"
+    lines = [
+        f"Dice + cross-entropy, forward + backward, {results['dtype']}, {machine['cpu']} with "
+        f"{machine['threads']} threads ({machine['cpu_capability']}), torch {machine['torch']}, "
+        f"K = {first['features']} features. Peak memory is what is alive beyond the inputs and the "
+        "gradients; what the machine could not hold safely was not measured.",
+        "",
+        f"| classes | patches | logits | {head}",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in memory["classes"] + memory["volumes"]:
+        lines.append(
+            f"| {row['classes']} | {row['batch']} x {row['edge']}³ | "
+            f"{row['logit_bytes'] / 2**20:.0f} MiB | {row['extra_bytes']['fused'] / 2**20:.1f} MiB "
+            f"| {cell(row, 'unfused')} | {cell(row, 'eager')} |"
+        )
+    lines += [
+        "",
+        f"Time, minimum of interleaved rounds, with what the fused loss takes of it:\n\n"
+        f"| classes | patches | {head} MONAI's, compiled | plain PyTorch, compiled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["time"]:
+        own = row["losses"]["fused"]
+        cells = [f"{own['min_ms']:.0f} ms (median {own['median_ms']:.0f})"]
+        for name in ("unfused", "eager", "compiled", "compiled plain"):
+            one = row["losses"].get(name)
+            cells.append(
+                f"{one['min_ms']:.0f} ms ({one['fused_over_it']:.2f})" if one else "not measured"
+            )
+        lines.append(
+            f"| {row['classes']} | {row['batch']} x {row['edge']}³ | " + " | ".join(cells) + " |"
+        )
+    sweep = results["sweep"]
+    counts = list(dict.fromkeys(row["classes"] for row in sweep))
+    ratios = {(row["features"], row["classes"]): row["fused_over_unfused"] for row in sweep}
+    slower = [f"K = {k}, C = {c}" for (k, c), ratio in ratios.items() if ratio > 1]
+    lines += [
+        "",
+        f"Time of the fused loss over that of convolution and voxfuse's loss, one "
+        f"{sweep[0]['edge']}³ patch; the fused one is "
+        + (f"the slower one at {'; '.join(slower)}" if slower else "faster everywhere here")
+        + ":\n",
+        "| | " + " | ".join(f"C = {count}" for count in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for features in dict.fromkeys(row["features"] for row in sweep):
+        cells = [f"{ratios[features, count]:.2f}" for count in counts]
+        lines.append(f"| K = {features} | " + " | ".join(cells) + " |")
+    lines += ["", f"Measured at commit {machine['commit']} ({machine['time'][:10]})."]
+    return "\n".join(lines)
+
+
+#: Page, name of its markers, results, and what makes the table of them.
+TABLES = [
+    ("README.md", "loss-table", "loss.json", loss_table),
+    ("README.md", "fusion-table", "fusion.json", fusion_table),
+    ("docs/head_fused_loss.md", "head-table", "head.json", head_table),
+]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = updated = readme.read_text()
-    for name, (path, table) in TABLES.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    for name, marker, file, table in TABLES:
+        page = ROOT / name
+        text = page.read_text()
+        begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(updated):
-            sys.exit(f"README.md has no {begin} ... {end}")
-        content = f"{begin}\n{table(json.loads(path.read_text()))}\n{end}"
-        updated = pattern.sub(lambda _, content=content: content, updated)
-    if options.check:
-        if updated != text:
-            sys.exit("README.md is out of date: run python benchmarks/report.py")
-        return 0
-    readme.write_text(updated)
-    print(f"README.md: {', '.join(TABLES)}")
+        if not pattern.search(text):
+            sys.exit(f"{name} has no {begin} ... {end}")
+        made = f"{begin}\n{table(json.loads((RESULTS / file).read_text()))}\n{end}"
+        updated = pattern.sub(made.replace("\\", r"\\"), text)
+        if not options.check:
+            page.write_text(updated)
+            print(f"{name}: table of {file}")
+        elif updated != text:
+            sys.exit(f"{name} is out of date: run python benchmarks/report.py")
     return 0
 
 

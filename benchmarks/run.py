@@ -120,8 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     head.add_argument(
         "--peers",
         type=names,
-        default=["eager", "compiled", "compiled plain"],
-        help="comma-separated: eager,compiled,compiled plain",
+        default=["eager", "compiled plain"],
+        help="comma-separated: eager,compiled plain,compiled (default without the last)",
     )
     head.add_argument(
         "--parts",

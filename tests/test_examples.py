@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -221,3 +223,42 @@ def test_peak_memory_sees_a_temporary_tensor():
     if peak.extra_bytes is None:
         pytest.skip(measure.how_memory_is_measured(torch.device("cpu")))
     assert size <= peak.extra_bytes < 1.25 * size
+
+
+@pytest.mark.skipif(
+    "not measured" in measure.how_memory_is_measured(torch.device("cpu")),
+    reason="needs Linux with a writable /proc/self/clear_refs",
+)
+def test_many_classes_fit_a_larger_patch_without_logits():
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "many_classes.py", "--quick"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    largest = {
+        name.strip(): (int(edge), int(peak), int(beyond))
+        for name, edge, peak, beyond in re.findall(
+            r"^(.+?)\s+(\d+)\^3\s+[\d,]+\s+(\d+) MiB.*takes (\d+) MiB$", run.stdout, re.MULTILINE
+        )
+    }
+    fused = largest.pop("fused")
+    assert "convolution, voxfuse's loss" in largest
+    assert fused[0] > max(edge for edge, _, _ in largest.values())
+    for _, peak, beyond in (fused, *largest.values()):
+        assert peak <= 128 < beyond + 1
+
+
+def test_many_classes_steps_compute_one_loss():
+    import many_classes
+
+    image = torch.rand(40, 40, 40)
+    regions = torch.randint(0, many_classes.CLASSES, (40, 40, 40), dtype=torch.uint8)
+    values = [
+        many_classes.train(step, image, regions, 16).loss
+        for step in many_classes.training_steps().values()
+    ]
+    assert max(values) - min(values) < 1e-5 * max(values)
+    step = many_classes.training_steps()["fused"]
+    with pytest.raises(SystemExit, match="a patch of 16.3 takes"):
+        many_classes.largest(step, image, regions, 1, 16, 8)

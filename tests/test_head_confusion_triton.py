@@ -141,6 +141,23 @@ def test_only_wanted_gradients_are_made(wanted):
         assert torch.equal(some[i], all_of_them[i]) if needed else some[i].numel() == 0
 
 
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_tf32_only_where_torch_allows_it(setting):
+    features, target = torch.empty(1, 32, 64), torch.empty(1, 64, dtype=torch.uint8)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        for dtype in DTYPES[:3]:
+            chosen, _ = kernels.constants(
+                features.to(dtype), 117, target, OPTIONS, 4, interpreting=False
+            )
+            # Half types lose nothing in TF32, which holds their numbers.
+            exact = dtype == torch.float32 and setting == "highest"
+            assert chosen["PRECISION"] == ("ieee" if exact else "tf32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_every_output_is_written(poisoned_memory):
     check(Case(spatial=(3, 5, 7), weight=torch.bool), 3, OPERATORS, device=DEVICE)
 
