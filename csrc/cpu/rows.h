@@ -40,17 +40,72 @@ void write_row(const R* source, int64_t n, T* out, int64_t stride) {
   }
 }
 
-// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler, which then
-// vectorises the shuffles.
+// The elements of two vectors at even or at odd places, and the other way round: the elements of
+// two vectors in turn, those of the lower or of the upper halves.
+template <int Odd, std::size_t... L>
+VOXFUSE_INLINE Vec<float> every_other(Vec<float> a, Vec<float> b, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, b, (2 * L + Odd)...);
+}
+template <int Upper, std::size_t... L>
+VOXFUSE_INLINE Vec<float> in_turn(Vec<float> a, Vec<float> b, std::index_sequence<L...>) {
+  constexpr int W = sizeof...(L);
+  return __builtin_shufflevector(a, b, ((L % 2) * W + Upper * W / 2 + L / 2)...);
+}
+
+// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler. Two and four
+// channels, vector by vector: even from odd, once or twice.
 template <int C, class R>
 void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<R, float> && (C == 2 || C == 4)) {
+    constexpr int W = Lanes<float>::width;
+    constexpr auto lanes = std::make_index_sequence<W>{};
+    for (; i + W <= n; i += W) {
+      Vec<float> x[C], y[C];
+      for (int k = 0; k < C; ++k) x[k] = load(source + i * C + k * W);
+      for (int k = 0; k < C; k += 2) {
+        y[k / 2] = every_other<0>(x[k], x[k + 1], lanes);
+        y[C / 2 + k / 2] = every_other<1>(x[k], x[k + 1], lanes);
+      }
+      if constexpr (C == 2) {
+        store(tile + i, y[0]);
+        store(tile + room + i, y[1]);
+      } else {  // y: channels 0 and 2 in turn, twice; channels 1 and 3 in turn, twice
+        store(tile + i, every_other<0>(y[0], y[1], lanes));
+        store(tile + 2 * room + i, every_other<1>(y[0], y[1], lanes));
+        store(tile + room + i, every_other<0>(y[2], y[3], lanes));
+        store(tile + 3 * room + i, every_other<1>(y[2], y[3], lanes));
+      }
+    }
+  }
+  for (; i < n; ++i) {
     for (int c = 0; c < C; ++c) tile[c * room + i] = source[i * C + c];
   }
 }
 template <int C, class R>
 void merge_channels(const R* tile, int64_t room, int64_t n, R* out) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<R, float> && (C == 2 || C == 4)) {
+    constexpr int W = Lanes<float>::width;
+    constexpr auto lanes = std::make_index_sequence<W>{};
+    for (; i + W <= n; i += W) {
+      Vec<float> x[C], y[C];
+      for (int c = 0; c < C; ++c) x[c] = load(tile + c * room + i);
+      if constexpr (C == 2) {
+        y[0] = in_turn<0>(x[0], x[1], lanes);
+        y[1] = in_turn<1>(x[0], x[1], lanes);
+      } else {
+        const Vec<float> even[2] = {in_turn<0>(x[0], x[2], lanes), in_turn<1>(x[0], x[2], lanes)};
+        const Vec<float> odd[2] = {in_turn<0>(x[1], x[3], lanes), in_turn<1>(x[1], x[3], lanes)};
+        for (int k = 0; k < 2; ++k) {
+          y[2 * k] = in_turn<0>(even[k], odd[k], lanes);
+          y[2 * k + 1] = in_turn<1>(even[k], odd[k], lanes);
+        }
+      }
+      for (int k = 0; k < C; ++k) store(out + i * C + k * W, y[k]);
+    }
+  }
+  for (; i < n; ++i) {
     for (int c = 0; c < C; ++c) out[i * C + c] = tile[c * room + i];
   }
 }
@@ -78,6 +133,12 @@ void split_channels(const R* source, int64_t n, int64_t classes, R* tile, int64_
   for (; i < n; ++i) {
     for (int64_t c = 0; c < classes; ++c) tile[c * room + i] = source[i * classes + c];
   }
+}
+
+// Whether merge_channels writes nothing beyond its last voxel.
+template <class R>
+bool merges_exactly(int64_t classes) {
+  return !std::is_same_v<R, float> || classes <= 4 || classes % Lanes<R>::width == 0;
 }
 
 // The other way round; `out` may be written up to a vector beyond.

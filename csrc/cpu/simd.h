@@ -7,8 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -89,17 +90,33 @@ VOXFUSE_INLINE Vec<double> absolute(Vec<double> x) {
 
 // exp(x) for x <= 0 within about 1 ulp; below -87.33, where the result would be subnormal, 0. NaN
 // survives.
+#if defined(__AVX512F__)
+// exp(x) = 2^n 2^(j/16) exp(r), |r| <= log(2)/32: the sixteen powers stand in one register, which
+// leaves a cubic for exp(r).
+VOXFUSE_INLINE Vec<float> exponential(Vec<float> x) {
+  using V = Vec<float>;
+  const V powers = {1.f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                    1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                    1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  constexpr float magic = 786432.f;  // 1.5 * 2^19: adding it rounds to a multiple of 1/16
+  const V shifted = x * 1.44269504088896341f + magic;
+  const V n = shifted - magic;
+  V r = x - n * 0.693147182464599609375f;
+  r = r - n * -1.90465429995776804525e-9f;
+  const V power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), powers);  // its low 4 bits
+  const V slope = r * 0.16666667163372039794921875f + 0.5f;
+  const V y = power + power * (slope * (r * r) + r);
+  // The scaling takes the floor of n. What lanes below the limit hold is meaningless, and masked.
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<float>(-87.33f), _CMP_NLT_UQ), y,
+                                n);
+}
+#else
 VOXFUSE_INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   const V clamped = at_least(x, broadcast<float>(-87.34f));
-#if defined(__AVX512F__)
-  const V n = _mm512_roundscale_ps(clamped * 1.44269504088896341f,
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
   constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const V shifted = clamped * 1.44269504088896341f + magic;
   const V n = shifted - magic;
-#endif
   V r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   V y = broadcast<float>(1.9875691500e-4f);
@@ -109,16 +126,12 @@ VOXFUSE_INLINE Vec<float> exponential(Vec<float> x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + (r + 1.f);
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<float>(-87.33f), _CMP_NLT_UQ), y,
-                                n);
-#else
   using I = Mask<float>;
   const I bits = reinterpret_cast<I>(shifted) << 23;  // the low bits of `shifted` hold n
   const V scale = reinterpret_cast<V>(bits + 0x3f800000);
   return x < -87.33f ? V{} : y * scale;
-#endif
 }
+#endif
 
 VOXFUSE_INLINE Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::width; ++i) x[i] = std::exp(x[i]);
@@ -173,6 +186,117 @@ VOXFUSE_INLINE Vec<float> log1p(Vec<float> x, Vec<float> one_plus, Vec<float> in
 VOXFUSE_INLINE Vec<double> log1p(Vec<double> x, Vec<double>, Vec<double>) {
   for (int i = 0; i < Lanes<double>::width; ++i) x[i] = std::log1p(x[i]);
   return x;
+}
+
+// 1 / x of a normal x within about 1 ulp.
+VOXFUSE_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> y = _mm512_rcp14_ps(x);
+  return y + y * (1.f - x * y);
+#else
+  return 1.f / x;
+#endif
+}
+
+// A logit with infinities replaced by the largest finite numbers; NaN stays NaN.
+template <class R>
+VOXFUSE_INLINE Vec<R> finite(Vec<R> z) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<R, float>) {
+    // One response for each class of number: quiet NaN itself, infinities the largest, rest itself.
+    const __m512i responses = _mm512_set1_epi32(0x11ef1122);
+    return _mm512_fixupimm_ps(z, z, responses, 0);
+  }
+#endif
+  const R limit = std::numeric_limits<R>::max();
+  return at_least(at_most(z, broadcast<R>(limit)), broadcast<R>(-limit));
+}
+
+// A yes or no for each lane of a float vector: a mask register where there are any.
+using Ints = Lanes<float>::I;
+#if defined(__AVX512F__)
+using Choice = __mmask16;
+VOXFUSE_INLINE Choice equal(Ints a, int32_t b) {
+  return _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(b));
+}
+VOXFUSE_INLINE Choice equal(Vec<float> a, float b) {
+  return _mm512_cmp_ps_mask(a, broadcast<float>(b), _CMP_EQ_OQ);
+}
+VOXFUSE_INLINE Choice above(Vec<float> a, float b) {
+  return _mm512_cmp_ps_mask(a, broadcast<float>(b), _CMP_GT_OQ);
+}
+VOXFUSE_INLINE Vec<float> select(Choice c, Vec<float> yes, Vec<float> no) {
+  return _mm512_mask_blend_ps(c, no, yes);
+}
+VOXFUSE_INLINE Vec<float> select(Choice c, Vec<float> yes) { return _mm512_maskz_mov_ps(c, yes); }
+VOXFUSE_INLINE Vec<float> add_where(Choice c, Vec<float> sum, Vec<float> x) {
+  return _mm512_mask_add_ps(sum, c, sum, x);
+}
+VOXFUSE_INLINE Vec<float> add_product_where(Choice c, Vec<float> sum, Vec<float> x, Vec<float> y) {
+  return _mm512_mask3_fmadd_ps(x, y, sum, c);
+}
+VOXFUSE_INLINE uint32_t lanes_of(Choice c) { return c; }
+#else
+using Choice = Ints;
+VOXFUSE_INLINE Choice equal(Ints a, int32_t b) { return a == b; }
+VOXFUSE_INLINE Choice equal(Vec<float> a, float b) { return a == b; }
+VOXFUSE_INLINE Choice above(Vec<float> a, float b) { return a > b; }
+VOXFUSE_INLINE Vec<float> select(Choice c, Vec<float> yes, Vec<float> no) { return c ? yes : no; }
+VOXFUSE_INLINE Vec<float> select(Choice c, Vec<float> yes) { return c ? yes : Vec<float>{}; }
+VOXFUSE_INLINE Vec<float> add_where(Choice c, Vec<float> sum, Vec<float> x) {
+  return sum + select(c, x);
+}
+VOXFUSE_INLINE Vec<float> add_product_where(Choice c, Vec<float> sum, Vec<float> x, Vec<float> y) {
+  return sum + select(c, x * y);
+}
+VOXFUSE_INLINE uint32_t lanes_of(Choice c) {
+#if defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(c));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(c));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Lanes<float>::width; ++i) bits |= c[i] != 0 ? 1u << i : 0u;
+  return bits;
+#endif
+}
+#endif
+
+VOXFUSE_INLINE Ints load(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// table[index] lane by lane.
+VOXFUSE_INLINE Vec<float> look_up(const float* table, Ints index) {
+#if defined(__AVX512F__)
+  return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4);
+#elif defined(__AVX2__)
+  return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4);
+#else
+  Vec<float> v;
+  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
+
+// Writes around the caches; `p` is aligned to a vector. After the last one, stream_fence.
+VOXFUSE_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+VOXFUSE_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // One step of a transposition: rows i and i + D of a group of 2 D exchange their off-diagonal

@@ -72,6 +72,9 @@ void raise_wrong_label(const Confusion& q) {
 
 namespace {
 
+// A gradient of this size would push everything else out of a last-level cache.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 // The operator's arguments; the views keep copies alive as long as the pointers are used.
 struct Arguments {
   View input, target;
@@ -175,7 +178,9 @@ Tensor soft_confusion_backward(const Tensor& grad, const Tensor& input, const Te
   Tensor written = own ? result : torch::stable::empty_like(a.input.tensor);
   q.gradient = written.mutable_data_ptr();
   q.gradient_stride = own ? *own : *strides_of(written, true);
-  advise_huge_pages(q.gradient, written.numel() * written.element_size());
+  const int64_t bytes = written.numel() * written.element_size();
+  advise_huge_pages(q.gradient, bytes);
+  q.stream_gradient = bytes >= kStreamBytes;
 
   const Ranges ranges(q.voxels, kChunkVoxels, 256);
   std::atomic<bool> wrong{false};

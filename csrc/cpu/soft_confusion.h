@@ -42,6 +42,7 @@ struct Confusion {
   const double* cotangent;  // (batch, classes, statistics), contiguous
   void* gradient;           // of the input's type
   Strides gradient_stride;
+  bool stream_gradient = false;  // larger than the caches: they need not hold it
 };
 
 // Voxels whose sums are kept in the compute type before they go to float64. Fixed, so that the

@@ -3,8 +3,10 @@
 // A range of voxels of one sample is walked in blocks that fit the first-level cache. Labels,
 // weights and, where the layout or the type asks for it, logits of a block are first brought into
 // one canonical form (unit voxel stride, compute type); then a core works on vectors of voxels:
-//   - Fast*: labels, the common options, all classes of a vector in registers (C <= 16);
-//   - general_*: every option and any number of classes, the classes of a vector in scratch memory.
+//   - softmax (soft_confusion_softmax.h): labels, the common options, all classes of a vector in
+//     registers (C <= 16);
+//   - sigmoid: the common options;
+//   - general: every option and any number of classes, the classes of a vector in scratch memory.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -14,6 +16,7 @@
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 #include "cpu/soft_confusion.h"
+#include "cpu/soft_confusion_softmax.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
@@ -40,7 +43,8 @@ struct Block {
 template <class R>
 struct Workspace {
   int64_t block;  // voxels a block
-  std::vector<R> logits, interleaved, labels, dense, weight, gradient, scratch;
+  std::vector<R> logits, interleaved, labels, dense, weight, scratch;
+  std::vector<int32_t> ids;
 
   explicit Workspace(const Confusion& q) {
     const int64_t width = Lanes<R>::width;
@@ -53,9 +57,9 @@ struct Workspace {
       interleaved.resize(q.classes * block + width);
     }
     labels.resize(block);
+    ids.resize(block);
     if (q.dense) dense.resize(q.classes * block);
     weight.resize(block);
-    gradient.resize(q.gradient != nullptr ? q.classes * block : 0);
     scratch.resize(kScratchRows * q.classes * width);
   }
   static constexpr int64_t kScratchRows = 9;
@@ -101,6 +105,152 @@ int64_t stage_labels(const Confusion& q, const T* source, int64_t stride, int64_
   return wrong;
 }
 
+// Logits of voxels [begin, begin + n) of sample b: read in place where they are contiguous in the
+// compute type, else brought into the workspace's tile.
+template <class R>
+void stage_logits(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace<R>& work,
+                  const R*& logits, int64_t& logits_stride) {
+  const int64_t width = Lanes<R>::width;
+  const int64_t padded = (n + width - 1) / width * width;
+  const int64_t room = work.block;
+  constexpr Element own = std::is_same_v<R, float> ? Element::f32 : Element::f64;
+  const int64_t offset = b * q.input_stride.batch + begin * q.input_stride.voxel;
+  const bool direct = q.input_type == own && q.input_stride.voxel == 1 && padded == n &&
+                      q.classes <= 32;  // more streams than that outrun the prefetcher
+  if (direct) {
+    logits = element<R>(q.input, offset);
+    logits_stride = q.input_stride.channel;
+    return;
+  }
+  R* tile = work.logits.data();
+  with_element(q.input_type, [&](auto tag) {
+    using T = decltype(tag);
+    const T* source = element<T>(q.input, offset);
+    if (q.input_stride.channel == 1 && q.input_stride.voxel == q.classes && q.classes > 1) {
+      // Channels last. The transposition may read a vector beyond the block: the last block of the
+      // last sample is copied to where that is harmless, and so is what needs conversion.
+      const R* interleaved = nullptr;
+      if constexpr (std::is_same_v<T, R>) {
+        if ((n + width) * q.classes <= (q.voxels - begin) * q.classes) interleaved = source;
+      }
+      if (interleaved == nullptr) {
+        convert_row<R>(source, 1, n * q.classes, work.interleaved.data());
+        interleaved = work.interleaved.data();
+      }
+      split_channels(interleaved, n, q.classes, tile, room);
+    } else {
+      for (int64_t c = 0; c < q.classes; ++c) {
+        convert_row<R>(source + c * q.input_stride.channel, q.input_stride.voxel, n,
+                       tile + c * room);
+      }
+    }
+  });
+  for (int64_t c = 0; c < q.classes && padded != n; ++c) {
+    std::fill(tile + c * room + n, tile + c * room + padded, R{0.5});
+  }
+  logits = tile;
+  logits_stride = room;
+}
+
+// A label as 32 bits, or the least number if it has more or is none (NaN).
+inline constexpr int32_t kNoLabel = std::numeric_limits<int32_t>::min();
+
+template <class T>
+VOXFUSE_INLINE int32_t short_label(T value) {
+  if constexpr (std::is_integral_v<T> && sizeof(T) < 8) {
+    return value;
+  } else if constexpr (std::is_integral_v<T>) {
+    return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : kNoLabel;
+  } else {
+    const auto x = to_real<float>(value);
+    return x > -2147483648.f && x < 2147483648.f ? static_cast<int32_t>(x) : kNoLabel;
+  }
+}
+
+// Labels of a row as classes, -1 where they are to be ignored; returns whether one is neither, and
+// whether any is ignored.
+template <class T>
+bool stage_classes(const Confusion& q, const T* source, int64_t stride, int64_t n, int32_t* out,
+                   bool& ignores) {
+  const uint32_t classes = static_cast<uint32_t>(q.classes);
+  const auto walk = [&](auto label) __attribute__((always_inline)) {
+    int32_t bad = 0, ignored = 0;
+    const auto step = [&](int64_t i, T value) __attribute__((always_inline)) {
+      const int32_t c = label(value);
+      bad |= c != -1 && static_cast<uint32_t>(c) >= classes;
+      ignored |= c == -1;
+      out[i] = c;
+    };
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) step(i, source[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) step(i, source[i * stride]);
+    }
+    ignores = ignored != 0;
+    return bad != 0;
+  };
+  // What is -1 in the source, and not to be ignored, is wrong: any other negative number is as
+  // well.
+  const auto kept = [](int32_t label) { return label < 0 ? kNoLabel : label; };
+  if (!q.has_ignore) return walk([&](T value) { return kept(short_label(value)); });
+  const int32_t ignore = static_cast<int32_t>(q.ignore_index);
+  if (ignore == q.ignore_index && ignore != kNoLabel) {
+    return walk([&](T value) {
+      const int32_t label = short_label(value);
+      return label == ignore ? -1 : kept(label);
+    });
+  }
+  return walk([&](T value) {
+    return integer_label(value) == q.ignore_index ? -1 : kept(short_label(value));
+  });
+}
+
+template <class R>
+void stage_weights(const Confusion& q, int64_t b, int64_t begin, int64_t n, R* weight) {
+  with_element(q.weight_type, [&](auto tag) {
+    using T = decltype(tag);
+    convert_row<R>(element<T>(q.weight, b * q.weight_stride.batch + begin * q.weight_stride.voxel),
+                   q.weight_stride.voxel, n, weight);
+  });
+  if (q.weight_type == Element::boolean) {
+    for (int64_t i = 0; i < n; ++i) weight[i] = weight[i] != 0 ? R{1} : R{0};
+  }
+}
+
+// Voxels [begin, begin + n) of sample b for the softmax core; returns whether a label has no class.
+bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace<float>& work,
+                    LabelledBlock& out, bool& weighted) {
+  constexpr int64_t width = Lanes<float>::width;
+  const int64_t padded = (n + width - 1) / width * width;
+  int32_t* labels = work.ids.data();
+  float* weight = work.weight.data();
+  bool wrong = false, ignores = false;
+  with_element(q.target_type, [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t offset = b * q.target_stride.batch + begin * q.target_stride.voxel;
+    wrong = stage_classes<T>(q, element<T>(q.target, offset), q.target_stride.voxel, n, labels,
+                             ignores);
+  });
+  if (wrong) return true;
+  if (q.weight != nullptr) {
+    stage_weights(q, b, begin, n, weight);
+    for (int64_t i = 0; i < n; ++i) {
+      labels[i] = weight[i] == 0 ? -1 : labels[i];
+      weight[i] = labels[i] < 0 ? 0.f : weight[i];
+    }
+  } else if (ignores || padded != n) {
+    for (int64_t i = 0; i < n; ++i) weight[i] = labels[i] < 0 ? 0.f : 1.f;
+  }
+  std::fill(labels + n, labels + padded, -1);
+  std::fill(weight + n, weight + padded, 0.f);
+  weighted = q.weight != nullptr || ignores || padded != n;
+  out.voxels = padded;
+  out.labels = labels;
+  out.weight = weight;
+  stage_logits(q, b, begin, n, work, out.logits, out.logits_stride);
+  return false;
+}
+
 // Brings voxels [begin, begin + n) of sample b into canonical form. Returns the number of labels
 // that no class has.
 template <class R>
@@ -118,15 +268,7 @@ int64_t stage(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace
   if (unweighted) {
     std::fill(weight, weight + n, R{1});
   } else {
-    with_element(q.weight_type, [&](auto tag) {
-      using T = decltype(tag);
-      convert_row<R>(
-          element<T>(q.weight, b * q.weight_stride.batch + begin * q.weight_stride.voxel),
-          q.weight_stride.voxel, n, weight);
-    });
-    if (q.weight_type == Element::boolean) {
-      for (int64_t i = 0; i < n; ++i) weight[i] = weight[i] != 0 ? R{1} : R{0};
-    }
+    stage_weights(q, b, begin, n, weight);
   }
 
   const int64_t target_offset = b * q.target_stride.batch + begin * q.target_stride.voxel;
@@ -197,48 +339,12 @@ int64_t stage(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace
   out.weight = weight;
   out.unweighted = unweighted && padded == n;
 
-  // Logits: read in place where they are contiguous in the compute type.
-  constexpr Element own = std::is_same_v<R, float> ? Element::f32 : Element::f64;
-  const int64_t offset = b * q.input_stride.batch + begin * q.input_stride.voxel;
-  const bool direct = q.input_type == own && q.input_stride.voxel == 1 && padded == n &&
-                      q.classes <= 32;  // more streams than that outrun the prefetcher
-  if (direct) {
-    out.logits = element<R>(q.input, offset);
-    out.logits_stride = q.input_stride.channel;
-  } else {
-    R* tile = work.logits.data();
-    with_element(q.input_type, [&](auto tag) {
-      using T = decltype(tag);
-      const T* source = element<T>(q.input, offset);
-      if (q.input_stride.channel == 1 && q.input_stride.voxel == q.classes && q.classes > 1) {
-        // Channels last. A copy in the first-level cache gives the transposition room to overrun.
-        R* interleaved = work.interleaved.data();
-        convert_row<R>(source, 1, n * q.classes, interleaved);
-        split_channels(interleaved, n, q.classes, tile, room);
-      } else {
-        for (int64_t c = 0; c < q.classes; ++c) {
-          convert_row<R>(source + c * q.input_stride.channel, q.input_stride.voxel, n,
-                         tile + c * room);
-        }
-      }
-    });
-    for (int64_t c = 0; c < q.classes; ++c) {
-      std::fill(tile + c * room + n, tile + c * room + padded, R{0.5});
-    }
-    out.logits = tile;
-    out.logits_stride = room;
-  }
+  stage_logits(q, b, begin, n, work, out.logits, out.logits_stride);
   return wrong;
 }
 
 // ---------------------------------------------------------------------------------------------
 // Elementwise mathematics on vectors
-
-template <class R>
-VOXFUSE_INLINE Vec<R> finite(Vec<R> z) {
-  const R limit = std::numeric_limits<R>::max();
-  return at_least(at_most(z, broadcast<R>(limit)), broadcast<R>(-limit));
-}
 
 // factor * value, 0 where factor is 0 whatever the value.
 template <class R>
@@ -499,208 +605,8 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
 }
 
 // ---------------------------------------------------------------------------------------------
-// Fast cores (float32 arithmetic): product overlap, one activation, no focal modulation; softmax
-// with labels, sigmoid with any target
-
-// The softmax of one vector of voxels: exponentials relative to the largest logit, their total
-// 1 + others, and its inverse. C = 0: as many classes as q.classes says, exponentials in memory.
-template <int C, bool Weighted>
-struct Softmax {
-  using V = Vec<float>;
-  static constexpr int width = Lanes<float>::width;
-  V e[C == 0 ? 1 : C];
-  float* rows;
-  V largest, others, total, inverse;
-
-  VOXFUSE_INLINE V logit(const Block<float>& block, int64_t c, int64_t v) const {
-    const V z = finite<float>(load(block.logits + c * block.logits_stride + v));
-    if constexpr (Weighted) {
-      return load(block.weight + v) == 0 ? broadcast<float>(0.5f) : z;
-    }
-    return z;
-  }
-  VOXFUSE_INLINE V exponential_of(int64_t c) const {
-    if constexpr (C == 0) return load(rows + c * width);
-    return e[c];
-  }
-  // 1 - p of a class, from its exponential.
-  VOXFUSE_INLINE V complement(V exponential) const {
-    return (exponential == 1.f ? others : total - exponential) * inverse;
-  }
-
-  VOXFUSE_INLINE void compute(const Block<float>& block, int64_t classes, int64_t v) {
-    if constexpr (C == 2) {
-      const V d = logit(block, 0, v) * 0.5f - logit(block, 1, v) * 0.5f;  // halves: no overflow
-      const V distance = absolute(d);
-      others = exponential(-distance - distance);
-      // A NaN makes `others`, and through it everything, NaN.
-      e[0] = d < 0.f ? others : broadcast<float>(1.f);
-      e[1] = d < 0.f ? broadcast<float>(1.f) : others;
-      total = 1.f + others;
-    } else {
-      largest = logit(block, 0, v);
-      for (int64_t c = 1; c < classes; ++c) largest = at_least(largest, logit(block, c, v));
-      V sum{}, rest{};
-      for (int64_t c = 0; c < classes; ++c) {
-        const V z = logit(block, c, v);
-        const V x = exponential(z - largest);
-        sum += x;
-        rest += z == largest ? V{} : x;
-        if constexpr (C == 0) {
-          store(rows + c * width, x);
-        } else {
-          e[c] = x;
-        }
-      }
-      others = sum > 1.5f ? sum - 1.f : rest;
-      total = 1.f + others;
-    }
-    inverse = 1.f / total;
-  }
-
-  // -log p of the class whose exponential is given, `below` the largest logit by that much.
-  VOXFUSE_INLINE V log_total() const { return log1p(others, total, inverse); }
-};
-
-template <int C, bool Full, bool Weighted>
-void softmax_forward(const Confusion& q, const Block<float>& block, float* scratch, float* sums) {
-  using V = Vec<float>;
-  constexpr int width = Lanes<float>::width;
-  constexpr int S = Full ? 8 : 4;
-  constexpr bool registers = C > 0 && C <= 4;
-  const int64_t classes = C == 0 ? q.classes : C;
-  V held[registers ? C * S : 1];
-  if constexpr (registers) {
-    for (int i = 0; i < C * S; ++i) held[i] = load(sums + i * width);
-  }
-  const auto add = [&](int64_t c, int s, V term) __attribute__((always_inline)) {
-    if constexpr (registers) {
-      held[c * S + s] += term;
-    } else {
-      float* sum = sums + (c * S + s) * width;
-      store(sum, load(sum) + term);
-    }
-  };
-  Softmax<C, Weighted> x;
-  x.rows = scratch;
-  for (int64_t v = 0; v < block.voxels; v += width) {
-    x.compute(block, classes, v);
-    const V label = load(block.labels + v);
-    const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
-    const V log_total = x.log_total();
-    V own{}, own_z{};
-    for (int64_t c = 0; c < classes; ++c) {
-      const Mask<float> is = label == static_cast<float>(c);
-      const V e = x.exponential_of(c);
-      V p = e * x.inverse;
-      if constexpr (Full) add(c, 5, Weighted ? V(p * p * w) : V(p * p));
-      if constexpr (Weighted) p *= w;
-      own = is ? e : own;
-      if constexpr (C != 0) add(c, 0, is ? p : V{});
-      add(c, 1, is ? V{} : p);
-      if constexpr (C != 2) own_z = is ? x.logit(block, c, v) : own_z;
-      if constexpr (Full) {
-        V minus_log;
-        if constexpr (C == 2) {
-          const V d = x.logit(block, 1 - c, v) - x.logit(block, c, v);
-          minus_log = (d > 0.f ? d : V{}) + log_total;
-        } else {
-          minus_log = (x.largest - x.logit(block, c, v)) + log_total;
-        }
-        if constexpr (Weighted) minus_log *= w;
-        add(c, 4, is ? V{} : minus_log);
-        add(c, 6, is ? w : V{});
-        add(c, 7, w);
-      }
-    }
-    V fn = x.complement(own);
-    V nll;
-    if constexpr (C == 2) {
-      const V z0 = x.logit(block, 0, v), z1 = x.logit(block, 1, v);
-      const V d = label == 0.f ? z1 - z0 : z0 - z1;
-      nll = (d > 0.f ? d : V{}) + log_total;
-    } else {
-      nll = (x.largest - own_z) + log_total;
-    }
-    if constexpr (Weighted) {
-      fn *= w;
-      nll = product<float>(w, nll);
-    }
-    if constexpr (C != 0) {
-      for (int64_t c = 0; c < classes; ++c) {
-        const Mask<float> is = label == static_cast<float>(c);
-        add(c, 2, is ? fn : V{});
-        add(c, 3, is ? nll : V{});
-      }
-    } else {
-      // One class a voxel: every lane adds to its own place, so no two lanes meet.
-      const V tp = own * x.inverse * w;
-      for (int i = 0; i < width; ++i) {
-        const int64_t c = static_cast<int64_t>(label[i]);
-        if (c < 0) continue;
-        float* sum = sums + c * S * width + i;
-        sum[0] += tp[i];
-        sum[2 * width] += fn[i];
-        sum[3 * width] += nll[i];
-      }
-    }
-  }
-  if constexpr (registers) {
-    for (int i = 0; i < C * S; ++i) store(sums + i * width, held[i]);
-  }
-}
-
-// With h_c = f_c off the label and A = t - n on it, K = -(cotangent of NLL) of the label, and sums
-// taken relative to the label's own h (so that nothing large cancels when the label is nearly
-// certain): D = sum_{k != label} p_k (f_k - A),
-//   dz_c = p_c (f_c - A - D - K)  off the label,   K (1 - p) - p D  on it.
-template <int C, bool Weighted>
-void softmax_backward(const Confusion& q, const Block<float>& block, float* scratch,
-                      const float* cotangent, float* gradient, int64_t gradient_stride) {
-  using V = Vec<float>;
-  constexpr int width = Lanes<float>::width;
-  const int64_t classes = C == 0 ? q.classes : C;
-  const int S = q.statistics;
-  Softmax<C, Weighted> x;
-  x.rows = scratch;
-  for (int64_t v = 0; v < block.voxels; v += width) {
-    x.compute(block, classes, v);
-    const V label = load(block.labels + v);
-    V own{}, a{}, k{}, f{};
-    for (int64_t c = 0; c < classes; ++c) {
-      const float* t = cotangent + c * S;
-      const Mask<float> is = label == static_cast<float>(c);
-      const V e = x.exponential_of(c);
-      own = is ? e : own;
-      if constexpr (C != 0) {
-        a = is ? broadcast<float>(t[0] - t[2]) : a;
-        k = is ? broadcast<float>(-t[3]) : k;
-      }
-      f += is ? V{} : e * t[1];
-    }
-    if constexpr (C == 0) {
-      for (int i = 0; i < width; ++i) {
-        const int64_t c = static_cast<int64_t>(label[i]);
-        if (c < 0) continue;
-        a[i] = cotangent[c * S] - cotangent[c * S + 2];
-        k[i] = -cotangent[c * S + 3];
-      }
-    }
-    const V complement = x.complement(own);
-    const V d = f * x.inverse - a * complement;
-    const V base = a + d + k;
-    const V on_label = k * complement - own * x.inverse * d;
-    V scale = x.inverse;
-    const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
-    if constexpr (Weighted) scale *= w;
-    for (int64_t c = 0; c < classes; ++c) {
-      const Mask<float> is = label == static_cast<float>(c);
-      const V off_label = x.exponential_of(c) * scale * (cotangent[c * S + 1] - base);
-      store(gradient + c * gradient_stride + v,
-            is ? (Weighted ? V(on_label * w) : on_label) : off_label);
-    }
-  }
-}
+// Sigmoid with any target (float32 arithmetic): product overlap, one activation, no focal
+// modulation
 
 template <bool Full>
 void sigmoid_forward(const Confusion& q, const Block<float>& block, float* sums) {
@@ -718,7 +624,7 @@ void sigmoid_forward(const Confusion& q, const Block<float>& block, float* sums)
       const V g = target_of(block, c, v);
       const V e = exponential(-absolute(z));
       const V total = 1.f + e;
-      const V inverse = 1.f / total;
+      const V inverse = reciprocal(total);
       const V p = z < 0.f ? e * inverse : inverse;
       const V complement = z < 0.f ? inverse : e * inverse;
       const V tail = log1p(e, total, inverse);
@@ -753,7 +659,7 @@ void sigmoid_backward(const Confusion& q, const Block<float>& block, const float
       const V z = w == 0 ? V{} : finite<float>(raw);
       const V g = target_of(block, c, v);
       const V e = exponential(-absolute(z));
-      const V inverse = 1.f / (1.f + e);
+      const V inverse = reciprocal(1.f + e);
       const V p = z < 0.f ? e * inverse : inverse;
       const V complement = z < 0.f ? inverse : e * inverse;
       const V rest = 1.f - g;
@@ -764,77 +670,77 @@ void sigmoid_backward(const Confusion& q, const Block<float>& block, const float
   }
 }
 
-using FastForward = void (*)(const Confusion&, const Block<float>&, float* scratch, float* sums);
-using FastBackward = void (*)(const Confusion&, const Block<float>&, float* scratch,
-                              const float* cotangent, float* gradient, int64_t stride);
+// ---------------------------------------------------------------------------------------------
+// Which core
 
-template <int C, bool Full>
-void run_softmax_forward(const Confusion& q, const Block<float>& block, float* scratch,
-                         float* sums) {
-  if (block.unweighted) {
-    softmax_forward<C, Full, false>(q, block, scratch, sums);
-  } else {
-    softmax_forward<C, Full, true>(q, block, scratch, sums);
+enum class Core { general, sigmoid, softmax };
+
+// What the common options are; the rest goes through the general core.
+template <class R>
+Core core_of(const Confusion& q) {
+  if (!std::is_same_v<R, float> || q.activation != q.likelihood || q.overlap != Overlap::product ||
+      q.gamma != 0) {
+    return Core::general;
   }
+  if (q.activation == Activation::sigmoid) return Core::sigmoid;
+  const bool labels = q.activation == Activation::softmax && !q.dense && q.classes >= 2 &&
+                      q.classes < std::numeric_limits<int32_t>::max();
+  return labels ? Core::softmax : Core::general;
 }
 
-template <int C>
-void run_softmax_backward(const Confusion& q, const Block<float>& block, float* scratch,
-                          const float* cotangent, float* gradient, int64_t stride) {
-  if (block.unweighted) {
-    softmax_backward<C, false>(q, block, scratch, cotangent, gradient, stride);
-  } else {
-    softmax_backward<C, true>(q, block, scratch, cotangent, gradient, stride);
+using SoftmaxForward = void (*)(int64_t classes, const LabelledBlock&, float* scratch, float* sums);
+using SoftmaxBackward = void (*)(int64_t classes, const LabelledBlock&, float* scratch,
+                                 const Cotangents&, const GradientRows&);
+
+// One function for each number of classes up to kMaxFastClasses, from three on, and one for the
+// rest.
+using FastClasses = std::make_integer_sequence<int, kMaxFastClasses - 2>;
+
+template <bool Full, bool Weighted, int... I>
+SoftmaxForward softmax_forward_of(int64_t classes, std::integer_sequence<int, I...>) {
+  static constexpr SoftmaxForward table[] = {softmax_forward<I + 3, Full, Weighted>...};
+  if (classes == 2) {
+    return [](int64_t, const LabelledBlock& block, float*, float* sums) {
+      two_classes_forward<Full, Weighted>(block, sums);
+    };
   }
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_forward<0, Full, Weighted>;
 }
 
-template <bool Full, int... I>
-FastForward softmax_forward_for(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr FastForward table[] = {run_softmax_forward<I + 2, Full>...};
-  return classes <= kMaxFastClasses ? table[classes - 2] : run_softmax_forward<0, Full>;
-}
-
-template <int... I>
-FastBackward softmax_backward_for(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr FastBackward table[] = {run_softmax_backward<I + 2>...};
-  return classes <= kMaxFastClasses ? table[classes - 2] : run_softmax_backward<0>;
-}
-
-using FastClasses = std::make_integer_sequence<int, kMaxFastClasses - 1>;
-
-bool common_options(const Confusion& q) {
-  return q.activation == q.likelihood && q.overlap == Overlap::product && q.gamma == 0;
-}
-
-FastForward fast_forward(const Confusion& q) {
-  if (!common_options(q)) return nullptr;
-  const bool full = q.statistics == 8;
-  if (q.activation == Activation::sigmoid) {
-    return full ? [](const Confusion& q, const Block<float>& block, float*,
-                     float* sums) { sigmoid_forward<true>(q, block, sums); }
-                : [](const Confusion& q, const Block<float>& block, float*, float* sums) {
-                    sigmoid_forward<false>(q, block, sums);
-                  };
+template <bool Weighted, int... I>
+SoftmaxBackward softmax_backward_of(int64_t classes, std::integer_sequence<int, I...>) {
+  static constexpr SoftmaxBackward table[] = {softmax_backward<I + 3, Weighted>...};
+  if (classes == 2) {
+    return [](int64_t, const LabelledBlock& block, float*, const Cotangents& cotangent,
+              const GradientRows& gradient) {
+      two_classes_backward<Weighted>(block, cotangent, gradient);
+    };
   }
-  if (q.activation != Activation::softmax || q.dense || q.classes < 2) return nullptr;
-  return full ? softmax_forward_for<true>(q.classes, FastClasses{})
-              : softmax_forward_for<false>(q.classes, FastClasses{});
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_backward<0, Weighted>;
 }
 
-FastBackward fast_backward(const Confusion& q, const float* cotangent) {
-  if (!common_options(q)) return nullptr;
-  if (q.activation == Activation::sigmoid) {
-    return [](const Confusion& q, const Block<float>& block, float*, const float* cotangent,
-              float* gradient,
-              int64_t stride) { sigmoid_backward(q, block, cotangent, gradient, stride); };
+SoftmaxForward softmax_forward_of(int64_t classes, bool full, bool weighted) {
+  if (full) {
+    return weighted ? softmax_forward_of<true, true>(classes, FastClasses{})
+                    : softmax_forward_of<true, false>(classes, FastClasses{});
   }
-  if (q.activation != Activation::softmax || q.dense || q.classes < 2) return nullptr;
-  if (q.statistics == 8) {
-    for (int64_t c = 0; c < q.classes; ++c) {
-      if (cotangent[c * 8 + 4] != 0 || cotangent[c * 8 + 5] != 0) return nullptr;
-    }
+  return weighted ? softmax_forward_of<false, true>(classes, FastClasses{})
+                  : softmax_forward_of<false, false>(classes, FastClasses{});
+}
+
+SoftmaxBackward softmax_backward_of(int64_t classes, bool weighted) {
+  return weighted ? softmax_backward_of<true>(classes, FastClasses{})
+                  : softmax_backward_of<false>(classes, FastClasses{});
+}
+
+// Whether the cotangents of the statistics that only `full` has are all zero.
+template <class R>
+bool basic_cotangents(const std::vector<R>& cotangent, int64_t classes, int statistics) {
+  if (statistics == 4) return true;
+  for (int64_t c = 0; c < classes; ++c) {
+    if (cotangent[c * 8 + 4] != 0 || cotangent[c * 8 + 5] != 0) return false;
   }
-  return softmax_backward_for(q.classes, FastClasses{});
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -843,23 +749,34 @@ FastBackward fast_backward(const Confusion& q, const float* cotangent) {
 template <class R>
 int64_t forward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end, double* out) {
   constexpr int64_t width = Lanes<R>::width;
+  const Core core = core_of<R>(q);
+  const bool full = q.statistics == 8;
   Workspace<R> work(q);
   Block<R> block;
+  LabelledBlock labelled;
   const int64_t rows = q.classes * q.statistics;
   std::vector<R> sums(rows * width);
   std::fill(out, out + rows, 0.0);
-  FastForward fast = nullptr;
-  if constexpr (std::is_same_v<R, float>) fast = fast_forward(q);
-  int64_t wrong = 0;
   for (int64_t chunk = begin; chunk < end; chunk += kChunkVoxels) {
     const int64_t stop = std::min(chunk + kChunkVoxels, end);
     std::fill(sums.begin(), sums.end(), R{0});
     for (int64_t at = chunk; at < stop; at += work.block) {
-      wrong += stage(q, b, at, std::min(work.block, stop - at), work, block);
+      const int64_t n = std::min(work.block, stop - at);
+      if constexpr (std::is_same_v<R, float>) {
+        if (core == Core::softmax) {
+          bool weighted;
+          if (stage_labelled(q, b, at, n, work, labelled, weighted)) return 1;
+          softmax_forward_of(q.classes, full, weighted)(q.classes, labelled, work.scratch.data(),
+                                                        sums.data());
+          continue;
+        }
+      }
+      const int64_t wrong = stage(q, b, at, n, work, block);
       if (wrong != 0) return wrong;
       if constexpr (std::is_same_v<R, float>) {
-        if (fast != nullptr) {
-          fast(q, block, work.scratch.data(), sums.data());
+        if (core == Core::sigmoid) {
+          full ? sigmoid_forward<true>(q, block, sums.data())
+               : sigmoid_forward<false>(q, block, sums.data());
           continue;
         }
       }
@@ -867,54 +784,96 @@ int64_t forward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end,
     }
     for (int64_t i = 0; i < rows; ++i) out[i] += sum_of_lanes<R>(load(sums.data() + i * width));
   }
-  return wrong;
+  return 0;
+}
+
+// A gradient in the tile to where it belongs, in the input's type and layout.
+template <class R>
+void write_gradient(const Confusion& q, const R* tile, int64_t stride, int64_t n, int64_t offset,
+                    Workspace<R>& work) {
+  with_element(q.input_type, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (!std::is_integral_v<T>) {
+      T* out = static_cast<T*>(q.gradient) + offset;
+      if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel == q.classes && q.classes > 1) {
+        if constexpr (std::is_same_v<T, R>) {
+          if (merges_exactly<R>(q.classes)) return merge_channels(tile, stride, n, q.classes, out);
+        }
+        R* interleaved = work.interleaved.data();
+        merge_channels(tile, stride, n, q.classes, interleaved);
+        write_row(interleaved, n * q.classes, out, 1);
+        return;
+      }
+      for (int64_t c = 0; c < q.classes; ++c) {
+        write_row(tile + c * stride, n, out + c * q.gradient_stride.channel,
+                  q.gradient_stride.voxel);
+      }
+    }
+  });
+}
+
+// Whether rows of the gradient may be written past the caches: the caller wants it, and every
+// vector of every row is aligned.
+template <class R>
+bool streams(const Confusion& q) {
+  const auto aligned = [](int64_t elements) { return elements * sizeof(R) % kVectorBytes == 0; };
+  return q.stream_gradient && reinterpret_cast<uintptr_t>(q.gradient) % kVectorBytes == 0 &&
+         aligned(q.gradient_stride.batch) && aligned(q.gradient_stride.channel);
 }
 
 template <class R>
 int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end) {
   Workspace<R> work(q);
   Block<R> block;
+  LabelledBlock labelled;
   const int64_t rows = q.classes * q.statistics;
   std::vector<R> cotangent(rows);
   for (int64_t i = 0; i < rows; ++i) cotangent[i] = static_cast<R>(q.cotangent[b * rows + i]);
-  FastBackward fast = nullptr;
-  if constexpr (std::is_same_v<R, float>) fast = fast_backward(q, cotangent.data());
+  Core core = core_of<R>(q);
+  Cotangents by_label;
+  if constexpr (std::is_same_v<R, float>) {
+    if (core == Core::softmax) {
+      if (basic_cotangents(cotangent, q.classes, q.statistics)) {
+        by_label = Cotangents(cotangent.data(), q.classes, q.statistics);
+      } else {
+        core = Core::general;
+      }
+    }
+  }
   constexpr Element own = std::is_same_v<R, float> ? Element::f32 : Element::f64;
+  const bool streamed = streams<R>(q);
   for (int64_t at = begin; at < end; at += work.block) {
     const int64_t n = std::min(work.block, end - at);
-    const int64_t wrong = stage(q, b, at, n, work, block);
-    if (wrong != 0) return wrong;
     const int64_t offset = b * q.gradient_stride.batch + at * q.gradient_stride.voxel;
-    const bool direct = q.input_type == own && q.gradient_stride.voxel == 1 && block.voxels == n;
-    R* gradient = direct ? static_cast<R*>(q.gradient) + offset : work.gradient.data();
+    const bool direct =
+        q.input_type == own && q.gradient_stride.voxel == 1 && n % Lanes<R>::width == 0;
+    // A core writes a voxel's gradient when it has read all its logits: it may take their place.
+    R* gradient = direct ? static_cast<R*>(q.gradient) + offset : work.logits.data();
     const int64_t stride = direct ? q.gradient_stride.channel : work.block;
     bool done = false;
     if constexpr (std::is_same_v<R, float>) {
-      if (fast != nullptr) {
-        fast(q, block, work.scratch.data(), cotangent.data(), gradient, stride);
+      if (core == Core::softmax) {
+        bool weighted;
+        if (stage_labelled(q, b, at, n, work, labelled, weighted)) return 1;
+        softmax_backward_of(q.classes, weighted)(q.classes, labelled, work.scratch.data(), by_label,
+                                                 {gradient, stride, direct && streamed});
         done = true;
       }
     }
-    if (!done) general_backward(q, block, work, cotangent.data(), gradient, stride);
-    if (direct) continue;
-    with_element(q.input_type, [&](auto tag) {
-      using T = decltype(tag);
-      if constexpr (!std::is_integral_v<T>) {
-        T* out = static_cast<T*>(q.gradient) + offset;
-        if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel == q.classes &&
-            q.classes > 1) {
-          R* interleaved = work.interleaved.data();
-          merge_channels(gradient, stride, n, q.classes, interleaved);
-          write_row(interleaved, n * q.classes, out, 1);
-          return;
-        }
-        for (int64_t c = 0; c < q.classes; ++c) {
-          write_row(gradient + c * stride, n, out + c * q.gradient_stride.channel,
-                    q.gradient_stride.voxel);
+    if (!done) {
+      const int64_t wrong = stage(q, b, at, n, work, block);
+      if (wrong != 0) return wrong;
+      if constexpr (std::is_same_v<R, float>) {
+        if (core == Core::sigmoid) {
+          sigmoid_backward(q, block, cotangent.data(), gradient, stride);
+          done = true;
         }
       }
-    });
+    }
+    if (!done) general_backward(q, block, work, cotangent.data(), gradient, stride);
+    if (!direct) write_gradient(q, gradient, stride, n, offset, work);
   }
+  if (streamed) stream_fence();
   return 0;
 }
 

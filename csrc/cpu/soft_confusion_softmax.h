@@ -1,0 +1,399 @@
+// The common case in registers: softmax of float32 arithmetic, labels, product overlap, one
+// activation, no focal modulation. Included only by soft_confusion_kernel.cpp.
+//
+// With one label a voxel, everything follows from a few numbers a voxel: the label's own
+// exponential and the sum of the others', so that 1 - p of the label is a sum, never a difference.
+// Where no voxel is weighted or left out, the logarithms are put off: log prod (1 + u_i) = log1p(s)
+// with s' = s + u + s u, which keeps small u as they are, costs one logarithm for sixteen voxels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace voxfuse::VOXFUSE_ISA {
+
+// A block of voxels: classes in rows, a label or -1 for each voxel, a weight (0 for the label -1).
+struct LabelledBlock {
+  int64_t voxels;  // a multiple of the vector width
+  const float* logits;
+  int64_t logits_stride;
+  const int32_t* labels;
+  const float* weight;  // only read if weighted
+};
+
+// Vectors whose 1 + u may be multiplied without leaving float32's range: 16^16 = 2^64.
+inline constexpr int kVectorsALogarithm = 16;
+
+template <bool Weighted>
+VOXFUSE_INLINE Vec<float> logit_of(const LabelledBlock& block, int64_t c, int64_t v,
+                                   Choice excluded) {
+  const Vec<float> z = finite<float>(load(block.logits + c * block.logits_stride + v));
+  return Weighted ? select(excluded, Vec<float>{}, z) : z;
+}
+
+VOXFUSE_INLINE void accumulate(float* sum, Vec<float> x) { store(sum, load(sum) + x); }
+
+// Adds the logarithm of a row of products 1 + s.
+VOXFUSE_INLINE Vec<float> logarithm_of_product(Vec<float> s) {
+  const Vec<float> total = 1.f + s;
+  return log1p(s, total, reciprocal(total));
+}
+
+// --- Two classes --------------------------------------------------------------------------------
+
+// What a voxel of two classes comes down to: the probabilities of its label (hit) and of the other
+// class (missed), and by how much the other's logit is larger, if it is (wrong).
+struct TwoClasses {
+  using V = Vec<float>;
+  V gap, others, total, inverse, hit, missed;
+  Choice one, wrong;
+
+  VOXFUSE_INLINE TwoClasses(V z0, V z1, Ints label) {
+    const V difference = z1 - z0;
+    gap = absolute(difference);
+    others = exponential(-gap);
+    total = 1.f + others;
+    inverse = reciprocal(total);
+    const V small = others * inverse;
+    one = equal(label, 1);
+    wrong = one ^ above(difference, 0.f);  // an excluded voxel's is never used
+    hit = select(wrong, small, inverse);
+    missed = select(wrong, inverse, small);
+  }
+};
+
+template <bool Full, bool Weighted>
+void two_classes_forward(const LabelledBlock& block, float* sums) {
+  using V = Vec<float>;
+  constexpr int width = Lanes<float>::width;
+  constexpr int S = Full ? 8 : 4;
+  const auto row = [&](int c, int s) { return sums + (c * S + s) * width; };
+  V tp0{}, tp1{}, fn0{}, fn1{}, nll0{}, nll1{}, square0{}, square1{}, count0{}, count1{};
+  for (int64_t v = 0; v < block.voxels;) {
+    const int64_t stop = std::min<int64_t>(block.voxels, v + kVectorsALogarithm * width);
+    V product0{}, product1{};
+    for (; v < stop; v += width) {
+      const Ints label = load(block.labels + v);
+      const Choice excluded = Weighted ? equal(label, -1) : Choice{};
+      const TwoClasses x(logit_of<Weighted>(block, 0, v, excluded),
+                         logit_of<Weighted>(block, 1, v, excluded), label);
+      const Choice zero = Weighted ? equal(label, 0) : static_cast<Choice>(~x.one);
+      V hit = x.hit, missed = x.missed;
+      [[maybe_unused]] const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
+      if constexpr (Full) {
+        const V hits = Weighted ? V(hit * hit * w) : V(hit * hit);
+        const V misses = Weighted ? V(missed * missed * w) : V(missed * missed);
+        square0 += select(x.one, misses, hits);
+        square1 += select(x.one, hits, misses);
+        count0 = add_where(zero, count0, w);
+        count1 = add_where(x.one, count1, w);
+      }
+      if constexpr (Weighted) {
+        hit *= w;
+        missed *= w;
+        const V nll = (select(x.wrong, x.gap) + log1p(x.others, x.total, x.inverse)) * w;
+        nll0 = add_where(zero, nll0, nll);
+        nll1 = add_where(x.one, nll1, nll);
+      } else {
+        nll0 = add_where(zero & x.wrong, nll0, x.gap);
+        nll1 = add_where(x.one & x.wrong, nll1, x.gap);
+        product0 = add_where(zero, product0, product0 * x.others + x.others);
+        product1 = add_where(x.one, product1, product1 * x.others + x.others);
+      }
+      tp0 = add_where(zero, tp0, hit);
+      tp1 = add_where(x.one, tp1, hit);
+      fn0 = add_where(zero, fn0, missed);
+      fn1 = add_where(x.one, fn1, missed);
+      if constexpr (Full) {
+        // -log p of the other class: the label's with the sign of the difference turned.
+        const V off = select(x.wrong, V{}, x.gap);
+        if constexpr (Weighted) {
+          const V all = (off + log1p(x.others, x.total, x.inverse)) * w;
+          accumulate(row(0, 4), select(x.one, all));
+          accumulate(row(1, 4), select(zero, all));
+        } else {
+          accumulate(row(0, 4), select(x.one, off));
+          accumulate(row(1, 4), select(zero, off));
+        }
+      }
+    }
+    if constexpr (!Weighted) {
+      const V log0 = logarithm_of_product(product0), log1 = logarithm_of_product(product1);
+      nll0 += log0;
+      nll1 += log1;
+      if constexpr (Full) {
+        accumulate(row(0, 4), log1);
+        accumulate(row(1, 4), log0);
+      }
+    }
+  }
+  accumulate(row(0, 0), tp0);
+  accumulate(row(1, 0), tp1);
+  // What one class misses is what the other wrongly claims.
+  accumulate(row(0, 1), fn1);
+  accumulate(row(1, 1), fn0);
+  accumulate(row(0, 2), fn0);
+  accumulate(row(1, 2), fn1);
+  accumulate(row(0, 3), nll0);
+  accumulate(row(1, 3), nll1);
+  if constexpr (Full) {
+    accumulate(row(0, 5), square0);
+    accumulate(row(1, 5), square1);
+    accumulate(row(0, 6), count0);
+    accumulate(row(1, 6), count1);
+    accumulate(row(0, 7), count0 + count1);
+    accumulate(row(1, 7), count0 + count1);
+  }
+}
+
+// --- Any number of classes ----------------------------------------------------------------------
+
+// The softmax of one vector of voxels: exponentials relative to the largest logit, those of the
+// label (own) and of all other classes (rest), and 1 over their sum. C = 0: as many classes as at
+// run time, exponentials in memory.
+template <int C, bool Weighted>
+struct Softmax {
+  using V = Vec<float>;
+  static constexpr int width = Lanes<float>::width;
+  V e[C == 0 ? 1 : C];
+  float* rows;
+  V largest, own, own_logit, rest, inverse;
+
+  VOXFUSE_INLINE V exponential_of(int64_t c) const {
+    if constexpr (C == 0) return load(rows + c * width);
+    return e[c];
+  }
+
+  VOXFUSE_INLINE void keep(int64_t c, V x) {
+    if constexpr (C == 0) {
+      store(rows + c * width, x);
+    } else {
+      e[c] = x;
+    }
+  }
+
+  VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label) {
+    const Choice excluded = Weighted ? equal(label, -1) : Choice{};
+    // The logits wait where the exponentials will be: a second look at as many rows of the volume
+    // would miss the first-level cache where the rows lie a multiple of 4 KiB apart.
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < classes; ++c) {
+      const V z = logit_of<Weighted>(block, c, v, excluded);
+      // A NaN that the maximum passes over comes back with its own exponential.
+      largest = c == 0 ? z : at_least(largest, z);
+      keep(c, z);
+    }
+    own = own_logit = rest = V{};
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < classes; ++c) {
+      const V z = exponential_of(c);
+      const V x = exponential(z - largest);
+      const Choice is = equal(label, static_cast<int32_t>(c));
+      own = select(is, x, own);
+      own_logit = select(is, z, own_logit);
+      rest = add_where(~is, rest, x);
+      keep(c, x);
+    }
+    inverse = reciprocal(own + rest);
+  }
+
+  // The sum of all exponentials less the largest one, which is 1: exact where the label is largest.
+  VOXFUSE_INLINE V others() const { return select(equal(own, 1.f), rest, own + rest - 1.f); }
+};
+
+// Calls f(class, its lanes) for every class that has lanes of the vector: one or two in most
+// vectors of a segmentation.
+template <class F>
+VOXFUSE_INLINE void for_each_label(Ints label, const int32_t* labels, uint32_t excluded, F f) {
+  constexpr int width = Lanes<float>::width;
+  uint32_t left = ((1u << width) - 1) & ~excluded;
+  while (left != 0) {
+    const int32_t c = labels[__builtin_ctz(left)];
+    const Choice is = equal(label, c);
+    left &= ~lanes_of(is);
+    f(c, is);
+  }
+}
+
+template <int C, bool Full, bool Weighted>
+void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
+                     float* sums) {
+  using V = Vec<float>;
+  constexpr int width = Lanes<float>::width;
+  constexpr int S = Full ? 8 : 4;
+  // Few classes: sums in registers, logarithms put off.
+  constexpr bool few = C > 0 && C <= 4;
+  constexpr bool products = few && !Weighted && !Full;
+  const int64_t classes = C == 0 ? runtime_classes : C;
+  V tp[few ? C : 1]{}, fp[few ? C : 1]{}, fn[few ? C : 1]{}, nll[few ? C : 1]{};
+  const auto row = [&](int64_t c, int s)
+                       __attribute__((always_inline)) { return sums + (c * S + s) * width; };
+  Softmax<C, Weighted> x;
+  x.rows = scratch;
+  for (int64_t v = 0; v < block.voxels;) {
+    const int64_t stop = std::min<int64_t>(block.voxels, v + kVectorsALogarithm * width);
+    V product[products ? C : 1]{};
+    for (; v < stop; v += width) {
+      const Ints label = load(block.labels + v);
+      x.compute(block, classes, v, label);
+      const Choice excluded = Weighted ? equal(label, -1) : Choice{};
+      const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
+      const V scale = Weighted ? V(x.inverse * w) : x.inverse;
+      const V hit = x.own * scale, missed = x.rest * scale;
+      const V others = x.others();
+      V below = x.largest - x.own_logit;
+      [[maybe_unused]] V log_total{};
+      if constexpr (!products) {
+        log_total = log1p(others, 1.f + others, x.inverse);
+        below = Weighted ? V((below + log_total) * w) : V(below + log_total);
+      }
+      if constexpr (few) {
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < classes; ++c) {
+          const Choice is = equal(label, static_cast<int32_t>(c));
+          fp[c] = add_product_where(~is, fp[c], x.exponential_of(c), scale);
+          tp[c] = add_where(is, tp[c], hit);
+          fn[c] = add_where(is, fn[c], missed);
+          nll[c] = add_where(is, nll[c], below);
+          if constexpr (products) {
+            product[c] = add_where(is, product[c], product[c] * others + others);
+          }
+        }
+      } else {
+        for (int64_t c = 0; c < classes; ++c) {
+          const Choice is = equal(label, static_cast<int32_t>(c));
+          float* sum = row(c, 1);
+          store(sum, add_product_where(~is, load(sum), x.exponential_of(c), scale));
+        }
+        for_each_label(label, block.labels + v, lanes_of(excluded), [&](int64_t c, Choice is) {
+          accumulate(row(c, 0), select(is, hit));
+          accumulate(row(c, 2), select(is, missed));
+          accumulate(row(c, 3), select(is, below));
+        });
+      }
+      if constexpr (Full) {
+        for (int64_t c = 0; c < classes; ++c) {
+          const Choice is = equal(label, static_cast<int32_t>(c));
+          const V z = logit_of<Weighted>(block, c, v, excluded);
+          const V p = x.exponential_of(c) * scale;
+          V off = (x.largest - z) + log_total;
+          if constexpr (Weighted) off *= w;
+          accumulate(row(c, 4), select(is, V{}, off));
+          accumulate(row(c, 5), p * (x.exponential_of(c) * x.inverse));
+          accumulate(row(c, 6), select(is, w));
+          accumulate(row(c, 7), w);
+        }
+      }
+    }
+    if constexpr (products) {
+      for (int64_t c = 0; c < classes; ++c) nll[c] += logarithm_of_product(product[c]);
+    }
+  }
+  if constexpr (few) {
+    for (int64_t c = 0; c < classes; ++c) {
+      accumulate(row(c, 0), tp[c]);
+      accumulate(row(c, 1), fp[c]);
+      accumulate(row(c, 2), fn[c]);
+      accumulate(row(c, 3), nll[c]);
+    }
+  }
+}
+
+// --- Backward -----------------------------------------------------------------------------------
+
+// The cotangents of a sample, laid out for look-ups by label; index -1 finds zeros.
+struct Cotangents {
+  std::vector<float> own, likelihood, off;  // t - n and -l, one element in front; f
+
+  Cotangents() = default;
+  Cotangents(const float* cotangent, int64_t classes, int statistics)
+      : own(classes + 1), likelihood(classes + 1), off(classes) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const float* t = cotangent + c * statistics;
+      own[c + 1] = t[0] - t[2];
+      likelihood[c + 1] = -t[3];
+      off[c] = t[1];
+    }
+  }
+};
+
+// Where the gradient goes: rows of the block, past the caches if it is large.
+struct GradientRows {
+  float* data;
+  int64_t stride;
+  bool streamed;
+
+  VOXFUSE_INLINE void write(int64_t c, int64_t v, Vec<float> x) const {
+    float* out = data + c * stride + v;
+    if (streamed) {
+      stream(out, x);
+    } else {
+      store(out, x);
+    }
+  }
+};
+
+// With A = t - n of the label, F = f of the other class and K = -l of the label, the label's logit
+// has the gradient (1 - p) (K - p (F - A)), the other's is its negative.
+template <bool Weighted>
+void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangent,
+                          const GradientRows& gradient) {
+  using V = Vec<float>;
+  constexpr int width = Lanes<float>::width;
+  const V k0 = broadcast(cotangent.likelihood[1]), k1 = broadcast(cotangent.likelihood[2]);
+  const V d0 = broadcast(cotangent.off[1] - cotangent.own[1]);
+  const V d1 = broadcast(cotangent.off[0] - cotangent.own[2]);
+  for (int64_t v = 0; v < block.voxels; v += width) {
+    const Ints label = load(block.labels + v);
+    const Choice excluded = Weighted ? equal(label, -1) : Choice{};
+    const TwoClasses x(logit_of<Weighted>(block, 0, v, excluded),
+                       logit_of<Weighted>(block, 1, v, excluded), label);
+    V g = x.missed * (select(x.one, k1, k0) - x.hit * select(x.one, d1, d0));
+    if constexpr (Weighted) g = select(excluded, V{}, g * load(block.weight + v));
+    const V at_one = select(x.one, g, -g);
+    gradient.write(0, v, -at_one);
+    gradient.write(1, v, at_one);
+  }
+}
+
+// With h_c = f_c off the label and A = t - n on it, K = -l of the label, and sums taken relative to
+// the label's own h (so that nothing large cancels when the label is nearly certain):
+// D = sum_{k != label} p_k (f_k - A),
+//   dz_c = p_c (f_c - A - D - K)  off the label,   K (1 - p) - p D  on it.
+template <int C, bool Weighted>
+void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
+                      const Cotangents& cotangent, const GradientRows& gradient) {
+  using V = Vec<float>;
+  constexpr int width = Lanes<float>::width;
+  const int64_t classes = C == 0 ? runtime_classes : C;
+  Softmax<C, Weighted> x;
+  x.rows = scratch;
+  for (int64_t v = 0; v < block.voxels; v += width) {
+    const Ints label = load(block.labels + v);
+    x.compute(block, classes, v, label);
+    const V a = look_up(cotangent.own.data() + 1, label);
+    const V k = look_up(cotangent.likelihood.data() + 1, label);
+    V f{};
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < classes; ++c) {
+      const Choice is = equal(label, static_cast<int32_t>(c));
+      f = add_product_where(~is, f, x.exponential_of(c), broadcast(cotangent.off[c]));
+    }
+    const V d = (f - a * x.rest) * x.inverse;
+    const V base = a + d + k;
+    V scale = x.inverse;
+    if constexpr (Weighted) scale *= load(block.weight + v);
+    const V on_label = (k * x.rest - x.own * d) * scale;
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < classes; ++c) {
+      const Choice is = equal(label, static_cast<int32_t>(c));
+      const V off_label = x.exponential_of(c) * scale * (cotangent.off[c] - base);
+      gradient.write(c, v, select(is, on_label, off_label));
+    }
+  }
+}
+
+}  // namespace voxfuse::VOXFUSE_ISA
