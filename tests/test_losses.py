@@ -279,6 +279,45 @@ def test_lovasz_softmax_is_its_definition(classes, per_image):
     torch.testing.assert_close(our_slopes, slopes, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("hinge", [False, True])
+@pytest.mark.parametrize("classes", ["present", "all", [0, 2]])
+def test_lovasz_weighs_the_losses_of_its_classes(classes, hinge):
+    logits, labels = batch(classes=4, spatial=(4, 3), dtype=torch.float64)
+    labels[labels == 1] = 2  # class 1 is absent
+    leaf = logits.requires_grad_()
+    make = voxfuse.LovaszHingeLoss if hinge else voxfuse.LovaszLoss
+    weight = torch.tensor([1.0, 5.0, 0.5, 3.0], dtype=torch.float64)
+    counted = {"present": [0, 2, 3], "all": [0, 1, 2, 3]}.get(str(classes), classes)
+    expected = sum(weight[c] * make(classes=[c])(leaf, labels) for c in counted) / len(counted)
+    (slopes,) = torch.autograd.grad(expected, leaf)
+    loss = make(classes=classes, class_weight=weight)
+    ours = loss(leaf, labels)
+    (our_slopes,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(our_slopes, slopes, rtol=1e-10, atol=1e-15)
+    assert set(loss.state_dict()) == {"class_weight"}
+    assert "class_weight=[1.0, 5.0, 0.5, 3.0]" in repr(loss)
+
+
+def test_lovasz_over_many_blocks_equals_autograd_of_the_sorted_sum():
+    """More voxels than the blocks in which the increments are made."""
+    logits, labels = batch(classes=2, spatial=(50_000,), dtype=torch.float64)
+    leaf = logits.requires_grad_()
+    terms = []
+    for c in range(2):
+        g = (labels == c).double().flatten()
+        errors, order = (g - leaf.softmax(1)[:, c].flatten()).abs().sort(descending=True)
+        g = g[order]
+        jaccard = 1 - (g.sum() - g.cumsum(0)) / (g.sum() + (1 - g).cumsum(0))
+        terms.append((errors * jaccard.diff(prepend=jaccard.new_zeros(1))).sum())
+    expected = torch.stack(terms).mean()
+    (slopes,) = torch.autograd.grad(expected, leaf)
+    ours = voxfuse.LovaszLoss()(leaf, labels)
+    (our_slopes,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(our_slopes, slopes, rtol=1e-6, atol=1e-13)
+
+
 def test_lovasz_hinge_is_its_definition():
     logits, _ = batch(classes=2, spatial=(7,), dtype=torch.float64)
     leaf = logits.requires_grad_()
@@ -555,10 +594,10 @@ def test_weights_are_buffers_and_survive_a_state_dict():
     torch.testing.assert_close(other.class_weight, loss.class_weight)
 
 
-@pytest.mark.parametrize("function", [n for n in voxfuse.functional.__all__ if "lovasz" not in n])
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
 def test_functions_have_the_options_and_defaults_of_their_modules(function):
     module = {name.lower(): getattr(voxfuse, name) for name in voxfuse.losses.__all__}[
-        function.replace("_", "")
+        function.replace("_", "").replace("lovaszsoftmax", "lovasz")
     ]
     own = inspect.signature(getattr(voxfuse.functional, function)).parameters
     theirs = inspect.signature(module).parameters
@@ -613,6 +652,11 @@ def test_functions_equal_modules(name):
         (lambda: voxfuse.UnifiedFocalLoss(gamma=1), ValueError, r"gamma: got 1.0, expected"),
         (lambda: voxfuse.GeneralizedDiceLoss("none"), ValueError, "class_pooling: got 'none'"),
         (lambda: voxfuse.LovaszLoss("some"), ValueError, "classes: got 'some', expected one of"),
+        (
+            lambda: voxfuse.LovaszLoss(backend="cpp"),
+            ValueError,
+            "backend: got 'cpp', expected one of 'auto', 'reference'",
+        ),
         (lambda: voxfuse.DeepSupervisionLoss(3), TypeError, "loss: got int"),
     ],
 )
@@ -645,6 +689,8 @@ def test_weights_of_the_wrong_length():
         voxfuse.TverskyLoss(include_background=False, class_weight=[1.0] * 3)(logits, labels)
     with pytest.raises(ValueError, match=r"likelihood_weight: got shape \(2,\), expected \(3,\)"):
         voxfuse.DiceCELoss(likelihood_weight=[1.0] * 2)(logits, labels)
+    with pytest.raises(ValueError, match=r"class_weight: got shape \(2,\), expected \(3,\)"):
+        voxfuse.LovaszLoss(class_weight=[1.0] * 2)(logits, labels)
     with pytest.raises(ValueError, match="pos_weight: needs a sigmoid likelihood"):
         voxfuse.DiceCELoss(pos_weight=2.0)(logits, labels)
     with pytest.raises(ValueError, match="include_background: False leaves no class"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from typing import Any
 
@@ -23,6 +24,8 @@ LOSSES = {
     "dice + ce": lambda **k: voxfuse.DiceCELoss(batch=True, include_background=False, **k),
     "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0], **k),
     "focal": lambda **k: voxfuse.FocalLoss(activation="sigmoid", **k),
+    "lovasz": lambda **k: voxfuse.LovaszLoss(class_weight=[1.0, 2.0, 3.0], **k),
+    "lovasz hinge": lambda **k: voxfuse.LovaszHingeLoss(classes="present", **k),
 }
 
 
@@ -59,12 +62,51 @@ def a_volume_split_along_space(rank: int, world: int) -> None:
     logits, labels = whole_batch()
     extent = logits.shape[2] // world
     own = slice(rank * extent, (rank + 1) * extent)
-    for make in (voxfuse.TverskyLoss, voxfuse.DiceCELoss, voxfuse.GeneralizedDiceLoss):
+    losses = (
+        voxfuse.TverskyLoss,
+        voxfuse.DiceCELoss,
+        voxfuse.GeneralizedDiceLoss,
+        functools.partial(voxfuse.LovaszLoss, per_image=True),
+    )
+    for make in losses:
         expected, gradient = value_and_gradient(make(), logits, labels)
         loss = make(process_group="world")
         value, mine = value_and_gradient(loss, logits[:, :, own], labels[:, own])
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(mine, gradient[:, :, own], rtol=1e-10, atol=1e-18)
+
+
+def deep_supervision(rank: int, world: int) -> None:
+    """process_group and backend of the loss inside count at every level."""
+    logits, labels = whole_batch()
+    own = slice(0, 2) if rank == 0 else slice(2 * rank, SAMPLES)
+    outputs = [logits, logits[..., ::2, ::2, ::2]]
+
+    def value_and_gradients(inner: Any, part: slice) -> tuple[Any, ...]:
+        leaves = [x[part].clone().requires_grad_() for x in outputs]
+        value = voxfuse.DeepSupervisionLoss(inner)(leaves, labels[part])
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    expected, *gradients = value_and_gradients(voxfuse.DiceCELoss(batch=True), slice(None))
+    for backend in ("auto", "reference"):
+        inner = voxfuse.DiceCELoss(batch=True, process_group="world", backend=backend)
+        value, *mine = value_and_gradients(inner, own)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        for a, b in zip(mine, gradients, strict=True):
+            torch.testing.assert_close(a, b[own], rtol=1e-10, atol=1e-18)
+
+
+def refusals(rank: int, world: int) -> None:
+    """What ranks cannot do together is an error on every one of them, not a hang."""
+    logits, labels = whole_batch()
+    own = slice(0, 1 + rank)
+    with pytest.raises(ValueError, match=r"process_group: with per_image .* batches of \[1, 2\]"):
+        voxfuse.LovaszLoss(per_image=True, process_group="world")(logits[own], labels[own])
+    step = torch.compile(
+        voxfuse.LovaszLoss(process_group="world"), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(RuntimeError, match="which torch.compile cannot trace"):
+        step(logits, labels)
 
 
 def parameters_under_ddp(rank: int, world: int) -> None:
@@ -105,7 +147,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_two_ranks(tmp_path):
-    launch(2, tmp_path, (*CHECKS, a_compiled_step))
+    launch(2, tmp_path, (*CHECKS, deep_supervision, refusals, a_compiled_step))
 
 
 @pytest.mark.slow

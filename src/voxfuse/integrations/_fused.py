@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from voxfuse.losses._engine import Ranks, Weights, class_weights, run, sum_over_ranks
+from voxfuse.losses._engine import Weights, class_weights, run
+from voxfuse.losses._ranks import Ranks, sum_over_ranks
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops import _checks
 from voxfuse.ops.ratio_loss import ABSENT, CLASS_POOLINGS, NORMALISERS, REDUCTIONS, ratio_loss

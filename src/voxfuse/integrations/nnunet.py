@@ -31,7 +31,7 @@ from voxfuse.integrations._fused import (
     plain,
     sums,
 )
-from voxfuse.losses._engine import Ranks, sum_over_ranks
+from voxfuse.losses._ranks import Ranks, sum_over_ranks
 from voxfuse.losses.functional import cross_entropy_loss
 
 __all__ = [

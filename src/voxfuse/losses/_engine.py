@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse.losses._ranks import Ranks, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses._recipe import SIGMOID, Plan, Recipe
 from voxfuse.losses._voxelwise import VoxelwiseLikelihood, worst_voxels
 from voxfuse.ops import _checks, _registry
@@ -43,13 +44,6 @@ class Operators(NamedTuple):
     ratio_backward: Any
 
 
-class Ranks(NamedTuple):
-    """Processes whose sums are added up."""
-
-    group: Any
-    average: bool
-
-
 def _overloads(namespace: str) -> Operators:
     table = getattr(torch.ops, namespace)
     names = ("soft_confusion", "soft_confusion_backward", "ratio_loss", "ratio_loss_backward")
@@ -57,26 +51,6 @@ def _overloads(namespace: str) -> Operators:
 
 
 _OPERATORS = {namespace: _overloads(namespace) for namespace in _registry.NAMESPACES}
-
-
-def ranks_of(process_group: Any, ddp_average: bool) -> Ranks | None:
-    """Resolve ``process_group``: None, "world" or a torch.distributed process group."""
-    if process_group is None:
-        return None
-    import torch.distributed
-
-    if not isinstance(process_group, str):
-        return Ranks(process_group, ddp_average)
-    if process_group != "world":
-        raise ValueError(
-            f"process_group: got {process_group!r}, expected None, 'world' or a process group"
-        )
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise RuntimeError(
-            "process_group: 'world' needs torch.distributed.init_process_group() before the first "
-            "forward"
-        )
-    return Ranks(torch.distributed.group.WORLD, ddp_average)
 
 
 def operators_of(backend: str, device: torch.device) -> Operators:
@@ -268,7 +242,7 @@ def _forward(
     with _below_autograd():
         stats = operators.confusion(input, target, weight, *plan.confusion, plan.focal_classes)
         if ranks is not None:
-            stats = _sum_over_ranks(stats, plan.batch, ranks)
+            stats = total_over_ranks(stats, plan.batch, ranks)
         result: tuple[Tensor, Tensor] = operators.ratio(
             stats,
             *plan.ratio,
@@ -311,7 +285,7 @@ class _Fused(torch.autograd.Function):
                 grad_loss, cotangents, plan.terms[0], plan.terms[1], plan.terms[2]
             )
             if ranks is not None:
-                grad = _share_of_rank(grad, input.shape[0], ranks)
+                grad = share_of_rank(grad, input.shape[0], ranks)
             gradient = operators.confusion_backward(
                 grad, input, target, weight, *plan.confusion[:5], plan.focal_classes
             )
@@ -355,36 +329,3 @@ def loss_of_sums(
         plan.exponent_from,
     )[0]
     return loss
-
-
-def _sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
-    """Add up the sums of all ranks: pooled over the global batch, or sample by sample."""
-    import torch.distributed
-
-    total = stats.sum(0, keepdim=True) if batch else stats.clone()
-    torch.distributed.all_reduce(total, group=ranks.group)
-    return total
-
-
-def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
-    """Sum over ranks whose gradient is that of one process holding the whole batch.
-
-    The autograd of an all-reduce would add up the ranks' gradients and so count the loss, which
-    every rank computes, once a rank. The gradient therefore flows through this rank's own sums.
-    """
-    import torch.distributed
-
-    total = _sum_over_ranks(stats.detach(), batch, ranks)
-    own = stats.sum(0, keepdim=True) if batch else stats
-    if ranks.average:
-        own = own * torch.distributed.get_world_size(ranks.group)
-    return total + (own - own.detach())
-
-
-def _share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:
-    """The slopes at this rank's own sums: no collective, every rank has the whole loss."""
-    import torch.distributed
-
-    if ranks.average:
-        grad = grad * torch.distributed.get_world_size(ranks.group)
-    return grad.expand(samples, -1, -1).contiguous()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxfuse.losses._engine import evaluate, ranks_of
+from voxfuse.losses._engine import evaluate
 from voxfuse.losses._options import CALL_DEFAULTS, OVERLAP_DEFAULTS, WEIGHT_NAMES
+from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses._recipe import Recipe
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from voxfuse.losses import _recipe
-from voxfuse.losses._engine import evaluate, ranks_of
+from voxfuse.losses._engine import evaluate
+from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses.lovasz import lovasz_hinge, lovasz_softmax
 
 if TYPE_CHECKING:
@@ -463,9 +464,12 @@ def lovasz_softmax_loss(
     per_image: bool = False,
     activation: str = "softmax",
     ignore_index: int | None = None,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Lovász extension of the Jaccard loss; see :class:`voxfuse.LovaszLoss`."""
-    return lovasz_softmax(input, target, weight, classes, per_image, activation, ignore_index)
+    return lovasz_softmax(
+        input, target, weight, classes, per_image, activation, ignore_index, **options
+    )
 
 
 def lovasz_hinge_loss(
@@ -473,8 +477,10 @@ def lovasz_hinge_loss(
     target: Tensor,
     weight: Tensor | None = None,
     *,
+    classes: str | Sequence[int] = "all",
     per_image: bool = False,
     ignore_index: int | None = None,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Lovász hinge of the Jaccard loss; see :class:`voxfuse.LovaszHingeLoss`."""
-    return lovasz_hinge(input, target, weight, per_image, ignore_index)
+    return lovasz_hinge(input, target, weight, classes, per_image, ignore_index, **options)

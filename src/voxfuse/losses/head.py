@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from voxfuse.losses._engine import loss_of_sums, operators_of, ranks_of, weights_of
+from voxfuse.losses._engine import loss_of_sums, operators_of, weights_of
 from voxfuse.losses._module import LossModule
+from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss, resample_nearest
 from voxfuse.losses.overlap import TverskyLoss

@@ -1,6 +1,6 @@
 """Lovász losses: convex surrogates of the Jaccard index from sorted errors.
 
-Each class is sorted by itself, about 40 bytes a voxel at a time, and no one-hot target is made.
+Each class is sorted by itself, at most 48 bytes a voxel at a time, and no one-hot target is made.
 The gradient is found on the way forward, in the one volume that becomes the gradient of the logits;
 nothing else is kept.
 """
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from voxfuse.losses._engine import ClassWeights, class_weights
+from voxfuse.losses._ranks import Gathering, Ranks, ranks_of
 from voxfuse.losses._voxelwise import blocks, flat
 from voxfuse.ops import _checks
 from voxfuse.ops.ratio_loss import once_differentiable
@@ -70,35 +72,35 @@ def _rows(
     return input, _Rows(values, flattened, dense, included)
 
 
-def _jaccard_steps(foreground: Tensor) -> Tensor:
-    """Increments of the Jaccard loss along (rows, V) sorted errors, without a difference.
-
-    With P positives in all and k of the first i among them, the loss of the first i is
-    ``1 - (P - k) / (P + i - k)``: a positive adds 1 / (P + m), a negative (P - k) / ((P + m) (P +
-    m + 1)), where m = i - k. A row without positives has one step, the first.
-    """
-    seen = foreground.cumsum(-1, dtype=torch.int32)
-    positives = seen[..., -1:].clone()
-    before = seen - foreground.to(torch.int32)
-    position = torch.arange(foreground.shape[-1], dtype=torch.int32, device=foreground.device)
-    union = (positives + position - before).to(torch.float64)
-    rest = (positives - before).to(torch.float64)
-    step = torch.where(foreground, 1 / union, rest / (union * (union + 1)))
-    first = (position == 0).to(torch.float64)
-    return torch.where(positives == 0, first, step)
-
-
 def _class_loss(errors: Tensor, foreground: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (rows,) losses and their (rows, V) slopes at the errors."""
+    """Return the (rows,) losses and their (rows, V) slopes at the errors, which are overwritten.
+
+    With P positives in all and k of the first i among them, the Jaccard loss of the first i is
+    ``1 - (P - k) / (P + i - k)``. Its increments come without a difference: a positive adds
+    1 / (P + m), a negative (P - k) / ((P + m) (P + m + 1)), where m = i - k. A row without
+    positives has one step, the first.
+    """
     # Excluded voxels sort behind every error and then have no step of their own.
-    ordered, order = errors.masked_fill(~included, -torch.inf).sort(-1, descending=True)
-    steps = _jaccard_steps((foreground & included).gather(-1, order))
-    # Not "ordered > 0": a NaN must reach the loss.
-    dropped = ordered <= 0
-    steps = steps.masked_fill(dropped, 0)
-    loss = (ordered.masked_fill(dropped, 0).to(torch.float64) * steps).sum(-1)
-    slopes = torch.empty_like(errors).scatter_(-1, order, steps.to(errors.dtype))
-    return loss, slopes
+    ordered, order = errors.masked_fill_(~included, -torch.inf).sort(-1, descending=True)
+    foreground = (foreground & included).gather(-1, order)
+    positives = foreground.sum(-1, keepdim=True)
+    loss = torch.zeros(errors.shape[0], dtype=torch.float64, device=errors.device)
+    before = torch.zeros_like(positives)
+    for block in blocks(errors.shape[1], 4 * errors.shape[0]):
+        own = foreground[:, block]
+        seen = before + own.cumsum(-1)
+        before, seen = seen[:, -1:], seen - own.to(torch.int64)
+        position = torch.arange(block.start, block.stop, device=errors.device)
+        union = (positives + position - seen).to(torch.float64)
+        rest = (positives - seen).to(torch.float64)
+        steps = torch.where(own, 1 / union, rest / (union * (union + 1)))
+        steps = torch.where(positives == 0, (position == 0).to(torch.float64), steps)
+        # Not "> 0": a NaN must reach the loss.
+        dropped = ordered[:, block] <= 0
+        steps = steps.masked_fill(dropped, 0)
+        loss = loss + (ordered[:, block].masked_fill(dropped, 0).to(torch.float64) * steps).sum(-1)
+        ordered[:, block] = steps.to(ordered.dtype)
+    return loss, errors.scatter_(-1, order, ordered)
 
 
 class _Options(NamedTuple):
@@ -106,6 +108,8 @@ class _Options(NamedTuple):
     hinge: bool
     classes: str | Sequence[int]
     per_image: bool
+    class_weight: Tensor | None
+    ranks: Ranks | None
 
 
 class _Lovasz(torch.autograd.Function):
@@ -140,7 +144,7 @@ class _Lovasz(torch.autograd.Function):
 def _evaluate(rows: _Rows, options: _Options, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the loss and, if wanted, its (B, C, V) gradient."""
     values, _, _, included = rows
-    activation, hinge, classes, per_image = options
+    activation, hinge, classes, per_image, class_weight, ranks = options
     batch, channels, count = values.shape
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     device = values.device
@@ -148,43 +152,52 @@ def _evaluate(rows: _Rows, options: _Options, wants_gradient: bool) -> tuple[Ten
     if wants_gradient:
         gradient = torch.zeros(batch, channels, count, dtype=dtype, device=device)
     lse = _log_sum_exp(values, dtype) if activation == SOFTMAX else None
+    images = batch if per_image else 1
+    gathered = None
+    if ranks is not None:
+        gathered = Gathering(images, batch * count // max(images, 1), device, ranks)
+        if len(set(gathered.rows)) > 1:
+            raise ValueError(
+                f"process_group: with per_image the ranks hold parts of the same samples, but got "
+                f"batches of {gathered.rows}"
+            )
 
     def pooled(tensor: Tensor) -> Tensor:
-        return tensor if per_image else tensor.reshape(1, -1)
+        tensor = tensor if per_image else tensor.reshape(1, -1)
+        return tensor if gathered is None else gathered(tensor)
 
-    total = torch.zeros(batch if per_image else 1, dtype=torch.float64, device=device)
+    total = torch.zeros(images, dtype=torch.float64, device=device)
     counted = torch.zeros_like(total)
     wanted = range(channels) if isinstance(classes, str) else classes
-    for c in wanted if count * batch else ():
+    voxels = batch * count if gathered is None else images * sum(gathered.counts)
+    counting = pooled(included) if voxels else included
+    for c in wanted if voxels else ():
         foreground = rows.foreground(c)
-        z = _finite(values[:, c].to(dtype))
-        if hinge:
-            sign = torch.where(foreground, 1.0, -1.0).to(dtype)
-            errors, direction = 1 - z * sign, -sign
-        else:
-            p = z
-            if lse is not None:
-                p = (z - lse).exp()
-            elif activation == SIGMOID:
-                p = z.sigmoid()
-            errors = torch.where(foreground, 1 - p, p)
-            direction = torch.where(foreground, -1.0, 1.0).to(dtype)
-        loss, slopes = _class_loss(pooled(errors), pooled(foreground), pooled(included))
-        weight = torch.ones_like(loss)
+        errors = _errors(values[:, c].to(dtype), foreground, lse, activation, hinge)
+        rising = ~foreground  # where the error grows with the logit or the probability
+        foreground = pooled(foreground)
+        loss, slopes = _class_loss(pooled(errors), foreground, counting)
+        factor = torch.ones_like(loss)
         if classes == "present":
-            weight = pooled(foreground & included).any(-1).to(torch.float64)
+            factor = (foreground & counting).any(-1).to(torch.float64)
+        counted += factor
+        if class_weight is not None:
+            factor = factor * class_weight[c]
         # where() keeps the NaN of an absent class out of the mean of the present ones.
-        total += torch.where(weight == 0, 0.0, loss)
-        counted += weight
+        total += torch.where(factor == 0, 0.0, factor * loss)
         if gradient is not None:
-            slopes = (slopes * weight.unsqueeze(-1)).to(dtype).reshape(batch, count)
-            gradient[:, c] = slopes * direction
+            if gathered is not None:
+                slopes = slopes[:, gathered.own]
+            slopes = slopes.mul_(factor.to(dtype).unsqueeze(-1)).reshape(batch, count)
+            gradient[:, c] = torch.where(rising, slopes, -slopes)
     counted = counted.clamp(min=1)
     loss = (total / counted).mean().to(dtype)
     if gradient is None:
         return loss, None
 
     scale = (1 / (counted * counted.numel())).to(dtype).reshape(-1, 1, 1)
+    if ranks is not None and ranks.average:
+        scale = scale * ranks.size
     for block in blocks(count, channels):
         h = gradient[..., block] * scale
         if lse is not None:
@@ -195,6 +208,21 @@ def _evaluate(rows: _Rows, options: _Options, wants_gradient: bool) -> tuple[Ten
             h = h * z.sigmoid() * (-z).sigmoid()
         gradient[..., block] = h.masked_fill(~included[:, None, block], 0)
     return loss, gradient
+
+
+def _errors(
+    values: Tensor, foreground: Tensor, lse: Tensor | None, activation: int, hinge: bool
+) -> Tensor:
+    """The (B, V) errors of one class, in memory of their own."""
+    z = _finite(values)
+    if hinge:
+        return 1 - torch.where(foreground, z, -z)
+    p = z
+    if lse is not None:
+        p = (z - lse).exp()
+    elif activation == SIGMOID:
+        p = z.sigmoid()
+    return torch.where(foreground, 1 - p, p)
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -212,6 +240,57 @@ def _log_sum_exp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+#: The sorts are PyTorch's own on every device, which is what the reference backend is.
+_BACKENDS = {"auto": 0, "reference": 1}
+
+
+def _check_classes(classes: str | Sequence[int], channels: int | None = None) -> None:
+    if isinstance(classes, str):
+        _checks.choice("classes", classes, {"present": 0, "all": 1})
+    elif channels is not None:
+        outside = [c for c in classes if not 0 <= c < channels]
+        if outside or not len(classes):
+            raise ValueError(
+                f"classes: got {list(classes)}, expected 'present', 'all' or classes in "
+                f"[0, {channels})"
+            )
+
+
+def _lovasz(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    hinge: bool,
+    classes: str | Sequence[int],
+    per_image: bool,
+    ignore_index: int | None,
+    class_weight: ClassWeights,
+    process_group: Any,
+    ddp_average: bool,
+    backend: str,
+) -> Tensor:
+    _checks.choice("backend", backend, _BACKENDS)
+    input, rows = _rows(input, target, weight, ignore_index)
+    channels = input.shape[1]
+    if activation == SOFTMAX and channels == 1:
+        raise ValueError(
+            "activation: a softmax over one class is constant; use 'sigmoid' for an input with one "
+            "channel"
+        )
+    _check_classes(classes, channels)
+    options = _Options(
+        activation,
+        hinge,
+        classes,
+        per_image,
+        class_weights("class_weight", class_weight, channels, input.device),
+        ranks_of(process_group, ddp_average),
+    )
+    loss: Tensor = _Lovasz.apply(input, rows, options)  # type: ignore[no-untyped-call]
+    return loss
+
+
 def lovasz_softmax(
     input: Tensor,
     target: Tensor,
@@ -220,52 +299,95 @@ def lovasz_softmax(
     per_image: bool = False,
     activation: str = "softmax",
     ignore_index: int | None = None,
+    class_weight: ClassWeights = None,
+    process_group: Any = None,
+    ddp_average: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
-    input, rows = _rows(input, target, weight, ignore_index)
     code = _checks.choice("activation", activation, ACTIVATIONS)
-    channels = input.shape[1]
-    if code == SOFTMAX and channels == 1:
-        raise ValueError(
-            "activation: a softmax over one class is constant; use 'sigmoid' for an input with one "
-            "channel"
-        )
-    if isinstance(classes, str):
-        _checks.choice("classes", classes, {"present": 0, "all": 1})
-    else:
-        outside = [c for c in classes if not 0 <= c < channels]
-        if outside or not len(classes):
-            raise ValueError(
-                f"classes: got {list(classes)}, expected 'present', 'all' or classes in "
-                f"[0, {channels})"
-            )
-    loss: Tensor = _Lovasz.apply(  # type: ignore[no-untyped-call]
-        input, rows, _Options(code, False, classes, per_image)
-    )
-    return loss
+    how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
+    return _lovasz(input, target, weight, code, False, *how)
 
 
 def lovasz_hinge(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
+    classes: str | Sequence[int] = "all",
     per_image: bool = False,
     ignore_index: int | None = None,
+    class_weight: ClassWeights = None,
+    process_group: Any = None,
+    ddp_average: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
-    input, rows = _rows(input, target, weight, ignore_index)
-    loss: Tensor = _Lovasz.apply(  # type: ignore[no-untyped-call]
-        input, rows, _Options(ACTIVATIONS["none"], True, "all", per_image)
-    )
-    return loss
+    how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
+    return _lovasz(input, target, weight, ACTIVATIONS["none"], True, *how)
 
 
-class LovaszLoss(nn.Module):
+class _LovaszModule(nn.Module):
+    """Options of both losses."""
+
+    class_weight: Tensor | None
+    #: Shown by repr in any case.
+    shown: tuple[str, ...] = ("classes", "per_image", "ignore_index")
+
+    def __init__(
+        self,
+        classes: str | Sequence[int],
+        per_image: bool,
+        ignore_index: int | None,
+        class_weight: ClassWeights,
+        process_group: Any,
+        ddp_average: bool,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        _check_classes(classes)
+        _checks.choice("backend", backend, _BACKENDS)
+        if class_weight is not None and not isinstance(class_weight, Tensor):
+            class_weight = torch.as_tensor(class_weight, dtype=torch.float64)
+        self.register_buffer("class_weight", class_weight)
+        self.classes = classes
+        self.per_image = per_image
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.ddp_average = ddp_average
+        self.backend = backend
+
+    def _how(self) -> tuple[Any, ...]:
+        return (
+            self.ignore_index,
+            self.class_weight,
+            self.process_group,
+            self.ddp_average,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}={getattr(self, name)!r}" for name in self.shown]
+        for name, default in (("process_group", None), ("ddp_average", False), ("backend", "auto")):
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value!r}")
+        if self.class_weight is not None:
+            weights = [round(x, 6) for x in self.class_weight.flatten().tolist()]
+            parts.append(f"class_weight={weights}")
+        return ", ".join(parts)
+
+
+class LovaszLoss(_LovaszModule):
     r"""Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790).
 
     The errors :math:`m_v = |g_v - p_v|` of a class, sorted in descending order, dotted with the
-    increments of the Jaccard loss along that order; then the mean over classes.
+    increments of the Jaccard loss along that order; then the mean over classes. The defaults equal
+    the authors' ``lovasz_softmax`` on a softmax, and
+    ``segmentation_models_pytorch.losses.LovaszLoss("multiclass")``.
 
-    Any number of spatial axes. Sorting needs about 40 bytes a voxel, for one class at a time; the
-    gradient is the only volume of all classes, and it is found on the way forward.
+    Any number of spatial axes. A sort needs all errors of a class in one place: above the logits
+    and their gradient the loss takes at most 48 bytes a voxel of the batch (float32 logits on the
+    CPU), one class at a time and so whatever their number. The gradient is found on the way
+    forward and held until the backward pass.
 
     Args:
         classes: "present" (classes without a voxel in the target are left out of the mean), "all",
@@ -273,6 +395,16 @@ class LovaszLoss(nn.Module):
         per_image: mean over the samples' own losses; else all voxels of the batch are one image.
         activation: "softmax", "sigmoid", or "none" for probabilities.
         ignore_index: voxels with this label do not count.
+        class_weight: (C,), a weight for every channel, or one number. The mean stays the plain mean
+            of the weighted losses of the classes that count.
+        process_group: None, "world" (resolved at the first forward) or a process group: the loss
+            of the global batch. Every rank gathers the errors of all ranks, class by class, and
+            sorts them, so memory and time of the sort are those of the global batch. With
+            ``per_image`` the ranks hold parts of the same samples (volumes split along space). Not
+            under torch.compile: the ranks' numbers of voxels travel through the host.
+        ddp_average: multiply the gradient by the number of ranks, which undoes the averaging of
+            DistributedDataParallel.
+        backend: "auto" or "reference", which are the same here: the sort is PyTorch's own.
 
     Shapes: as :class:`voxfuse.TverskyLoss`; a dense target counts where it exceeds 1/2. The
     optional third argument of the call is a mask (weights other than 0 count alike).
@@ -285,49 +417,41 @@ class LovaszLoss(nn.Module):
         tensor(0.1750)
     """
 
+    shown = ("classes", "per_image", "activation", "ignore_index")
+
     def __init__(
         self,
         classes: str | Sequence[int] = "present",
         per_image: bool = False,
         activation: str = "softmax",
         ignore_index: int | None = None,
+        class_weight: ClassWeights = None,
+        process_group: Any = None,
+        ddp_average: bool = False,
+        backend: str = "auto",
     ) -> None:
-        super().__init__()
-        if isinstance(classes, str):
-            _checks.choice("classes", classes, {"present": 0, "all": 1})
+        super().__init__(
+            classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend
+        )
         _checks.choice("activation", activation, ACTIVATIONS)
-        self.classes = classes
-        self.per_image = per_image
         self.activation = activation
-        self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        return lovasz_softmax(
-            input,
-            target,
-            weight,
-            self.classes,
-            self.per_image,
-            self.activation,
-            self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"classes={self.classes!r}, per_image={self.per_image}, "
-            f"activation={self.activation!r}, ignore_index={self.ignore_index}"
-        )
+        how = (self.classes, self.per_image, self.activation, *self._how())
+        return lovasz_softmax(input, target, weight, *how)
 
 
-class LovaszHingeLoss(nn.Module):
+class LovaszHingeLoss(_LovaszModule):
     r"""Lovász hinge loss of every channel's own logits (Berman, Triki, Blaschko 2018).
 
     As :class:`LovaszLoss` with the hinge errors :math:`\max(0, 1 - z_v (2 g_v - 1))` in place of
-    the probabilities' errors, averaged over the channels.
+    the probabilities' errors, averaged over the channels. With one channel the defaults equal
+    ``segmentation_models_pytorch.losses.LovaszLoss("binary")``.
 
     Args:
-        per_image: mean over the samples' own losses.
-        ignore_index: voxels with this label do not count.
+        classes: "all", "present" or a list of channels, as in :class:`LovaszLoss`.
+        per_image, ignore_index, class_weight, process_group, ddp_average, backend: as in
+            :class:`LovaszLoss`.
 
     Example:
         >>> import torch, voxfuse
@@ -335,13 +459,20 @@ class LovaszHingeLoss(nn.Module):
         tensor(0.)
     """
 
-    def __init__(self, per_image: bool = False, ignore_index: int | None = None) -> None:
-        super().__init__()
-        self.per_image = per_image
-        self.ignore_index = ignore_index
+    def __init__(
+        self,
+        per_image: bool = False,
+        ignore_index: int | None = None,
+        classes: str | Sequence[int] = "all",
+        class_weight: ClassWeights = None,
+        process_group: Any = None,
+        ddp_average: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend
+        )
 
     def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        return lovasz_hinge(input, target, weight, self.per_image, self.ignore_index)
-
-    def extra_repr(self) -> str:
-        return f"per_image={self.per_image}, ignore_index={self.ignore_index}"
+        how = (self.classes, self.per_image, *self._how())
+        return lovasz_hinge(input, target, weight, *how)
