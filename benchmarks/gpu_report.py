@@ -55,6 +55,7 @@ NOT_RESULTS = (
     "test_examples",
     "test_gpu_report",
     "test_instructions",
+    "test_kernels_page",
     "test_triton_aot",
 )
 
