@@ -24,6 +24,10 @@ LOSSES = {
     "dice + ce": lambda **k: voxfuse.DiceCELoss(batch=True, include_background=False, **k),
     "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0], **k),
     "focal": lambda **k: voxfuse.FocalLoss(activation="sigmoid", **k),
+    "bce": lambda **k: voxfuse.BCELoss(pos_weight=[1.0, 2.0, 3.0], **k),
+    "summed cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(reduction="sum", **k),
+    "top k": lambda **k: voxfuse.TopKLoss(20.0, class_weight=[1.0, 2.0, 3.0], **k),
+    "top k of most": lambda **k: voxfuse.TopKLoss(90.0, label_smoothing=0.1, **k),
     "lovasz": lambda **k: voxfuse.LovaszLoss(class_weight=[1.0, 2.0, 3.0], **k),
     "lovasz hinge": lambda **k: voxfuse.LovaszHingeLoss(classes="present", **k),
 }
@@ -105,6 +109,9 @@ def refusals(rank: int, world: int) -> None:
     step = torch.compile(
         voxfuse.LovaszLoss(process_group="world"), fullgraph=True, backend="aot_eager"
     )
+    for loss in (voxfuse.CrossEntropyLoss, voxfuse.BCELoss, voxfuse.FocalLoss):
+        with pytest.raises(ValueError, match="process_group: reduction='none' gives every voxel"):
+            loss(reduction="none", process_group="world")(logits, labels)
     with pytest.raises(RuntimeError, match="which torch.compile cannot trace"):
         step(logits, labels)
 

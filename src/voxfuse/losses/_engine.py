@@ -153,15 +153,18 @@ def _by_voxel(
     ranks: Ranks | None,
 ) -> Tensor:
     """A map of the voxels, or the mean of the worst of them."""
-    if ranks is not None:
-        raise ValueError("process_group: voxels are mapped and chosen on every rank by itself")
     percent = recipe.likelihood.top_percent if recipe.likelihood is not None else None
     if percent is None:
+        if ranks is not None:
+            raise ValueError(
+                "process_group: reduction='none' gives every voxel its own loss, to which no other "
+                "rank adds; leave process_group at None, or reduce by 'mean' or 'sum'"
+            )
         arguments = (input, target, weight, operators, plan, weights)
         loss: Tensor = VoxelwiseLikelihood.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
-    weight = worst_voxels(percent, plan, input.detach(), target, weight, weights)
-    return _differentiable(input, target, weight, operators, plan, weights, None)
+    weight = worst_voxels(percent, plan, input.detach(), target, weight, weights, ranks)
+    return _differentiable(input, target, weight, operators, plan, weights, ranks)
 
 
 _NO_WEIGHTS = Weights()

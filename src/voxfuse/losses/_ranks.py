@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -86,15 +87,26 @@ class Gathering:
                 " through the host, which torch.compile cannot trace; compile the network alone"
             )
         self.ranks = ranks
-        self._device = device
         sizes = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(ranks.size)]
         mine = torch.tensor([rows, own], dtype=torch.int64, device=device)
         torch.distributed.all_gather(sizes, mine, group=ranks.group)
         self.rows = [int(x[0]) for x in sizes]
         self.counts = [int(x[1]) for x in sizes]
-        before = sum(self.counts[: torch.distributed.get_rank(ranks.group)])
-        #: Where this rank's values lie among all.
-        self.own = slice(before, before + own)
+
+    def with_counts(self, counts: list[int]) -> Gathering:
+        """The same ranks with other numbers of values, which every rank knows."""
+        other = copy.copy(self)
+        other.counts = counts
+        return other
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's values lie among all."""
+        import torch.distributed
+
+        rank = torch.distributed.get_rank(self.ranks.group)
+        before = sum(self.counts[:rank])
+        return slice(before, before + self.counts[rank])
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return the values of all ranks, (rows, sum of n)."""

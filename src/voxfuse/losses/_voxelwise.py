@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.losses._ranks import Gathering, Ranks
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import is_dense
@@ -158,11 +159,38 @@ def worst_voxels(
     target: Tensor,
     weight: Tensor | None,
     weights: tuple[Tensor | None, ...],
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """Weights (B, *spatial) that keep the ``percent`` of the batch's voxels of largest loss."""
+    """Weights (B, *spatial) that keep the ``percent`` of the batch's voxels of largest loss.
+
+    The batch is that of all ``ranks``.
+    """
     losses = likelihood_map(plan, input, target, weight, weights[1], weights[2]).flatten()
     kept = torch.zeros_like(losses, dtype=torch.bool)
-    if losses.numel():
-        kept[losses.topk(max(1, int(losses.numel() * percent / 100)), sorted=False).indices] = True
+    if ranks is not None:
+        kept[_worst_of_ranks(losses, percent, ranks)] = True
+    elif losses.numel():
+        kept[losses.topk(_chosen(losses.numel(), percent), sorted=False).indices] = True
     kept = kept.reshape(input.shape[0], *input.shape[2:])
     return kept if weight is None else kept * weight.reshape(kept.shape)
+
+
+def _chosen(voxels: int, percent: float) -> int:
+    return max(1, int(voxels * percent / 100))
+
+
+def _worst_of_ranks(losses: Tensor, percent: float, ranks: Ranks) -> Tensor:
+    """Indices of those of this rank's voxels that are among the worst of all ranks'.
+
+    No rank has more of them than are chosen in all, so only that many travel.
+    """
+    voxels = Gathering(1, losses.numel(), losses.device, ranks)
+    total = sum(voxels.counts)
+    if total == 0:
+        return torch.empty(0, dtype=torch.int64, device=losses.device)
+    chosen = _chosen(total, percent)
+    own = losses.topk(min(chosen, losses.numel()))
+    candidates = voxels.with_counts([min(chosen, count) for count in voxels.counts])
+    worst = candidates(own.values[None])[0].topk(chosen, sorted=False).indices
+    worst = worst[(worst >= candidates.own.start) & (worst < candidates.own.stop)]
+    return own.indices[worst - candidates.own.start]

@@ -30,7 +30,8 @@ class CrossEntropyLoss(LossModule):
             classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
-        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`; the mean is over the voxels
+            of all ranks. Not with ``reduction="none"``, to which no other rank adds.
 
     Example:
         >>> import torch, voxfuse
@@ -74,7 +75,8 @@ class BCELoss(LossModule):
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
         pos_weight: (C,), or one number: further weight of the positives.
-        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`; the mean is over the voxels
+            of all ranks. Not with ``reduction="none"``, to which no other rank adds.
 
     Example:
         >>> import torch, voxfuse
@@ -120,7 +122,8 @@ class FocalLoss(LossModule):
             classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
-        process_group, ddp_average, backend: as in :class:`TverskyLoss`.
+        process_group, ddp_average, backend: as in :class:`TverskyLoss`; the mean is over the voxels
+            of all ranks. Not with ``reduction="none"``, to which no other rank adds.
 
     Example:
         >>> import voxfuse
@@ -159,14 +162,19 @@ class TopKLoss(LossModule):
         loss = \frac{1}{n} \sum_{v \in top_k} w_{y_v} (-\log p_{v,y_v}), \qquad
         top_k \text{ the } \lfloor k V / 100 \rfloor \text{ voxels of largest loss in the batch}
 
-    over those n of them that count. Reads the logits twice: once to choose, keeping one
-    single-channel volume, and once to sum.
+    over those n of them that count. The defaults equal nnU-Net's ``TopKLoss()``, which is
+    ``torch.nn.CrossEntropyLoss(weight, reduction="none")`` and the mean of its largest values.
+    Reads the logits twice: once to choose, keeping one single-channel volume, and once to sum.
 
     Args:
         k: percentage in (0, 100].
         activation, label_smoothing, ignore_index, class_weight, backend: as in
             :class:`CrossEntropyLoss`.
         reduction: "mean" or "sum" over the chosen voxels.
+        process_group: None, "world" or a process group: the worst voxels of the global batch.
+            Every rank sends the losses of its worst voxels, at most as many as are chosen in all.
+            Not under torch.compile: the ranks' numbers of voxels travel through the host.
+        ddp_average: as in :class:`TverskyLoss`.
 
     Example:
         >>> import torch, voxfuse
