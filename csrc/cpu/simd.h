@@ -268,6 +268,34 @@ VOXFUSE_INLINE Ints load(const int32_t* p) {
   return v;
 }
 
+// float16 and bfloat16 in and out of a vector of float32, where the instruction set has both.
+#if defined(__AVX512F__)
+inline constexpr bool kHalvesInRegisters = true;
+VOXFUSE_INLINE Vec<float> load_half(const uint16_t* p, bool bfloat) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (!bfloat) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+VOXFUSE_INLINE void store_half(uint16_t* p, Vec<float> x, bool bfloat) {
+  __m256i bits;
+  if (bfloat) {
+    const __m512i wide = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, wide, _mm512_set1_epi32(0x400000));
+    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  } else {
+    bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+#else
+inline constexpr bool kHalvesInRegisters = false;
+inline Vec<float> load_half(const uint16_t*, bool) { return Vec<float>{}; }
+inline void store_half(uint16_t*, Vec<float>, bool) {}
+#endif
+
 // table[index] lane by lane.
 VOXFUSE_INLINE Vec<float> look_up(const float* table, Ints index) {
 #if defined(__AVX512F__)

@@ -217,9 +217,16 @@ void stage_weights(const Confusion& q, int64_t b, int64_t begin, int64_t n, R* w
   }
 }
 
-// Voxels [begin, begin + n) of sample b for the softmax core; returns whether a label has no class.
-bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, Workspace<float>& work,
-                    LabelledBlock& out, bool& weighted) {
+// Whether rows of this type and voxel stride are read, or written, by the core itself as halves.
+bool halves_in_place(const Confusion& q, const Strides& strides, int64_t n) {
+  return kHalvesInRegisters && (q.input_type == Element::f16 || q.input_type == Element::bf16) &&
+         strides.voxel == 1 && n % Lanes<float>::width == 0 && q.classes <= 32;
+}
+
+// Voxels [begin, begin + n) of sample b for the softmax core, logits left as halves if the caller
+// says so; returns whether a label has no class.
+bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, bool halves,
+                    Workspace<float>& work, LabelledBlock& out, bool& weighted) {
   constexpr int64_t width = Lanes<float>::width;
   const int64_t padded = (n + width - 1) / width * width;
   int32_t* labels = work.ids.data();
@@ -247,7 +254,13 @@ bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, Wor
   out.voxels = padded;
   out.labels = labels;
   out.weight = weight;
-  stage_logits(q, b, begin, n, work, out.logits, out.logits_stride);
+  if (halves) {
+    out.halves = static_cast<const uint16_t*>(q.input) + b * q.input_stride.batch + begin;
+    out.bfloat = q.input_type == Element::bf16;
+    out.logits_stride = q.input_stride.channel;
+  } else {
+    stage_logits(q, b, begin, n, work, out.logits, out.logits_stride);
+  }
   return false;
 }
 
@@ -696,41 +709,56 @@ using SoftmaxBackward = void (*)(int64_t classes, const LabelledBlock&, float* s
 // rest.
 using FastClasses = std::make_integer_sequence<int, kMaxFastClasses - 2>;
 
-template <bool Full, bool Weighted, int... I>
+template <bool Full, bool Weighted, bool Half, int... I>
 SoftmaxForward softmax_forward_of(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr SoftmaxForward table[] = {softmax_forward<I + 3, Full, Weighted>...};
+  static constexpr SoftmaxForward table[] = {softmax_forward<I + 3, Full, Weighted, Half>...};
   if (classes == 2) {
     return [](int64_t, const LabelledBlock& block, float*, float* sums) {
-      two_classes_forward<Full, Weighted>(block, sums);
+      two_classes_forward<Full, Weighted, Half>(block, sums);
     };
   }
-  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_forward<0, Full, Weighted>;
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_forward<0, Full, Weighted, Half>;
 }
 
-template <bool Weighted, int... I>
+template <bool Weighted, bool Half, int... I>
 SoftmaxBackward softmax_backward_of(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr SoftmaxBackward table[] = {softmax_backward<I + 3, Weighted>...};
+  static constexpr SoftmaxBackward table[] = {softmax_backward<I + 3, Weighted, Half>...};
   if (classes == 2) {
     return [](int64_t, const LabelledBlock& block, float*, const Cotangents& cotangent,
               const GradientRows& gradient) {
-      two_classes_backward<Weighted>(block, cotangent, gradient);
+      two_classes_backward<Weighted, Half>(block, cotangent, gradient);
     };
   }
-  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_backward<0, Weighted>;
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_backward<0, Weighted, Half>;
 }
 
-SoftmaxForward softmax_forward_of(int64_t classes, bool full, bool weighted) {
-  if (full) {
-    return weighted ? softmax_forward_of<true, true>(classes, FastClasses{})
-                    : softmax_forward_of<true, false>(classes, FastClasses{});
+template <bool Full, bool Half>
+SoftmaxForward softmax_forward_of(int64_t classes, bool weighted) {
+  return weighted ? softmax_forward_of<Full, true, Half>(classes, FastClasses{})
+                  : softmax_forward_of<Full, false, Half>(classes, FastClasses{});
+}
+
+// `halves`: the block's logits, and its gradient, are float16 or bfloat16.
+SoftmaxForward softmax_forward_of(int64_t classes, bool full, bool weighted, bool halves) {
+  if constexpr (kHalvesInRegisters) {
+    if (halves) {
+      return full ? softmax_forward_of<true, true>(classes, weighted)
+                  : softmax_forward_of<false, true>(classes, weighted);
+    }
   }
-  return weighted ? softmax_forward_of<false, true>(classes, FastClasses{})
-                  : softmax_forward_of<false, false>(classes, FastClasses{});
+  return full ? softmax_forward_of<true, false>(classes, weighted)
+              : softmax_forward_of<false, false>(classes, weighted);
 }
 
-SoftmaxBackward softmax_backward_of(int64_t classes, bool weighted) {
-  return weighted ? softmax_backward_of<true>(classes, FastClasses{})
-                  : softmax_backward_of<false>(classes, FastClasses{});
+SoftmaxBackward softmax_backward_of(int64_t classes, bool weighted, bool halves) {
+  if constexpr (kHalvesInRegisters) {
+    if (halves) {
+      return weighted ? softmax_backward_of<true, true>(classes, FastClasses{})
+                      : softmax_backward_of<false, true>(classes, FastClasses{});
+    }
+  }
+  return weighted ? softmax_backward_of<true, false>(classes, FastClasses{})
+                  : softmax_backward_of<false, false>(classes, FastClasses{});
 }
 
 // Whether the cotangents of the statistics that only `full` has are all zero.
@@ -753,7 +781,7 @@ int64_t forward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end,
   const bool full = q.statistics == 8;
   Workspace<R> work(q);
   Block<R> block;
-  LabelledBlock labelled;
+  LabelledBlock labelled{};
   const int64_t rows = q.classes * q.statistics;
   std::vector<R> sums(rows * width);
   std::fill(out, out + rows, 0.0);
@@ -765,9 +793,10 @@ int64_t forward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end,
       if constexpr (std::is_same_v<R, float>) {
         if (core == Core::softmax) {
           bool weighted;
-          if (stage_labelled(q, b, at, n, work, labelled, weighted)) return 1;
-          softmax_forward_of(q.classes, full, weighted)(q.classes, labelled, work.scratch.data(),
-                                                        sums.data());
+          const bool halves = halves_in_place(q, q.input_stride, n);
+          if (stage_labelled(q, b, at, n, halves, work, labelled, weighted)) return 1;
+          softmax_forward_of(q.classes, full, weighted, halves)(q.classes, labelled,
+                                                                work.scratch.data(), sums.data());
           continue;
         }
       }
@@ -825,7 +854,7 @@ template <class R>
 int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end) {
   Workspace<R> work(q);
   Block<R> block;
-  LabelledBlock labelled;
+  LabelledBlock labelled{};
   const int64_t rows = q.classes * q.statistics;
   std::vector<R> cotangent(rows);
   for (int64_t i = 0; i < rows; ++i) cotangent[i] = static_cast<R>(q.cotangent[b * rows + i]);
@@ -847,16 +876,20 @@ int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end
     const int64_t offset = b * q.gradient_stride.batch + at * q.gradient_stride.voxel;
     const bool direct =
         q.input_type == own && q.gradient_stride.voxel == 1 && n % Lanes<R>::width == 0;
+    const bool halves = core == Core::softmax && halves_in_place(q, q.input_stride, n) &&
+                        q.gradient_stride.voxel == 1;
     // A core writes a voxel's gradient when it has read all its logits: it may take their place.
     R* gradient = direct ? static_cast<R*>(q.gradient) + offset : work.logits.data();
-    const int64_t stride = direct ? q.gradient_stride.channel : work.block;
+    const int64_t stride = direct || halves ? q.gradient_stride.channel : work.block;
     bool done = false;
     if constexpr (std::is_same_v<R, float>) {
       if (core == Core::softmax) {
         bool weighted;
-        if (stage_labelled(q, b, at, n, work, labelled, weighted)) return 1;
-        softmax_backward_of(q.classes, weighted)(q.classes, labelled, work.scratch.data(), by_label,
-                                                 {gradient, stride, direct && streamed});
+        if (stage_labelled(q, b, at, n, halves, work, labelled, weighted)) return 1;
+        uint16_t* half_rows = halves ? static_cast<uint16_t*>(q.gradient) + offset : nullptr;
+        softmax_backward_of(q.classes, weighted, halves)(
+            q.classes, labelled, work.scratch.data(), by_label,
+            {gradient, half_rows, labelled.bfloat, stride, direct && streamed});
         done = true;
       }
     }
@@ -871,7 +904,7 @@ int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end
       }
     }
     if (!done) general_backward(q, block, work, cotangent.data(), gradient, stride);
-    if (!direct) write_gradient(q, gradient, stride, n, offset, work);
+    if (!direct && !halves) write_gradient(q, gradient, stride, n, offset, work);
   }
   if (streamed) stream_fence();
   return 0;

@@ -19,6 +19,8 @@ namespace voxfuse::VOXFUSE_ISA {
 struct LabelledBlock {
   int64_t voxels;  // a multiple of the vector width
   const float* logits;
+  const uint16_t* halves;  // instead of logits, in the Half instances
+  bool bfloat;             // what the halves are
   int64_t logits_stride;
   const int32_t* labels;
   const float* weight;  // only read if weighted
@@ -27,10 +29,12 @@ struct LabelledBlock {
 // Vectors whose 1 + u may be multiplied without leaving float32's range: 16^16 = 2^64.
 inline constexpr int kVectorsALogarithm = 16;
 
-template <bool Weighted>
+template <bool Half, bool Weighted>
 VOXFUSE_INLINE Vec<float> logit_of(const LabelledBlock& block, int64_t c, int64_t v,
                                    Choice excluded) {
-  const Vec<float> z = finite<float>(load(block.logits + c * block.logits_stride + v));
+  const int64_t at = c * block.logits_stride + v;
+  const Vec<float> z =
+      finite<float>(Half ? load_half(block.halves + at, block.bfloat) : load(block.logits + at));
   return Weighted ? select(excluded, Vec<float>{}, z) : z;
 }
 
@@ -65,7 +69,7 @@ struct TwoClasses {
   }
 };
 
-template <bool Full, bool Weighted>
+template <bool Full, bool Weighted, bool Half>
 void two_classes_forward(const LabelledBlock& block, float* sums) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
@@ -78,8 +82,8 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
     for (; v < stop; v += width) {
       const Ints label = load(block.labels + v);
       const Choice excluded = Weighted ? equal(label, -1) : Choice{};
-      const TwoClasses x(logit_of<Weighted>(block, 0, v, excluded),
-                         logit_of<Weighted>(block, 1, v, excluded), label);
+      const TwoClasses x(logit_of<Half, Weighted>(block, 0, v, excluded),
+                         logit_of<Half, Weighted>(block, 1, v, excluded), label);
       const Choice zero = Weighted ? equal(label, 0) : static_cast<Choice>(~x.one);
       V hit = x.hit, missed = x.missed;
       [[maybe_unused]] const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
@@ -154,7 +158,7 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
 // The softmax of one vector of voxels: exponentials relative to the largest logit, those of the
 // label (own) and of all other classes (rest), and 1 over their sum. C = 0: as many classes as at
 // run time, exponentials in memory.
-template <int C, bool Weighted>
+template <int C, bool Weighted, bool Half>
 struct Softmax {
   using V = Vec<float>;
   static constexpr int width = Lanes<float>::width;
@@ -181,7 +185,7 @@ struct Softmax {
     // would miss the first-level cache where the rows lie a multiple of 4 KiB apart.
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
-      const V z = logit_of<Weighted>(block, c, v, excluded);
+      const V z = logit_of<Half, Weighted>(block, c, v, excluded);
       // A NaN that the maximum passes over comes back with its own exponential.
       largest = c == 0 ? z : at_least(largest, z);
       keep(c, z);
@@ -218,7 +222,7 @@ VOXFUSE_INLINE void for_each_label(Ints label, const int32_t* labels, uint32_t e
   }
 }
 
-template <int C, bool Full, bool Weighted>
+template <int C, bool Full, bool Weighted, bool Half>
 void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
                      float* sums) {
   using V = Vec<float>;
@@ -226,12 +230,13 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
   constexpr int S = Full ? 8 : 4;
   // Few classes: sums in registers, logarithms put off.
   constexpr bool few = C > 0 && C <= 4;
-  constexpr bool products = few && !Weighted && !Full;
+  constexpr bool products = few && !Weighted;
   const int64_t classes = C == 0 ? runtime_classes : C;
   V tp[few ? C : 1]{}, fp[few ? C : 1]{}, fn[few ? C : 1]{}, nll[few ? C : 1]{};
   const auto row = [&](int64_t c, int s)
                        __attribute__((always_inline)) { return sums + (c * S + s) * width; };
-  Softmax<C, Weighted> x;
+  [[maybe_unused]] V weights{};
+  Softmax<C, Weighted, Half> x;
   x.rows = scratch;
   for (int64_t v = 0; v < block.voxels;) {
     const int64_t stop = std::min<int64_t>(block.voxels, v + kVectorsALogarithm * width);
@@ -277,20 +282,34 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
       if constexpr (Full) {
         for (int64_t c = 0; c < classes; ++c) {
           const Choice is = equal(label, static_cast<int32_t>(c));
-          const V z = logit_of<Weighted>(block, c, v, excluded);
-          const V p = x.exponential_of(c) * scale;
+          const V z = logit_of<Half, Weighted>(block, c, v, excluded);
+          const V p = x.exponential_of(c) * x.inverse;
           V off = (x.largest - z) + log_total;
           if constexpr (Weighted) off *= w;
           accumulate(row(c, 4), select(is, V{}, off));
-          accumulate(row(c, 5), p * (x.exponential_of(c) * x.inverse));
+          accumulate(row(c, 5), Weighted ? V(p * p * w) : V(p * p));
           accumulate(row(c, 6), select(is, w));
-          accumulate(row(c, 7), w);
         }
+        weights += w;
       }
     }
     if constexpr (products) {
-      for (int64_t c = 0; c < classes; ++c) nll[c] += logarithm_of_product(product[c]);
+      V logarithms[C];
+      for (int64_t c = 0; c < classes; ++c) {
+        logarithms[c] = logarithm_of_product(product[c]);
+        nll[c] += logarithms[c];
+      }
+      if constexpr (Full) {
+        for (int64_t c = 0; c < classes; ++c) {
+          V off{};
+          for (int64_t k = 0; k < classes; ++k) off += k == c ? V{} : logarithms[k];
+          accumulate(row(c, 4), off);
+        }
+      }
     }
+  }
+  if constexpr (Full) {
+    for (int64_t c = 0; c < classes; ++c) accumulate(row(c, 7), weights);
   }
   if constexpr (few) {
     for (int64_t c = 0; c < classes; ++c) {
@@ -323,22 +342,27 @@ struct Cotangents {
 // Where the gradient goes: rows of the block, past the caches if it is large.
 struct GradientRows {
   float* data;
+  uint16_t* halves;  // instead of data, in the Half instances
+  bool bfloat;
   int64_t stride;
   bool streamed;
 
+  template <bool Half>
   VOXFUSE_INLINE void write(int64_t c, int64_t v, Vec<float> x) const {
-    float* out = data + c * stride + v;
-    if (streamed) {
-      stream(out, x);
+    const int64_t at = c * stride + v;
+    if constexpr (Half) {
+      store_half(halves + at, x, bfloat);
+    } else if (streamed) {
+      stream(data + at, x);
     } else {
-      store(out, x);
+      store(data + at, x);
     }
   }
 };
 
 // With A = t - n of the label, F = f of the other class and K = -l of the label, the label's logit
 // has the gradient (1 - p) (K - p (F - A)), the other's is its negative.
-template <bool Weighted>
+template <bool Weighted, bool Half>
 void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangent,
                           const GradientRows& gradient) {
   using V = Vec<float>;
@@ -349,13 +373,13 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
-    const TwoClasses x(logit_of<Weighted>(block, 0, v, excluded),
-                       logit_of<Weighted>(block, 1, v, excluded), label);
+    const TwoClasses x(logit_of<Half, Weighted>(block, 0, v, excluded),
+                       logit_of<Half, Weighted>(block, 1, v, excluded), label);
     V g = x.missed * (select(x.one, k1, k0) - x.hit * select(x.one, d1, d0));
     if constexpr (Weighted) g = select(excluded, V{}, g * load(block.weight + v));
     const V at_one = select(x.one, g, -g);
-    gradient.write(0, v, -at_one);
-    gradient.write(1, v, at_one);
+    gradient.template write<Half>(0, v, -at_one);
+    gradient.template write<Half>(1, v, at_one);
   }
 }
 
@@ -363,13 +387,13 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
 // the label's own h (so that nothing large cancels when the label is nearly certain):
 // D = sum_{k != label} p_k (f_k - A),
 //   dz_c = p_c (f_c - A - D - K)  off the label,   K (1 - p) - p D  on it.
-template <int C, bool Weighted>
+template <int C, bool Weighted, bool Half>
 void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
                       const Cotangents& cotangent, const GradientRows& gradient) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
   const int64_t classes = C == 0 ? runtime_classes : C;
-  Softmax<C, Weighted> x;
+  Softmax<C, Weighted, Half> x;
   x.rows = scratch;
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
@@ -391,7 +415,7 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
       const V off_label = x.exponential_of(c) * scale * (cotangent.off[c] - base);
-      gradient.write(c, v, select(is, on_label, off_label));
+      gradient.template write<Half>(c, v, select(is, on_label, off_label));
     }
   }
 }
