@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from tests.finalize_cases import Case, check
 from voxfuse import _library
 from voxfuse.ops.finalize_slab import finalize_slab
 
@@ -96,6 +97,21 @@ def test_labels_are_those_of_argmax_ties_and_nan_included(dtype):
     out = torch.empty(1, 5, 41, dtype=dtype)
     finalize_slab(ring, out, "labels")
     assert torch.equal(out.to(torch.int64), ring.argmax(0, keepdim=True))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize("fill", [0.0, 0.5, 1.0, 2.0])
+def test_a_mask_is_0_or_1_uncovered_voxels_included(dtype, fill):
+    check(Case("mask", dtype=dtype, total=True, fill=fill), torch.ops.voxfuse.finalize_slab)
+
+
+@compiled
+@pytest.mark.parametrize("fill", [-1.0, 9.0])
+def test_the_fill_of_labels_is_an_integer_of_their_type(fill):
+    for dtype in (torch.uint8, torch.int16, torch.int64):
+        case = Case("labels", dtype=dtype, total=True, fill=fill)
+        check(case, torch.ops.voxfuse.finalize_slab)
 
 
 @compiled

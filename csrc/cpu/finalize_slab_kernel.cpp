@@ -267,8 +267,10 @@ class Chunk {
     T fill;
     if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>) {
       fill = from_real<T>(static_cast<float>(q.fill));
+    } else if constexpr (std::is_floating_point_v<T>) {
+      fill = static_cast<T>(static_cast<float>(q.fill));
     } else {
-      fill = static_cast<T>(q.fill);
+      fill = static_cast<T>(q.mode == Finish::mask ? q.fill != 0 : static_cast<int64_t>(q.fill));
     }
     const bool all = q.mode == Finish::values || q.mode == Finish::mask;
     for (int64_t c = 0; c < (all ? q.classes : 1); ++c) {
