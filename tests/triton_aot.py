@@ -112,6 +112,21 @@ CASES = (
             ("backward", dict(backward=True, dtype="bfloat16")),
         )
     ),
+    *(
+        Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
+        for capability in (80, 90, 100)
+        for name, options in (
+            ("labels-4", dict(mode=1, classes=4)),
+            ("labels-117", dict(mode=1, classes=117, total=True, divide=True)),
+            ("values-2", dict(mode=0, classes=2, activation=2, output="float16")),
+            ("values-117", dict(mode=0, classes=117, activation=2)),
+            ("mask", dict(mode=2, classes=3, activation=1, total=True)),
+            ("foreground", dict(mode=3, classes=16, activation=2, output="bfloat16")),
+            ("entropy", dict(mode=4, classes=16, activation=2)),
+            ("labels-head", dict(mode=1, classes=117, head=True)),
+            ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
+        )
+    ),
 )
 
 
@@ -290,12 +305,51 @@ def _overlap_add_instance(
     return Instance(kernel, constants, types, multiples_of_16=("size_x",))
 
 
+def _finalize_slab_instance(
+    mode: int,
+    classes: int,
+    activation: int = 0,
+    dtype: str = "float32",
+    output: str | None = None,
+    head: bool = False,
+    total: bool = False,
+    divide: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import finalize_slab as kernels
+    from voxfuse.triton_kernels import overlap_add
+
+    constants: dict[str, Any] = {
+        "MODE": mode,
+        "ACTIVATION": activation,
+        "BINARY": activation == 1,
+        "DIVIDE": divide,
+        "CLEAR": True,
+        "DTYPE": overlap_add._accumulation(getattr(torch, dtype)),
+        **kernels.tiles(classes, 128**3),
+    }
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        "ring": pointer,
+        "out": TYPES[output or ("uint8" if mode in (1, 2) else "float32")],
+        "total": "*fp64" if total else None,
+        "weight": pointer if head else None,
+        "bias": pointer if head else None,
+        "outer": 1,
+        **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
+    }
+    lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
+    return Instance(kernels._finalize, constants, types, multiples_of_16=lengths)
+
+
 INSTANCES = {
     "soft_confusion": _soft_confusion_instance,
     "finish": _finish_instance,
     "ratio_loss": _ratio_loss_instance,
     "ratio_loss_backward": _ratio_loss_backward_instance,
     "overlap_add": _overlap_add_instance,
+    "finalize_slab": _finalize_slab_instance,
 }
 
 
