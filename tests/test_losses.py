@@ -136,6 +136,19 @@ def test_bce_equals_torch():
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
 
+def test_smoothed_labels_of_a_sigmoid_are_a_dense_target():
+    """What the error of label_smoothing with a sigmoid and the docstrings advise."""
+    logits, labels = batch(dtype=torch.float64)
+    smoothing = 0.2
+    onehot = F.one_hot(labels, 3).movedim(-1, 1).double()
+    dense = onehot * (1 - smoothing) + smoothing / 2
+    expected = F.binary_cross_entropy_with_logits(logits, dense)
+    ours = voxfuse.BCELoss()(logits, dense)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"with a sigmoid pass the smoothed target g \(1 - s\)"):
+        voxfuse.CrossEntropyLoss("sigmoid", label_smoothing=smoothing)
+
+
 def test_compounds_are_the_sums_of_their_parts():
     logits, labels = batch(dtype=torch.float64)
     f = voxfuse.functional

@@ -35,6 +35,14 @@ PAIRS = {
         lambda: voxfuse.TverskyLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum"),
         lambda: losses.TverskyLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum", **SOFTMAX),
     ),
+    "tversky + ce": (
+        lambda: voxfuse.TverskyCELoss(),
+        lambda: losses.DiceCELoss(smooth_nr=2e-5, smooth_dr=2e-5, **SOFTMAX),
+    ),
+    "tversky + focal": (
+        lambda: voxfuse.TverskyFocalLoss(focal_activation="sigmoid"),
+        lambda: losses.DiceFocalLoss(smooth_nr=2e-5, smooth_dr=2e-5, **SOFTMAX),
+    ),
     "dice": (lambda: voxfuse.DiceLoss(), lambda: losses.DiceLoss(**SOFTMAX)),
     "dice weighted": (
         lambda: voxfuse.DiceLoss(class_weight=WEIGHT[1:], include_background=False),
@@ -195,3 +203,38 @@ def test_metatensors_of_a_standard_batch():
     assert type(loss) is torch.Tensor
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     torch.testing.assert_close(logits.grad.as_subclass(torch.Tensor), twin.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("weight", "delta", "gamma"), [(0.5, 0.7, 0.5), (0.3, 0.6, 0.2)])
+def test_what_differs_from_the_asymmetric_unified_focal_loss(weight, delta, gamma):
+    """MONAI's likelihood is half of the paper's: its mean runs over the two classes as well."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, 5, 4, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.randint(0, 2, (2, 1, 5, 4, 3), generator=generator)
+    peer = losses.AsymmetricUnifiedFocalLoss(
+        to_onehot_y=True, weight=weight, delta=delta, gamma=gamma
+    )
+    expected = peer(logits.softmax(1), labels)
+    ours = voxfuse.UnifiedFocalLoss(
+        weight / (2 - weight), delta, gamma, symmetric=False, smooth_nr=1e-7, smooth_dr=1e-7
+    )
+    value = (1 - weight / 2) * ours(logits, labels)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    (found,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-15)
+
+
+def test_deep_supervision_equals_monai():
+    generator = torch.Generator().manual_seed(0)
+    outputs = [
+        torch.randn(2, 3, *size, dtype=torch.float64, generator=generator)
+        for size in ((8, 6, 4), (4, 3, 2), (2, 2, 1))
+    ]
+    labels = torch.randint(0, 3, (2, 1, 8, 6, 4), generator=generator)
+    for weights in ("exp", "same", "two"):
+        peer = losses.DeepSupervisionLoss(losses.DiceLoss(**SOFTMAX), weights)
+        ours = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), weights)
+        expected = peer(outputs, labels.double())
+        # MONAI adds the levels up in float32.
+        torch.testing.assert_close(ours(outputs, labels).float(), expected, rtol=1e-6, atol=0)

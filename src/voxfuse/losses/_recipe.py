@@ -308,7 +308,10 @@ def likelihood_part(
 ) -> Likelihood:
     code = _checks.choice("activation", activation, ACTIVATIONS)
     if label_smoothing and code != SOFTMAX:
-        raise ValueError("label_smoothing: needs a softmax cross-entropy")
+        raise ValueError(
+            "label_smoothing: needs a softmax cross-entropy; with a sigmoid pass the smoothed "
+            "target g (1 - s) + s/2, dense"
+        )
     return Likelihood(
         activation=code,
         scale=scale,

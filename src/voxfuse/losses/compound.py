@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 class TverskyCELoss(LossModule):
     r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_ce`` x :class:`CrossEntropyLoss`.
 
+    No peer has this sum. The defaults equal ``monai.losses.DiceCELoss(softmax=True,
+    to_onehot_y=True)`` with twice its smoothing terms (``smooth_nr=2e-5, smooth_dr=2e-5``).
+
     Args:
         alpha, beta, gamma: of the Tversky term.
         lambda_tversky, lambda_ce: factors of the two terms, >= 0.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: of the cross-entropy. With a sigmoid it is an error: it would need the sum
+            of the logits beside the likelihood. Pass the smoothed target g (1 - s) + s/2, dense.
         ce_activation: activation of the cross-entropy where it differs from ``activation``; a
             sigmoid makes it a binary cross-entropy.
         class_weight: weights of the classes in the Tversky term, as in :class:`TverskyLoss`.
@@ -107,6 +111,9 @@ class DiceCELoss(LossModule):
 
 class TverskyFocalLoss(LossModule):
     r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_focal`` x :class:`FocalLoss`.
+
+    No peer has this sum. With ``focal_activation="sigmoid"`` the other defaults equal
+    ``monai.losses.DiceFocalLoss(softmax=True, to_onehot_y=True)`` with twice its smoothing terms.
 
     Args:
         alpha, beta, gamma: of the Tversky term.
@@ -207,6 +214,13 @@ class UnifiedFocalLoss(LossModule):
     asymmetric form the two exponents are for rare foreground: only the background's likelihood is
     suppressed by :math:`(1-p)^\gamma`, and only the foreground's overlap terms have the exponent
     :math:`1-\gamma`, the background's has 1.
+
+    The defaults are the paper's. ``monai.losses.AsymmetricUnifiedFocalLoss`` differs in four ways:
+    its delta is 0.7; it takes probabilities, whatever its documentation says of logits; its
+    likelihood is a mean over voxels and both classes, half of the paper's mean over voxels; and it
+    clamps probabilities to [1e-7, 1 - 1e-7] and smooths by 1e-7. Its loss with ``weight=w`` is
+    (1 - w/2) times this one with ``symmetric=False, balance=w/(2 - w), delta=0.7, smooth_nr=1e-7,
+    smooth_dr=1e-7``.
 
     Args:
         balance: lambda, in [0, 1].

@@ -38,6 +38,9 @@ class DeepSupervisionLoss(nn.Module):
 
     The target is given once, at any resolution, and sampled down to each output (nearest voxel
     centre, in its own type; no logits are resampled), or as one target an output, as nnU-Net does.
+    The defaults equal ``monai.losses.DeepSupervisionLoss``; ``weights=[1, 1/2, 1/4, ..., 0]`` with
+    ``normalize`` are nnU-Net's. Ranks and the backend are options of the loss inside
+    (``process_group``, ``ddp_average``, ``backend``) and hold at every output.
 
     Args:
         loss: any loss of this package, or another callable of (input, target[, weight]).

@@ -20,11 +20,12 @@ class CrossEntropyLoss(LossModule):
         loss = \frac{\sum_v w_{y_v} (-\log p_{v,y_v})}{\sum_v w_{y_v}}
 
     and with a dense target :math:`\sum_v \sum_c w_c g_{v,c} (-\log p_{v,c})` over the number of
-    voxels. If no voxel counts, the loss is 0 (PyTorch: NaN).
+    voxels. The defaults equal ``torch.nn.CrossEntropyLoss()``; if no voxel counts, the loss is 0
+    (PyTorch: NaN).
 
     Args:
         activation: "softmax"; "sigmoid" for :class:`BCELoss`; "none" for probabilities.
-        label_smoothing: in [0, 1], as in PyTorch.
+        label_smoothing: in [0, 1], as in PyTorch; needs the softmax.
         include_background: whether voxels of class 0 count.
         reduction: "mean", "sum", or "none" for one value a voxel, (B, \*spatial), the sum over the
             classes; that needs one single-channel volume and what a block of voxels needs.
@@ -66,7 +67,8 @@ class BCELoss(LossModule):
     .. math::
         loss = \mathrm{mean}_{b,c,v}\; w_c (\rho_c\, g (-\log p) + (1 - g)(-\log(1 - p)))
 
-    Equals ``torch.nn.BCEWithLogitsLoss(pos_weight=rho)`` on the one-hot target.
+    Equals ``torch.nn.BCEWithLogitsLoss(pos_weight=rho)`` on the one-hot target. For smoothed labels
+    pass the dense target g (1 - s) + s/2.
 
     Args:
         include_background: whether class 0 counts.

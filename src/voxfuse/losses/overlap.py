@@ -92,7 +92,7 @@ class FBetaLoss(LossModule):
         F_\beta = \frac{(1 + \beta^2)\,TP}{(1 + \beta^2)\,TP + FP + \beta^2 FN}
 
     It is :class:`TverskyLoss` with alpha = 1/(1+beta^2) and beta = beta^2/(1+beta^2): beta > 1
-    favours recall. The default 1.5 is the paper's best.
+    favours recall. The default 1.5 is the paper's best; no peer has this loss.
 
     Args:
         beta: weight of recall over precision, >= 0.
@@ -119,7 +119,9 @@ class FocalTverskyLoss(LossModule):
 
     :class:`TverskyLoss` with other defaults: alpha 0.3, beta 0.7 and gamma 0.75, the exponent of
     the authors' code (their text writes 1/gamma with gamma = 4/3). The slope at a perfect
-    prediction is taken as 0; near one it is right, because 1 - TI is never a difference.
+    prediction is taken as 0; near one it is right, because 1 - TI is never a difference. No peer
+    has these defaults: ``segmentation_models_pytorch.losses.TverskyLoss`` raises the mean over
+    classes to the power, not every class's term.
 
     Args:
         alpha, beta, gamma, options: as in :class:`TverskyLoss`.
