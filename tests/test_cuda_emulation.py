@@ -7,16 +7,18 @@ program and fails the test. See tests/emulation/cuda_emulation.h for what the em
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import finalize_cases
 from tests.accuracy import assert_accurate
 from tests.confusion_cases import (
     ACTIVATIONS,
@@ -27,6 +29,7 @@ from tests.confusion_cases import (
     tensors,
 )
 from tests.emulation import emulator
+from tests.finalize_cases import Case as Slab
 from voxfuse.reference import overlap_add as fusion_reference
 from voxfuse.reference import ratio_loss as ratio_reference
 
@@ -663,3 +666,56 @@ def test_rows_that_do_not_exist_leave_the_patch_out(overlap_add):
     tables = [torch.ones(1, 2, dtype=torch.float64)]
     fused = overlap_add.overlap_add(patches, origins, rows, tables, None, (5,))
     assert fused.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+# --- finalize_slab -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finalize_slab() -> Iterator[Callable[..., None]]:
+    operators = emulator.FinalizeSlab()
+    yield operators.finalize_slab
+    operators.close()
+
+
+@pytest.mark.parametrize("mode", finalize_cases.MODES)
+@pytest.mark.parametrize("activation", finalize_cases.ACTIVATIONS)
+@pytest.mark.parametrize("special", [False, True])
+def test_finalize_modes_and_activations(finalize_slab, mode, activation, special):
+    for channels, applied, real in itertools.product(
+        (1, 2, 8, 21), (False, True), (torch.float32, torch.float64)
+    ):
+        case = Slab(mode, activation, channels, applied=applied, real=real, special=special)
+        finalize_cases.check(case, finalize_slab)
+        whole = dataclasses.replace(case, extent=(4, 6, 32), total=not special, fill=1)
+        finalize_cases.check(whole, finalize_slab)
+
+
+@pytest.mark.parametrize("mode", ["values", "labels", "mask", "foreground"])
+def test_finalize_with_a_head(finalize_slab, mode):
+    for activation, classes in itertools.product(finalize_cases.ACTIVATIONS, (1, 4, 19)):
+        case = Slab(mode, activation, channels=6, classes=classes, divisor=3.0, total=True)
+        finalize_cases.check(case, finalize_slab)
+        finalize_cases.check(dataclasses.replace(case, real=torch.float64), finalize_slab)
+
+
+def test_finalize_results_of_any_type(finalize_slab):
+    for dtype in finalize_cases.INTEGERS:
+        case = Slab("labels", channels=70, dtype=dtype, total=True, fill=9)
+        finalize_cases.check(case, finalize_slab)
+    for dtype, fill in itertools.product((torch.bool, torch.uint8), (0.0, 0.5, 2.0)):
+        finalize_cases.check(Slab("mask", dtype=dtype, total=True, fill=fill), finalize_slab)
+    for dtype, mode in itertools.product(FLOATS, ("values", "foreground", "entropy")):
+        for real in (torch.float32, torch.float64):
+            case = Slab(mode, "softmax", dtype=dtype, real=real, total=True, fill=0.25)
+            finalize_cases.check(case, finalize_slab)
+
+
+@pytest.mark.parametrize("ring_axis", [0, 1, 2])
+def test_finalize_any_axis_and_place_of_the_ring(finalize_slab, ring_axis):
+    for start, slices in ((0, 3), (1, 3), (5, 2), (7, 1), (4, 0)):
+        for mode, extent in itertools.product(("labels", "values"), ((3, 5, 4), (3, 13, 41))):
+            case = Slab(mode, extent=extent, ring_axis=ring_axis, start=start, slices=slices)
+            case = dataclasses.replace(case, into_volume=slices > 0, clear=slices != 2)
+            finalize_cases.check(case, finalize_slab)
+            finalize_cases.check(dataclasses.replace(case, total=True, fill=3), finalize_slab)

@@ -107,6 +107,8 @@ def test_shared_memory_fits_without_asking_for_more(kernels):
         ("gather<float, (Mode)0>", 128),
         ("gather<__nv_bfloat16, (Mode)0>", 128),
         ("scatter<__half>", 128),
+        ("finalize<float, (voxfuse::Finish)1>", 128),
+        ("finalize<double, (voxfuse::Finish)0>", 128),
     ],
 )
 def test_wide_loads_and_stores(kernels, kernel, width):
@@ -150,6 +152,7 @@ def test_the_library_registers_a_kernel_for_every_operator(tmp_path):
         "overlap_add_backward",
         "overlap_add_",
         "overlap_weights_",
+        "finalize_slab",
     ]
     code = (
         "import sys, torch\n"

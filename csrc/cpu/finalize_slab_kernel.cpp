@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/finalize_slab.h"
 #include "cpu/rows.h"
+#include "math/finalize_slab.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {

@@ -10,6 +10,7 @@ import concurrent.futures
 import functools
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import struct
@@ -500,3 +501,65 @@ class OverlapAdd:
             self.WEIGHTS, total[:0], total, origins, rows, weights, None, total.shape, place
         )
         total.copy_(result)
+
+
+class FinalizeSlab:
+    """``finalize_slab`` on the emulated CUDA kernel."""
+
+    SOURCES = ("csrc/cuda/finalize_slab.cu", "tests/emulation/finalize_slab_main.cpp")
+
+    def __init__(self, **environment: str) -> None:
+        self._program = Program(build("finalize_slab", self.SOURCES), **environment)
+
+    def close(self) -> None:
+        self._program.close()
+
+    def finalize_slab(
+        self,
+        ring: Tensor,
+        out: Tensor,
+        total: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ring_axis: int,
+        start: int,
+        stop: int,
+        activation: int,
+        applied: bool,
+        mode: int,
+        divisor: float,
+        threshold: float,
+        fill: float,
+        clear: bool,
+    ) -> None:
+        channels, *extent = ring.shape
+        inner = math.prod(extent[ring_axis + 1 :])
+        outer_axes = [axis for axis in range(1, ring_axis + 1) if out.shape[axis] != 1]
+        element = torch.int16 if out.dtype == torch.uint16 else out.dtype
+        integers = [
+            channels,
+            channels if weight is None else weight.shape[0],
+            math.prod(extent[:ring_axis]),
+            extent[ring_axis] * inner,
+            start % extent[ring_axis] * inner,
+            (stop - start) * inner,
+            int(ring.dtype == torch.float64),
+            ELEMENTS[element],
+            out.stride(0),
+            out.stride(outer_axes[-1]) if outer_axes else 0,
+            out.storage_offset() * out.element_size(),
+            activation,
+            int(applied),
+            mode,
+            int(clear),
+        ]
+        optional = (total, weight, bias)
+        buffers = [storage_bytes(ring), storage_bytes(out)]
+        buffers += [bytearray() if x is None else storage_bytes(x) for x in optional]
+        doubles = [divisor, threshold, fill]
+        left, result = self._program.call(integers, doubles, buffers, 2)
+        ring.copy_(from_bytes(left, ring))
+        if not result:
+            return
+        storage = torch.tensor([], dtype=torch.uint8).set_(out.untyped_storage())
+        storage.copy_(torch.frombuffer(bytearray(result), dtype=torch.uint8))

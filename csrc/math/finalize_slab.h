@@ -1,4 +1,4 @@
-// What the finalisation kernel works on, free of any tensor library.
+// What the finalisation kernels work on, free of any tensor library.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,6 @@ struct Slab {
   int64_t channels, classes;  // of the ring and after the head; the same without one
   int64_t outer, turn;        // turn = depth * inner
   int64_t first, voxels;      // voxels of one outer index
-  int64_t chunk;              // voxels of a task at most; tasks are (outer, chunk of voxels)
 
   bool is_double;
   void* ring;
@@ -33,6 +32,8 @@ struct Slab {
   Finish mode;
   double divisor, threshold, fill;
   bool clear;
+
+  int64_t chunk;  // on the CPU, voxels of a task at most; tasks are (outer, chunk of voxels)
 };
 
 }  // namespace voxfuse
