@@ -137,29 +137,15 @@ VOXFUSE_INLINE int64_t add_packs(const T* source, R scale, const R* weight, int6
   return j;
 }
 
-// A block of a patch: `count` rows of `size` values, their weights scale[row] * weight.
+// Adds a row of a patch to the sums.
 template <class T, class R>
-struct Rows {
-  const T* source;
-  int64_t source_stride;
-  const R* scale;
-  const R* weight;
-  int64_t weight_stride;
-  int64_t count, size;
-
-  void add_to(R* sums, int64_t sums_stride) const {
-    constexpr int width = Lanes<R>::width;
-    for (int64_t row = 0; row < count; ++row) {
-      const T* s = source + row * source_stride;
-      const R* w = weight + row * weight_stride;
-      R* out = sums + row * sums_stride;
-      int64_t j = add_packs<width>(s, scale[row], w, 0, size, out);
-      if constexpr (width > 8) j = add_packs<8>(s, scale[row], w, j, size, out);
-      if constexpr (width > 4) j = add_packs<4>(s, scale[row], w, j, size, out);
-      for (; j < size; ++j) out[j] += (scale[row] * w[j]) * to_real<R>(s[j]);
-    }
-  }
-};
+VOXFUSE_INLINE void add_row(const T* source, const RowWeights<R>& w, int64_t size, R* sums) {
+  constexpr int width = Lanes<R>::width;
+  int64_t j = add_packs<width>(source, w.scale, w.row, 0, size, sums);
+  if constexpr (width > 8) j = add_packs<8>(source, w.scale, w.row, j, size, sums);
+  if constexpr (width > 4) j = add_packs<4>(source, w.scale, w.row, j, size, sums);
+  for (; j < size; ++j) sums[j] += (w.scale * w.row[j]) * to_real<R>(source[j]);
+}
 
 template <class T, class R>
 void scale_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
@@ -188,133 +174,102 @@ struct Tile {
   }
 };
 
-// What a patch and a tile share: slice tz of patch i, columns [x, x_end) of rows [y, y_end).
+// What a patch and a tile share: `size` columns from `x` on, in consecutive slots from `slot` on,
+// of rows [y, y_end) of the patch's slice tz.
 struct Shared {
-  int64_t i, tz, y, y_end, x, x_end;
+  int64_t i, tz, y, y_end, x, size, slot;
 };
 
-// Calls visit(shared) for every patch over the tile, in patch order.
-template <class Visit>
-void for_patches_over(const Fusion& q, const Tile& tile, Visit&& visit) {
+// Appends what the patches share with the tile to `pieces`, in patch order.
+void find_pieces(const Fusion& q, const Tile& tile, std::vector<Shared>& pieces) {
   const int64_t slice = tile.z - q.begin[0];
   for (int64_t k = q.first_of_slice[slice]; k < q.first_of_slice[slice + 1]; ++k) {
     const int64_t i = q.over_slice[k];
     const int64_t* origin = q.origins + 3 * i;
-    const Shared shared{i,
-                        tile.z - origin[0],
-                        std::max(tile.y, origin[1]),
-                        std::min(tile.y_end, origin[1] + q.patch[1]),
-                        std::max(tile.x, origin[2]),
-                        std::min(tile.x_end, origin[2] + q.patch[2])};
-    if (shared.y < shared.y_end && shared.x < shared.x_end) visit(shared);
+    const int64_t y = std::max(tile.y, origin[1]),
+                  y_end = std::min(tile.y_end, origin[1] + q.patch[1]);
+    const int64_t x = std::max(tile.x, origin[2]),
+                  x_end = std::min(tile.x_end, origin[2] + q.patch[2]);
+    if (y >= y_end || x >= x_end) continue;
+    for (const Segment& xs : Segments(q, 2, x, x_end)) {
+      pieces.push_back({i, tile.z - origin[0], y, y_end, xs.first, xs.last - xs.first, xs.slot});
+    }
   }
 }
 
-// One task of the forward: the sums of one tile.
+// One task of the forward: the sums of one tile, row by row. All patches over a row are added while
+// it is in the first-level cache, and each patch's slice is read from its beginning to its end.
 template <class T, class R>
 class Gather {
  public:
   explicit Gather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
-        sums_stride(in_place ? q.extent[2] : q.task_columns),
-        scratch(in_place ? 0 : q.task_channels * q.task_rows * q.task_columns),
-        scale(q.task_rows),
+        scratch(in_place ? 0 : q.task_channels * q.task_columns),
         divided(q.total != nullptr ? q.patch[2] : 0) {}
 
   void operator()(const Tile& tile) {
-    z_slot = slot_of(q, 0, tile.z);
-    if (!q.accumulate) {
-      for_rows(tile, [&](R* sums, int64_t, int64_t) {
-        std::fill(sums, sums + (tile.x_end - tile.x), R(0));
-      });
-    }
-    for_patches_over(q, tile, [&](const Shared& shared) {
-      for (const Segment& ys : Segments(q, 1, shared.y, shared.y_end)) {
-        for (const Segment& xs : Segments(q, 2, shared.x, shared.x_end)) {
-          if (q.total == nullptr) {
-            add(tile, shared, ys, xs);
-          } else {
-            add_divided(tile, shared, ys, xs);
-          }
-        }
+    pieces.clear();
+    find_pieces(q, tile, pieces);
+    const int64_t z_slot = slot_of(q, 0, tile.z), width = tile.x_end - tile.x;
+    for (int64_t y = tile.y; y < tile.y_end; ++y) {
+      const int64_t first_slot = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
+      // Where the sums of slot 0 of this row are.
+      R* sums = scratch.data() - tile.x;
+      int64_t channel_stride = q.task_columns;
+      if (in_place) {
+        channel_stride = q.extent[0] * q.extent[1] * q.extent[2];
+        sums = static_cast<R*>(q.target) + tile.channel * channel_stride + first_slot;
       }
-    });
-    if (in_place) return;
-    for_rows(tile, [&](const R* sums, int64_t c, int64_t y) {
-      T* __restrict out = static_cast<T*>(q.target) +
-                          ((c * q.extent[0] + tile.z) * q.extent[1] + y) * q.extent[2] + tile.x;
-      for (int64_t j = 0; j < tile.x_end - tile.x; ++j) out[j] = from_real<T>(sums[j]);
-    });
+      const int64_t channels = tile.channel_end - tile.channel;
+      for (int64_t c = 0; c < channels && !q.accumulate; ++c) {
+        R* row = sums + c * channel_stride + tile.x;
+        std::fill(row, row + width, R(0));
+      }
+      for (const Shared& piece : pieces) {
+        if (y < piece.y || y >= piece.y_end) continue;
+        add(tile, piece, y, sums + piece.slot, channel_stride, first_slot + piece.slot);
+      }
+      if (in_place) continue;
+      T* target = static_cast<T*>(q.target) + first_slot + tile.x;
+      for (int64_t c = 0; c < channels; ++c) {
+        const R* __restrict row = sums + c * channel_stride + tile.x;
+        T* __restrict out = target + (tile.channel + c) * q.extent[0] * q.extent[1] * q.extent[2];
+        for (int64_t j = 0; j < width; ++j) out[j] = from_real<T>(row[j]);
+      }
+    }
   }
 
  private:
-  // Where the sums of the voxel in slots (z_slot, y, x) are.
-  R* sums_of(const Tile& tile, int64_t c, int64_t y, int64_t x) {
-    if (!in_place) {
-      return scratch.data() + ((c - tile.channel) * q.task_rows + y - tile.y) * sums_stride + x -
-             tile.x;
-    }
-    return static_cast<R*>(q.target) +
-           ((c * q.extent[0] + z_slot) * q.extent[1] + y) * q.extent[2] + x;
-  }
-
-  template <class Visit>
-  void for_rows(const Tile& tile, Visit&& visit) {
-    for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      for (int64_t y = tile.y; y < tile.y_end; ++y) visit(sums_of(tile, c, y, tile.x), c, y);
-    }
-  }
-
-  const T* source_of(const Shared& p, int64_t c, int64_t y, int64_t x) const {
+  // Adds row y of a piece; `slot` is where its weights' sums are.
+  void add(const Tile& tile, const Shared& p, int64_t y, R* sums, int64_t channel_stride,
+           int64_t slot) {
     const int64_t* origin = q.origins + 3 * p.i;
-    return static_cast<const T*>(q.source) +
-           (((p.i * q.channels + c) * q.patch[0] + p.tz) * q.patch[1] + y - origin[1]) *
-               q.patch[2] +
-           x - origin[2];
-  }
-
-  void add(const Tile& tile, const Shared& p, const Segment& ys, const Segment& xs) {
-    const int64_t* origin = q.origins + 3 * p.i;
-    const int64_t ty = ys.first - origin[1], count = ys.last - ys.first;
-    const RowWeights<R> first = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
-    for (int64_t row = 0; row < count; ++row) {
-      scale[row] = row_weights<R>(q, q.rounded, p.i, p.tz, ty + row).scale;
+    const int64_t ty = y - origin[1], tx = p.x - origin[2];
+    const int64_t patch_voxels = q.patch[0] * q.patch[1] * q.patch[2];
+    const T* source = static_cast<const T*>(q.source) +
+                      (p.i * q.channels + tile.channel) * patch_voxels +
+                      (p.tz * q.patch[1] + ty) * q.patch[2] + tx;
+    RowWeights<R> w;
+    if (q.total == nullptr) {
+      w = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
+      w.row += tx;
+    } else {
+      divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx, q.total + slot, p.size,
+                         divided.data());
+      w = {R(1), divided.data()};
     }
     for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      const Rows<T, R> rows{source_of(p, c, ys.first, xs.first),
-                            q.patch[2],
-                            scale.data(),
-                            first.row + (xs.first - origin[2]),
-                            q.separable ? 0 : q.patch[2],
-                            count,
-                            xs.last - xs.first};
-      rows.add_to(sums_of(tile, c, ys.slot, xs.slot), sums_stride);
-    }
-  }
-
-  void add_divided(const Tile& tile, const Shared& p, const Segment& ys, const Segment& xs) {
-    const int64_t* origin = q.origins + 3 * p.i;
-    const int64_t size = xs.last - xs.first;
-    const R one = 1;
-    for (int64_t row = 0; row < ys.last - ys.first; ++row) {
-      const int64_t y = ys.first + row;
-      const double* total =
-          q.total + (z_slot * q.extent[1] + ys.slot + row) * q.extent[2] + xs.slot;
-      divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, y - origin[1]),
-                         xs.first - origin[2], total, size, divided.data());
-      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-        const Rows<T, R> rows{source_of(p, c, y, xs.first), 0, &one, divided.data(), 0, 1, size};
-        rows.add_to(sums_of(tile, c, ys.slot + row, xs.slot), 0);
-      }
+      add_row(source, w, p.size, sums);
+      source += patch_voxels;
+      sums += channel_stride;
     }
   }
 
   const Fusion& q;
   const bool in_place;  // the result's memory holds the sums
-  const int64_t sums_stride;
-  std::vector<R> scratch, scale, divided;
-  int64_t z_slot = 0;
+  std::vector<R> scratch, divided;
+  std::vector<Shared> pieces;
 };
 
 template <class T, class R>
@@ -403,21 +358,23 @@ void overlap_backward(const Fusion& q, int64_t first_task, int64_t last_task) {
 
 void overlap_weights(const Fusion& q, int64_t first_task, int64_t last_task) {
   double* target = static_cast<double*>(q.target);
+  std::vector<Shared> pieces;
   for (int64_t task = first_task; task < last_task; ++task) {
     const Tile tile(q, task);
     const int64_t z_slot = slot_of(q, 0, tile.z);
-    for_patches_over(q, tile, [&](const Shared& p) {
-      const int64_t* origin = q.origins + 3 * p.i;
-      for (int64_t y = p.y; y < p.y_end; ++y) {
+    pieces.clear();
+    find_pieces(q, tile, pieces);
+    for (int64_t y = tile.y; y < tile.y_end; ++y) {
+      double* line = target + (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
+      for (const Shared& p : pieces) {
+        if (y < p.y || y >= p.y_end) continue;
+        const int64_t* origin = q.origins + 3 * p.i;
         const RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, y - origin[1]);
-        for (const Segment& xs : Segments(q, 2, p.x, p.x_end)) {
-          const double* __restrict row = w.row + (xs.first - origin[2]);
-          double* __restrict sums =
-              target + (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2] + xs.slot;
-          for (int64_t j = 0; j < xs.last - xs.first; ++j) sums[j] += w.scale * row[j];
-        }
+        const double* __restrict row = w.row + (p.x - origin[2]);
+        double* __restrict sums = line + p.slot;
+        for (int64_t j = 0; j < p.size; ++j) sums[j] += w.scale * row[j];
       }
-    });
+    }
   }
 }
 

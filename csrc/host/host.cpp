@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../cpu/memory.h"
 #include "../math/window.h"
 
 namespace py = pybind11;
@@ -77,4 +78,7 @@ PYBIND11_MODULE(_host, module) {
   module.def("shifted_starts", &window::shifted_starts);
   module.def("even_starts", &window::even_starts);
   module.def("half_patch_starts", &window::half_patch_starts);
+  module.def("advise_huge_pages", [](uintptr_t address, uint64_t bytes) {
+    voxfuse::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+  });
 }

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
@@ -352,7 +353,7 @@ class PatchFuser:
     ) -> Tensor:
         """Allocate what the result of patches of ``dtype`` needs, with its channel axis."""
         shape = (*lead, self.classes if self._all_channels() else 1, *self.volume_shape)
-        return torch.zeros(shape, dtype=self._result_dtype(dtype), device=device)
+        return zeros(shape, self._result_dtype(dtype), device)
 
     def send_to(self, fresh: Tensor) -> None:
         """Write the result into ``fresh``, which :meth:`new_result` made (it is all zeros)."""
@@ -446,10 +447,10 @@ class PatchFuser:
                 )
             return self._ring
         if self._result is None and self._callback is None:
-            self._returned = torch.zeros(
+            self._returned = zeros(
                 self._result_shape(),
-                dtype=self._result_dtype(self._kind or patches.dtype),
-                device=self._device or patches.device,
+                self._result_dtype(self._kind or patches.dtype),
+                self._device or patches.device,
             )
             self._result = self._returned if self._all_channels() else self._returned.unsqueeze(0)
         result = self._result
@@ -474,9 +475,9 @@ class PatchFuser:
             self._ring = result
             return result
         extent = self._ring_extent()
-        self._ring = torch.zeros((self.channels, *extent), dtype=sums, device=device)
+        self._ring = zeros((self.channels, *extent), sums, device)
         if not self._normalised:
-            self._total = torch.zeros(extent, dtype=torch.float64, device=device)
+            self._total = zeros(extent, torch.float64, device)
         if self._head is not None:
             weight, bias = self._head
             self._head = (weight.to(device, sums), bias.to(device, sums))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._host import host
+from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.windows import Vector, WindowLike, resolve_window
 from voxfuse.ops.overlap_add import overlap_weights_
 
@@ -129,7 +130,7 @@ def tables_for_origins(
     table = weights_for_origins(origins, window, volume_shape, patch_shape)
     if table.normalised:
         return Tables(origins, table.rows, table.weights, None)
-    total = torch.zeros(tuple(volume_shape), dtype=torch.float64)
+    total = zeros(tuple(volume_shape), torch.float64, "cpu")
     overlap_weights_(total, origins, table.rows, table.weights)
     return Tables(origins, table.rows, table.weights, total)
 
@@ -195,7 +196,7 @@ def _partition(vectors: list[Vector], grid: Grid) -> list[Tensor]:
 def _general(origins: Tensor, vectors: list[Vector], volume_shape: Sequence[int]) -> Tables:
     weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
     rows = torch.zeros_like(origins)
-    total = torch.zeros(tuple(volume_shape), dtype=torch.float64)
+    total = zeros(tuple(volume_shape), torch.float64, "cpu")
     overlap_weights_(total, origins, rows, weights)
     return Tables(origins, rows, weights, total)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxfuse.fusion._host import host
+from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.fuser import PatchFuser
 from voxfuse.fusion.windows import gaussian_window
 from voxfuse.ops import _checks
@@ -174,11 +175,11 @@ class _Accumulator:
         )
         floating = dtype if dtype in _checks.LOGIT_DTYPES else prediction.dtype
         shape = (samples, self.channels, *self.extent)
-        self.sums = torch.zeros(shape, dtype=floating, device=device)
+        self.sums = zeros(shape, floating, device)
         self.window = weight
         self.fuser: PatchFuser | None = None
         if self.composed:
-            self.weights = torch.zeros((1, 1, *self.extent), dtype=floating, device=device)
+            self.weights = zeros((1, 1, *self.extent), floating, device)
             for origin in self.origins.tolist():
                 self.weights[self._box(origin)] += _with_lead(weight, len(roi)).to(self.weights)
 
