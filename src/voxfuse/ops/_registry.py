@@ -18,6 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
@@ -42,11 +44,19 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def register(name: str, signature: str, fake: Callable[..., Any], *, stem: str) -> None:
+def register(
+    name: str,
+    signature: str,
+    fake: Callable[..., Any],
+    *,
+    stem: str,
+    vmap: Callable[..., Any] | None = None,
+) -> None:
     """Declare operator ``name`` in every namespace, with its implementations and its fake.
 
     ``signature`` is the schema without the name. Implementations are the functions called
-    ``name`` in ``voxfuse.reference.<stem>`` and ``voxfuse.triton_kernels.<stem>``.
+    ``name`` in ``voxfuse.reference.<stem>`` and ``voxfuse.triton_kernels.<stem>``. ``vmap`` is
+    the rule under ``torch.func.vmap``, by default one call an element.
     """
     schemas[name] = name + signature
     reference = _lazy(f"voxfuse.reference.{stem}", name)
@@ -64,6 +74,70 @@ def register(name: str, signature: str, fake: Callable[..., Any], *, stem: str) 
     for key in ("CPU", "CUDA"):
         _libraries["voxfuse_reference"].impl(name, reference, key)
         _libraries["voxfuse_triton"].impl(name, triton, key)
+    _register_vmap(name, vmap or one_by_one)
+
+
+def register_composed(
+    name: str,
+    signature: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Declare an operator that every namespace and device computes by ``implementation``.
+
+    To a compiler it is opaque, so that nothing in it ties a graph to the size of the tensors.
+    """
+    for namespace, library in _libraries.items():
+        library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    _register_vmap(name, vmap or one_by_one)
+
+
+def _register_vmap(name: str, rule: Callable[..., Any]) -> None:
+    """Register ``rule(operator, size, in_dims, *args) -> (outputs, out_dims)``.
+
+    Without one PyTorch warns at every call. Operators that write to an argument have none.
+    """
+    for namespace, library in _libraries.items():
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        if operator._schema.is_mutable:
+            continue
+
+        def bound(info: Any, in_dims: Any, *args: Any, operator: Any = operator) -> Any:
+            return rule(operator, info.batch_size, in_dims, *args)
+
+        torch.library.register_vmap(f"{namespace}::{name}", bound, lib=library)
+
+
+def one_by_one(operator: Any, size: int, in_dims: Any, *args: Any) -> Any:
+    """The rule of operators that know no further axis: one call an element."""
+    if size == 0:
+        raise ValueError(f"in_dims: {operator} has no result for a mapped axis of length 0")
+    leaves, structure = pytree.tree_flatten(args)
+    dims = pytree.tree_leaves(in_dims)
+    results = []
+    for i in range(size):
+        one = [x if d is None else x.select(d, i) for x, d in zip(leaves, dims, strict=True)]
+        results.append(operator(*pytree.tree_unflatten(one, structure)))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(x) for x in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def fold_into_batch(operator: Any, size: int, in_dims: Any, *args: Any) -> Any:
+    """The rule of operators whose tensors have the samples on their first axis: more samples."""
+
+    def folded(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    result = operator(*map(folded, args, in_dims))
+    return result.unflatten(0, (size, -1) if size else (0, result.shape[0])), 0
 
 
 def register_autograd(
@@ -85,6 +159,73 @@ def register_autograd(
         torch.library.register_autograd(
             f"{namespace}::{name}", bound, setup_context=setup_context, lib=library
         )
+        transformable = _TRANSFORMABLE[namespace]
+        setattr(transformable, name, _transformable(transformable, name, setup_context, backward))
+
+
+class TransformableOperators:
+    """A namespace's operators for use inside torch.func transforms.
+
+    There, PyTorch refuses what ``torch.library.register_autograd`` has registered; the same
+    formula as an ``autograd.Function`` with ``setup_context`` composes with vmap and grad.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(torch.ops, self.name), name)
+
+
+_TRANSFORMABLE = {name: TransformableOperators(name) for name in NAMESPACES}
+
+
+def _transformable(
+    operators: TransformableOperators,
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    operator = getattr(getattr(torch.ops, operators.name), name).default
+    arguments = operator._schema.arguments
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(FORWARD_MODE)
+
+    function: Any = type(
+        f"Transformable_{name}",
+        (torch.autograd.Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *args: operator(*args)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(lambda ctx, *grads: backward(operators, ctx, *grads)),
+            "jvp": staticmethod(jvp),
+        },
+    )
+
+    def call(*args: Any) -> Any:
+        # setup_context counts on every argument, as the dispatcher hands them over.
+        return function.apply(*args, *(x.default_value for x in arguments[len(args) :]))
+
+    return call
+
+
+FORWARD_MODE = (
+    "voxfuse: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; use "
+    "torch.func.grad or torch.autograd"
+)
+
+
+def refuse_forward_mode(tensor: Tensor) -> None:
+    """Raise if ``tensor`` carries a tangent, which an operator would drop and call it 0."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(FORWARD_MODE)
+
+
+functorch_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
 
 
 def register_no_double_backward(name: str, why: str) -> None:
@@ -134,9 +275,8 @@ def namespace_of(backend: str, device: torch.device) -> Any:
         ValueError: ``backend`` is not a known name.
         RuntimeError: the backend is not available for tensors on ``device``.
     """
-    if backend == "auto":
-        return torch.ops.voxfuse
-    return _explicit_namespace(backend, device)
+    operators = torch.ops.voxfuse if backend == "auto" else _explicit_namespace(backend, device)
+    return _TRANSFORMABLE[operators.name] if functorch_active() else operators
 
 
 def _explicit_namespace(backend: str, device: torch.device) -> Any:

@@ -228,9 +228,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 class _OnceDifferentiable(torch.autograd.Function):
     """Pass a gradient on as a function of its origin that refuses to be differentiated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, origin: Tensor) -> Tensor:
+    def forward(gradient: Tensor, origin: Tensor) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing is needed: there is no derivative."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

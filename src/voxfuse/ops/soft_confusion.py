@@ -258,6 +258,7 @@ _registry.register(
     "int? ignore_index, float gamma, bool full, int? focal_classes=None) -> Tensor",
     _fake,
     stem="soft_confusion",
+    vmap=_registry.fold_into_batch,
 )
 _registry.register(
     "soft_confusion_backward",
@@ -265,6 +266,7 @@ _registry.register(
     "int overlap, int? ignore_index, float gamma, int? focal_classes=None) -> Tensor",
     _fake_backward,
     stem="soft_confusion",
+    vmap=_registry.fold_into_batch,
 )
 _registry.register_autograd("soft_confusion", _setup_context, _backward)
 _registry.register_no_double_backward(
