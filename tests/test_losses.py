@@ -6,10 +6,13 @@ import copy
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -736,10 +739,94 @@ def test_a_compound_is_one_pass_and_keeps_no_volume(name, monkeypatch):
     assert {t.data_ptr() for t in volumes} <= {leaf.data_ptr(), labels.data_ptr()}
 
 
-def test_function_transforms_are_refused():
+BY_VOXEL = {
+    "cross-entropy map": lambda: voxfuse.CrossEntropyLoss(reduction="none"),
+    "focal map": lambda: voxfuse.FocalLoss(reduction="none", activation="sigmoid", alpha=0.3),
+}
+EVERY_LOSS = {
+    **MODULES,
+    **BY_VOXEL,
+    "deep supervision": lambda: voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss()),
+}
+every_loss = pytest.mark.parametrize("name", EVERY_LOSS)
+
+
+# --- Function transforms -------------------------------------------------------------------------
+
+
+@every_loss
+def test_function_transforms_equal_autograd(name):
+    """torch.func.grad, and vmap with and without it, over logits, labels and a voxel weight."""
+    loss = EVERY_LOSS[name]()
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = batch(spatial=(4, 3))
+    logits = torch.stack([logits, 2 - logits, 3 * logits], 1)  # mapped over axis 1
+    labels = torch.stack([labels, labels.flip(1), labels.flip(0)])
+    weight = torch.randint(0, 3, (2, 4, 3), generator=generator).float()
+
+    def value(z, y, w):
+        return loss(z, y, w).sum()
+
+    expected, slopes = [], []
+    for k in range(3):
+        leaf = logits[:, k].clone().requires_grad_()
+        expected.append(value(leaf, labels[k], weight))
+        slopes += torch.autograd.grad(expected[-1], leaf)
+    got = torch.func.grad(value)(logits[:, 0], labels[0], weight)
+    torch.testing.assert_close(got, slopes[0], rtol=0, atol=0)
+    dims = (1, 0, None)
+    got = torch.func.vmap(value, dims)(logits, labels, weight)
+    torch.testing.assert_close(got, torch.stack(expected).detach(), rtol=1e-6, atol=0)
+    got = torch.func.vmap(torch.func.grad(value), dims)(logits, labels, weight)
+    torch.testing.assert_close(got, torch.stack(slopes), rtol=1e-6, atol=1e-9)
+    got = torch.func.grad(lambda z: torch.func.vmap(value, dims)(z, labels, weight).sum())(logits)
+    torch.testing.assert_close(got, torch.stack(slopes, 1), rtol=1e-6, atol=1e-9)
+    got = torch.func.jacrev(value)(logits[:, 0], labels[0], weight)
+    torch.testing.assert_close(got, slopes[0], rtol=0, atol=0)
+
+
+def test_vmap_without_a_warning():
+    """PyTorch warns of operators that have no rule, on the standard error of the process."""
+    code = (
+        "import torch, voxfuse\n"
+        "z, y = torch.randn(4, 2, 3, 5), torch.randint(0, 3, (4, 2, 5))\n"
+        "for make in (voxfuse.DiceCELoss, voxfuse.TopKLoss, voxfuse.LovaszLoss):\n"
+        "    torch.func.vmap(torch.func.grad(make()))(z, y)\n"
+        "    torch.func.vmap(make())(z, y)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "batching rule" not in done.stderr
+
+
+def test_labels_are_checked_under_transforms():
     logits, labels = batch()
-    with pytest.raises(RuntimeError, match="do not differentiate under torch.func transforms"):
-        torch.func.grad(lambda z: voxfuse.TverskyLoss()(z, labels))(logits)
+    for name in ("tversky", "top k", "lovasz"):
+        loss = MODULES[name]()
+        with pytest.raises(ValueError, match=r"target: label \d is outside \[0, 3\)"):
+            torch.func.grad(lambda z, loss=loss: loss(z, labels + 5))(logits)
+    with pytest.raises(ValueError, match="in_dims: .* no result for a mapped axis of length 0"):
+        torch.func.vmap(voxfuse.DiceLoss())(logits[None][:0], labels[None][:0])
+
+
+@every_loss
+def test_forward_mode_and_second_derivatives_are_refused(name):
+    """A tangent must not be dropped, nor a second derivative be 0."""
+    logits, labels = batch()
+    loss = EVERY_LOSS[name]()
+
+    def value(z):
+        return loss(z, labels).sum()
+
+    with pytest.raises(RuntimeError, match="forward-mode derivatives .* are not implemented"):
+        torch.func.jvp(value, (logits,), (logits,))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode derivatives .* are not implemented"):
+            value(forward_ad.make_dual(logits, logits))
+        value(logits)
+    with pytest.raises(RuntimeError, match="second derivatives .*not implemented"):
+        torch.func.grad(lambda z: torch.func.grad(value)(z).square().sum())(logits)
 
 
 def test_a_module_with_a_loss_exports():
@@ -759,6 +846,24 @@ def test_a_module_with_a_loss_exports():
     torch.testing.assert_close(program.module()(*other), net(*other), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("spatial", [(4, 3), (0,), (1, 1, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_of_the_composed_operators(spatial, masked):
+    """Schema, fake, autograd and dynamic shapes of what looks at single voxels."""
+    logits, labels = batch(spatial=spatial)
+    weight = torch.rand(2, *spatial) if masked else None
+    classes = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    leaf = logits.requires_grad_()
+    likelihood = (classes, None, 2, 7 if masked else None, 0.0, 1.0, 0.1)
+    operators = torch.ops.voxfuse
+    check = torch.library.opcheck
+    check(operators.likelihood_map.default, (leaf, labels, weight, *likelihood))
+    check(operators.worst_voxels.default, (logits.detach(), labels, weight, *likelihood, 10.0))
+    sort = (2, False, [0, 2], True, masked, None, classes)
+    check(operators.lovasz.default, (leaf, labels, weight, *sort, True))
+    check(operators.lovasz.default, (logits.detach(), labels, weight, *sort, False))
+
+
 def test_recipes_are_made_once():
     loss = voxfuse.DiceCELoss()
     logits, labels = batch()
@@ -774,32 +879,51 @@ def test_recipes_are_made_once():
 # --- Compilation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("lovasz", "hinge", "top k")])
+@every_loss
 def test_a_step_compiles_into_one_graph(name):
-    loss = MODULES[name]()
+    """One graph for the first size and one for any, whatever changes: the patch or the batch."""
+    loss = EVERY_LOSS[name]()
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(loss, fullgraph=True, backend=graphs)
-    for extent in (5, 6, 7, 8):
-        logits, labels = batch(spatial=(extent, 4, 3))
+    for extent, samples in ((5, 2), (6, 3), (7, 5), (8, 4), (9, 7)):
+        logits, labels = batch(spatial=(extent, extent + 1, extent + 2))
+        logits = logits.repeat(4, 1, 1, 1, 1)[:samples]
+        labels = labels.repeat(4, 1, 1, 1)[:samples]
         mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         value, expected = step(mine, labels), loss(other, labels)
-        value.backward()
-        expected.backward()
+        slope = torch.randn(expected.shape)
+        value.backward(slope)
+        expected.backward(slope)
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
         torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
-    assert graphs.frame_count <= 2  # one for the first size, one for any
+    assert graphs.frame_count <= 2
 
 
-@pytest.mark.parametrize("name", ["lovasz", "hinge", "top k"])
-def test_composed_losses_compile_too(name):
-    loss = MODULES[name]()
+@every_loss
+def test_a_compiled_step_of_half_precision_logits_and_a_mask(name):
+    dtype = torch.bfloat16
+    loss = EVERY_LOSS[name]()
+    logits, labels = batch(dtype=dtype)
+    mask = torch.rand(2, 5, 4, 3, generator=torch.Generator().manual_seed(0)) < 0.7
     torch._dynamo.reset()
     step = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    logits, labels = batch()
     mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    value, expected = step(mine, labels), loss(other, labels)
-    value.backward()
-    expected.backward()
-    torch.testing.assert_close(value, expected)
+    value, expected = step(mine, labels, mask), loss(other, labels, mask)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    assert mine.grad.dtype == dtype
+    torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["top k", "lovasz"])
+def test_the_default_compiler_generates_working_code(name):
+    logits, labels = batch()
+    loss = EVERY_LOSS[name]()
+    torch._dynamo.reset()
+    step = torch.compile(lambda z, y: loss(2 * z, y).sum(), fullgraph=True)
+    mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    step(mine, labels).backward()
+    loss(2 * other, labels).sum().backward()
     torch.testing.assert_close(mine.grad, other.grad)

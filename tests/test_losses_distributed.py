@@ -114,6 +114,10 @@ def refusals(rank: int, world: int) -> None:
             loss(reduction="none", process_group="world")(logits, labels)
     with pytest.raises(RuntimeError, match="which torch.compile cannot trace"):
         step(logits, labels)
+    for make in (voxfuse.DiceLoss, voxfuse.TopKLoss, voxfuse.LovaszLoss):
+        loss = make(process_group="world")
+        with pytest.raises(RuntimeError, match="process_group: .* inside torch.func transforms"):
+            torch.func.grad(loss)(logits, labels)
 
 
 def parameters_under_ddp(rank: int, world: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxfuse.losses._ranks import Ranks, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses._recipe import SIGMOID, Plan, Recipe
-from voxfuse.losses._voxelwise import VoxelwiseLikelihood, worst_voxels
+from voxfuse.losses._voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import check_inputs, is_dense
@@ -21,11 +21,6 @@ ClassWeights = Tensor | Sequence[float] | float | None
 # Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
 _below_autograd: Callable[[], Any] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext
-)
-
-
-_functorch_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
 )
 
 
@@ -42,18 +37,26 @@ class Operators(NamedTuple):
     confusion_backward: Any
     ratio: Any
     ratio_backward: Any
+    likelihood_map: Any
 
 
-def _overloads(namespace: str) -> Operators:
-    table = getattr(torch.ops, namespace)
-    names = ("soft_confusion", "soft_confusion_backward", "ratio_loss", "ratio_loss_backward")
-    return Operators(*(getattr(table, name).default for name in names))
-
-
-_OPERATORS = {namespace: _overloads(namespace) for namespace in _registry.NAMESPACES}
+_NAMES = (
+    "soft_confusion",
+    "soft_confusion_backward",
+    "ratio_loss",
+    "ratio_loss_backward",
+    "likelihood_map",
+)
+_OPERATORS = {
+    namespace: Operators(*(getattr(getattr(torch.ops, namespace), name).default for name in _NAMES))
+    for namespace in _registry.NAMESPACES
+}
 
 
 def operators_of(backend: str, device: torch.device) -> Operators:
+    if _registry.functorch_active():
+        table = _registry.namespace_of(backend, device)
+        return Operators(*(getattr(table, name) for name in _NAMES))
     if backend == "auto":
         return _OPERATORS["voxfuse"]
     return _OPERATORS[_registry.namespace_of(backend, device).name]
@@ -128,14 +131,10 @@ def _differentiable(
     weights: Weights,
     ranks: Ranks | None,
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _registry.functorch_active():
         return _composed(operators, plan, input, target, weight, weights, ranks)
+    _registry.refuse_forward_mode(input)
     if torch.is_grad_enabled() and input.requires_grad:
-        if _functorch_active():
-            raise RuntimeError(
-                "voxfuse: the losses do not differentiate under torch.func transforms; use "
-                "torch.autograd, and reduction='none' for the losses of single samples"
-            )
         arguments = (input, target, weight, operators, plan, weights, ranks)
         loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
@@ -160,10 +159,11 @@ def _by_voxel(
                 "process_group: reduction='none' gives every voxel its own loss, to which no other "
                 "rank adds; leave process_group at None, or reduce by 'mean' or 'sum'"
             )
-        arguments = (input, target, weight, operators, plan, weights)
-        loss: Tensor = VoxelwiseLikelihood.apply(*arguments)  # type: ignore[no-untyped-call]
+        _registry.refuse_forward_mode(input)
+        arguments = likelihood_arguments(plan, weights.on, weights.off)
+        loss: Tensor = operators.likelihood_map(input, target, weight, *arguments)
         return loss
-    weight = worst_voxels(percent, plan, input.detach(), target, weight, weights, ranks)
+    weight = worst_voxels(percent, plan, input, target, weight, weights.on, weights.off, ranks)
     return _differentiable(input, target, weight, operators, plan, weights, ranks)
 
 
@@ -304,7 +304,7 @@ def _composed(
     weights: Weights,
     ranks: Ranks | None,
 ) -> Tensor:
-    """The same from the operators' own autograd: what a compiler can trace."""
+    """The same from the operators' own autograd, which compilers and torch.func can trace."""
     stats = operators.confusion(input, target, weight, *plan.confusion, plan.focal_classes)
     return loss_of_sums(operators, plan, stats, weights, ranks, input.dtype == torch.float64)
 

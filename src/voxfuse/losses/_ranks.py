@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse.ops._registry import functorch_active
+
 
 class Ranks(NamedTuple):
     """Processes whose sums are added up."""
@@ -42,6 +44,24 @@ def ranks_of(process_group: Any, ddp_average: bool) -> Ranks | None:
     return Ranks(torch.distributed.group.WORLD, ddp_average)
 
 
+def refuse_tracing() -> None:
+    """Raise where values of other ranks' voxels cannot be had."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "process_group: losses that sort or choose voxels over ranks exchange their numbers"
+            " through the host, which torch.compile cannot trace; compile the network alone"
+        )
+    refuse_function_transforms()
+
+
+def refuse_function_transforms() -> None:
+    if functorch_active():
+        raise RuntimeError(
+            "process_group: ranks cannot add up their sums inside torch.func transforms; use "
+            "torch.autograd"
+        )
+
+
 def total_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     """Add up the sums of all ranks: pooled over the global batch, or sample by sample."""
     import torch.distributed
@@ -57,6 +77,7 @@ def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     The autograd of an all-reduce would add up the ranks' gradients and so count the loss, which
     every rank computes, once a rank. The gradient therefore flows through this rank's own sums.
     """
+    refuse_function_transforms()
     total = total_over_ranks(stats.detach(), batch, ranks)
     own = stats.sum(0, keepdim=True) if batch else stats
     if ranks.average:
@@ -81,11 +102,6 @@ class Gathering:
     def __init__(self, rows: int, own: int, device: torch.device, ranks: Ranks) -> None:
         import torch.distributed
 
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "process_group: losses that sort or choose voxels over ranks exchange their numbers"
-                " through the host, which torch.compile cannot trace; compile the network alone"
-            )
         self.ranks = ranks
         sizes = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(ranks.size)]
         mine = torch.tensor([rows, own], dtype=torch.int64, device=device)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxfuse.losses._ranks import Gathering, Ranks
+from voxfuse.losses._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.losses._recipe import Plan
-from voxfuse.ops.ratio_loss import once_differentiable
+from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import SOFTMAX, label_error, probabilities, voxels
 
@@ -24,8 +24,6 @@ BLOCK_ELEMENTS = 1 << 16
 def blocks(count: int, classes: int) -> Iterator[slice]:
     """Slices of the voxels that bound the memory of what is computed with all their classes."""
     step = max(1024, BLOCK_ELEMENTS // classes)
-    if torch.compiler.is_compiling():
-        step = max(count, 1)  # the compiler fuses it, and a loop would tie the graph to the size
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -37,20 +35,22 @@ def flat(tensor: Tensor, input: Tensor) -> Tensor:
 
 
 def likelihood_map(
-    plan: Plan,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     on: Tensor | None,
     off: Tensor | None,
+    likelihood: int,
+    ignore_index: int | None,
+    gamma: float,
+    on_scale: float,
+    off_scale: float,
 ) -> Tensor:
-    """Return ``sum_c (on_c nll_scale NLL_c + off_c off_scale OFF_c)`` of every voxel, (B, V)."""
-    _, likelihood, _, ignore_index, gamma, _ = plan.confusion
-    on_scale, off_scale, _ = plan.likelihood
+    """``sum_c (on_c on_scale NLL_c + off_c off_scale OFF_c)`` of every voxel, (B, *spatial)."""
     batch, classes = input.shape[:2]
     values, g = flat(input, input), flat(target, input)
     w = None if weight is None else flat(weight, input)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(input)
     count = values.shape[-1]
     result = torch.empty(batch, count, dtype=dtype, device=input.device)
     on_weight, off_weight = (
@@ -76,7 +76,11 @@ def likelihood_map(
                 other = (1.0 if gamma == 0 else r.p**gamma) * r.minus_log_complement
             total = total + _weighted(off_scale * off_weight, 1 - piece.target, other)
         result[:, block] = (total * piece.weight[:, 0]).masked_fill(~piece.included[:, 0], 0)
-    return result
+    return result.reshape(batch, *input.shape[2:])
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _cross_entropy(
@@ -91,7 +95,7 @@ def _cross_entropy(
     labels = labels.reshape(values.shape[0], -1).to(torch.int64)
     valid = (labels >= 0) & (labels < classes)
     excluded = ~valid if ignore_index is None else ~valid | (labels == ignore_index)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu":
         wrong = ~valid if ignore_index is None else ~valid & (labels != ignore_index)
         if bool(wrong.any()):
             raise RuntimeError(label_error(int(labels[wrong][0]), classes, ignore_index))
@@ -115,40 +119,92 @@ def _weighted(class_weight: Tensor, g: Tensor, value: Tensor) -> Tensor:
     return (factor * value.masked_fill(factor == 0, 0)).sum(1)
 
 
-class VoxelwiseLikelihood(torch.autograd.Function):
-    """The map, differentiated by the fused backward pass with the incoming gradient as weight."""
+def likelihood_arguments(plan: Plan, on: Tensor | None, off: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of ``likelihood_map`` after the voxel weight."""
+    _, likelihood, _, ignore_index, gamma, _ = plan.confusion
+    on_scale, off_scale, _ = plan.likelihood
+    return on, off, likelihood, ignore_index, gamma, on_scale, off_scale
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        operators: Any,
-        plan: Plan,
-        weights: tuple[Tensor | None, ...],
-    ) -> Tensor:
-        result = likelihood_map(plan, input, target, weight, weights[1], weights[2])
-        ctx.save_for_backward(input, target, weight)
-        ctx.call = operators, plan, weights
-        return result.reshape(input.shape[0], *input.shape[2:])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        input, target, weight = ctx.saved_tensors
-        operators, plan, weights = ctx.call
-        batch, classes = input.shape[:2]
-        cotangents = torch.zeros(batch, classes, 8, dtype=torch.float64, device=input.device)
-        for column, factor, scale in zip((3, 4), weights[1:], plan.likelihood, strict=False):
-            cotangents[..., column] = scale if factor is None else scale * factor
-        share = grad.detach()
-        if weight is not None:
-            # An excluded voxel keeps its weight of 0 whatever comes in.
-            share = share * weight.reshape(share.shape)
-        gradient = operators.confusion_backward(
-            cotangents, input, target, share, *plan.confusion[:5]
-        )
-        return once_differentiable(gradient, input), None, None, None, None, None
+def _fake_map(input: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty((input.shape[0], *input.shape[2:]), dtype=compute_dtype(input))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, target, weight, on, off, *options = inputs
+    ctx.save_for_backward(input, target, weight, on, off)
+    ctx.options = options
+
+
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The fused backward pass, with the incoming gradient as the voxels' weight."""
+    input, target, weight, on, off = ctx.saved_tensors
+    likelihood, ignore_index, gamma, on_scale, off_scale = ctx.options
+    batch, classes = input.shape[:2]
+    cotangents = input.new_zeros(batch, classes, 8, dtype=torch.float64)
+    for column, factor, scale in ((3, on, on_scale), (4, off, off_scale)):
+        cotangents[..., column] = scale if factor is None else scale * factor
+    if weight is not None:
+        # An excluded voxel keeps its weight of 0 whatever comes in.
+        grad = grad * weight.reshape(grad.shape)
+    gradient = operators.soft_confusion_backward(
+        cotangents, input, target, grad, likelihood, likelihood, 0, ignore_index, gamma
+    )
+    return (gradient,) + (None,) * 9
+
+
+_registry.register_composed(
+    "likelihood_map",
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? on, Tensor? off, int likelihood, "
+    "int? ignore_index, float gamma, float on_scale, float off_scale) -> Tensor",
+    likelihood_map,
+    _fake_map,
+)
+_registry.register_autograd("likelihood_map", _setup_context, _backward)
+
+
+def _keep_worst(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    on: Tensor | None,
+    off: Tensor | None,
+    likelihood: int,
+    ignore_index: int | None,
+    gamma: float,
+    on_scale: float,
+    off_scale: float,
+    percent: float,
+) -> Tensor:
+    losses = likelihood_map(
+        input, target, weight, on, off, likelihood, ignore_index, gamma, on_scale, off_scale
+    ).flatten()
+    indices = torch.empty(0, dtype=torch.int64, device=losses.device)
+    if losses.numel():
+        indices = losses.topk(_chosen(losses.numel(), percent), sorted=False).indices
+    return _weights_of(indices, input, weight)
+
+
+def _weights_of(indices: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, *spatial) weights that keep the voxels at ``indices``."""
+    shape = (input.shape[0], *input.shape[2:])
+    kept = torch.zeros(shape, dtype=torch.bool, device=input.device)
+    kept.view(-1)[indices] = True
+    return kept if weight is None else kept * weight.reshape(shape)
+
+
+def _fake_worst(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    dtype = torch.bool if weight is None else weight.dtype
+    return input.new_empty((input.shape[0], *input.shape[2:]), dtype=dtype)
+
+
+_registry.register_composed(
+    "worst_voxels",
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? on, Tensor? off, int likelihood, "
+    "int? ignore_index, float gamma, float on_scale, float off_scale, float percent) -> Tensor",
+    _keep_worst,
+    _fake_worst,
+)
 
 
 @torch.no_grad()
@@ -158,21 +214,21 @@ def worst_voxels(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    weights: tuple[Tensor | None, ...],
+    on: Tensor | None,
+    off: Tensor | None,
     ranks: Ranks | None = None,
 ) -> Tensor:
     """Weights (B, *spatial) that keep the ``percent`` of the batch's voxels of largest loss.
 
     The batch is that of all ``ranks``.
     """
-    losses = likelihood_map(plan, input, target, weight, weights[1], weights[2]).flatten()
-    kept = torch.zeros_like(losses, dtype=torch.bool)
-    if ranks is not None:
-        kept[_worst_of_ranks(losses, percent, ranks)] = True
-    elif losses.numel():
-        kept[losses.topk(_chosen(losses.numel(), percent), sorted=False).indices] = True
-    kept = kept.reshape(input.shape[0], *input.shape[2:])
-    return kept if weight is None else kept * weight.reshape(kept.shape)
+    arguments = (input.detach(), target, weight, *likelihood_arguments(plan, on, off))
+    if ranks is None:
+        result: Tensor = torch.ops.voxfuse.worst_voxels(*arguments, percent)
+        return result
+    refuse_tracing()
+    losses = likelihood_map(*arguments).flatten()
+    return _weights_of(_worst_of_ranks(losses, percent, ranks), input, weight)
 
 
 def _chosen(voxels: int, percent: float) -> int:

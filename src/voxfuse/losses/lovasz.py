@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from voxfuse.losses._engine import ClassWeights, class_weights
-from voxfuse.losses._ranks import Gathering, Ranks, ranks_of
-from voxfuse.losses._voxelwise import blocks, flat
-from voxfuse.ops import _checks
+from voxfuse.losses._ranks import Gathering, Ranks, ranks_of, refuse_tracing
+from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
+from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import ACTIVATIONS, check_inputs, is_dense
 
@@ -39,14 +39,7 @@ class _Rows(NamedTuple):
         return self.target[:, c] > 0.5
 
 
-def _rows(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
-) -> tuple[Tensor, _Rows]:
-    input = _checks.require_tensor("input", input)
-    target = _checks.require_tensor("target", target)
-    if weight is not None:
-        weight = _checks.require_tensor("weight", weight)
-    check_inputs(input, target, weight, ignore_index)
+def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> _Rows:
     dense = is_dense(input, target)
     batch, classes = input.shape[:2]
     values = flat(input, input)
@@ -60,16 +53,12 @@ def _rows(
     if not dense:
         labels = flattened.to(torch.int64) if flattened.is_floating_point() else flattened
         inside = (labels >= 0) & (labels < classes)
-        if (
-            input.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not bool((inside | ~included).all())
-        ):
+        if input.device.type == "cpu" and not bool((inside | ~included).all()):
             wrong = int(labels[included & ~inside][0])
             raise ValueError(f"target: label {wrong} is outside [0, {classes})")
         included = included & inside
         flattened = labels
-    return input, _Rows(values, flattened, dense, included)
+    return _Rows(values, flattened, dense, included)
 
 
 def _class_loss(errors: Tensor, foreground: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,110 +93,104 @@ def _class_loss(errors: Tensor, foreground: Tensor, included: Tensor) -> tuple[T
 
 
 class _Options(NamedTuple):
+    """What the sums are about; in the order of the operator's schema."""
+
     activation: int
     hinge: bool
-    classes: str | Sequence[int]
+    classes: list[int]
+    present: bool
     per_image: bool
+    ignore_index: int | None
     class_weight: Tensor | None
-    ranks: Ranks | None
 
 
-class _Lovasz(torch.autograd.Function):
-    """Softmax or sigmoid probabilities against each class, or the hinge of the logits."""
+class _Images:
+    """Brings together the voxels that are sorted together: a sample's or the batch's, of all ranks.
 
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, rows: _Rows, options: _Options) -> Tensor:
-        loss, gradient = _evaluate(rows, options, ctx.needs_input_grad[0])
-        ctx.save_for_backward(input)
-        ctx.call = rows, options
-        ctx.gradient = gradient
-        return loss
+    Called with (B, V) values of this rank, it returns them as (images, voxels of an image).
+    """
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (input,) = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second backward pass through a retained graph
-            rows, options = ctx.call
-            _, gradient = _evaluate(rows, options, True)
-            assert gradient is not None
-        # Scaled before it is rounded to a half type: a loss scale keeps it from underflowing.
-        if gradient.dtype == input.dtype:
-            result = gradient.mul_(grad)
-        else:
-            result = torch.empty_like(gradient, dtype=input.dtype)
-            for block in blocks(gradient.shape[2], gradient.shape[1]):
-                result[..., block] = gradient[..., block] * grad
-        return once_differentiable(result.reshape(input.shape), input), None, None
+    def __init__(
+        self, batch: int, count: int, per_image: bool, device: torch.device, ranks: Ranks | None
+    ) -> None:
+        self.number = batch if per_image else 1
+        self.own_size = self.size = count if per_image else batch * count
+        self.own = slice(0, self.own_size)
+        self.gathered = None
+        if ranks is not None:
+            self.gathered = Gathering(self.number, self.own_size, device, ranks)
+            if len(set(self.gathered.rows)) > 1:
+                raise ValueError(
+                    f"process_group: with per_image the ranks hold parts of the same samples, but "
+                    f"got batches of {self.gathered.rows}"
+                )
+            self.own = self.gathered.own
+            self.size = sum(self.gathered.counts)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        values = values.reshape(self.number, self.own_size)
+        return values if self.gathered is None else self.gathered(values)
 
 
-def _evaluate(rows: _Rows, options: _Options, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _evaluate(
+    rows: _Rows, options: _Options, ranks: Ranks | None, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return the loss and, if wanted, its (B, C, V) gradient."""
     values, _, _, included = rows
-    activation, hinge, classes, per_image, class_weight, ranks = options
     batch, channels, count = values.shape
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(values)
     device = values.device
     gradient = None
     if wants_gradient:
         gradient = torch.zeros(batch, channels, count, dtype=dtype, device=device)
-    lse = _log_sum_exp(values, dtype) if activation == SOFTMAX else None
-    images = batch if per_image else 1
-    gathered = None
-    if ranks is not None:
-        gathered = Gathering(images, batch * count // max(images, 1), device, ranks)
-        if len(set(gathered.rows)) > 1:
-            raise ValueError(
-                f"process_group: with per_image the ranks hold parts of the same samples, but got "
-                f"batches of {gathered.rows}"
-            )
-
-    def pooled(tensor: Tensor) -> Tensor:
-        tensor = tensor if per_image else tensor.reshape(1, -1)
-        return tensor if gathered is None else gathered(tensor)
-
-    total = torch.zeros(images, dtype=torch.float64, device=device)
+    lse = _log_sum_exp(values, dtype) if options.activation == SOFTMAX else None
+    images = _Images(batch, count, options.per_image, device, ranks)
+    total = torch.zeros(images.number, dtype=torch.float64, device=device)
     counted = torch.zeros_like(total)
-    wanted = range(channels) if isinstance(classes, str) else classes
-    voxels = batch * count if gathered is None else images * sum(gathered.counts)
-    counting = pooled(included) if voxels else included
-    for c in wanted if voxels else ():
+    counting = images(included)
+    for c in options.classes if images.number * images.size else ():
         foreground = rows.foreground(c)
-        errors = _errors(values[:, c].to(dtype), foreground, lse, activation, hinge)
+        errors = _errors(values[:, c].to(dtype), foreground, lse, options.activation, options.hinge)
         rising = ~foreground  # where the error grows with the logit or the probability
-        foreground = pooled(foreground)
-        loss, slopes = _class_loss(pooled(errors), foreground, counting)
+        foreground = images(foreground)
+        loss, slopes = _class_loss(images(errors), foreground, counting)
         factor = torch.ones_like(loss)
-        if classes == "present":
+        if options.present:
             factor = (foreground & counting).any(-1).to(torch.float64)
         counted += factor
-        if class_weight is not None:
-            factor = factor * class_weight[c]
+        if options.class_weight is not None:
+            factor = factor * options.class_weight[c]
         # where() keeps the NaN of an absent class out of the mean of the present ones.
         total += torch.where(factor == 0, 0.0, factor * loss)
         if gradient is not None:
-            if gathered is not None:
-                slopes = slopes[:, gathered.own]
-            slopes = slopes.mul_(factor.to(dtype).unsqueeze(-1)).reshape(batch, count)
+            slopes = slopes[:, images.own].mul_(factor.to(dtype).unsqueeze(-1))
+            slopes = slopes.reshape(batch, count)
             gradient[:, c] = torch.where(rising, slopes, -slopes)
     counted = counted.clamp(min=1)
     loss = (total / counted).mean().to(dtype)
-    if gradient is None:
-        return loss, None
+    if gradient is not None:
+        scale = (1 / (counted * counted.numel())).to(dtype).reshape(-1, 1, 1)
+        if ranks is not None and ranks.average:
+            scale = scale * ranks.size
+        _through_activation(gradient, scale, rows, lse, options.activation)
+    return loss, gradient
 
-    scale = (1 / (counted * counted.numel())).to(dtype).reshape(-1, 1, 1)
-    if ranks is not None and ranks.average:
-        scale = scale * ranks.size
+
+def _through_activation(
+    gradient: Tensor, scale: Tensor, rows: _Rows, lse: Tensor | None, activation: int
+) -> None:
+    """Turn the slopes at the predictions into ``scale`` times those at the values, in place."""
+    _, channels, count = gradient.shape
     for block in blocks(count, channels):
         h = gradient[..., block] * scale
+        z = rows.values[..., block]
         if lse is not None:
-            p = (_finite(values[..., block].to(dtype)) - lse[:, None, block]).exp()
+            p = (_finite(z.to(h.dtype)) - lse[:, None, block]).exp()
             h = p * (h - (p * h).sum(1, keepdim=True))
         elif activation == SIGMOID:
-            z = _finite(values[..., block].to(dtype))
+            z = _finite(z.to(h.dtype))
             h = h * z.sigmoid() * (-z).sigmoid()
-        gradient[..., block] = h.masked_fill(~included[:, None, block], 0)
-    return loss, gradient
+        gradient[..., block] = h.masked_fill(~rows.included[:, None, block], 0)
 
 
 def _errors(
@@ -238,6 +221,83 @@ def _log_sum_exp(values: Tensor, dtype: torch.dtype) -> Tensor:
     for block in blocks(count, channels):
         result[:, block] = _finite(values[..., block].to(dtype)).logsumexp(1)
     return result
+
+
+class _Lovasz(torch.autograd.Function):
+    """The loss where nothing traces it: the volume of the gradient is used again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, rows: _Rows, options: _Options, ranks: Ranks | None
+    ) -> Tensor:
+        loss, gradient = _evaluate(rows, options, ranks, ctx.needs_input_grad[0])
+        ctx.save_for_backward(input)
+        ctx.call = rows, options, ranks
+        ctx.gradient = gradient
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (input,) = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:  # a second backward pass through a retained graph
+            rows, options, ranks = ctx.call
+            _, gradient = _evaluate(rows, options, ranks, True)
+            assert gradient is not None
+        # Scaled before it is rounded to a half type: a loss scale keeps it from underflowing.
+        if gradient.dtype == input.dtype:
+            result = gradient.mul_(grad)
+        else:
+            result = torch.empty_like(gradient, dtype=input.dtype)
+            for block in blocks(gradient.shape[2], gradient.shape[1]):
+                result[..., block] = gradient[..., block] * grad
+        return once_differentiable(result.reshape(input.shape), input), None, None, None
+
+
+def _loss_and_gradient(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    hinge: bool,
+    classes: list[int],
+    present: bool,
+    per_image: bool,
+    ignore_index: int | None,
+    class_weight: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(input, target, weight, ignore_index)
+    options = _Options(activation, hinge, classes, present, per_image, ignore_index, class_weight)
+    loss, gradient = _evaluate(rows, options, None, wants_gradient)
+    return loss, loss.new_empty(0) if gradient is None else gradient.reshape(input.shape)
+
+
+def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(input)
+    shape = input.shape if rest[-1] else (0,)
+    return input.new_empty((), dtype=dtype), input.new_empty(shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _backward(operators: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    input, gradient = ctx.saved_tensors
+    return ((once_differentiable(gradient, input) * grad).to(input.dtype),) + (None,) * 10
+
+
+_registry.register_composed(
+    "lovasz",
+    "(Tensor input, Tensor target, Tensor? weight, int activation, bool hinge, int[] classes, "
+    "bool present, bool per_image, int? ignore_index, Tensor? class_weight, bool wants_gradient) "
+    "-> (Tensor loss, Tensor gradient)",
+    _loss_and_gradient,
+    _fake,
+)
+_registry.register_autograd("lovasz", _setup_context, _backward)
 
 
 #: The sorts are PyTorch's own on every device, which is what the reference backend is.
@@ -271,7 +331,11 @@ def _lovasz(
     backend: str,
 ) -> Tensor:
     _checks.choice("backend", backend, _BACKENDS)
-    input, rows = _rows(input, target, weight, ignore_index)
+    input = _checks.require_tensor("input", input)
+    target = _checks.require_tensor("target", target)
+    if weight is not None:
+        weight = _checks.require_tensor("weight", weight)
+    check_inputs(input, target, weight, ignore_index)
     channels = input.shape[1]
     if activation == SOFTMAX and channels == 1:
         raise ValueError(
@@ -282,12 +346,24 @@ def _lovasz(
     options = _Options(
         activation,
         hinge,
-        classes,
+        list(range(channels) if isinstance(classes, str) else classes),
+        classes == "present",
         per_image,
+        ignore_index,
         class_weights("class_weight", class_weight, channels, input.device),
-        ranks_of(process_group, ddp_average),
     )
-    loss: Tensor = _Lovasz.apply(input, rows, options)  # type: ignore[no-untyped-call]
+    ranks = ranks_of(process_group, ddp_average)
+    transformed = _registry.functorch_active()
+    if transformed or torch.compiler.is_compiling():
+        if ranks is not None:
+            refuse_tracing()
+        wants_gradient = torch.is_grad_enabled() and (transformed or input.requires_grad)
+        operator = _registry.namespace_of("auto", input.device).lovasz
+        traced: Tensor = operator(input, target, weight, *options, wants_gradient)[0]
+        return traced
+    _registry.refuse_forward_mode(input)
+    rows = _rows(input, target, weight, ignore_index)
+    loss: Tensor = _Lovasz.apply(input, rows, options, ranks)  # type: ignore[no-untyped-call]
     return loss
 
 
