@@ -5,6 +5,7 @@
 // workspace, each in the compute type and their sums in float64; a second kernel adds the rows in
 // order. All of it depends on the shape alone, never on the device.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/launch.h"
 #include "cuda/soft_confusion.h"
@@ -25,6 +26,10 @@ void plan(SoftConfusion& q) {
   int64_t most = std::min(kWorkspace / (q.classes * q.statistics), kRowsAtMost);
   most = std::max(most / kRowsAtLeast, int64_t{1}) * kRowsAtLeast;
   most = std::max(most / q.batch, int64_t{1});
+#ifdef VOXFUSE_EMULATE_CUDA
+  // Tests of rows with several chunks would otherwise need millions of voxels.
+  if (const char* rows = std::getenv("EMULATION_ROWS")) most = std::atoi(rows);
+#endif
   const int64_t chunks = (q.voxels + q.chunk - 1) / q.chunk;
   q.chunks_per_row = (chunks + most - 1) / most;
   q.rows = (chunks + q.chunks_per_row - 1) / q.chunks_per_row;

@@ -309,4 +309,12 @@ unsigned ballot(unsigned mask, bool predicate) {
 
 int lane() { return static_cast<int>(linear(*current) % kWarp); }
 
+unsigned atomic_add(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+
+void fence() {}
+
 }  // namespace voxfuse::emulation

@@ -1,12 +1,14 @@
-// Runs CUDA kernels on the host, one fiber a CUDA thread, so that AddressSanitizer and
-// UndefinedBehaviorSanitizer can watch them.
+// Runs CUDA kernels on the host, so that sanitizers can watch them: with one fiber a CUDA thread
+// (cuda_emulation.cpp) for AddressSanitizer and UndefinedBehaviorSanitizer, with one thread of the
+// operating system each (cuda_emulation_threads.cpp, VOXFUSE_EMULATE_THREADS) for ThreadSanitizer.
 //
-// Blocks run one after another; the threads of a block take turns and switch only at barriers and
-// warp collectives. EMULATION_ORDER=reverse runs the threads of a block from the last to the
-// first: results that depend on the order lack a barrier. A barrier that not all threads reach
-// aborts. Supported: threadIdx, blockIdx, blockDim, gridDim, VOXFUSE_SHARED (csrc/cuda/launch.h),
+// With fibers blocks run one after another; the threads of a block take turns and switch only at
+// barriers and warp collectives. EMULATION_ORDER=reverse runs the threads of a block from the last
+// to the first: results that depend on the order lack a barrier. A barrier that not all threads
+// reach aborts. Supported: threadIdx, blockIdx, blockDim, gridDim, VOXFUSE_SHARED
+// (csrc/cuda/launch.h),
 // __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync,
-// __any_sync, __all_sync, __popc, __ldg.
+// __any_sync, __all_sync, __popc, __ldg, __ldcg, atomicAdd(unsigned*), __threadfence.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -68,6 +70,11 @@ unsigned ballot(unsigned mask, bool predicate);
 
 int lane();
 
+unsigned atomic_add(unsigned* address, unsigned value);
+
+/// __threadfence().
+void fence();
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    const Arguments&... arguments) {
@@ -87,7 +94,11 @@ T shuffle(unsigned mask, T value, int source) {
 
 }  // namespace voxfuse::emulation
 
+#ifdef VOXFUSE_EMULATE_THREADS
+extern thread_local voxfuse::emulation::Index threadIdx, blockIdx;
+#else
 extern voxfuse::emulation::Index threadIdx, blockIdx;
+#endif
 extern dim3 blockDim, gridDim;
 
 inline void __syncthreads() { voxfuse::emulation::block_barrier(); }
@@ -126,3 +137,14 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return voxfuse::emulation::atomic_add(address, value);
+}
+
+inline void __threadfence() { voxfuse::emulation::fence(); }

@@ -33,14 +33,26 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-ffp-contract=off",
     "-fno-omit-frame-pointer",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
     "-DVOXFUSE_EMULATE_CUDA",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",
 ]
+
+#: Fibers under AddressSanitizer and UndefinedBehaviorSanitizer, or threads under ThreadSanitizer.
+VARIANTS = {
+    "fibers": (
+        "tests/emulation/cuda_emulation.cpp",
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    ),
+    "threads": (
+        "tests/emulation/cuda_emulation_threads.cpp",
+        ["-fsanitize=thread", "-DVOXFUSE_EMULATE_THREADS", "-pthread"],
+    ),
+}
+#: The first report ends the program, so that the call that caused it fails.
+SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
 
 #: Element codes of csrc/math/layout.h.
 ELEMENTS = {
@@ -83,6 +95,20 @@ def missing() -> str | None:
 
 
 @functools.cache
+def fixed_addresses() -> list[str]:
+    """A command that runs another one without address randomisation, where that is allowed.
+
+    Some versions of ThreadSanitizer cannot start where a kernel randomises addresses widely.
+    """
+    setarch = shutil.which("setarch")
+    if setarch is None:
+        return []
+    command = [setarch, "-R"]
+    works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return command if works else []
+
+
+@functools.cache
 def _digest() -> str:
     """Identifies everything that an emulation program is made of."""
     digest = hashlib.sha256()
@@ -92,14 +118,16 @@ def _digest() -> str:
             if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    digest.update(version + " ".join(FLAGS).encode() + str(cuda_include()).encode())
+    digest.update(version + f"{FLAGS}{VARIANTS}".encode() + str(cuda_include()).encode())
     return digest.hexdigest()[:16]
 
 
 @functools.cache
-def build(name: str, sources: tuple[str, ...]) -> Path:
+def build(name: str, sources: tuple[str, ...], variant: str = "fibers") -> Path:
     """Compile ``sources`` (relative to the root) with the emulation into the program ``name``."""
-    folder = ROOT / "build" / "emulation" / _digest()
+    emulation, sanitizers = VARIANTS[variant]
+    flags = [*FLAGS, *sanitizers]
+    folder = ROOT / "build" / "emulation" / _digest() / variant
     program = folder / name
     if program.exists():
         return program
@@ -113,15 +141,15 @@ def build(name: str, sources: tuple[str, ...]) -> Path:
 
         def compile_one(source: str) -> Path:
             output = Path(scratch) / (Path(source).stem + ".o")
-            command = ["g++", *FLAGS, *includes, "-x", "c++", "-c", str(ROOT / source)]
+            command = ["g++", *flags, *includes, "-x", "c++", "-c", str(ROOT / source)]
             subprocess.run([*command, "-o", str(output)], check=True)
             return output
 
-        every = [*sources, "tests/emulation/cuda_emulation.cpp"]
+        every = [*sources, emulation]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = [str(path) for path in pool.map(compile_one, every)]
         linked = Path(scratch) / name
-        subprocess.run(["g++", *FLAGS, *objects, "-o", str(linked)], check=True)
+        subprocess.run(["g++", *flags, *objects, "-o", str(linked)], check=True)
         linked.replace(program)
     return program
 
@@ -132,11 +160,11 @@ class Program:
     def __init__(self, path: Path, **environment: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         self._process = subprocess.Popen(
-            [str(path)],
+            [*fixed_addresses(), str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **environment},
+            env={**os.environ, **SANITIZERS, **environment},
         )
 
     def call(
@@ -181,7 +209,11 @@ class Program:
         return data
 
     def close(self) -> None:
+        """End the program; an error that it has met since its last answer fails here."""
         self._process.communicate()
+        if self._process.returncode != 0:
+            self._errors.seek(0)
+            raise EmulationFailed(self._errors.read().decode(errors="replace"))
 
 
 def storage_bytes(tensor: Tensor) -> bytearray:
@@ -228,9 +260,23 @@ def describe(tensor: Tensor | None, has_channel: bool) -> list[int]:
     return [ELEMENTS[tensor.dtype], offset, tensor.stride(0), channel, voxel]
 
 
-class SoftConfusion:
+class Operators:
+    """Operators on one emulation program."""
+
+    NAME: str
+    SOURCES: tuple[str, ...]
+
+    def __init__(self, variant: str = "fibers", **environment: str) -> None:
+        self._program = Program(build(self.NAME, self.SOURCES, variant), **environment)
+
+    def close(self) -> None:
+        self._program.close()
+
+
+class SoftConfusion(Operators):
     """``soft_confusion`` and ``soft_confusion_backward`` on the emulated CUDA kernels."""
 
+    NAME = "soft_confusion"
     SOURCES = (
         "csrc/cuda/soft_confusion_float.cu",
         "csrc/cuda/soft_confusion_bfloat16.cu",
@@ -239,12 +285,6 @@ class SoftConfusion:
         "csrc/cuda/soft_confusion.cu",
         "tests/emulation/soft_confusion_main.cpp",
     )
-
-    def __init__(self, **environment: str) -> None:
-        self._program = Program(build("soft_confusion", self.SOURCES), **environment)
-
-    def close(self) -> None:
-        self._program.close()
 
     def _call(
         self,
@@ -314,16 +354,11 @@ class SoftConfusion:
         return torch.empty_like(input).copy_(gradient)
 
 
-class RatioLoss:
+class RatioLoss(Operators):
     """``ratio_loss`` and ``ratio_loss_backward`` on the emulated CUDA kernels."""
 
+    NAME = "ratio_loss"
     SOURCES = ("csrc/cuda/ratio_loss.cu", "tests/emulation/ratio_loss_main.cpp")
-
-    def __init__(self, **environment: str) -> None:
-        self._program = Program(build("ratio_loss", self.SOURCES), **environment)
-
-    def close(self) -> None:
-        self._program.close()
 
     def ratio_loss(
         self,
@@ -389,17 +424,12 @@ class RatioLoss:
         return from_bytes(result, torch.empty_like(cotangents))
 
 
-class OverlapAdd:
+class OverlapAdd(Operators):
     """The patch fusion operators on the emulated CUDA kernels."""
 
+    NAME = "overlap_add"
     SOURCES = ("csrc/cuda/overlap_add.cu", "tests/emulation/overlap_add_main.cpp")
     FORWARD, RING, WEIGHTS, BACKWARD = range(4)
-
-    def __init__(self, **environment: str) -> None:
-        self._program = Program(build("overlap_add", self.SOURCES), **environment)
-
-    def close(self) -> None:
-        self._program.close()
 
     def _call(
         self,
@@ -503,16 +533,11 @@ class OverlapAdd:
         total.copy_(result)
 
 
-class FinalizeSlab:
+class FinalizeSlab(Operators):
     """``finalize_slab`` on the emulated CUDA kernel."""
 
+    NAME = "finalize_slab"
     SOURCES = ("csrc/cuda/finalize_slab.cu", "tests/emulation/finalize_slab_main.cpp")
-
-    def __init__(self, **environment: str) -> None:
-        self._program = Program(build("finalize_slab", self.SOURCES), **environment)
-
-    def close(self) -> None:
-        self._program.close()
 
     def finalize_slab(
         self,
