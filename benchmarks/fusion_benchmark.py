@@ -134,7 +134,7 @@ class Setting:
         self.predictor.restart()
         # The order of MONAI's patches, so that every job adds the same predictions.
         return voxfuse.sliding_window_inference(
-            self.volume, self.patch, self.predictor, OVERLAP, window, batch, stream_axis=0,
+            self.volume, self.patch, batch, self.predictor, OVERLAP, window=window, stream_axis=0,
             **options,
         )  # fmt: skip
 
@@ -465,7 +465,7 @@ def _peaks(
     def stream(predictor: NullPredictor, head: Any = None) -> Tensor:
         predictor.restart()
         return voxfuse.sliding_window_inference(
-            setting.volume, setting.patch, predictor, OVERLAP, head=head, **own
+            setting.volume, setting.patch, 1, predictor, OVERLAP, head=head, **own
         )
 
     calls: dict[str, Call] = {

@@ -148,6 +148,7 @@ def measure(case: Case) -> dict[str, Any]:
             labels = voxfuse.sliding_window_inference(
                 volume,
                 case.patch,
+                1,
                 lambda batch: prediction,
                 0.5,
                 output="labels",

@@ -673,7 +673,7 @@ def streaming(run: Run) -> None:
 
     def call() -> Tensor:
         result: Tensor = voxfuse.sliding_window_inference(
-            volume, (patch,) * 3, predictor, 0.5, output="labels"
+            volume, (patch,) * 3, 1, predictor, 0.5, output="labels"
         )
         return result
 

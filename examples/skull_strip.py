@@ -167,6 +167,7 @@ def predict_patches(
         fused = voxfuse.sliding_window_inference(
             volume,
             (patch,) * 3,
+            1,
             predictor,
             overlap=0.5,
             window=window,
@@ -252,7 +253,7 @@ def training_table(
         volume = grid.image[None, None].to(device)
         # One run beforehand fills the cache, so that the timed runs are the fusion alone.
         voxfuse.sliding_window_inference(
-            volume, (patch,) * 3, replay, overlap=0.5, window="constant", backend=backend
+            volume, (patch,) * 3, 1, replay, overlap=0.5, window="constant", backend=backend
         )
         row = []
         for window in TRAINING_WINDOWS:

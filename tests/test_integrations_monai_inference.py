@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -10,37 +13,136 @@ from hypothesis import strategies as st
 inferers = pytest.importorskip("monai.inferers")
 from monai.data import MetaTensor  # noqa: E402
 
+import voxfuse  # noqa: E402
 from voxfuse.integrations import monai as fused  # noqa: E402
 
 
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(data=st.data())
-def test_equals_monai(data):
-    axes = data.draw(st.integers(1, 4))
-    largest = 18 if axes < 4 else 6
-    image = data.draw(st.lists(st.integers(2, largest), min_size=axes, max_size=axes))
-    roi = data.draw(st.lists(st.integers(-1, largest), min_size=axes, max_size=axes))
-    share = st.sampled_from([0, 0.25, 0.5, 0.6])
+def drawn_options(data, axes):
+    """Options that mean the same to both, and whether the weights change from call to call."""
+    share = st.sampled_from([0, 0.25, 0.5])
+    several = st.lists(share, min_size=axes, max_size=axes)
     options = {
-        "overlap": data.draw(st.one_of(share, st.lists(share, min_size=axes, max_size=axes))),
+        "overlap": data.draw(st.one_of(share, several, st.just(0.6))),
         "mode": data.draw(st.sampled_from(["constant", "gaussian"])),
         "sigma_scale": data.draw(st.sampled_from([0.125, 0.3, [0.2] * axes])),
         "cval": data.draw(st.sampled_from([0.0, 1.5])),
+        "sw_device": data.draw(st.sampled_from([None, "cpu"])),
+        "device": data.draw(st.sampled_from([None, "cpu"])),
+        "with_coord": data.draw(st.booleans()),
     }
     if axes < 4 and data.draw(st.booleans()):
-        options["padding_mode"] = "replicate"
+        options |= {"padding_mode": "replicate", "cval": 0.0}
+    return options
+
+
+class Network:
+    """A predictor with every liberty that MONAI gives one; it counts its calls."""
+
+    def __init__(self, kind, scales):
+        self.kind, self.scales = kind, scales
+
+    def __call__(self, patch, *more, factor, condition=None):
+        axes = patch.ndim - 2
+        first = torch.linspace(0, factor, patch.shape[2]).view(-1, *[1] * (axes - 1))
+        result = torch.cat([patch * first, patch[:, :1] - first], 1)
+        if condition is not None:
+            result = result + condition[:, :1]
+        for windows in more:
+            starts = [window[2].start for window in windows]
+            result = result + 0.01 * torch.tensor(starts).view(-1, 1, *[1] * axes)
+        outputs = [self.at(result, scale) for scale in self.scales]
+        if self.kind is dict:
+            named = [(f"output{i}", each) for i, each in enumerate(outputs)]
+            return dict(reversed(named))
+        return outputs[0] if self.kind is None else self.kind(outputs)
+
+    @staticmethod
+    def at(result, scale):
+        result = result.clone()  # MONAI multiplies in place
+        for axis in range(2, result.ndim):
+            if scale == 2:
+                result = result.repeat_interleave(2, axis)
+            elif scale == 0.5:
+                halves = result.unflatten(axis, (-1, 2))
+                result = halves.mean(axis + 1)
+        return result
+
+
+def compare(actual, expected, dtype=torch.float32):
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        actual, expected = list(actual.values()), list(expected.values())
+    if isinstance(expected, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=4e-6)
+
+
+@pytest.mark.parametrize("function", ["drop-in", "voxfuse"])
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(data=st.data())
+def test_equals_monai(function, data):
+    axes = data.draw(st.integers(1, 4))
+    # Coarser and finer outputs have whole coordinates where extents are multiples of 4.
+    kind = data.draw(st.sampled_from([None, None, tuple, list, dict]))
+    step = 4 if kind is not None and axes < 4 else 1
+    largest = 20 if axes < 3 else 12 if axes < 4 else 5
+    size = st.integers(1 if step > 1 else 2, largest // step).map(lambda n: n * step)
+    image = data.draw(st.lists(size, min_size=axes, max_size=axes))
+    roi = data.draw(
+        st.one_of(
+            size,
+            st.lists(st.one_of(size, st.sampled_from([-1, None])), min_size=axes, max_size=axes),
+        )
+    )
+    options = drawn_options(data, axes)
+    if step > 1:
+        options["overlap"] = data.draw(st.sampled_from([0, 0.5]))
+    scales = [1]
+    if kind is not None:
+        scale = st.sampled_from([0.5, 1, 2] if axes < 4 else [1])
+        # MONAI fails at an output of the patch's extent after one of another.
+        scales = data.draw(st.lists(scale, min_size=1, max_size=3))
+        scales.sort(key=lambda scale: scale != 1)
     torch.manual_seed(0)
     inputs = torch.rand(data.draw(st.integers(1, 3)), 2, *image)
-    size = data.draw(st.integers(1, 4))
+    if data.draw(st.booleans()):
+        options["condition"] = torch.rand_like(inputs)
+    batch = data.draw(st.integers(1, 4))
+    extent = [
+        n if r is None or r < 1 else r
+        for r, n in zip(roi if isinstance(roi, list) else [roi] * axes, image, strict=True)
+    ]
+    if data.draw(st.booleans()):
+        options["roi_weight_map"] = torch.rand(extent) + 0.1
+    calls = []
+    if scales == [1]:
+        if data.draw(st.booleans()):
+            options["buffer_steps"] = data.draw(st.integers(0, 3))
+            options["buffer_dim"] = data.draw(st.integers(-axes, axes - 1))
+        elif data.draw(st.booleans()):
 
-    def predictor(patch):
-        first = torch.linspace(0, 1, patch.shape[2]).view(-1, *[1] * (axes - 1))
-        return torch.cat([patch * first, patch[:, :1] - first], 1)
+            def process(outputs, patch, weight):
+                calls.append(1)
+                return [2 * each for each in outputs], weight * len(calls) + 0.1
 
-    expected = inferers.sliding_window_inference(inputs, roi, size, predictor, **options)
-    actual = fused.sliding_window_inference(inputs, roi, size, predictor, **options)
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+            options["process_fn"] = process
+    predictor = Network(kind, scales)
+    expected = inferers.sliding_window_inference(
+        inputs, roi, batch, predictor, factor=2.0, **options
+    )
+    calls.clear()
+    if function == "drop-in":
+        actual = fused.sliding_window_inference(
+            inputs, roi, batch, predictor, factor=2.0, **options
+        )
+    else:
+        actual = voxfuse.sliding_window_inference(
+            inputs, roi, batch, predictor, factor=2.0, stream_axis=0, **options
+        )
+    compare(actual, expected)
 
 
 def both(inputs, *args, **kwargs):
@@ -172,7 +274,7 @@ def test_a_network_gives_the_same_labels():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="expected .B, C. and 3 spatial axes"):
+    with pytest.raises(ValueError, match=r"roi_size: got \(4, 4, 4\), expected one number"):
         fused.sliding_window_inference(torch.rand(1, 1, 8, 8), (4, 4, 4), 1, lambda x: x)
     with pytest.raises(ValueError, match="overlap: got 1.0"):
         fused.sliding_window_inference(torch.rand(1, 1, 8), (4,), 1, lambda x: x, 1.0)
@@ -182,3 +284,49 @@ def test_bad_input_is_named():
         fused.sliding_window_inference(
             torch.rand(1, 1, 8), (4,), 1, lambda x: x, buffer_steps=1, buffer_dim=7
         )
+
+
+def test_arguments_by_position_are_those_of_monai():
+    names = list(inspect.signature(inferers.sliding_window_inference).parameters)
+    for function in (fused.sliding_window_inference, voxfuse.sliding_window_inference):
+        assert list(inspect.signature(function).parameters)[: len(names) - 1] == names[:-1]
+    theirs = inspect.signature(inferers.sliding_window_inference).parameters
+    for name, ours in inspect.signature(fused.sliding_window_inference).parameters.items():
+        if name in theirs and theirs[name].default is not inspect.Parameter.empty:
+            assert ours.default == theirs[name].default
+
+
+@pytest.mark.parametrize("call", ["function", "inferer", "adapt"])
+def test_options_beyond_monai(call, tmp_path):
+    torch.manual_seed(0)
+    volume = torch.rand(1, 1, 24, 20, 18)
+    features, last = torch.nn.Conv3d(1, 3, 3, padding=1).eval(), torch.nn.Conv3d(3, 7, 1)
+    options = {"window": "hann", "output": "labels", "tta": "rotations"}
+    options["head"] = (last.weight, last.bias)
+    expected = voxfuse.sliding_window_inference(volume, 12, 2, features, 0.5, **options)
+    out = np.memmap(tmp_path / "labels", np.uint8, "w+", shape=(24, 20, 18))
+    if call == "function":
+        actual = fused.sliding_window_inference(volume, 12, 2, features, 0.5, out=out, **options)
+    else:
+        kind = fused.SlidingWindowInferer if call == "inferer" else fused.SlidingWindowInfererAdapt
+        inferer = kind((12, 12, 12), 2, 0.5, **options)
+        assert isinstance(inferer, inferers.Inferer)
+        actual = inferer(volume, features, out=out)
+    assert actual is out
+    assert np.array_equal(out, expected[0, 0].numpy())
+
+
+def test_labels_of_a_metatensor_keep_its_affine():
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    inputs = MetaTensor(torch.rand(1, 1, 20, 18, 16), affine=affine)
+
+    def predictor(patch):
+        assert type(patch) is torch.Tensor
+        return {"a": torch.cat([patch, 1 - patch], 1), "b": torch.cat([patch, patch.sin()], 1)}
+
+    for function in (fused.sliding_window_inference, voxfuse.sliding_window_inference):
+        result = function(inputs, 8, 2, predictor, output="labels")
+        for labels in result.values():
+            assert isinstance(labels, MetaTensor)
+            assert labels.dtype == torch.uint8
+            assert torch.equal(labels.affine, affine)

@@ -38,10 +38,10 @@ def test_a_pointwise_predictor_gives_its_values_back(
     result = voxfuse.sliding_window_inference(
         volume,
         roi[: len(spatial)],
+        size,
         twice,
         0.5,
-        window,
-        size,
+        window=window,
         grid=grid,
         padding_mode=padding,
     )
@@ -59,7 +59,7 @@ def test_equals_monai(roi, overlap, window):
     mode = "constant" if window == "constant" else "gaussian"
     with torch.no_grad():
         expected = inferers.sliding_window_inference(volume, roi, 2, net, overlap, mode=mode)
-    actual = voxfuse.sliding_window_inference(volume, roi, net, overlap, window, 3)
+    actual = voxfuse.sliding_window_inference(volume, roi, 3, net, overlap, window=window)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
@@ -73,7 +73,7 @@ def test_bits_do_not_depend_on_the_batch_size(dtype):
         return (patch * noise).to(dtype)
 
     results = [
-        voxfuse.sliding_window_inference(volume, 12, predictor, 0.5, "bspline", size)
+        voxfuse.sliding_window_inference(volume, 12, size, predictor, 0.5)
         for size in (1, 2, 7, 1000)
     ]
     assert results[0].dtype == dtype
@@ -91,13 +91,13 @@ def test_only_one_batch_of_predictions_is_alive():
         most = max(most, sum(ref() is not None for ref in alive))
         return result
 
-    voxfuse.sliding_window_inference(torch.rand(1, 1, 32, 32), 8, predictor)
+    voxfuse.sliding_window_inference(torch.rand(1, 1, 32, 32), 8, 1, predictor)
     assert most <= 2
 
 
 def test_runs_without_gradients():
     net = torch.nn.Conv1d(1, 1, 3, padding=1)
-    result = voxfuse.sliding_window_inference(torch.rand(1, 1, 20), 8, net)
+    result = voxfuse.sliding_window_inference(torch.rand(1, 1, 20), 8, 1, net)
     assert not result.requires_grad
     assert torch.is_grad_enabled()
 
@@ -111,7 +111,7 @@ def test_patches_are_padded_as_torch_pads(padding):
         seen.append(patch.clone())
         return patch
 
-    voxfuse.sliding_window_inference(volume, 11, predictor, padding_mode=padding, cval=9)
+    voxfuse.sliding_window_inference(volume, 11, 1, predictor, padding_mode=padding, cval=9)
     value = {"value": 9} if padding == "constant" else {}
     expected = torch.nn.functional.pad(volume, (2, 3), mode=padding, **value)
     assert torch.equal(seen[0], expected)
@@ -125,7 +125,7 @@ def test_reflection_goes_as_far_as_needed():
         seen.append(patch.clone())
         return patch
 
-    voxfuse.sliding_window_inference(volume, 15, predictor, padding_mode="reflect")
+    voxfuse.sliding_window_inference(volume, 15, 1, predictor, padding_mode="reflect")
     assert np.array_equal(seen[0][0, 0].numpy(), np.pad(np.arange(3.0), 6, mode="reflect"))
 
 
@@ -136,7 +136,7 @@ def test_roi_below_one_means_the_volume():
         shapes.append(tuple(patch.shape))
         return patch
 
-    voxfuse.sliding_window_inference(torch.rand(1, 2, 9, 7), (0, 5), predictor)
+    voxfuse.sliding_window_inference(torch.rand(1, 2, 9, 7), (0, 5), 1, predictor)
     assert set(shapes) == {(1, 2, 9, 5)}
 
 
@@ -150,23 +150,23 @@ def test_progress_says_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     with pytest.raises(RuntimeError, match="progress: needs the package tqdm"):
-        voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, twice, progress=True)
+        voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, 1, twice, progress=True)
 
 
 def test_progress_shows_a_bar(capsys):
     pytest.importorskip("tqdm")
-    voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, twice, progress=True)
+    voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, 1, twice, progress=True)
     assert "batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"volume": [1]}, TypeError, "volume: expected a torch.Tensor, got list"),
+        ({"inputs": [1]}, TypeError, "inputs: expected a torch.Tensor, got list"),
         (
-            {"volume": torch.rand(3, 4)},
+            {"inputs": torch.rand(3, 4)},
             ValueError,
-            "volume: got shape (3, 4), expected (B, channels, *spatial) with 1 to 3 spatial axes, "
+            "inputs: got shape (3, 4), expected (B, channels, *spatial) with 1 to 4 spatial axes, "
             "none of them empty",
         ),
         (
@@ -178,8 +178,8 @@ def test_progress_shows_a_bar(capsys):
         (
             {"predictor": 3},
             TypeError,
-            "predictor: got int, expected a callable (it comes third; MONAI's order of arguments: "
-            "voxfuse.integrations.monai)",
+            "predictor: got int, expected a callable, or a list of them (it comes fourth, after "
+            "sw_batch_size, as in MONAI)",
         ),
         ({"sw_batch_size": 0}, ValueError, "sw_batch_size: got 0, expected an integer >= 1"),
         (
@@ -195,25 +195,29 @@ def test_progress_shows_a_bar(capsys):
         ),
         ({"overlap": 1.0}, ValueError, "overlap: got 1.0, expected numbers in [0, 1), one or 2"),
         (
-            {"predictor": lambda patch: patch[..., ::2]},
+            {"predictor": lambda patch: patch[..., 0]},
             ValueError,
-            "predictor: returned shape (1, 1, 4, 2), expected (1, C, 4, 4)",
+            "predictor: returned shape (1, 1, 4), expected (1, C, *patch) with 2 spatial axes",
         ),
         (
-            {"predictor": lambda patch: patch.to(torch.int32)},
+            {"predictor": lambda patch: patch.to(torch.complex64)},
             TypeError,
-            "predictor: returned int32 of shape (1, 1, 4, 4) on cpu, expected float32, float16, "
-            "bfloat16 or float64",
+            "predictor: returned complex64 of shape (1, 1, 4, 4) on cpu, expected real numbers",
         ),
         (
-            {"predictor": lambda patch: (patch,)},
+            {"predictor": lambda patch: (patch, "features")},
             TypeError,
-            "predictor's result: expected a torch.Tensor, got tuple",
+            "predictor's result: expected a torch.Tensor, got str",
         ),
     ],
 )
 def test_bad_input(changes, error, message):
-    arguments = {"volume": torch.rand(1, 1, 9, 8), "roi_size": 4, "predictor": lambda x: x}
+    arguments = {
+        "inputs": torch.rand(1, 1, 9, 8),
+        "roi_size": 4,
+        "sw_batch_size": 1,
+        "predictor": lambda x: x,
+    }
     with pytest.raises(error) as caught:
         voxfuse.sliding_window_inference(**{**arguments, **changes})
     assert str(caught.value) == message
@@ -223,7 +227,7 @@ def test_a_predictor_that_changes_its_mind_is_an_error():
     calls = iter([1, 2])
     with pytest.raises(ValueError, match=r"predictor: returned .* but before 1 channels"):
         voxfuse.sliding_window_inference(
-            torch.rand(1, 1, 8), 4, lambda x: x.repeat(1, next(calls), 1)
+            torch.rand(1, 1, 8), 4, 1, lambda x: x.repeat(1, next(calls), 1)
         )
 
 
@@ -235,7 +239,7 @@ def test_every_patch_of_every_sample_is_predicted_once():
         count += len(patch)
         return patch
 
-    voxfuse.sliding_window_inference(torch.rand(3, 1, 16, 16), 8, predictor, 0.5, sw_batch_size=4)
+    voxfuse.sliding_window_inference(torch.rand(3, 1, 16, 16), 8, 4, predictor, 0.5)
     assert count == 3 * 9
 
 
@@ -252,12 +256,12 @@ def test_outputs_and_flips(output, tta):
     result = voxfuse.sliding_window_inference(
         volume,
         (8, 8, 8),
+        5,
         predictor,
         0.5,
         output=output,
         activation="softmax",
         tta=tta,
-        sw_batch_size=5,
     )
     p = predictor(volume).softmax(1)
     expected = {
@@ -282,7 +286,7 @@ def test_flips_reach_the_predictor_and_are_undone():
         seen.append(patch)
         return patch
 
-    result = voxfuse.sliding_window_inference(volume, (12, 9), predictor, tta="mirror")
+    result = voxfuse.sliding_window_inference(volume, (12, 9), 1, predictor, tta="mirror")
     assert torch.allclose(result, volume)
     expected = [volume, volume.flip(2), volume.flip(3), volume.flip(2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
@@ -291,7 +295,7 @@ def test_flips_reach_the_predictor_and_are_undone():
 def test_an_ensemble_is_the_mean_of_its_models():
     volume = torch.rand(1, 1, 20, 20)
     models = [lambda x: x, lambda x: 2 * x, lambda x: 6 * x]
-    result = voxfuse.sliding_window_inference(volume, 8, models, sw_batch_size=3)
+    result = voxfuse.sliding_window_inference(volume, 8, 3, models)
     torch.testing.assert_close(result, 3 * volume)
 
 
@@ -300,10 +304,12 @@ def test_a_head_gives_the_labels_of_the_logits():
     volume = torch.rand(1, 2, 24, 20, 16)
     features = torch.nn.Conv3d(2, 4, 3, padding=1)
     head = torch.nn.Conv3d(4, 9, 1)
-    options = {"output": "labels", "sw_batch_size": 4}
-    expected = voxfuse.sliding_window_inference(volume, 12, lambda x: head(features(x)), **options)
+    options = {"output": "labels"}
+    expected = voxfuse.sliding_window_inference(
+        volume, 12, 4, lambda x: head(features(x)), **options
+    )
     actual = voxfuse.sliding_window_inference(
-        volume, 12, features, head=(head.weight, head.bias), **options
+        volume, 12, 4, features, head=(head.weight, head.bias), **options
     )
     assert (actual != expected).float().mean() < 1e-3
 
@@ -321,7 +327,7 @@ def test_a_fault_in_the_predictor_leaves_finished_slices():
         return torch.cat([torch.zeros_like(patch), patch], 1)
 
     with pytest.raises(RuntimeError, match="out of order"):
-        voxfuse.sliding_window_inference(volume, 8, predictor, output="labels", out=out)
+        voxfuse.sliding_window_inference(volume, 8, 1, predictor, output="labels", out=out)
     assert (out[:16] == 1).all()
     assert (out[16:] == 0).all()
 
@@ -336,7 +342,7 @@ def test_empty_patches_are_skipped():
         return torch.cat([torch.zeros_like(patch), torch.ones_like(patch)], 1)
 
     result = voxfuse.sliding_window_inference(
-        volume, 8, predictor, output="labels", skip=lambda patch: not patch.any(), fill=5
+        volume, 8, 1, predictor, output="labels", skip=lambda patch: not patch.any(), fill=5
     )
     assert len(predicted) == 3
     assert (result[:, :, :16] == 1).all()
@@ -345,15 +351,15 @@ def test_empty_patches_are_skipped():
 
 def test_results_go_where_the_caller_says(tmp_path):
     volume = torch.rand(2, 1, 30, 12, 10)
-    options = {"output": "labels", "sw_batch_size": 7}
-    expected = voxfuse.sliding_window_inference(volume, 8, twice, **options)
+    options = {"output": "labels"}
+    expected = voxfuse.sliding_window_inference(volume, 8, 7, twice, **options)
     memmap = np.memmap(tmp_path / "labels", np.uint8, "w+", shape=(2, 1, 30, 12, 10))
-    assert voxfuse.sliding_window_inference(volume, 8, twice, out=memmap, **options) is memmap
+    assert voxfuse.sliding_window_inference(volume, 8, 7, twice, out=memmap, **options) is memmap
     assert np.array_equal(memmap, expected.numpy())
     slabs = []
     voxfuse.sliding_window_inference(
-        volume[:1], 8, twice, out=lambda slab, *bounds: slabs.append(slab), **options
+        volume[:1], 8, 7, twice, out=lambda slab, *bounds: slabs.append(slab), **options
     )
     assert torch.equal(torch.cat(slabs, 1), expected[0])
     with pytest.raises(ValueError, match="out: got a function and 2 samples"):
-        voxfuse.sliding_window_inference(volume, 8, twice, out=slabs.append, **options)
+        voxfuse.sliding_window_inference(volume, 8, 7, twice, out=slabs.append, **options)

@@ -167,16 +167,16 @@ class PatchFuser:
         self.threshold = threshold
         self.fill = fill
         self.backend = backend
-        self._head = _head(head, channels)
+        self._head = checked_head(head, channels)
         self.classes = channels if self._head is None else self._head[0].shape[0]
-        self.voting = _voting(voting, self._head is not None)
+        self.voting = checked_voting(voting, self._head is not None)
         self._check_output()
 
         table = _origins(self.volume_shape, self.patch_size, overlap, grid, origins)
         if skip is not None:
             kept = [i for i, origin in enumerate(table.tolist()) if not skip(tuple(origin))]
             table = table[kept]
-        self.stream_axis = self._stream_axis(stream_axis)
+        self.stream_axis = chosen_axis(stream_axis, self.volume_shape, self.patch_size)
         axis = self.stream_axis
         order = torch.argsort(table[:, axis], stable=True)
         #: (N, n) int64 first voxels of the patches, in the order in which they are expected.
@@ -318,7 +318,7 @@ class PatchFuser:
         if axes:
             patches = patches.flip(axes)
         if self.voting == "soft" and self.activation != "none":
-            patches = _activated(patches, self.activation)
+            patches = activated(patches, self.activation)
         return patches
 
     def _push(self, patches: Tensor, origins: Any, times: int) -> None:
@@ -348,15 +348,13 @@ class PatchFuser:
             self._open(torch.empty(0, self.channels, *self.patch_size))
         return self._returned
 
-    def new_result(
-        self, dtype: torch.dtype, device: torch.device, lead: tuple[int, ...] = ()
-    ) -> Tensor:
-        """Allocate what the result of patches of ``dtype`` needs, with its channel axis."""
-        shape = (*lead, self.classes if self._all_channels() else 1, *self.volume_shape)
-        return zeros(shape, self._result_dtype(dtype), device)
+    def result_layout(self, patches: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape, with its channel axis, and dtype of the result of patches of a dtype."""
+        channels = self.classes if self._all_channels() else 1
+        return (channels, *self.volume_shape), self._result_dtype(patches)
 
     def send_to(self, fresh: Tensor) -> None:
-        """Write the result into ``fresh``, which :meth:`new_result` made (it is all zeros)."""
+        """Write the result into ``fresh``, all zeros, of :meth:`result_layout`."""
         self._take(fresh)
 
     # --- what is asked for --------------------------------------------------------------------
@@ -375,19 +373,6 @@ class PatchFuser:
                 f"activation: got {self.activation!r} with output 'logits'; use 'probabilities'"
             )
 
-    def _stream_axis(self, stream_axis: str | int) -> int:
-        axes = len(self.volume_shape)
-        if stream_axis == "auto":
-            return min(
-                range(axes),
-                key=lambda a: min(self.patch_size[a], self.volume_shape[a]) / self.volume_shape[a],
-            )
-        if not isinstance(stream_axis, int) or not 0 <= stream_axis < axes:
-            raise ValueError(
-                f"stream_axis: got {stream_axis!r}, expected 'auto' or 0 to {axes - 1}"
-            )
-        return stream_axis
-
     def _ring_extent(self) -> tuple[int, ...]:
         extent = list(self.volume_shape)
         extent[self.stream_axis] = self._depth
@@ -400,14 +385,7 @@ class PatchFuser:
         return (self.classes, *self.volume_shape) if self._all_channels() else self.volume_shape
 
     def _result_dtype(self, patches: torch.dtype) -> torch.dtype:
-        if self._dtype is not None:
-            return self._dtype
-        if self.output == "labels":
-            for dtype in (torch.uint8, torch.uint16):
-                if self.classes - 1 <= torch.iinfo(dtype).max:
-                    return dtype
-            return torch.int32
-        return torch.uint8 if self.output == "mask" else patches
+        return self._dtype or result_dtype(self.output, self.classes, patches)
 
     # --- memory -------------------------------------------------------------------------------
 
@@ -652,6 +630,27 @@ class PatchFuser:
         )
 
 
+def chosen_axis(stream_axis: str | int, volume: Sequence[int], patch: Sequence[int]) -> int:
+    """The axis to stream along: the given one, or that with the smallest ring."""
+    if stream_axis == "auto":
+        return min(range(len(volume)), key=lambda a: min(patch[a], volume[a]) / volume[a])
+    if not isinstance(stream_axis, int) or not 0 <= stream_axis < len(volume):
+        raise ValueError(
+            f"stream_axis: got {stream_axis!r}, expected 'auto' or 0 to {len(volume) - 1}"
+        )
+    return stream_axis
+
+
+def result_dtype(output: str, classes: int, patches: torch.dtype) -> torch.dtype:
+    """The dtype of a result of patches of a dtype, where the caller wants no other."""
+    if output == "labels":
+        for dtype in (torch.uint8, torch.uint16):
+            if classes - 1 <= torch.iinfo(dtype).max:
+                return dtype
+        return torch.int32
+    return torch.uint8 if output == "mask" else patches
+
+
 def _slots(start: int, stop: int, depth: int) -> Iterator[tuple[int, int]]:
     """Consecutive slots (first, number) of a ring that hold the slices start to stop."""
     while start < stop:
@@ -660,14 +659,15 @@ def _slots(start: int, stop: int, depth: int) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def _activated(patches: Tensor, activation: str) -> Tensor:
+def activated(patches: Tensor, activation: str) -> Tensor:
+    """Probabilities of patches (N, C, \\*patch), in the accumulator's dtype."""
     dtype = accumulation_dtype(patches.dtype)
     if activation == "softmax":
         return torch.softmax(patches, 1, dtype=dtype)
     return torch.sigmoid(patches.to(dtype))
 
 
-def _voting(voting: str | None, head: bool) -> str:
+def checked_voting(voting: str | None, head: bool) -> str:
     if voting is None:
         return "logit" if head else "soft"
     if voting not in VOTINGS:
@@ -676,7 +676,7 @@ def _voting(voting: str | None, head: bool) -> str:
     return voting
 
 
-def _head(head: tuple[Tensor, Tensor] | None, channels: int) -> tuple[Tensor, Tensor] | None:
+def checked_head(head: tuple[Tensor, Tensor] | None, channels: int) -> tuple[Tensor, Tensor] | None:
     """Check the head; the kernel of a convolution of extent 1 loses its spatial axes."""
     if head is None:
         return None

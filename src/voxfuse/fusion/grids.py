@@ -96,6 +96,16 @@ def plan_grid(
         raise ValueError(f"volume_shape: got {volume}, expected 1 to 3 sizes >= 1")
     if len(patch) != len(volume) or min(patch) < 1:
         raise ValueError(f"patch_shape: got {patch}, expected {len(volume)} sizes >= 1")
+    return Grid(volume, patch, grid_starts(volume, patch, overlap, rule))
+
+
+def grid_starts(
+    volume: Sequence[int],
+    patch: Sequence[int],
+    overlap: float | Sequence[float],
+    rule: str,
+) -> tuple[tuple[int, ...], ...]:
+    """The starts along each of any number of axes; see :func:`plan_grid`."""
     shares = axis_overlaps(overlap, len(volume))
     if rule == "shifted":
         starts = [host.shifted_starts(*axis) for axis in zip(volume, patch, shares, strict=True)]
@@ -108,7 +118,7 @@ def plan_grid(
     else:
         listed = ", ".join(repr(name) for name in RULES)
         raise ValueError(f"rule: got {rule!r}, expected one of {listed}")
-    return Grid(volume, patch, tuple(tuple(axis) for axis in starts))
+    return tuple(tuple(axis) for axis in starts)
 
 
 def axis_overlaps(overlap: float | Sequence[float], axes: int) -> tuple[float, ...]:

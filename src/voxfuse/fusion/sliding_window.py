@@ -2,261 +2,531 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.fusion.fuser import Destination, PatchFuser
-from voxfuse.fusion.grids import RULES, plan_grid
+from voxfuse.fusion.accumulators import (
+    Accumulator,
+    Importance,
+    Placement,
+    Results,
+    Wish,
+    accumulator,
+    dense,
+    resized,
+    with_dtype,
+)
+from voxfuse.fusion.fuser import PatchFuser, chosen_axis
+from voxfuse.fusion.grids import RULES, grid_starts
+from voxfuse.fusion.heads import HeadLike, Heads
 from voxfuse.fusion.orientations import Augmentation, flips
-from voxfuse.fusion.windows import WindowLike
+from voxfuse.fusion.windows import WindowLike, gaussian_window, resolve_window
 from voxfuse.ops import _checks
 
-Predictor = Callable[[Tensor], Tensor]
+#: What a network returns: one prediction, several, or several by name.
+Predictor = Callable[..., Tensor | Sequence[Tensor] | Mapping[Any, Tensor]]
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
+MODES = ("constant", "gaussian")
+
+#: The least weight of MONAI's Gaussian.
+LEAST_WEIGHT = 1e-3
 
 
 def sliding_window_inference(
-    volume: Tensor,
-    roi_size: int | Sequence[int],
+    inputs: Tensor,
+    roi_size: int | Sequence[int | None],
+    sw_batch_size: int,
     predictor: Predictor | Sequence[Predictor],
     overlap: float | Sequence[float] = 0.5,
-    window: WindowLike = "bspline",
-    sw_batch_size: int = 1,
-    *,
-    grid: str = "shifted",
+    mode: str | None = None,
+    sigma_scale: float | Sequence[float] = 0.125,
     padding_mode: str | None = None,
     cval: float = 0.0,
     sw_device: torch.device | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    roi_weight_map: Tensor | None = None,
+    process_fn: Callable[..., Any] | None = None,
+    buffer_steps: int | None = None,
+    buffer_dim: int = -1,
+    with_coord: bool = False,
+    *args: Any,
+    window: WindowLike | None = None,
     output: str = "logits",
+    out: Any = None,
+    tta: Augmentation = None,
+    head: HeadLike = None,
     activation: str = "none",
     voting: str | None = None,
     threshold: float = 0.5,
-    head: tuple[Tensor, Tensor] | None = None,
-    tta: Augmentation = None,
+    grid: str = "shifted",
     skip: Callable[[Tensor], bool] | None = None,
     fill: float = 0.0,
     stream_axis: str | int = "auto",
-    out: Destination | None = None,
     backend: str = "auto",
+    **kwargs: Any,
 ) -> Any:
     r"""Predict overlapping patches of a volume and fuse them into one prediction.
+
+    Positional arguments and their order are those of MONAI's function; the defaults of ``overlap``
+    and of the window are not (:mod:`voxfuse.integrations.monai` has MONAI's).
 
     Patches are predicted ``sw_batch_size`` at a time and added at once: besides the result, only
     one batch of predictions is alive, and a ring of slices (see :class:`voxfuse.PatchFuser`) where
     the result is not simply the mean of the predictions. With ``output="labels"`` and the like the
     memory of the fusion does not grow with the depth of the volume. Runs without gradients; for a
-    differentiable fusion collect the predictions and call :func:`voxfuse.overlap_add`.
+    differentiable fusion use :func:`voxfuse.integrations.monai.sliding_window_inference`, or
+    collect the predictions and call :func:`voxfuse.overlap_add`.
+
+    Four spatial axes, weights that differ by channel, ``process_fn`` and outputs at a resolution at
+    which patches fall on the same place are added by PyTorch, in a volume of all channels for each
+    sample: the same options, without the savings.
 
     Args:
-        volume: (B, channels, \*spatial) with 1 to 3 spatial axes, any dtype the predictor takes.
-        roi_size: extent of a patch, one number for all axes or one an axis; a number below 1 means
-            the volume's own extent. Where it exceeds the volume, the volume is padded on both
-            sides.
-        predictor: maps (b, channels, \*roi_size) to (b, C, \*roi_size) of a floating dtype. A list
-            of predictors is an ensemble, whose mean counts.
-        overlap: part of a patch that it shares with the next, in [0, 1), one number or one an axis.
-        window: weights of a patch's voxels; see :func:`voxfuse.overlap_add`.
+        inputs: (B, channels, \*spatial) with 1 to 4 spatial axes, any dtype the predictor takes. A
+            MetaTensor of MONAI gives MetaTensors with its affine.
+        roi_size: extent of a patch, one number for all axes or one an axis; None or a number below
+            1 means the volume's own extent. Where it exceeds the volume, the volume is padded on
+            both sides.
         sw_batch_size: patches a call of the predictor; the result does not depend on it.
-        grid: "shifted" (MONAI's rule), "even" (nnU-Net's) or "half_patch" (Hashemi et al. 2018);
-            see :func:`voxfuse.fusion.grids.plan_grid`.
+        predictor: maps (b, channels, \*roi_size) to (b, C, \*size) of a floating dtype, or to a
+            tuple or dict of such tensors; where size is not roi_size, the output has another
+            resolution. A list of predictors is an ensemble, whose mean counts.
+        overlap: part of a patch that it shares with the next, in [0, 1), one number or one an axis.
+        mode: MONAI's windows, "constant" or "gaussian", in place of ``window``.
+        sigma_scale: standard deviation over extent of the Gaussian of ``mode``.
         padding_mode: what lies outside the volume: "constant" (``cval``), "reflect", "replicate"
             or "circular"; None means "reflect" with ``grid="half_patch"``, else "constant".
         cval: value of constant padding.
         sw_device: where the predictor runs; None means where the volume is.
         device: where the predictions are added; None means where the volume is.
         progress: show a progress bar (needs the package tqdm).
+        roi_weight_map: weights of a patch's voxels (\*roi_size), or (1, C, \*roi_size), in place of
+            ``window`` and before ``mode``.
+        process_fn: a function of (predictions, batch, weights) that returns predictions and the
+            weights for them; see MONAI. With ``tta`` it is given the predictions turned back.
+        buffer_steps, buffer_dim: checked, and without effect: predictions are added where the
+            result is.
+        with_coord: give the predictor a second argument, for every patch of the batch its slices of
+            the (padded) volume.
+        args, kwargs: passed on to the predictor; a tensor ``condition`` of the shape of ``inputs``
+            is cut into the same patches.
+        window: weights of a patch's voxels; see :func:`voxfuse.overlap_add`. Default "bspline".
         output, activation, voting, threshold, fill, stream_axis: what is made of the fused
             predictions; see :class:`voxfuse.PatchFuser`.
-        head: (weight, bias) of the network's last, linear layer, when the predictor returns the
-            features before it: the layer is applied to fused features, slab by slab. One predictor.
-        tta: test-time augmentation by flips: "mirror", "rotations" or a list of tuples of axes; see
-            :func:`voxfuse.fusion.orientations.flips`. The mean of the predictions counts.
-        skip: a function of a patch (1, channels, \*roi_size), cut from the padded volume: where it
-            is true the patch is not predicted. Voxels under no patch get ``fill``. One sample.
         out: where the result goes: a tensor or NumPy array (a memmap, say) of the result's shape
             (for one sample also without its first axis, for one channel also without both), or for
-            one sample a function of (slab, start, stop).
+            one sample a function of (slab, start, stop). For several outputs a tuple or dict.
+        tta: test-time augmentation by flips: "mirror", "rotations" or a list of tuples of axes; see
+            :func:`voxfuse.fusion.orientations.flips`. The mean of the predictions counts.
+        head: (weight (C, K), bias (C,)) of the network's last, linear layer, when the predictor
+            returns the K features before it; for several predictors a list, one each. Where all
+            features together are fewer than the classes, and logits are averaged, they are fused in
+            place of the classes and the layer applied slab by slab: the same up to rounding, in
+            K/C of the memory. Otherwise the layer is applied to every patch. The default of
+            ``voting`` is then "logit".
+        grid: "shifted" (MONAI's rule), "even" (nnU-Net's) or "half_patch" (Hashemi et al. 2018);
+            see :func:`voxfuse.fusion.grids.plan_grid`.
+        skip: a function of a patch (1, channels, \*roi_size), cut from the padded volume: where it
+            is true the patch is not predicted. Voxels under no patch get ``fill``. One sample.
         backend: backend of the fusion; see :func:`voxfuse.backends`.
 
     Returns:
         (B, C, \*spatial) in the predictions' dtype, accumulated in float32 (float64 for float64);
         labels, foreground and entropy (B, 1, \*spatial); ``out`` where it was given, None for a
-        function. If the predictor raises, the slices of ``out`` that are final are intact.
+        function; a tuple or dict of these if the predictor returns one. If the predictor raises,
+        the slices of ``out`` that are final are intact.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: shapes or options do not fit, or the predictor returns another shape.
+        ValueError: shapes or options do not fit, or a prediction has another shape than the first.
 
     Example:
         >>> import torch, voxfuse
         >>> volume = torch.rand(1, 1, 40, 30, 20)
         >>> double = lambda patch: 2 * patch
-        >>> result = voxfuse.sliding_window_inference(volume, (16, 16, 16), double)
+        >>> result = voxfuse.sliding_window_inference(volume, (16, 16, 16), 4, double)
         >>> torch.allclose(result, 2 * volume)
         True
     """
-    volume = _checks.require_tensor("volume", volume)
-    if not 3 <= volume.ndim <= 5 or 0 in volume.shape:
-        raise ValueError(
-            f"volume: got shape {tuple(volume.shape)}, expected (B, channels, *spatial) with 1 to "
-            "3 spatial axes, none of them empty"
+    if window is not None and (mode is not None or roi_weight_map is not None):
+        other = "mode" if mode is not None else "roi_weight_map"
+        raise ValueError(f"{other}: got one beside window, expected one of the two")
+    if window is None and mode is None and roi_weight_map is None:
+        window = "bspline"
+    with torch.no_grad():
+        return infer(
+            inputs,
+            roi_size,
+            sw_batch_size,
+            predictor,
+            overlap,
+            window,
+            mode,
+            sigma_scale,
+            padding_mode,
+            cval,
+            sw_device,
+            device,
+            progress,
+            roi_weight_map,
+            process_fn,
+            buffer_steps,
+            buffer_dim,
+            with_coord,
+            args,
+            kwargs,
+            output=output,
+            out=out,
+            tta=tta,
+            head=head,
+            activation=activation,
+            voting=voting,
+            threshold=threshold,
+            grid=grid,
+            skip=skip,
+            fill=fill,
+            stream_axis=stream_axis,
+            backend=backend,
         )
-    spatial = tuple(volume.shape[2:])
+
+
+def infer(
+    inputs: Tensor,
+    roi_size: int | Sequence[int | None],
+    sw_batch_size: int,
+    predictor: Predictor | Sequence[Predictor],
+    overlap: float | Sequence[float],
+    window: WindowLike | None,
+    mode: str | None,
+    sigma_scale: float | Sequence[float],
+    padding_mode: str | None,
+    cval: float,
+    sw_device: torch.device | str | None,
+    device: torch.device | str | None,
+    progress: bool,
+    roi_weight_map: Tensor | None,
+    process_fn: Callable[..., Any] | None,
+    buffer_steps: int | None,
+    buffer_dim: int,
+    with_coord: bool,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    output: str = "logits",
+    out: Any = None,
+    tta: Augmentation = None,
+    head: HeadLike = None,
+    activation: str = "none",
+    voting: str | None = None,
+    threshold: float = 0.5,
+    grid: str = "shifted",
+    skip: Callable[[Tensor], bool] | None = None,
+    fill: float = 0.0,
+    stream_axis: str | int = "auto",
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """:func:`sliding_window_inference` without defaults of its own, with gradients.
+
+    ``window`` goes before ``roi_weight_map``, and both before ``mode``. ``dtype`` is that of
+    floating results (default: the predictions').
+    """
+    meta = inputs if hasattr(inputs, "copy_meta_from") else None
+    volume = _checks.require_tensor("inputs", inputs)
+    if not 3 <= volume.ndim <= 6 or 0 in volume.shape:
+        raise ValueError(
+            f"inputs: got shape {tuple(volume.shape)}, expected (B, channels, *spatial) with 1 to "
+            "4 spatial axes, none of them empty"
+        )
+    samples, spatial = volume.shape[0], tuple(volume.shape[2:])
+    axes = len(spatial)
     roi = _roi(roi_size, spatial)
-    several = isinstance(predictor, Sequence) and len(predictor) > 0
-    if not callable(predictor) and not (several and all(map(callable, predictor))):
-        # MONAI's call has the batch size in its place.
-        hint = " (it comes third; MONAI's order of arguments: voxfuse.integrations.monai)"
-        raise TypeError(f"predictor: got {type(predictor).__name__}, expected a callable{hint}")
     if isinstance(sw_batch_size, bool) or not isinstance(sw_batch_size, int) or sw_batch_size < 1:
         raise ValueError(f"sw_batch_size: got {sw_batch_size!r}, expected an integer >= 1")
+    predictors = _predictors(predictor)
     if grid not in RULES:
         listed = ", ".join(repr(name) for name in RULES)
         raise ValueError(f"grid: got {grid!r}, expected one of {listed}")
-    padding = padding_mode or ("reflect" if grid == "half_patch" else "constant")
+    # MONAI's enumerations of modes are strings too.
+    padding = str(getattr(padding_mode, "value", padding_mode) or "")
+    padding = padding or ("reflect" if grid == "half_patch" else "constant")
     if padding not in PADDING_MODES:
         listed = ", ".join(repr(name) for name in PADDING_MODES)
         raise ValueError(f"padding_mode: got {padding!r}, expected one of {listed}")
-
-    predictors = [predictor] if callable(predictor) else list(predictor)
-    if head is not None and len(predictors) > 1:
-        raise ValueError(
-            "head: got one for several predictors, whose heads differ; fuse them apart"
-        )
-    turns = flips(tta, len(spatial))
-    if (skip is not None or callable(out)) and volume.shape[0] != 1:
+    if buffer_steps is not None and buffer_steps > 0 and not -axes <= buffer_dim <= axes:
+        raise ValueError(f"buffer_dim: got {buffer_dim}, expected {-axes} to {axes}")
+    if (skip is not None or callable(out)) and samples != 1 and not isinstance(out, Tensor):
         name = "skip" if skip is not None else "out"
-        raise ValueError(f"{name}: got a function and {volume.shape[0]} samples, expected one")
+        raise ValueError(f"{name}: got a function and {samples} samples, expected one")
+    turns = flips(tta, axes)
+    heads = Heads(head, len(predictors), activation, voting)
+    importance = _importance(roi, window, mode, sigma_scale, roi_weight_map)
     place = torch.device(device) if device is not None else volume.device
     network_place = torch.device(sw_device) if sw_device is not None else volume.device
-
-    def cut(sample: int, origin: Sequence[int]) -> Tensor:
-        return _patch(volume, sample, list(origin), roi, padding, cval)
-
-    regular = plan_grid(spatial, roi, overlap, grid)
-    options: dict[str, Any] = {
-        "window": window,
-        "output": output,
-        "activation": activation,
-        "voting": voting,
-        "threshold": threshold,
-        "members": len(turns) * len(predictors),
-        "fill": fill,
-        "backend": backend,
-    }
-    # The order of the patches is needed before the first prediction says how many channels it has.
-    channels = 2 if head is None else head[0].shape[1]
-    skipped = None if skip is None else lambda origin: bool(skip(cut(0, origin)))
-    order = PatchFuser(
-        spatial,
-        roi,
-        channels,
-        origins=regular,
-        stream_axis=stream_axis,
-        skip=skipped,
-        head=head,
-        **options,
+    # Bad options are errors before anything is predicted.
+    PatchFuser(
+        (1,),
+        (1,),
+        heads.classes or 2,
+        output=output,
+        activation=activation,
+        voting=heads.voting,
+        threshold=threshold,
+        backend=backend,
     )
-    options |= {"origins": order.origins, "stream_axis": order.stream_axis, "head": head}
-    origins = order.origins.tolist()
-    count = len(origins)
-    results = _Results(volume.shape[0], out)
-    fuser: PatchFuser | None = None
-    kind: tuple[torch.dtype, int] | None = None
-    with torch.no_grad():
-        if count == 0:
+    condition = kwargs.get("condition")
+    if condition is not None:
+        condition = _checks.require_tensor("condition", condition)
+        if tuple(condition.shape[2:]) != spatial or condition.shape[0] != samples:
+            raise ValueError(
+                f"condition: got shape {tuple(condition.shape)}, expected that of inputs, "
+                f"{tuple(volume.shape)}"
+            )
+
+    def cut(source: Tensor, sample: int, origin: Sequence[int]) -> Tensor:
+        return _patch(source, sample, list(origin), roi, padding, cval)
+
+    starts = [tuple(dict.fromkeys(s)) for s in grid_starts(spatial, roi, overlap, grid)]
+    before = [max(-min(axis), 0) for axis in starts]
+    after = [
+        max(max(axis) + size - extent, 0)
+        for axis, size, extent in zip(starts, roi, spatial, strict=True)
+    ]
+    table = np.array(list(product(*starts)), np.int64)
+    if skip is not None:
+        table = table[[not skip(cut(volume, 0, origin)) for origin in table.tolist()]]
+        if len(table) == 0:
             raise ValueError("skip: is true for every patch, so that nothing was predicted")
-        for first in _batches(volume.shape[0] * count, sw_batch_size, progress):
-            items = range(first, min(first + sw_batch_size, volume.shape[0] * count))
-            batch = _join([cut(item // count, origins[item % count]) for item in items])
-            batch = batch.to(network_place)
-            predictions = []
-            for turn in turns:
-                axes = [axis + 2 for axis in turn]
-                view = batch.flip(axes) if axes else batch
-                for predict in predictors:
-                    prediction = _prediction(predict(view), len(items), roi).to(place)
-                    if kind is None:
-                        kind = (prediction.dtype, prediction.shape[1])
-                    elif (prediction.dtype, prediction.shape[1]) != kind:
-                        raise ValueError(
-                            f"predictor: returned {_checks.describe(prediction)}, but before "
-                            f"{kind[1]} channels of {kind[0]}"
-                        )
-                    predictions.append((prediction, turn))
-            assert kind is not None
-            done = 0
-            while done < len(items):
-                sample, patch = divmod(items[done], count)
-                size = min(len(items) - done, count - patch)
-                if fuser is None:
-                    fuser = PatchFuser(
-                        spatial, roi, kind[1], out=results.place(sample, len(spatial)), **options
+    axis = chosen_axis(stream_axis, spatial, roi)
+    table = table[np.argsort(table[:, axis], kind="stable")]
+    origins, count = table.tolist(), len(table)
+    placement = Placement(spatial, roi, torch.from_numpy(table))
+    wish = Wish(
+        output=output,
+        activation=activation,
+        voting=heads.voting,
+        threshold=threshold,
+        fill=fill,
+        stream_axis=axis,
+        members=len(turns) * (1 if heads.late else len(predictors)),
+        backend=backend,
+        samples=samples,
+        dtype=dtype or torch.float32,
+        head=heads.merged,
+    )
+
+    accumulators: list[Accumulator] = []
+    kinds: list[tuple[Any, ...]] = []
+    keys: list[Any] | None = None
+    for first in _batches(samples * count, sw_batch_size, progress):
+        items = range(first, min(first + sw_batch_size, samples * count))
+        places = [(item // count, origins[item % count]) for item in items]
+        batch = _join([cut(volume, *where) for where in places]).to(network_place)
+        extras = dict(kwargs)
+        if condition is not None:
+            extras["condition"] = _join([cut(condition, *where) for where in places]).to(
+                network_place
+            )
+        coordinates = ([_slices(*where, before, roi) for where in places],) if with_coord else ()
+        members: list[list[Tensor]] = []
+        weights = importance
+        for turn in turns:
+            view, turned = _turned(batch, turn), dict(extras)
+            if condition is not None:
+                turned["condition"] = _turned(extras["condition"], turn)
+            returned: list[list[Tensor]] = []
+            for number, predict in enumerate(predictors):
+                keys, tensors = _flat(predict(view, *coordinates, *args, **turned))
+                if process_fn is not None:
+                    weight = dense(importance).to(network_place, volume.dtype)
+                    tensors = [_turned(tensor, turn) for tensor in tensors]
+                    tensors, processed = process_fn(tuple(tensors), batch, weight)
+                    tensors = [_turned(tensor, turn) for tensor in tensors]
+                    weights = [processed.detach().to("cpu", torch.float64)]
+                tensors = [_prediction(t, len(items), axes).to(place) for t in tensors]
+                returned.append([heads.apply(number, tensor) for tensor in tensors])
+            members += heads.joined(returned)
+        if not kinds:
+            kinds = [_kind(tensor) for tensor in members[0]]
+            outs = _destinations(out, keys, len(kinds))
+            if head is not None and len(kinds) > 1:
+                raise ValueError(f"head: got one for {len(kinds)} outputs, expected one output")
+        for member in members:
+            if [_kind(tensor) for tensor in member] != kinds:
+                got = ", ".join(_checks.describe(tensor) for tensor in member)
+                raise ValueError(f"predictor: returned {got}, but before {_listed(kinds)}")
+        for number, kind in enumerate(kinds):
+            predictions = [
+                (member[number], turn)
+                for turn, member in zip(
+                    [t for t in turns for _ in range(len(members) // len(turns))],
+                    members,
+                    strict=True,
+                )
+            ]
+            weights = resized(weights, kind[2:])
+            if number == len(accumulators):
+                accumulators.append(
+                    accumulator(
+                        with_dtype(wish, dtype or heads.kind or kind[0]),
+                        placement.scaled(kind[2:], before, after),
+                        weights,
+                        predictions[0][0],
+                        Results(samples, axes, outs[number]),
+                        changing=process_fn is not None,
                     )
-                    results.prepare(sample, fuser, kind[0], place)
-                part = slice(done, done + size)
-                fuser.add_members(
-                    [(prediction[part], turn) for prediction, turn in predictions],
-                    order.origins[patch : patch + size],
                 )
-                if patch + size == count:
-                    fuser.result()
-                    fuser = None
-                done += size
-    return results.everything
+            accumulators[number].add(predictions, items, weights)
+    results = [each.results.everything for each in accumulators]
+    if meta is not None and out is None:
+        results = [_like(result, meta) for result in results]
+    if keys is not None:
+        return dict(zip(keys, results, strict=True))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-class _Results:
-    """The result of every sample in one tensor, or where the caller wants it."""
-
-    def __init__(self, samples: int, out: Destination | None) -> None:
-        self.samples = samples
-        self.everything: Any = None if callable(out) and not isinstance(out, Tensor) else out
-        self._out = out
-
-    def place(self, sample: int, axes: int) -> Any:
-        """Where a sample goes, if the caller said so."""
-        out = self._out
-        if not isinstance(out, (Tensor, np.ndarray)):
-            return out
-        if out.ndim == axes + 2:
-            if out.shape[0] != self.samples:
-                raise ValueError(
-                    f"out: got shape {tuple(out.shape)}, expected {self.samples} samples"
-                )
-            return out[sample]
-        if self.samples != 1:
-            raise ValueError(f"out: got shape {tuple(out.shape)}, expected {self.samples} samples")
-        return out
-
-    def prepare(
-        self, sample: int, fuser: PatchFuser, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Allocate the result of all samples, if the caller gave no place."""
-        if self._out is not None:
-            return
-        if self.everything is None:
-            self.everything = fuser.new_result(dtype, device, (self.samples,))
-        fuser.send_to(self.everything[sample])
+def _predictors(predictor: Predictor | Sequence[Predictor]) -> list[Predictor]:
+    if callable(predictor):
+        return [predictor]
+    if isinstance(predictor, Sequence) and predictor and all(map(callable, predictor)):
+        return list(predictor)
+    raise TypeError(
+        f"predictor: got {type(predictor).__name__}, expected a callable, or a list of them (it "
+        "comes fourth, after sw_batch_size, as in MONAI)"
+    )
 
 
-def _roi(roi_size: int | Sequence[int], spatial: tuple[int, ...]) -> tuple[int, ...]:
+def _roi(roi_size: int | Sequence[int | None], spatial: tuple[int, ...]) -> tuple[int, ...]:
     sizes = tuple(roi_size) if isinstance(roi_size, Sequence) else (roi_size,) * len(spatial)
     if len(sizes) != len(spatial):
         raise ValueError(
             f"roi_size: got {tuple(sizes)}, expected one number or {len(spatial)}, to go with a "
             f"volume of {spatial}"
         )
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+    chosen = [0 if size is None else size for size in sizes]
+    if any(isinstance(size, bool) or not isinstance(size, (int, np.integer)) for size in chosen):
         raise TypeError(f"roi_size: got {roi_size!r}, expected integers")
-    return tuple(size if size > 0 else extent for size, extent in zip(sizes, spatial, strict=True))
+    return tuple(
+        int(size) if size > 0 else extent for size, extent in zip(chosen, spatial, strict=True)
+    )
+
+
+def _importance(
+    roi: tuple[int, ...],
+    window: WindowLike | None,
+    mode: str | None,
+    sigma_scale: float | Sequence[float],
+    given: Tensor | None,
+) -> Importance:
+    """The weights of a patch's voxels."""
+    if window is not None:
+        return [torch.from_numpy(vector) for vector in resolve_window(window, roi)]
+    if given is not None:
+        weight = _checks.plain(torch.as_tensor(given)).detach().to("cpu", torch.float64)
+        axes = len(roi)
+        lead = tuple(weight.shape[: max(weight.ndim - axes, 0)])
+        if (
+            tuple(weight.shape[len(lead) :]) != roi
+            or (len(lead) not in (0, 1, 2))
+            or lead[:-1] not in ((), (1,))
+        ):
+            raise ValueError(
+                f"roi_weight_map: got shape {tuple(weight.shape)}, expected {roi}, or that after "
+                "(1, C)"
+            )
+        if not bool((weight >= 0).all()) or not bool(weight.isfinite().all()):
+            raise ValueError("roi_weight_map: weights must be finite and >= 0")
+        if all(size == 1 for size in lead):
+            weight = weight.reshape(roi)
+        constant = weight.ndim == axes and bool((weight == weight.reshape(-1)[0]).all())
+        return [torch.ones(size, dtype=torch.float64) for size in roi] if constant else [weight]
+    mode = str(getattr(mode, "value", mode))
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, expected 'constant' or 'gaussian'")
+    if mode == "constant":
+        return [torch.ones(size, dtype=torch.float64) for size in roi]
+    sigmas = tuple(sigma_scale) if isinstance(sigma_scale, Sequence) else (sigma_scale,) * len(roi)
+    if len(sigmas) != len(roi):
+        raise ValueError(f"sigma_scale: got {sigmas}, expected one number or {len(roi)}")
+    weight = dense([gaussian_window(n, sigma) for n, sigma in zip(roi, sigmas, strict=True)])
+    return [weight.clamp(min=max(float(weight.min()), LEAST_WEIGHT))]
+
+
+def _destinations(out: Any, keys: list[Any] | None, count: int) -> list[Any]:
+    """Where each output goes."""
+    if out is None:
+        return [None] * count
+    if keys is not None:
+        if isinstance(out, Mapping) and sorted(out) == keys:
+            return [out[key] for key in keys]
+        raise ValueError(f"out: got {type(out).__name__}, expected a dict with the keys {keys}")
+    if isinstance(out, (tuple, list)) and len(out) == count:
+        return list(out)
+    if count == 1:
+        return [out]
+    raise ValueError(f"out: got {type(out).__name__}, expected a tuple for {count} outputs")
+
+
+def _slices(
+    sample: int, origin: Sequence[int], before: Sequence[int], roi: Sequence[int]
+) -> list[slice]:
+    """Where a patch lies in the padded volume, as MONAI tells its predictors."""
+    place = [slice(sample, sample + 1), slice(None)]
+    for start, low, size in zip(origin, before, roi, strict=True):
+        place.append(slice(start + low, start + low + size))
+    return place
+
+
+def _turned(batch: Tensor, turn: Sequence[int]) -> Tensor:
+    return batch.flip([axis + 2 for axis in turn]) if turn else batch
+
+
+def _flat(outputs: Any) -> tuple[list[Any] | None, list[Any]]:
+    """The outputs of a network one by one, and their names if they have any, in MONAI's order."""
+    if isinstance(outputs, Mapping):
+        keys = sorted(outputs)
+        return keys, [outputs[key] for key in keys]
+    if isinstance(outputs, (tuple, list)):
+        return None, list(outputs)
+    return None, [outputs]
+
+
+def _prediction(prediction: object, size: int, axes: int) -> Tensor:
+    prediction = _checks.require_tensor("predictor's result", prediction)
+    shape = tuple(prediction.shape)
+    if len(shape) != axes + 2 or shape[0] != size or 0 in shape:
+        raise ValueError(
+            f"predictor: returned shape {shape}, expected ({size}, C, *patch) with {axes} spatial "
+            "axes"
+        )
+    if prediction.is_complex():
+        raise TypeError(
+            f"predictor: returned {_checks.describe(prediction)}, expected real numbers"
+        )
+    return prediction if prediction.is_floating_point() else prediction.to(torch.float32)
+
+
+def _kind(prediction: Tensor) -> tuple[Any, ...]:
+    """What has to stay the same from call to call: dtype, channels and extent."""
+    return (prediction.dtype, *prediction.shape[1:])
+
+
+def _listed(kinds: list[tuple[Any, ...]]) -> str:
+    return ", ".join(f"{kind[1]} channels {kind[2:]} of {kind[0]}" for kind in kinds)
+
+
+def _like(result: Tensor, meta: Any) -> Any:
+    """A MetaTensor with the affine and what else ``meta`` knows."""
+    wrapped = type(meta)(result)
+    wrapped.copy_meta_from(meta, copy_attr=False)
+    return wrapped
 
 
 def _batches(total: int, size: int, progress: bool) -> Iterable[int]:
@@ -273,21 +543,6 @@ def _batches(total: int, size: int, progress: bool) -> Iterable[int]:
 
 def _join(patches: list[Tensor]) -> Tensor:
     return patches[0] if len(patches) == 1 else torch.cat(patches)
-
-
-def _prediction(prediction: object, size: int, roi: tuple[int, ...]) -> Tensor:
-    prediction = _checks.require_tensor("predictor's result", prediction)
-    expected = (size, "C", *roi)
-    shape = tuple(prediction.shape)
-    if len(shape) != len(expected) or shape[0] != size or shape[1] < 1 or shape[2:] != roi:
-        listed = ", ".join(str(extent) for extent in expected)
-        raise ValueError(f"predictor: returned shape {shape}, expected ({listed})")
-    if prediction.dtype not in _checks.LOGIT_DTYPES:
-        raise TypeError(
-            f"predictor: returned {_checks.describe(prediction)}, expected float32, float16, "
-            "bfloat16 or float64"
-        )
-    return prediction
 
 
 def _patch(

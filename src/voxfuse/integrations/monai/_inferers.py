@@ -8,11 +8,44 @@ from typing import Any
 import monai.inferers
 from torch import Tensor
 
+from voxfuse.fusion.heads import HeadLike
+from voxfuse.fusion.orientations import Augmentation
+from voxfuse.fusion.windows import WindowLike
 from voxfuse.integrations.monai._inference import sliding_window_inference
 
 
 class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore[misc]
-    """``monai.inferers.SlidingWindowInferer`` on the fused sliding window: same arguments."""
+    """``monai.inferers.SlidingWindowInferer`` on the fused sliding window: same arguments.
+
+    Args:
+        window, output, tta, head, activation, voting, threshold: further ones, of every call; see
+            :func:`voxfuse.integrations.monai.sliding_window_inference`. A call takes them too, and
+            ``out=``.
+        args, kwargs: MONAI's.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        window: WindowLike | None = None,
+        output: str = "logits",
+        tta: Augmentation = None,
+        head: HeadLike = None,
+        activation: str = "none",
+        voting: str | None = None,
+        threshold: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.fusion = {
+            "window": window,
+            "output": output,
+            "tta": tta,
+            "head": head,
+            "activation": activation,
+            "voting": voting,
+            "threshold": threshold,
+        }
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
@@ -48,7 +81,7 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
             buffer_dim,
             self.with_coord,
             *args,
-            **kwargs,
+            **(self.fusion | kwargs),
         )
 
 
