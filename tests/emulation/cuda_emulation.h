@@ -20,6 +20,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -75,10 +76,46 @@ unsigned atomic_add(unsigned* address, unsigned value);
 /// __threadfence().
 void fence();
 
+/// What a problem asks of a kernel at run time, as ` name=value` words; the tests see to it that
+/// every value is met.
+template <class Problem>
+std::string features(const Problem& q) {
+  std::string words;
+  [[maybe_unused]] const auto add = [&](const char* name, auto value) {
+    words += std::string(" ") + name + "=" + std::to_string(static_cast<long long>(value));
+  };
+  if constexpr (requires { q.input_layout; }) {
+    add("dense", q.dense);
+    add("target", q.target.type);
+    add("weight", q.weight.data == nullptr ? -1 : static_cast<int>(q.weight.type));
+    add("layout", q.input_layout);
+    add("gradient", q.gradient.data == nullptr ? -1 : static_cast<int>(q.gradient_layout));
+    add("sums", q.statistics);
+    add("focal", q.gamma != 0);
+  } else if constexpr (requires { q.ring_axis; }) {
+    add("separable", q.separable);
+    add("divided", q.total != nullptr);
+    add("ring", q.ring_axis);
+    add("axes", q.axes);
+  } else if constexpr (requires { q.turn; }) {
+    add("type", q.type);
+    add("activation", q.activation);
+    add("applied", q.applied);
+    add("head", q.weight != nullptr);
+    add("total", q.total != nullptr);
+    add("clear", q.clear);
+  }
+  return words;
+}
+
+/// Appends a line to the file EMULATION_LOG: where the kernel lies in the program, and features.
+void log_launch(const void* kernel, const std::string& features);
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    const Arguments&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+  log_launch(reinterpret_cast<const void*>(kernel), (std::string() + ... + features(arguments)));
   return run_grid(grid, block, [&] { std::apply(kernel, copies); });
 }
 

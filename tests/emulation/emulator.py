@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -145,13 +146,51 @@ def build(name: str, sources: tuple[str, ...], variant: str = "fibers") -> Path:
             subprocess.run([*command, "-o", str(output)], check=True)
             return output
 
-        every = [*sources, emulation]
+        every = [*sources, emulation, "tests/emulation/launch_log.cpp"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = [str(path) for path in pool.map(compile_one, every)]
         linked = Path(scratch) / name
         subprocess.run(["g++", *flags, *objects, "-o", str(linked)], check=True)
         linked.replace(program)
     return program
+
+
+#: Kernels in the sources: their instances are told by these names in a program or a library.
+KERNEL = re.compile(
+    r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\("
+)
+
+
+def kernel_names() -> set[str]:
+    """The names of all CUDA kernels of csrc/cuda, without template arguments."""
+    names: set[str] = set()
+    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+        if path.suffix in (".cu", ".cuh"):
+            text = path.read_text()
+            found = KERNEL.findall(text)
+            assert len(found) == len(re.findall(r"^\s*__global__", text, re.M)), path
+            names.update(found)
+    return names
+
+
+def readable(symbol: str) -> str:
+    """``few_forward<float, 2, false>`` of a demangled symbol."""
+    name = re.sub(r"voxfuse::cuda::|voxfuse::|\(anonymous namespace\)::|^void ", "", symbol)
+    return re.sub(r"(>|^\w+)\(\w.*", r"\1", name)
+
+
+def instances(program: Path) -> dict[int, str]:
+    """Kernels in an emulation program by their place: what its dispatch can start."""
+    table = subprocess.run(["nm", "-C", str(program)], capture_output=True, text=True, check=True)
+    names = kernel_names()
+    found = {}
+    for line in table.stdout.splitlines():
+        place, kind, symbol = line[:16].strip(), line[17:18], line[19:]
+        name = readable(symbol)
+        is_kernel = "voxfuse::cuda" in symbol and re.split(r"[<(]", name)[0] in names
+        if place and kind in "tTwW" and is_kernel and "lambda" not in symbol:
+            found[int(place, 16)] = name
+    return found
 
 
 class Program:
@@ -271,6 +310,22 @@ class Operators:
 
     def close(self) -> None:
         self._program.close()
+
+    @classmethod
+    def instances(cls, variant: str = "fibers") -> dict[int, str]:
+        """Kernels of the program by their place."""
+        return instances(build(cls.NAME, cls.SOURCES, variant))
+
+    @classmethod
+    def launched(cls, log: Path) -> list[tuple[str, dict[str, int]]]:
+        """Kernel and features of every launch in a file that was given as EMULATION_LOG."""
+        kernels = cls.instances()
+        result = []
+        for line in log.read_text().splitlines() if log.exists() else ():
+            place, *words = line.split()
+            pairs = (word.split("=") for word in words)
+            result.append((kernels[int(place, 16)], {name: int(x) for name, x in pairs}))
+        return result
 
 
 class SoftConfusion(Operators):
