@@ -263,14 +263,22 @@ def test_inferers_are_those_of_monai(name, cached):
     )
 
 
-def test_a_network_gives_the_same_labels():
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_network_gives_the_same_labels(axes):
+    """Ten classes, two samples, three input channels."""
     nets = pytest.importorskip("monai.networks.nets")
     torch.manual_seed(0)
-    net = nets.UNet(3, 1, 10, (4, 8), (2,)).eval()
-    inputs = torch.rand(1, 1, 32, 24, 24)
+    net = nets.UNet(axes, 3, 10, (4, 8), (2,)).eval()
+    inputs = torch.rand(2, 3, *(32, 24, 24)[:axes])
     with torch.no_grad():
-        actual, expected = both(inputs, (16, 16, 16), 4, net, 0.5, "gaussian")
-    assert torch.equal(actual.argmax(1), expected.argmax(1))
+        actual, expected = both(inputs, (16,) * axes, 4, net, 0.5, "gaussian")
+        labels = [
+            function(inputs, (16,) * axes, 4, net, 0.5, "gaussian", output="labels")
+            for function in (fused.sliding_window_inference, voxfuse.sliding_window_inference)
+        ]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    for each in labels:
+        assert torch.equal(each, expected.argmax(1, keepdim=True).to(torch.uint8))
 
 
 def test_bad_input_is_named():

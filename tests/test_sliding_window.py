@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 import voxfuse
+from voxfuse.fusion import fuser as fuser_module
 from voxfuse.fusion import windows
 
 RULES = ("shifted", "even", "half_patch")
@@ -299,19 +300,148 @@ def test_an_ensemble_is_the_mean_of_its_models():
     torch.testing.assert_close(result, 3 * volume)
 
 
-def test_a_head_gives_the_labels_of_the_logits():
+def rings(monkeypatch):
+    """Channels of every ring that is allocated."""
+    channels = []
+    original = fuser_module.PatchFuser._open
+
+    def opened(self, patches):
+        channels.append(self.channels)
+        return original(self, patches)
+
+    monkeypatch.setattr(fuser_module.PatchFuser, "_open", opened)
+    return channels
+
+
+@pytest.mark.parametrize("classes", [3, 4, 9])
+@pytest.mark.parametrize("output", ["labels", "logits", "probabilities"])
+@pytest.mark.parametrize("voting", [None, "soft"])
+def test_a_head_gives_what_the_logits_give(classes, output, voting, monkeypatch):
     torch.manual_seed(0)
     volume = torch.rand(1, 2, 24, 20, 16)
     features = torch.nn.Conv3d(2, 4, 3, padding=1)
-    head = torch.nn.Conv3d(4, 9, 1)
-    options = {"output": "labels"}
+    head = torch.nn.Conv3d(4, classes, 1)
+    options = {"output": output, "voting": voting or "logit"}
+    options["activation"] = "softmax" if output == "probabilities" else "none"
     expected = voxfuse.sliding_window_inference(
         volume, 12, 4, lambda x: head(features(x)), **options
     )
+    channels = rings(monkeypatch)
     actual = voxfuse.sliding_window_inference(
-        volume, 12, 4, features, head=(head.weight, head.bias), **options
+        volume, 12, 4, features, head=(head.weight, head.bias), **options | {"voting": voting}
     )
-    assert (actual != expected).float().mean() < 1e-3
+    if output == "labels":
+        assert (actual != expected).float().mean() < 1e-3
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # Fewer features than classes are fused themselves, where logits are averaged.
+    late = classes > 4 and not (voting == "soft" and output == "probabilities")
+    assert set(channels) == {4 if late else classes}
+
+
+@pytest.mark.parametrize("classes", [5, 12])
+def test_an_ensemble_has_a_head_each(classes, monkeypatch):
+    torch.manual_seed(0)
+    volume = torch.rand(2, 1, 20, 18)
+    bodies = [torch.nn.Conv2d(1, features, 3, padding=1) for features in (3, 4)]
+    heads = [torch.nn.Conv2d(body.out_channels, classes, 1) for body in bodies]
+    pairs = list(zip(bodies, heads, strict=True))
+    whole = [lambda x, b=body, h=head: h(b(x)) for body, head in pairs]
+    expected = voxfuse.sliding_window_inference(volume, 8, 3, whole, tta="mirror")
+    channels = rings(monkeypatch)
+    actual = voxfuse.sliding_window_inference(
+        volume, 8, 3, bodies, tta="mirror", head=[(h.weight, h.bias) for h in heads]
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert set(channels) == {7 if classes == 12 else 5}
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    [
+        (
+            (torch.zeros(3, 2), torch.zeros(2)),
+            ValueError,
+            r"head: got bias \(2,\), expected \(3,\)",
+        ),
+        ((torch.zeros(3), torch.zeros(3)), TypeError, r"head: expected \(weight"),
+        ([], TypeError, "head: got list"),
+        ((torch.zeros(3, 2), None), ValueError, "returned 1 channels, but head takes 2"),
+        ([(torch.zeros(3, 1), None)] * 2, ValueError, "head: got 2 for 1 predictors"),
+    ],
+)
+def test_bad_heads_are_named(head, error, message):
+    with pytest.raises(error, match=message):
+        voxfuse.sliding_window_inference(torch.rand(1, 1, 8), 4, 1, lambda x: x, head=head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 9])
+def test_half_precision_features_give_results_of_their_dtype(dtype, classes):
+    head = (torch.randn(classes, 3), torch.randn(classes))
+    result = voxfuse.sliding_window_inference(
+        torch.rand(1, 3, 12, 10), 6, 2, lambda x: x.to(dtype), head=head
+    )
+    assert result.dtype == dtype
+    assert result.shape == (1, classes, 12, 10)
+
+
+def test_outputs_by_name_go_where_the_caller_says():
+    volume = torch.rand(1, 1, 20, 12)
+
+    def predictor(patch):
+        return {"twice": 2 * patch, "coarse": torch.nn.functional.avg_pool2d(patch, 2)}
+
+    out = {"twice": torch.empty(20, 12), "coarse": np.empty((1, 1, 10, 6), np.float32)}
+    result = voxfuse.sliding_window_inference(volume, (8, 4), 2, predictor, out=out)
+    assert result["twice"] is out["twice"]
+    torch.testing.assert_close(out["twice"], 2 * volume[0, 0])
+    coarse = torch.nn.functional.avg_pool2d(volume, 2)
+    torch.testing.assert_close(torch.from_numpy(out["coarse"]), coarse)
+    with pytest.raises(ValueError, match=r"out: got ndarray, expected a dict with the keys"):
+        voxfuse.sliding_window_inference(volume, (8, 4), 2, predictor, out=out["coarse"])
+    with pytest.raises(ValueError, match="head: got one for 2 outputs"):
+        voxfuse.sliding_window_inference(
+            volume, (8, 4), 2, predictor, head=(torch.ones(2, 1), None)
+        )
+
+
+COMPOSED = {
+    "weights by channel": {"roi_weight_map": torch.rand(1, 2, 6, 6) + 0.1},
+    "process_fn": {"process_fn": lambda outputs, patch, weight: (outputs, weight)},
+}
+
+
+@pytest.mark.parametrize("way", COMPOSED)
+@pytest.mark.parametrize("output", ["logits", "labels", "probabilities", "foreground", "mask"])
+@pytest.mark.parametrize("tta", [None, "mirror"])
+def test_the_composed_way_has_every_output(way, output, tta, tmp_path):
+    volume = torch.rand(1, 1, 14, 11)
+    activation = "none" if output == "logits" else "softmax"
+    options = {"output": output, "activation": activation, "tta": tta}
+    result = voxfuse.sliding_window_inference(volume, 6, 3, twice, **options, **COMPOSED[way])
+    expected = voxfuse.sliding_window_inference(volume, 6, 3, twice, **options)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    out = np.empty(result.shape[1:], result.numpy().dtype)
+    slabs = []
+    for place in (out, lambda slab, start, stop: slabs.append((slab, start, stop))):
+        voxfuse.sliding_window_inference(volume, 6, 3, twice, out=place, **options, **COMPOSED[way])
+    assert np.array_equal(out, result[0].numpy())
+    assert [bounds for _, *bounds in slabs] == [[0, 14]]
+    assert torch.equal(slabs[0][0], result[0])
+
+
+def test_four_axes_take_heads_and_leave_what_is_skipped():
+    volume = torch.zeros(1, 1, 12, 4, 4, 4)
+    volume[:, :, :4] = 1
+    head = (torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([0.5, 0.0, 0.0]))
+    labels = voxfuse.sliding_window_inference(
+        volume, 4, 1, lambda x: x, 0, output="labels", head=head, fill=7,
+        skip=lambda patch: not patch.any(),
+    )  # fmt: skip
+    assert (labels[:, :, :4] == 2).all()
+    assert (labels[:, :, 4:] == 7).all()
 
 
 def test_a_fault_in_the_predictor_leaves_finished_slices():
