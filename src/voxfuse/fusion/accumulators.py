@@ -71,6 +71,7 @@ class Wish:
     samples: int
     dtype: torch.dtype
     head: tuple[Tensor, Tensor] | None
+    accumulate: torch.dtype | None
 
     def allocated_dtype(self) -> torch.dtype | None:
         """The dtype to ask a fuser for: None where the output decides."""
@@ -165,6 +166,7 @@ class Streamed:
             stream_axis=wish.stream_axis,
             out=self.results.place(sample),
             dtype=wish.allocated_dtype(),
+            accumulate=wish.accumulate,
             backend=wish.backend,
         )
         shape, dtype = fuser.result_layout(wish.dtype)
@@ -200,6 +202,7 @@ class Composed:
             box, part = self._boxes(index)
             self._total[box] += weight[part]
         self._sums: Tensor | None = None
+        self._exact = torch.float32  # of the additions
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
@@ -208,20 +211,26 @@ class Composed:
         for position, item in enumerate(items):
             sample, index = divmod(item, count)
             if self._sums is None:
-                dtype = accumulation_dtype(predictions[0][0].dtype)
-                self._sums = zeros((self._channels, *self._placement.extent), dtype, self._device)
+                shape = (self._channels, *self._placement.extent)
+                self._exact = accumulation_dtype(predictions[0][0].dtype)
+                self._sums = zeros(shape, self._wish.accumulate or self._exact, self._device)
             box, part = self._boxes(index)
             total = self._total[box]
-            share = torch.where(total == 0, 0.0, weight[part] / total).to(self._sums)
+            share = torch.where(total == 0, 0.0, weight[part] / total)
+            share = share.to(self._device, self._exact)
             for prediction, turn in predictions:
                 patch = prediction[position : position + 1]
                 if turn:
                     patch = patch.flip([axis + 2 for axis in turn])
                 if self._wish.voting == "soft" and self._wish.activation != "none":
                     patch = activated(patch, self._wish.activation)
-                self._sums[box] += share * patch[0][part].to(self._sums.dtype)
+                term = share * patch[0][part].to(self._exact)
+                if self._wish.accumulate is None:
+                    self._sums[box] += term
+                else:
+                    self._sums[box] = self._sums[box].to(self._exact) + term / self._wish.members
             if index == count - 1:
-                self._finish(sample, self._sums)
+                self._finish(sample, self._sums.to(self._exact))
                 self._sums = None
 
     def _boxes(self, index: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
@@ -237,12 +246,13 @@ class Composed:
 
     def _finish(self, sample: int, sums: Tensor) -> None:
         wish, extent = self._wish, self._placement.extent
+        divisor = wish.members if wish.accumulate is None else 1
         uncovered = (self._total == 0).all(0).to(sums.device)
         classes = self._channels if wish.head is None else wish.head[0].shape[0]
         dtype = wish.allocated_dtype() or result_dtype(wish.output, classes, wish.dtype)
         if wish.output == "logits" and wish.head is None:
             # Only this one carries a gradient.
-            slab = (sums / wish.members if wish.members > 1 else sums).to(dtype)
+            slab = (sums / divisor if divisor > 1 else sums).to(dtype)
             if uncovered.any():
                 slab = torch.where(uncovered, torch.tensor(wish.fill).to(slab), slab)
         else:
@@ -255,7 +265,7 @@ class Composed:
                 OUTPUTS[wish.output],
                 activation=wish.activation,
                 applied=wish.voting == "soft",
-                divisor=wish.members,
+                divisor=divisor,
                 weight=None if weight is None else weight.to(sums),
                 bias=None if bias is None else bias.to(sums),
                 total=(~uncovered).flatten().double(),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
+from voxfuse.fusion.half_ring import ACCUMULATORS, add_rounded, slots, widened
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
@@ -42,7 +43,7 @@ Destination = Tensor | NDArray[Any] | Callable[[Tensor, int, int], object]
 class FusionPlan:
     """What a fusion will take, known before it runs; ``print`` it.
 
-    Bytes are those of float32 sums (``ring_bytes``, doubled for float64 patches), of the float64
+    Bytes are those of the sums (``ring_bytes``, doubled for float64 patches), of the float64
     weight sums that only arbitrary origins and dense windows need (``weight_bytes``), and of the
     result (``output_bytes``: with the dtype given, or float32 where the patches' dtype decides).
     """
@@ -108,6 +109,11 @@ class PatchFuser:
         dtype: of a result that is allocated here. Default: the patches' for floating results, the
             smallest of uint8, uint16 and int32 for labels, uint8 for a mask.
         device: of a result that is allocated here. Default: the patches'.
+        accumulate: None (float32 sums), or torch.float16 or torch.bfloat16 for a ring of half the
+            memory. Every addition is then rounded once: with n of them over a voxel (patches times
+            members) the mean is off by at most ``n u max|P|`` beside float32's rounding, u = 2^-11
+            for float16 (and n 2^-25: its smallest numbers), 2^-8 for bfloat16. Predictions beyond
+            65504 overflow float16. Slower: see :mod:`voxfuse.fusion.half_ring`.
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
     Sums are float32 (float64 for float64 patches) in the order in which patches are added, so that
@@ -150,8 +156,14 @@ class PatchFuser:
         out: Destination | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        accumulate: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
+        if accumulate is not None and accumulate not in ACCUMULATORS:
+            raise ValueError(
+                f"accumulate: got {accumulate}, expected None, torch.float16 or torch.bfloat16"
+            )
+        self.accumulate = accumulate
         self.volume_shape = tuple(int(size) for size in volume_shape)
         if isinstance(patch_size, int):
             patch_size = (patch_size,) * len(self.volume_shape)
@@ -216,6 +228,7 @@ class PatchFuser:
         self._result: Tensor | None = None
         self._returned: Any = None
         self._ring: Tensor | None = None
+        self._sums = torch.float32
         self._kind: torch.dtype | None = None
         self._total: Tensor | None = None
         self._in_place = False
@@ -240,7 +253,7 @@ class PatchFuser:
             members=self.members,
             stream_axis=self.stream_axis,
             ring_shape=ring_shape,
-            ring_bytes=4 * math.prod(ring_shape),
+            ring_bytes=(2 if self.accumulate else 4) * math.prod(ring_shape),
             weight_bytes=0 if self._normalised else 8 * math.prod(ring_shape[1:]),
             output_shape=shape,
             output_bytes=size * math.prod(shape),
@@ -403,7 +416,9 @@ class PatchFuser:
                 f"out: got {type(out).__name__}, expected a tensor, a NumPy array or a function"
             )
         shape = self._result_shape()
-        allowed = [shape] if self._all_channels() else [shape, (1, *shape)]
+        allowed = [shape]
+        if shape in (self.volume_shape, (1, *self.volume_shape)):
+            allowed = [self.volume_shape, (1, *self.volume_shape)]
         if tuple(tensor.shape) not in allowed:
             raise ValueError(f"out: got shape {tuple(tensor.shape)}, expected {shape}")
         self._result = (
@@ -418,12 +433,13 @@ class PatchFuser:
         """Allocate the ring and the result at the first patch."""
         sums = accumulation_dtype(patches.dtype)
         if self._ring is not None:
-            if (self._ring.dtype, self._ring.device) != (sums, patches.device):
+            if (self._sums, self._ring.device) != (sums, patches.device):
                 raise ValueError(
                     f"patches: got {_checks.describe(patches)}, but those before went to "
-                    f"{str(self._ring.dtype).removeprefix('torch.')} sums on {self._ring.device}"
+                    f"{str(self._sums).removeprefix('torch.')} sums on {self._ring.device}"
                 )
             return self._ring
+        self._sums = sums
         if self._result is None and self._callback is None:
             self._returned = zeros(
                 self._result_shape(),
@@ -443,6 +459,7 @@ class PatchFuser:
             and self._head is None
             and self.members == 1
             and self._normalised
+            and self.accumulate is None
         )
         device = patches.device
         self._weights = [w.to(device) for w in self._weights]
@@ -453,7 +470,7 @@ class PatchFuser:
             self._ring = result
             return result
         extent = self._ring_extent()
-        self._ring = zeros((self.channels, *extent), sums, device)
+        self._ring = zeros((self.channels, *extent), self.accumulate or sums, device)
         if not self._normalised:
             self._total = zeros(extent, torch.float64, device)
         if self._head is not None:
@@ -540,18 +557,19 @@ class PatchFuser:
             return
         extent = self.volume_shape[self.stream_axis]
         start = 0 if self._in_place else self._base
-        overlap_add_(
-            ring,
-            patches,
-            self.origins[indices],
-            self._rows[indices],
-            self._weights,
-            total=self._total,
-            ring_axis=self.stream_axis,
-            start=start,
-            stop=extent if self._in_place else min(start + self._depth, extent),
-            backend=self.backend,
-        )
+        arguments: dict[str, Any] = {
+            "total": self._total,
+            "ring_axis": self.stream_axis,
+            "start": start,
+            "stop": extent if self._in_place else min(start + self._depth, extent),
+            "backend": self.backend,
+        }
+        tables = self.origins[indices], self._rows[indices], self._weights
+        if self.accumulate is None:
+            overlap_add_(ring, patches, *tables, **arguments)
+        else:
+            arguments |= {"members": self.members, "dtype": self._sums}
+            add_rounded(ring, patches, *tables, **arguments)
         for index in indices:
             self._added[index] += times
 
@@ -579,33 +597,55 @@ class PatchFuser:
             dtype = self._result_dtype(self._kind or ring.dtype) if place is None else place.dtype
             slab = torch.empty((channels, *shape), dtype=dtype, device=ring.device)
         assert slab is not None
-        weight, bias = (None, None) if self._head is None else self._head
-        finalize_slab(
-            ring,
-            slab,
-            OUTPUTS[self.output],
-            ring_axis=axis,
-            start=start,
-            stop=stop,
-            activation=self.activation,
-            applied=self.voting == "soft",
-            divisor=self.members,
-            weight=weight,
-            bias=bias,
-            total=self._total,
-            threshold=self.threshold,
-            fill=self.fill,
-            clear=True,
-            backend=self.backend,
-        )
+        if self.accumulate is None:
+            self._finalise(ring, self._total, slab, start, stop)
+        else:
+            self._finalise_rounded(ring, slab, start, stop)
         if self._total is not None:
-            for slot, size in _slots(start, stop, self._depth):
+            for slot, size in slots(start, stop, self._depth):
                 self._total.narrow(axis, slot, size).zero_()
         if self._callback is not None:
             self._callback(slab, start, stop)
         elif slab is not place:
             assert place is not None
             place.copy_(slab)
+
+    def _finalise(
+        self, ring: Tensor, total: Tensor | None, slab: Tensor, start: int, stop: int
+    ) -> None:
+        weight, bias = (None, None) if self._head is None else self._head
+        finalize_slab(
+            ring,
+            slab,
+            OUTPUTS[self.output],
+            ring_axis=self.stream_axis,
+            start=start,
+            stop=stop,
+            activation=self.activation,
+            applied=self.voting == "soft",
+            divisor=self.members if self.accumulate is None else 1,
+            weight=weight,
+            bias=bias,
+            total=total,
+            threshold=self.threshold,
+            fill=self.fill,
+            clear=True,
+            backend=self.backend,
+        )
+
+    def _finalise_rounded(self, ring: Tensor, slab: Tensor, start: int, stop: int) -> None:
+        """Widen a sixteenth of the ring at a time."""
+        axis, block = self.stream_axis, max(self._depth // 16, 1)
+        low, high = [0] * len(self.volume_shape), list(self.volume_shape)
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            low[axis], high[axis] = first, last
+            sums = widened(ring, low, high, axis, self._sums)
+            total = None if self._total is None else widened(self._total[None], low, high, axis)[0]
+            part = slab.narrow(1 + axis, first - start, last - first)
+            self._finalise(sums, total, part, 0, last - first)
+        for slot, size in slots(start, stop, self._depth):
+            ring.narrow(1 + axis, slot, size).zero_()
 
     def _weigh(self) -> None:
         """Sum the weights over the slices that the ring has come to hold."""
@@ -649,14 +689,6 @@ def result_dtype(output: str, classes: int, patches: torch.dtype) -> torch.dtype
                 return dtype
         return torch.int32
     return torch.uint8 if output == "mask" else patches
-
-
-def _slots(start: int, stop: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Consecutive slots (first, number) of a ring that hold the slices start to stop."""
-    while start < stop:
-        size = min(stop - start, depth - start % depth)
-        yield start % depth, size
-        start += size
 
 
 def activated(patches: Tensor, activation: str) -> Tensor:

@@ -69,6 +69,7 @@ def sliding_window_inference(
     skip: Callable[[Tensor], bool] | None = None,
     fill: float = 0.0,
     stream_axis: str | int = "auto",
+    accumulate: torch.dtype | None = None,
     backend: str = "auto",
     **kwargs: Any,
 ) -> Any:
@@ -118,8 +119,8 @@ def sliding_window_inference(
         args, kwargs: passed on to the predictor; a tensor ``condition`` of the shape of ``inputs``
             is cut into the same patches.
         window: weights of a patch's voxels; see :func:`voxfuse.overlap_add`. Default "bspline".
-        output, activation, voting, threshold, fill, stream_axis: what is made of the fused
-            predictions; see :class:`voxfuse.PatchFuser`.
+        output, activation, voting, threshold, fill, stream_axis, accumulate: what is made of the
+            fused predictions; see :class:`voxfuse.PatchFuser`.
         out: where the result goes: a tensor or NumPy array (a memmap, say) of the result's shape
             (for one sample also without its first axis, for one channel also without both), or for
             one sample a function of (slab, start, stop). For several outputs a tuple or dict.
@@ -193,6 +194,7 @@ def sliding_window_inference(
             skip=skip,
             fill=fill,
             stream_axis=stream_axis,
+            accumulate=accumulate,
             backend=backend,
         )
 
@@ -230,6 +232,7 @@ def infer(
     skip: Callable[[Tensor], bool] | None = None,
     fill: float = 0.0,
     stream_axis: str | int = "auto",
+    accumulate: torch.dtype | None = None,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Any:
@@ -279,6 +282,7 @@ def infer(
         activation=activation,
         voting=heads.voting,
         threshold=threshold,
+        accumulate=accumulate,
         backend=backend,
     )
     condition = kwargs.get("condition")
@@ -320,6 +324,7 @@ def infer(
         samples=samples,
         dtype=dtype or torch.float32,
         head=heads.merged,
+        accumulate=accumulate,
     )
 
     accumulators: list[Accumulator] = []
