@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -112,14 +113,19 @@ def interleave(
     rounds: int,
     budget_seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time every function once a round, for ``rounds`` rounds or until the budget is spent."""
+    """Time every function once a round, for ``rounds`` rounds or until the budget is spent.
+
+    Every round has its own order: what the function before left behind (caches, pages that the
+    system has just taken back) must not always meet the same one.
+    """
+    order = random.Random(0)
     timings = {name: Timing() for name in functions}
     for function in functions.values():
         function()
     started = time.perf_counter()
     for done in range(rounds):
-        for name, function in functions.items():
-            timings[name].seconds.append(clock.time(function))
+        for name in order.sample(list(functions), len(functions)):
+            timings[name].seconds.append(clock.time(functions[name]))
         if time.perf_counter() - started > budget_seconds and done >= 2:
             break
     return timings
