@@ -52,30 +52,81 @@ VOXFUSE_INLINE Vec<float> in_turn(Vec<float> a, Vec<float> b, std::index_sequenc
   return __builtin_shufflevector(a, b, ((L % 2) * W + Upper * W / 2 + L / 2)...);
 }
 
-// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler. Two and four
-// channels, vector by vector: even from odd, once or twice.
+// Whether the C classes of a vector of voxels change places with its voxels in registers: two and
+// four by taking every other element, once or twice; whole vectors of classes by transposition.
+template <int C>
+inline constexpr bool kExchangesInRegisters =
+    C == 2 || C == 4 || (C > 0 && C <= 16 && C % Lanes<float>::width == 0);
+
+inline bool exchanges_in_registers(int64_t classes) {
+  return classes == 2 || classes == 4 || (classes <= 16 && classes % Lanes<float>::width == 0);
+}
+
+// Vectors in the order of memory, voxel by voxel, to a vector a class; and back.
+template <int C>
+VOXFUSE_INLINE void split_vectors(Vec<float>* x) {
+  static_assert(kExchangesInRegisters<C>);
+  using V = Vec<float>;
+  constexpr int W = Lanes<float>::width;
+  constexpr auto lanes = std::make_index_sequence<W>{};
+  if constexpr (C == 2) {
+    const V a = x[0], b = x[1];
+    x[0] = every_other<0>(a, b, lanes);
+    x[1] = every_other<1>(a, b, lanes);
+  } else if constexpr (C == 4) {
+    const V even[2] = {every_other<0>(x[0], x[1], lanes), every_other<0>(x[2], x[3], lanes)};
+    const V odd[2] = {every_other<1>(x[0], x[1], lanes), every_other<1>(x[2], x[3], lanes)};
+    x[0] = every_other<0>(even[0], even[1], lanes);
+    x[2] = every_other<1>(even[0], even[1], lanes);
+    x[1] = every_other<0>(odd[0], odd[1], lanes);
+    x[3] = every_other<1>(odd[0], odd[1], lanes);
+  } else {
+    V y[C];
+    for (int group = 0; group < C / W; ++group) {
+      for (int j = 0; j < W; ++j) y[group * W + j] = x[j * (C / W) + group];
+      transpose(y + group * W);
+    }
+    for (int c = 0; c < C; ++c) x[c] = y[c];
+  }
+}
+template <int C>
+VOXFUSE_INLINE void merge_vectors(Vec<float>* x) {
+  static_assert(kExchangesInRegisters<C>);
+  using V = Vec<float>;
+  constexpr int W = Lanes<float>::width;
+  constexpr auto lanes = std::make_index_sequence<W>{};
+  if constexpr (C == 2) {
+    const V a = x[0], b = x[1];
+    x[0] = in_turn<0>(a, b, lanes);
+    x[1] = in_turn<1>(a, b, lanes);
+  } else if constexpr (C == 4) {
+    const V even[2] = {in_turn<0>(x[0], x[2], lanes), in_turn<1>(x[0], x[2], lanes)};
+    const V odd[2] = {in_turn<0>(x[1], x[3], lanes), in_turn<1>(x[1], x[3], lanes)};
+    for (int k = 0; k < 2; ++k) {
+      x[2 * k] = in_turn<0>(even[k], odd[k], lanes);
+      x[2 * k + 1] = in_turn<1>(even[k], odd[k], lanes);
+    }
+  } else {
+    V y[C];
+    for (int group = 0; group < C / W; ++group) {
+      transpose(x + group * W);
+      for (int j = 0; j < W; ++j) y[j * (C / W) + group] = x[group * W + j];
+    }
+    for (int c = 0; c < C; ++c) x[c] = y[c];
+  }
+}
+
+// (n, C) interleaved to rows of a tile (C, room), for a C known to the compiler.
 template <int C, class R>
 void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
   int64_t i = 0;
-  if constexpr (std::is_same_v<R, float> && (C == 2 || C == 4)) {
+  if constexpr (std::is_same_v<R, float> && kExchangesInRegisters<C>) {
     constexpr int W = Lanes<float>::width;
-    constexpr auto lanes = std::make_index_sequence<W>{};
     for (; i + W <= n; i += W) {
-      Vec<float> x[C], y[C];
+      Vec<float> x[C];
       for (int k = 0; k < C; ++k) x[k] = load(source + i * C + k * W);
-      for (int k = 0; k < C; k += 2) {
-        y[k / 2] = every_other<0>(x[k], x[k + 1], lanes);
-        y[C / 2 + k / 2] = every_other<1>(x[k], x[k + 1], lanes);
-      }
-      if constexpr (C == 2) {
-        store(tile + i, y[0]);
-        store(tile + room + i, y[1]);
-      } else {  // y: channels 0 and 2 in turn, twice; channels 1 and 3 in turn, twice
-        store(tile + i, every_other<0>(y[0], y[1], lanes));
-        store(tile + 2 * room + i, every_other<1>(y[0], y[1], lanes));
-        store(tile + room + i, every_other<0>(y[2], y[3], lanes));
-        store(tile + 3 * room + i, every_other<1>(y[2], y[3], lanes));
-      }
+      split_vectors<C>(x);
+      for (int c = 0; c < C; ++c) store(tile + c * room + i, x[c]);
     }
   }
   for (; i < n; ++i) {
@@ -85,24 +136,13 @@ void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
 template <int C, class R>
 void merge_channels(const R* tile, int64_t room, int64_t n, R* out) {
   int64_t i = 0;
-  if constexpr (std::is_same_v<R, float> && (C == 2 || C == 4)) {
+  if constexpr (std::is_same_v<R, float> && kExchangesInRegisters<C>) {
     constexpr int W = Lanes<float>::width;
-    constexpr auto lanes = std::make_index_sequence<W>{};
     for (; i + W <= n; i += W) {
-      Vec<float> x[C], y[C];
+      Vec<float> x[C];
       for (int c = 0; c < C; ++c) x[c] = load(tile + c * room + i);
-      if constexpr (C == 2) {
-        y[0] = in_turn<0>(x[0], x[1], lanes);
-        y[1] = in_turn<1>(x[0], x[1], lanes);
-      } else {
-        const Vec<float> even[2] = {in_turn<0>(x[0], x[2], lanes), in_turn<1>(x[0], x[2], lanes)};
-        const Vec<float> odd[2] = {in_turn<0>(x[1], x[3], lanes), in_turn<1>(x[1], x[3], lanes)};
-        for (int k = 0; k < 2; ++k) {
-          y[2 * k] = in_turn<0>(even[k], odd[k], lanes);
-          y[2 * k + 1] = in_turn<1>(even[k], odd[k], lanes);
-        }
-      }
-      for (int k = 0; k < C; ++k) store(out + i * C + k * W, y[k]);
+      merge_vectors<C>(x);
+      for (int k = 0; k < C; ++k) store(out + i * C + k * W, x[k]);
     }
   }
   for (; i < n; ++i) {

@@ -277,14 +277,20 @@ VOXFUSE_INLINE Vec<float> load_half(const uint16_t* p, bool bfloat) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 VOXFUSE_INLINE void store_half(uint16_t* p, Vec<float> x, bool bfloat) {
+  typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
   __m256i bits;
   if (bfloat) {
-    const __m512i wide = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, wide, _mm512_set1_epi32(0x400000));
-    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    // NaN becomes the one that rounding cannot carry into a number.
+    const __m512i wide =
+        _mm512_castps_si512(_mm512_fixupimm_ps(x, x, _mm512_set1_epi32(0x11111133), 0));
+    // To the nearest, ties to even: half a unit less one bit, and that bit where the last kept one
+    // is odd.
+    const __mmask16 odd = _mm512_test_epi32_mask(wide, _mm512_set1_epi32(0x10000));
+    __m512i rounded = _mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff));
+    rounded = _mm512_mask_add_epi32(rounded, odd, wide, _mm512_set1_epi32(0x8000));
+    const Shorts upper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    bits =
+        _mm512_castsi512_si256(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(upper), rounded));
   } else {
     bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }

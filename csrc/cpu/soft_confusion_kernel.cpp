@@ -223,9 +223,28 @@ bool halves_in_place(const Confusion& q, const Strides& strides, int64_t n) {
          strides.voxel == 1 && n % Lanes<float>::width == 0 && q.classes <= 32;
 }
 
-// Voxels [begin, begin + n) of sample b for the softmax core, logits left as halves if the caller
-// says so; returns whether a label has no class.
-bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, bool halves,
+// Whether the core itself reads, or writes, channels-last float32 voxels.
+bool interleaved_in_place(const Confusion& q, const Strides& strides, int64_t n) {
+  const bool full = q.statistics == 8 && q.gradient == nullptr;
+  return q.input_type == Element::f32 && !full && strides.channel == 1 &&
+         strides.voxel == q.classes && n % Lanes<float>::width == 0 &&
+         exchanges_in_registers(q.classes);
+}
+
+// How the softmax core reads and writes a block: in place in the forms it knows, else rows of
+// float32, which may be a tile.
+Form form_of(const Confusion& q, int64_t n) {
+  const bool backward = q.gradient != nullptr;
+  const auto both = [&](auto in_place) {
+    return in_place(q, q.input_stride, n) && (!backward || in_place(q, q.gradient_stride, n));
+  };
+  if (both(halves_in_place)) return Form::halves;
+  if (both(interleaved_in_place)) return Form::interleaved;
+  return Form::rows;
+}
+
+// Voxels [begin, begin + n) of sample b for the softmax core; returns whether a label has no class.
+bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, Form form,
                     Workspace<float>& work, LabelledBlock& out, bool& weighted) {
   constexpr int64_t width = Lanes<float>::width;
   const int64_t padded = (n + width - 1) / width * width;
@@ -254,10 +273,13 @@ bool stage_labelled(const Confusion& q, int64_t b, int64_t begin, int64_t n, boo
   out.voxels = padded;
   out.labels = labels;
   out.weight = weight;
-  if (halves) {
-    out.halves = static_cast<const uint16_t*>(q.input) + b * q.input_stride.batch + begin;
-    out.bfloat = q.input_type == Element::bf16;
-    out.logits_stride = q.input_stride.channel;
+  const int64_t offset = b * q.input_stride.batch + begin * q.input_stride.voxel;
+  out.logits_stride = q.input_stride.channel;
+  out.bfloat = q.input_type == Element::bf16;
+  if (form == Form::halves) {
+    out.halves = element<uint16_t>(q.input, offset);
+  } else if (form == Form::interleaved) {
+    out.logits = element<float>(q.input, offset);
   } else {
     stage_logits(q, b, begin, n, work, out.logits, out.logits_stride);
   }
@@ -703,62 +725,103 @@ Core core_of(const Confusion& q) {
 
 using SoftmaxForward = void (*)(int64_t classes, const LabelledBlock&, float* scratch, float* sums);
 using SoftmaxBackward = void (*)(int64_t classes, const LabelledBlock&, float* scratch,
-                                 const Cotangents&, const GradientRows&);
+                                 const Cotangents&, const BlockGradient&);
 
 // One function for each number of classes up to kMaxFastClasses, from three on, and one for the
 // rest.
 using FastClasses = std::make_integer_sequence<int, kMaxFastClasses - 2>;
 
-template <bool Full, bool Weighted, bool Half, int... I>
+template <bool Full, bool Weighted, Form F, int... I>
 SoftmaxForward softmax_forward_of(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr SoftmaxForward table[] = {softmax_forward<I + 3, Full, Weighted, Half>...};
+  static constexpr SoftmaxForward table[] = {softmax_forward<I + 3, Full, Weighted, F>...};
   if (classes == 2) {
     return [](int64_t, const LabelledBlock& block, float*, float* sums) {
-      two_classes_forward<Full, Weighted, Half>(block, sums);
+      two_classes_forward<Full, Weighted, F>(block, sums);
     };
   }
-  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_forward<0, Full, Weighted, Half>;
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_forward<0, Full, Weighted, F>;
 }
 
-template <bool Weighted, bool Half, int... I>
+template <bool Weighted, Form F, int... I>
 SoftmaxBackward softmax_backward_of(int64_t classes, std::integer_sequence<int, I...>) {
-  static constexpr SoftmaxBackward table[] = {softmax_backward<I + 3, Weighted, Half>...};
+  static constexpr SoftmaxBackward table[] = {softmax_backward<I + 3, Weighted, F>...};
   if (classes == 2) {
     return [](int64_t, const LabelledBlock& block, float*, const Cotangents& cotangent,
-              const GradientRows& gradient) {
-      two_classes_backward<Weighted, Half>(block, cotangent, gradient);
+              const BlockGradient& gradient) {
+      two_classes_backward<Weighted, F>(block, cotangent, gradient);
     };
   }
-  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_backward<0, Weighted, Half>;
+  return classes <= kMaxFastClasses ? table[classes - 3] : softmax_backward<0, Weighted, F>;
 }
 
-template <bool Full, bool Half>
+// The instances for channels-last voxels, of the class counts that exchange in registers.
+template <bool Weighted, int... C>
+SoftmaxForward interleaved_forward_of(int64_t classes, std::integer_sequence<int, C...>) {
+  SoftmaxForward found = [](int64_t, const LabelledBlock& block, float*, float* sums) {
+    two_classes_forward<false, Weighted, Form::interleaved>(block, sums);
+  };
+  const auto consider = [&](auto tag) {
+    constexpr int count = decltype(tag)::value;
+    if constexpr (kExchangesInRegisters<count>) {
+      if (classes == count) found = softmax_forward<count, false, Weighted, Form::interleaved>;
+    }
+  };
+  (consider(std::integral_constant<int, C>{}), ...);
+  return found;
+}
+
+template <bool Weighted, int... C>
+SoftmaxBackward interleaved_backward_of(int64_t classes, std::integer_sequence<int, C...>) {
+  SoftmaxBackward found = [](int64_t, const LabelledBlock& block, float*,
+                             const Cotangents& cotangent, const BlockGradient& gradient) {
+    two_classes_backward<Weighted, Form::interleaved>(block, cotangent, gradient);
+  };
+  const auto consider = [&](auto tag) {
+    constexpr int count = decltype(tag)::value;
+    if constexpr (kExchangesInRegisters<count>) {
+      if (classes == count) found = softmax_backward<count, Weighted, Form::interleaved>;
+    }
+  };
+  (consider(std::integral_constant<int, C>{}), ...);
+  return found;
+}
+
+using InterleavedClasses = std::integer_sequence<int, 4, 8, 12, 16>;
+
+template <bool Full, Form F>
 SoftmaxForward softmax_forward_of(int64_t classes, bool weighted) {
-  return weighted ? softmax_forward_of<Full, true, Half>(classes, FastClasses{})
-                  : softmax_forward_of<Full, false, Half>(classes, FastClasses{});
+  return weighted ? softmax_forward_of<Full, true, F>(classes, FastClasses{})
+                  : softmax_forward_of<Full, false, F>(classes, FastClasses{});
 }
 
-// `halves`: the block's logits, and its gradient, are float16 or bfloat16.
-SoftmaxForward softmax_forward_of(int64_t classes, bool full, bool weighted, bool halves) {
+SoftmaxForward softmax_forward_of(int64_t classes, bool full, bool weighted, Form form) {
+  if (form == Form::interleaved) {
+    return weighted ? interleaved_forward_of<true>(classes, InterleavedClasses{})
+                    : interleaved_forward_of<false>(classes, InterleavedClasses{});
+  }
   if constexpr (kHalvesInRegisters) {
-    if (halves) {
-      return full ? softmax_forward_of<true, true>(classes, weighted)
-                  : softmax_forward_of<false, true>(classes, weighted);
+    if (form == Form::halves) {
+      return full ? softmax_forward_of<true, Form::halves>(classes, weighted)
+                  : softmax_forward_of<false, Form::halves>(classes, weighted);
     }
   }
-  return full ? softmax_forward_of<true, false>(classes, weighted)
-              : softmax_forward_of<false, false>(classes, weighted);
+  return full ? softmax_forward_of<true, Form::rows>(classes, weighted)
+              : softmax_forward_of<false, Form::rows>(classes, weighted);
 }
 
-SoftmaxBackward softmax_backward_of(int64_t classes, bool weighted, bool halves) {
+SoftmaxBackward softmax_backward_of(int64_t classes, bool weighted, Form form) {
+  if (form == Form::interleaved) {
+    return weighted ? interleaved_backward_of<true>(classes, InterleavedClasses{})
+                    : interleaved_backward_of<false>(classes, InterleavedClasses{});
+  }
   if constexpr (kHalvesInRegisters) {
-    if (halves) {
-      return weighted ? softmax_backward_of<true, true>(classes, FastClasses{})
-                      : softmax_backward_of<false, true>(classes, FastClasses{});
+    if (form == Form::halves) {
+      return weighted ? softmax_backward_of<true, Form::halves>(classes, FastClasses{})
+                      : softmax_backward_of<false, Form::halves>(classes, FastClasses{});
     }
   }
-  return weighted ? softmax_backward_of<true, false>(classes, FastClasses{})
-                  : softmax_backward_of<false, false>(classes, FastClasses{});
+  return weighted ? softmax_backward_of<true, Form::rows>(classes, FastClasses{})
+                  : softmax_backward_of<false, Form::rows>(classes, FastClasses{});
 }
 
 // Whether the cotangents of the statistics that only `full` has are all zero.
@@ -793,10 +856,10 @@ int64_t forward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end,
       if constexpr (std::is_same_v<R, float>) {
         if (core == Core::softmax) {
           bool weighted;
-          const bool halves = halves_in_place(q, q.input_stride, n);
-          if (stage_labelled(q, b, at, n, halves, work, labelled, weighted)) return 1;
-          softmax_forward_of(q.classes, full, weighted, halves)(q.classes, labelled,
-                                                                work.scratch.data(), sums.data());
+          const Form form = form_of(q, n);
+          if (stage_labelled(q, b, at, n, form, work, labelled, weighted)) return 1;
+          softmax_forward_of(q.classes, full, weighted, form)(q.classes, labelled,
+                                                              work.scratch.data(), sums.data());
           continue;
         }
       }
@@ -841,13 +904,14 @@ void write_gradient(const Confusion& q, const R* tile, int64_t stride, int64_t n
   });
 }
 
-// Whether rows of the gradient may be written past the caches: the caller wants it, and every
-// vector of every row is aligned.
+// Whether the gradient may be written past the caches: the caller wants it, and every vector of it
+// is aligned.
 template <class R>
 bool streams(const Confusion& q) {
   const auto aligned = [](int64_t elements) { return elements * sizeof(R) % kVectorBytes == 0; };
+  const bool interleaved = q.gradient_stride.channel == 1;  // whole vectors of voxels then are
   return q.stream_gradient && reinterpret_cast<uintptr_t>(q.gradient) % kVectorBytes == 0 &&
-         aligned(q.gradient_stride.batch) && aligned(q.gradient_stride.channel);
+         aligned(q.gradient_stride.batch) && (interleaved || aligned(q.gradient_stride.channel));
 }
 
 template <class R>
@@ -874,10 +938,10 @@ int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end
   for (int64_t at = begin; at < end; at += work.block) {
     const int64_t n = std::min(work.block, end - at);
     const int64_t offset = b * q.gradient_stride.batch + at * q.gradient_stride.voxel;
-    const bool direct =
-        q.input_type == own && q.gradient_stride.voxel == 1 && n % Lanes<R>::width == 0;
-    const bool halves = core == Core::softmax && halves_in_place(q, q.input_stride, n) &&
-                        q.gradient_stride.voxel == 1;
+    const Form form = core == Core::softmax ? form_of(q, n) : Form::rows;
+    const bool interleaved = form == Form::interleaved, halves = form == Form::halves;
+    const bool direct = interleaved || (q.input_type == own && q.gradient_stride.voxel == 1 &&
+                                        n % Lanes<R>::width == 0);
     // A core writes a voxel's gradient when it has read all its logits: it may take their place.
     R* gradient = direct ? static_cast<R*>(q.gradient) + offset : work.logits.data();
     const int64_t stride = direct || halves ? q.gradient_stride.channel : work.block;
@@ -885,9 +949,9 @@ int64_t backward_range(const Confusion& q, int64_t b, int64_t begin, int64_t end
     if constexpr (std::is_same_v<R, float>) {
       if (core == Core::softmax) {
         bool weighted;
-        if (stage_labelled(q, b, at, n, halves, work, labelled, weighted)) return 1;
+        if (stage_labelled(q, b, at, n, form, work, labelled, weighted)) return 1;
         uint16_t* half_rows = halves ? static_cast<uint16_t*>(q.gradient) + offset : nullptr;
-        softmax_backward_of(q.classes, weighted, halves)(
+        softmax_backward_of(q.classes, weighted, form)(
             q.classes, labelled, work.scratch.data(), by_label,
             {gradient, half_rows, labelled.bfloat, stride, direct && streamed});
         done = true;

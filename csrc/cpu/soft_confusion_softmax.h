@@ -11,15 +11,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 
-// A block of voxels: classes in rows, a label or -1 for each voxel, a weight (0 for the label -1).
+// How the logits of a block lie, and its gradient: a row a class, of float32 or of halves, or the
+// classes of a voxel side by side (channels last).
+enum class Form { rows, halves, interleaved };
+
+// A block of voxels: logits, a label or -1 for each voxel, a weight (0 for the label -1).
 struct LabelledBlock {
   int64_t voxels;  // a multiple of the vector width
   const float* logits;
-  const uint16_t* halves;  // instead of logits, in the Half instances
+  const uint16_t* halves;  // instead of logits, in Form::halves
   bool bfloat;             // what the halves are
   int64_t logits_stride;
   const int32_t* labels;
@@ -29,13 +34,32 @@ struct LabelledBlock {
 // Vectors whose 1 + u may be multiplied without leaving float32's range: 16^16 = 2^64.
 inline constexpr int kVectorsALogarithm = 16;
 
-template <bool Half, bool Weighted>
+template <Form F, bool Weighted>
 VOXFUSE_INLINE Vec<float> logit_of(const LabelledBlock& block, int64_t c, int64_t v,
                                    Choice excluded) {
+  static_assert(F != Form::interleaved);
   const int64_t at = c * block.logits_stride + v;
-  const Vec<float> z =
-      finite<float>(Half ? load_half(block.halves + at, block.bfloat) : load(block.logits + at));
+  const Vec<float> z = finite<float>(F == Form::halves ? load_half(block.halves + at, block.bfloat)
+                                                       : load(block.logits + at));
   return Weighted ? select(excluded, Vec<float>{}, z) : z;
+}
+
+// Those of all classes, which C knows.
+template <int C, Form F, bool Weighted>
+VOXFUSE_INLINE void logits_of(const LabelledBlock& block, int64_t v, Choice excluded,
+                              Vec<float>* z) {
+  if constexpr (F == Form::interleaved) {
+    constexpr int width = Lanes<float>::width;
+    for (int k = 0; k < C; ++k) z[k] = load(block.logits + v * C + k * width);
+    split_vectors<C>(z);
+    for (int c = 0; c < C; ++c) {
+      z[c] = finite<float>(z[c]);
+      if (Weighted) z[c] = select(excluded, Vec<float>{}, z[c]);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) z[c] = logit_of<F, Weighted>(block, c, v, excluded);
+  }
 }
 
 VOXFUSE_INLINE void accumulate(float* sum, Vec<float> x) { store(sum, load(sum) + x); }
@@ -69,7 +93,7 @@ struct TwoClasses {
   }
 };
 
-template <bool Full, bool Weighted, bool Half>
+template <bool Full, bool Weighted, Form F>
 void two_classes_forward(const LabelledBlock& block, float* sums) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
@@ -82,8 +106,9 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
     for (; v < stop; v += width) {
       const Ints label = load(block.labels + v);
       const Choice excluded = Weighted ? equal(label, -1) : Choice{};
-      const TwoClasses x(logit_of<Half, Weighted>(block, 0, v, excluded),
-                         logit_of<Half, Weighted>(block, 1, v, excluded), label);
+      V z[2];
+      logits_of<2, F, Weighted>(block, v, excluded, z);
+      const TwoClasses x(z[0], z[1], label);
       const Choice zero = Weighted ? equal(label, 0) : static_cast<Choice>(~x.one);
       V hit = x.hit, missed = x.missed;
       [[maybe_unused]] const V w = Weighted ? load(block.weight + v) : broadcast<float>(1.f);
@@ -158,7 +183,7 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
 // The softmax of one vector of voxels: exponentials relative to the largest logit, those of the
 // label (own) and of all other classes (rest), and 1 over their sum. C = 0: as many classes as at
 // run time, exponentials in memory.
-template <int C, bool Weighted, bool Half>
+template <int C, bool Weighted, Form F>
 struct Softmax {
   using V = Vec<float>;
   static constexpr int width = Lanes<float>::width;
@@ -181,11 +206,17 @@ struct Softmax {
 
   VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label) {
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
+    if constexpr (F == Form::interleaved) logits_of<C, F, Weighted>(block, v, excluded, e);
     // The logits wait where the exponentials will be: a second look at as many rows of the volume
     // would miss the first-level cache where the rows lie a multiple of 4 KiB apart.
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
-      const V z = logit_of<Half, Weighted>(block, c, v, excluded);
+      V z;
+      if constexpr (F == Form::interleaved) {
+        z = e[c];
+      } else {
+        z = logit_of<F, Weighted>(block, c, v, excluded);
+      }
       // A NaN that the maximum passes over comes back with its own exponential.
       largest = c == 0 ? z : at_least(largest, z);
       keep(c, z);
@@ -222,7 +253,7 @@ VOXFUSE_INLINE void for_each_label(Ints label, const int32_t* labels, uint32_t e
   }
 }
 
-template <int C, bool Full, bool Weighted, bool Half>
+template <int C, bool Full, bool Weighted, Form F>
 void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
                      float* sums) {
   using V = Vec<float>;
@@ -236,7 +267,7 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
   const auto row = [&](int64_t c, int s)
                        __attribute__((always_inline)) { return sums + (c * S + s) * width; };
   [[maybe_unused]] V weights{};
-  Softmax<C, Weighted, Half> x;
+  Softmax<C, Weighted, F> x;
   x.rows = scratch;
   for (int64_t v = 0; v < block.voxels;) {
     const int64_t stop = std::min<int64_t>(block.voxels, v + kVectorsALogarithm * width);
@@ -282,7 +313,7 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
       if constexpr (Full) {
         for (int64_t c = 0; c < classes; ++c) {
           const Choice is = equal(label, static_cast<int32_t>(c));
-          const V z = logit_of<Half, Weighted>(block, c, v, excluded);
+          const V z = logit_of<F, Weighted>(block, c, v, excluded);
           const V p = x.exponential_of(c) * x.inverse;
           V off = (x.largest - z) + log_total;
           if constexpr (Weighted) off *= w;
@@ -339,20 +370,41 @@ struct Cotangents {
   }
 };
 
-// Where the gradient goes: rows of the block, past the caches if it is large.
-struct GradientRows {
+// Where the gradient of a block goes, past the caches if it is large.
+struct BlockGradient {
   float* data;
-  uint16_t* halves;  // instead of data, in the Half instances
+  uint16_t* halves;  // instead of data, in Form::halves
   bool bfloat;
   int64_t stride;
   bool streamed;
 
-  template <bool Half>
+  // The gradient of a vector of voxels at class c.
+  template <Form F>
   VOXFUSE_INLINE void write(int64_t c, int64_t v, Vec<float> x) const {
+    static_assert(F != Form::interleaved);
     const int64_t at = c * stride + v;
-    if constexpr (Half) {
+    if constexpr (F == Form::halves) {
       store_half(halves + at, x, bfloat);
-    } else if (streamed) {
+    } else {
+      write_at(at, x);
+    }
+  }
+
+  // At all classes, which C knows; takes the vectors apart.
+  template <int C, Form F>
+  VOXFUSE_INLINE void write(int64_t v, Vec<float>* x) const {
+    if constexpr (F == Form::interleaved) {
+      constexpr int width = Lanes<float>::width;
+      merge_vectors<C>(x);
+      for (int k = 0; k < C; ++k) write_at(v * C + k * width, x[k]);
+    } else {
+      for (int c = 0; c < C; ++c) write<F>(c, v, x[c]);
+    }
+  }
+
+ private:
+  VOXFUSE_INLINE void write_at(int64_t at, Vec<float> x) const {
+    if (streamed) {
       stream(data + at, x);
     } else {
       store(data + at, x);
@@ -362,9 +414,9 @@ struct GradientRows {
 
 // With A = t - n of the label, F = f of the other class and K = -l of the label, the label's logit
 // has the gradient (1 - p) (K - p (F - A)), the other's is its negative.
-template <bool Weighted, bool Half>
+template <bool Weighted, Form F>
 void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangent,
-                          const GradientRows& gradient) {
+                          const BlockGradient& gradient) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
   const V k0 = broadcast(cotangent.likelihood[1]), k1 = broadcast(cotangent.likelihood[2]);
@@ -373,13 +425,14 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
-    const TwoClasses x(logit_of<Half, Weighted>(block, 0, v, excluded),
-                       logit_of<Half, Weighted>(block, 1, v, excluded), label);
+    V z[2];
+    logits_of<2, F, Weighted>(block, v, excluded, z);
+    const TwoClasses x(z[0], z[1], label);
     V g = x.missed * (select(x.one, k1, k0) - x.hit * select(x.one, d1, d0));
     if constexpr (Weighted) g = select(excluded, V{}, g * load(block.weight + v));
     const V at_one = select(x.one, g, -g);
-    gradient.template write<Half>(0, v, -at_one);
-    gradient.template write<Half>(1, v, at_one);
+    V both[2] = {-at_one, at_one};
+    gradient.template write<2, F>(v, both);
   }
 }
 
@@ -387,13 +440,13 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
 // the label's own h (so that nothing large cancels when the label is nearly certain):
 // D = sum_{k != label} p_k (f_k - A),
 //   dz_c = p_c (f_c - A - D - K)  off the label,   K (1 - p) - p D  on it.
-template <int C, bool Weighted, bool Half>
+template <int C, bool Weighted, Form F>
 void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
-                      const Cotangents& cotangent, const GradientRows& gradient) {
+                      const Cotangents& cotangent, const BlockGradient& gradient) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
   const int64_t classes = C == 0 ? runtime_classes : C;
-  Softmax<C, Weighted, Half> x;
+  Softmax<C, Weighted, F> x;
   x.rows = scratch;
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
@@ -415,8 +468,13 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
       const V off_label = x.exponential_of(c) * scale * (cotangent.off[c] - base);
-      gradient.template write<Half>(c, v, select(is, on_label, off_label));
+      if constexpr (F == Form::interleaved) {
+        x.keep(c, select(is, on_label, off_label));
+      } else {
+        gradient.template write<F>(c, v, select(is, on_label, off_label));
+      }
     }
+    if constexpr (F == Form::interleaved) gradient.template write<C, F>(v, x.e);
   }
 }
 
