@@ -269,6 +269,7 @@ VOXFUSE_INLINE Ints load(const int32_t* p) {
 }
 
 // float16 and bfloat16 in and out of a vector of float32, where the instruction set has both.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 #if defined(__AVX512F__)
 inline constexpr bool kHalvesInRegisters = true;
 VOXFUSE_INLINE Vec<float> load_half(const uint16_t* p, bool bfloat) {
@@ -276,7 +277,7 @@ VOXFUSE_INLINE Vec<float> load_half(const uint16_t* p, bool bfloat) {
   if (!bfloat) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-VOXFUSE_INLINE void store_half(uint16_t* p, Vec<float> x, bool bfloat) {
+VOXFUSE_INLINE Halves round_to_half(Vec<float> x, bool bfloat) {
   typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
   __m256i bits;
   if (bfloat) {
@@ -294,19 +295,28 @@ VOXFUSE_INLINE void store_half(uint16_t* p, Vec<float> x, bool bfloat) {
   } else {
     bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  return reinterpret_cast<Halves>(bits);
 }
 #else
 inline constexpr bool kHalvesInRegisters = false;
 inline Vec<float> load_half(const uint16_t*, bool) { return Vec<float>{}; }
-inline void store_half(uint16_t*, Vec<float>, bool) {}
+inline Halves round_to_half(Vec<float>, bool) { return Halves{}; }
 #endif
+VOXFUSE_INLINE void store(uint16_t* p, Halves x) { std::memcpy(p, &x, sizeof(x)); }
 
-// table[index] lane by lane.
+// table[index] lane by lane, for a table with 16 elements at least of which the first C may be
+// meant (C = 0: any). Short tables fit into a register.
+template <int C>
 VOXFUSE_INLINE Vec<float> look_up(const float* table, Ints index) {
 #if defined(__AVX512F__)
+  if constexpr (C > 0 && C <= 16) {
+    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), load(table));
+  }
   return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4);
 #elif defined(__AVX2__)
+  if constexpr (C > 0 && C <= 8) {
+    return _mm256_permutevar8x32_ps(load(table), reinterpret_cast<__m256i>(index));
+  }
   return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4);
 #else
   Vec<float> v;

@@ -360,7 +360,7 @@ struct Cotangents {
 
   Cotangents() = default;
   Cotangents(const float* cotangent, int64_t classes, int statistics)
-      : own(classes + 1), likelihood(classes + 1), off(classes) {
+      : own(room(classes)), likelihood(room(classes)), off(classes) {
     for (int64_t c = 0; c < classes; ++c) {
       const float* t = cotangent + c * statistics;
       own[c + 1] = t[0] - t[2];
@@ -368,6 +368,9 @@ struct Cotangents {
       off[c] = t[1];
     }
   }
+
+ private:
+  static int64_t room(int64_t classes) { return std::max<int64_t>(classes, 16) + 1; }
 };
 
 // Where the gradient of a block goes, past the caches if it is large.
@@ -384,9 +387,22 @@ struct BlockGradient {
     static_assert(F != Form::interleaved);
     const int64_t at = c * stride + v;
     if constexpr (F == Form::halves) {
-      store_half(halves + at, x, bfloat);
+      store(halves + at, round_to_half(x, bfloat));
     } else {
       write_at(at, x);
+    }
+  }
+
+  // That of two classes, which are opposite: rounding does not see the sign.
+  template <Form F>
+  VOXFUSE_INLINE void write_opposite(int64_t v, Vec<float> at_one) const {
+    if constexpr (F == Form::halves) {
+      const Halves bits = round_to_half(at_one, bfloat);
+      store(halves + v, bits ^ 0x8000);
+      store(halves + stride + v, bits);
+    } else {
+      Vec<float> both[2] = {-at_one, at_one};
+      write<2, F>(v, both);
     }
   }
 
@@ -431,8 +447,7 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
     V g = x.missed * (select(x.one, k1, k0) - x.hit * select(x.one, d1, d0));
     if constexpr (Weighted) g = select(excluded, V{}, g * load(block.weight + v));
     const V at_one = select(x.one, g, -g);
-    V both[2] = {-at_one, at_one};
-    gradient.template write<2, F>(v, both);
+    gradient.template write_opposite<F>(v, at_one);
   }
 }
 
@@ -451,8 +466,9 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
     x.compute(block, classes, v, label);
-    const V a = look_up(cotangent.own.data() + 1, label);
-    const V k = look_up(cotangent.likelihood.data() + 1, label);
+    // Whatever an excluded voxel finds: its scale is 0.
+    const V a = look_up<C>(cotangent.own.data() + 1, label);
+    const V k = look_up<C>(cotangent.likelihood.data() + 1, label);
     V f{};
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
