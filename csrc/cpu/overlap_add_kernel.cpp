@@ -147,6 +147,49 @@ VOXFUSE_INLINE void add_row(const T* source, const RowWeights<R>& w, int64_t siz
   for (; j < size; ++j) sums[j] += (w.scale * w.row[j]) * to_real<R>(source[j]);
 }
 
+// Adds rows of a patch, `step` apart, to sums `line` apart; row y has weights
+// (scale * scales[y]) * weight. `n` vectors of columns, whose weights stay in registers.
+template <int n, class T, class R>
+VOXFUSE_INLINE void add_strip(const T* source, int64_t step, R scale, const R* scales,
+                              const R* weight, int64_t rows, R* sums, int64_t line) {
+  constexpr int width = Lanes<R>::width;
+  using P = Pack<R, width>;
+  typename P::Values weights[n];
+  for (int k = 0; k < n; ++k) weights[k] = P::load(weight + k * width);
+  for (int64_t y = 0; y < rows; ++y) {
+    const R row_scale = scale * scales[y];
+    for (int k = 0; k < n; ++k) {
+      R* to = sums + k * width;
+      P::store(to, P::load(to) + (row_scale * weights[k]) * P::load(source + k * width));
+    }
+    source += step;
+    sums += line;
+  }
+}
+
+// As add_row, row after row, to the same bits.
+template <class T, class R>
+void add_rows(const T* source, int64_t step, R scale, const R* scales, const R* weight,
+              int64_t rows, int64_t size, R* sums, int64_t line) {
+  constexpr int width = Lanes<R>::width;
+  int64_t j = 0;
+  const auto strips = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    for (; j + n * width <= size; j += n * width) {
+      add_strip<n>(source + j, step, scale, scales, weight + j, rows, sums + j, line);
+    }
+  };
+  strips(std::integral_constant<int, 6>{});
+  strips(std::integral_constant<int, 4>{});
+  strips(std::integral_constant<int, 2>{});
+  strips(std::integral_constant<int, 1>{});
+  if (j == size) return;
+  for (int64_t y = 0; y < rows; ++y) {
+    const RowWeights<R> w{scale * scales[y], weight + j};
+    add_row(source + y * step + j, w, size - j, sums + y * line + j);
+  }
+}
+
 template <class T, class R>
 void scale_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
                T* __restrict out) {
@@ -205,6 +248,7 @@ class Gather {
   explicit Gather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
+        product(q.separable && q.total == nullptr),
         scratch(in_place ? 0 : q.task_channels * q.task_columns),
         divided(q.total != nullptr ? q.patch[2] : 0) {}
 
@@ -212,6 +256,13 @@ class Gather {
     pieces.clear();
     find_pieces(q, tile, pieces);
     const int64_t z_slot = slot_of(q, 0, tile.z), width = tile.x_end - tile.x;
+    if (product) find_runs(tile);
+    if (product && q.accumulate && runs.size() == 1 && q.ring_axis != 1) {
+      const Run& run = runs[0];
+      const int64_t slice = tile.channel * q.extent[0] + z_slot;
+      R* sums = static_cast<R*>(q.target) + (slice * q.extent[1] + run.y) * q.extent[2];
+      return run.add(run.y, run.y_end - run.y, sums, q.extent[2]);
+    }
     for (int64_t y = tile.y; y < tile.y_end; ++y) {
       const int64_t first_slot = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
       // Where the sums of slot 0 of this row are.
@@ -226,8 +277,11 @@ class Gather {
         R* row = sums + c * channel_stride + tile.x;
         std::fill(row, row + width, R(0));
       }
+      for (const Run& run : runs) {
+        if (y >= run.y && y < run.y_end) run.add(y, 1, sums, 0);
+      }
       for (const Shared& piece : pieces) {
-        if (y < piece.y || y >= piece.y_end) continue;
+        if (product || y < piece.y || y >= piece.y_end) continue;
         add(tile, piece, y, sums + piece.slot, channel_stride, first_slot + piece.slot);
       }
       if (in_place) continue;
@@ -241,6 +295,39 @@ class Gather {
   }
 
  private:
+  // A piece of the tile's channel, where weights are products of the axes' and used as they are.
+  struct Run {
+    const T* source;  // its first row
+    int64_t step;     // from row to row
+    R scale;
+    const R* scales;  // of its rows
+    const R* weight;  // of its columns
+    int64_t y, y_end, size, slot;
+
+    // Adds `rows` rows from `first` on to sums whose slot 0 is at `sums`, `line` apart.
+    void add(int64_t first, int64_t rows, R* sums, int64_t line) const {
+      add_rows(source + (first - y) * step, step, scale, scales + (first - y), weight, rows, size,
+               sums + slot, line);
+    }
+  };
+
+  void find_runs(const Tile& tile) {
+    runs.clear();
+    for (const Shared& p : pieces) {
+      const int64_t* origin = q.origins + 3 * p.i;
+      const int64_t* r = q.rows + 3 * p.i;
+      const auto table = [&](int axis) {
+        return static_cast<const R*>(q.rounded[axis]) + r[axis] * q.patch[axis];
+      };
+      const int64_t ty = p.y - origin[1], tx = p.x - origin[2];
+      const int64_t plane = (p.i * q.channels + tile.channel) * q.patch[0] + p.tz;
+      const T* source =
+          static_cast<const T*>(q.source) + (plane * q.patch[1] + ty) * q.patch[2] + tx;
+      runs.push_back({source, q.patch[2], table(0)[p.tz], table(1) + ty, table(2) + tx, p.y,
+                      p.y_end, p.size, p.slot});
+    }
+  }
+
   // Adds row y of a piece; `slot` is where its weights' sums are.
   void add(const Tile& tile, const Shared& p, int64_t y, R* sums, int64_t channel_stride,
            int64_t slot) {
@@ -268,8 +355,10 @@ class Gather {
 
   const Fusion& q;
   const bool in_place;  // the result's memory holds the sums
+  const bool product;   // tasks have one channel, and `runs` instead of `pieces` is added
   std::vector<R> scratch, divided;
   std::vector<Shared> pieces;
+  std::vector<Run> runs;
 };
 
 template <class T, class R>
