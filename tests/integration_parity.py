@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +92,25 @@ def assert_parity(
     assert bool((error <= ROUNDINGS * eps * size * largest).all()), (
         f"gradient {actual.gradient}, the peer's {expected.gradient}"
     )
+
+
+def assert_compiles_for_any_size(
+    loss: Any, batch: Callable[[int, int], tuple[Tensor, ...]]
+) -> None:
+    """One graph for the first size and one for any; ``batch`` takes samples and an extent."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for samples, extent in ((2, 5), (3, 6), (5, 4), (4, 8)):
+        logits, *others = batch(samples, extent)
+        results = []
+        for function in (compiled, loss):
+            leaf = logits.clone().requires_grad_()
+            value = function(leaf, *others)
+            results.append((value, *torch.autograd.grad(value.sum(), leaf)))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert graphs.frame_count <= 2
 
 
 class Passes(TorchDispatchMode):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from tests.integration_parity import Passes, assert_parity
+from tests.integration_parity import Passes, assert_compiles_for_any_size, assert_parity
 from voxfuse.integrations import monai as ours
 
 peer = pytest.importorskip("monai.losses", reason="MONAI is not installed")
@@ -435,11 +436,38 @@ def test_constructor_rejects_what_the_peer_rejects(name, options):
         ("FocalLoss", {"alpha": [1.0, 1.0]}),
         ("FocalLoss", {"alpha": [1.0, 1.0], "use_softmax": True}),
         ("DiceCELoss", {"weight": torch.ones(2)}),
+        ("DiceFocalLoss", {"weight": [1.0, 1.0]}),
+        ("DiceFocalLoss", {"weight": [1.0, 1.0, 1.0], "include_background": False}),
+        ("DiceFocalLoss", {"weight": -1.0}),
     ],
 )
 def test_wrong_weights_are_the_peers_errors(name, options):
     logits, labels = torch.randn(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
     check(name, {"to_onehot_y": True, **options}, logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DiceCELoss", {"label_smoothing": 1.5}),
+        ("DiceCELoss", {"label_smoothing": -0.1}),
+        ("FocalLoss", {"gamma": float("inf")}),
+        ("DiceFocalLoss", {"gamma": float("inf")}),
+    ],
+)
+def test_numbers_out_of_range_are_taken_or_refused_as_in_the_peer(name, options):
+    logits, labels = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 1, 4, 4))
+    check(name, {"to_onehot_y": True, **options}, logits, labels)
+
+
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "FocalLoss"])
+@pytest.mark.parametrize("index", [np.int64(1), 1.0, True, -1, -100, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_any_number_may_be_the_ignored_label(name, index, dtype):
+    """Compared in the labels' own type, in which -1 is 255 to a byte."""
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 1, 4, 4))
+    labels[:, :, 0] = int(index)
+    check(name, {"to_onehot_y": True, "ignore_index": index}, logits, labels.to(dtype))
 
 
 @pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "FocalLoss", "DiceFocalLoss"])
@@ -578,10 +606,22 @@ def test_two_empty_sets_agree():
     assert loss(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == 0
 
 
-@pytest.mark.parametrize(("name", "options"), FUSED)
-def test_compiles_without_a_graph_break(name, options):
-    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 1, 4, 4)).float()
-    loss = getattr(ours, name)(to_onehot_y=True, **options)
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *FUSED,
+        ("DiceFocalLoss", {"softmax": True, "reduction": "sum"}),
+        ("FocalLoss", {"use_softmax": True, "include_background": False}),
+        ("FocalLoss", {"reduction": "sum", "ignore_index": 1}),
+        ("MaskedDiceLoss", {"softmax": True}),
+        ("DiceLoss", {"other_act": torch.tanh}),
+    ],
+)
+def test_compiles_for_any_size(name, options):
+    def batch(samples, extent):
+        logits = torch.randn(samples, 3, extent, extent + 1)
+        labels = torch.randint(0, 3, (samples, 1, extent, extent + 1)).float()
+        mask = torch.rand(labels.shape) > 0.5
+        return (logits, labels, mask) if name.startswith("Masked") else (logits, labels)
+
+    assert_compiles_for_any_size(getattr(ours, name)(to_onehot_y=True, **options), batch)

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from tests.integration_parity import Passes, assert_parity
+from tests.integration_parity import Passes, assert_compiles_for_any_size, assert_parity
 from voxfuse.integrations import nnunet as ours
 
 reason = "nnunetv2 is not installed"
@@ -268,6 +269,43 @@ def test_labels_without_a_class_are_an_error_as_in_the_peer():
         mine()(logits, labels)
 
 
+@pytest.mark.parametrize("name", ["RobustCrossEntropyLoss", "TopKLoss"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float64]
+)
+def test_labels_of_any_dtype_are_read(name, dtype):
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 2, (2, 1, 4, 4)).to(dtype)
+    assert_parity(*built(name), logits, labels)
+
+
+@pytest.mark.parametrize("name", ["RobustCrossEntropyLoss", "TopKLoss"])
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"ignore_index": 1.0}],
+)
+def test_options_that_pytorch_refuses_or_takes(name, options):
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 1, 4, 4))
+    assert_parity(*built(name, **options), logits, labels)
+    for wrong in (labels - 1, labels + 1):
+        assert_parity(*built(name), logits, wrong)
+    assert_parity(*built("RobustCrossEntropyLoss", reduction="median"), logits, labels)
+
+
+def test_an_ignored_label_of_numpy():
+    labels = torch.randint(0, 3, (2, 1, 4, 4))
+    for name in ("DC_and_CE_loss", "DC_and_topk_loss"):
+        made = built(name, {"ddp": False}, {}, ignore_label=np.int64(1))
+        assert_parity(*made, torch.randn(2, 3, 4, 4), labels)
+
+
+def test_a_mask_with_the_classes_channels_goes_through_the_activation():
+    """The operators take one mask for all classes; PyTorch does the rest."""
+    logits, target = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4).round()
+    mask = torch.rand(2, 3, 4, 4).round()
+    made = built("MemoryEfficientSoftDiceLoss", apply_nonlin=torch.sigmoid, ddp=False)
+    assert_parity(*made, logits, target, mask)
+
+
 def test_ddp_without_a_process_group_is_the_peers_error():
     for options in ({"batch_dice": True}, {"batch_dice": True, "ddp": True}):
         mine, theirs = built("MemoryEfficientSoftDiceLoss", **options)
@@ -357,16 +395,25 @@ def test_works_in_the_deep_supervision_wrapper():
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["DC_and_CE_loss", "DC_and_BCE_loss"])
-def test_compiles_without_a_graph_break(name):
-    torch._dynamo.reset()
-    logits = torch.randn(2, 3, 4, 4)
-    if name == "DC_and_CE_loss":
-        loss, target = ours.DC_and_CE_loss({"ddp": False}, {}), torch.zeros(2, 1, 4, 4)
-    else:
-        loss, target = ours.DC_and_BCE_loss({}, {"ddp": False}), torch.rand(2, 3, 4, 4).round()
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(logits, target), loss(logits, target))
+@pytest.mark.parametrize(
+    "name", [name for name in ours.__all__ if "Loss" in name or "loss" in name]
+)
+def test_compiles_for_any_size(name):
+    arguments = {
+        "DC_and_CE_loss": ({"ddp": False}, {}),
+        "DC_and_topk_loss": ({"ddp": False}, {"k": 10}),
+        "DC_and_BCE_loss": ({}, {"ddp": False}),
+    }
+    options = {"apply_nonlin": torch.sigmoid, "ddp": False} if "Dice" in name else {}
+    loss = getattr(ours, name)(*arguments.get(name, ()), **options)
+
+    def batch(samples, extent):
+        logits = torch.randn(samples, 3, extent, extent + 1)
+        if name == "DC_and_BCE_loss":
+            return logits, torch.rand(logits.shape).round()
+        return logits, torch.randint(0, 3, (samples, 1, extent, extent + 1)).float()
+
+    assert_compiles_for_any_size(loss, batch)
 
 
 # --- Ranks ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tests.integration_parity import Passes, assert_parity
+from tests.integration_parity import Passes, assert_compiles_for_any_size, assert_parity
 from voxfuse.integrations import smp as ours
 
 PACKAGE = "segmentation_models_pytorch"
@@ -202,6 +202,41 @@ def test_labels_without_a_class_are_an_error_as_in_the_peer(name, channels):
             getattr(library, name)("multiclass")(logits, labels)
 
 
+def test_labels_without_a_class_are_of_no_class_to_the_focal_loss():
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(-1, 5, (2, 4, 4))
+    for options in ({}, {"ignore_index": -1}, {"reduction": "sum", "alpha": 0.25}):
+        check("FocalLoss", {"mode": "multiclass", **options}, logits, labels)
+
+
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "JaccardLoss"])
+def test_a_batch_without_spatial_axes(name):
+    check(name, {"mode": "multiclass"}, torch.randn(5, 3), torch.randint(0, 3, (5,)))
+    check(name, {"mode": "multilabel"}, torch.randn(5, 3), torch.randint(0, 2, (5, 3)))
+
+
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "FocalLoss", "LovaszLoss"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("index", [np.int64(1), 1.0, -1, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_any_number_may_be_the_ignored_label(name, mode, index, dtype):
+    """Compared in the labels' own type, in which -1 is 255 to a byte."""
+    shape = (2, 1 if mode == "binary" else 3, 4, 4)
+    labels = torch.randint(0, 3 if mode == "multiclass" else 2, shape)
+    labels[..., 0] = int(index)
+    if mode == "multiclass":
+        labels = labels[:, 0].contiguous()
+    if dtype == torch.uint8 and mode == "multiclass" and name in ("TverskyLoss", "DiceLoss"):
+        dtype = torch.int64  # smp's one-hot takes no other
+    check(name, {"mode": mode, "ignore_index": index}, torch.randn(shape), labels.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float64, torch.bfloat16])
+def test_lovasz_reads_labels_of_any_dtype(dtype):
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    check("LovaszLoss", {"mode": "multiclass"}, logits, labels.to(dtype))
+    check("LovaszLoss", {"mode": "binary"}, logits[:, :1], (labels > 1).to(dtype))
+
+
 @pytest.mark.parametrize("name", ours.__all__)
 def test_no_state_and_pickles(name):
     loss = getattr(ours, name)("multiclass")
@@ -258,13 +293,16 @@ def test_labels_of_any_dtype_are_read():
         assert torch.equal(loss(logits, labels.to(dtype)), loss(logits, labels))
 
 
-@pytest.mark.parametrize("name", ["TverskyLoss", "FocalLoss"])
+@pytest.mark.parametrize("name", ours.__all__)
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_without_a_graph_break(name, mode):
-    torch._dynamo.reset()
-    logits, target = torch.randn(2, 1 if mode == "binary" else 3, 4, 4), torch.zeros(2, 4, 4).long()
-    if mode == "multilabel":
-        target = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    loss = getattr(ours, name)(mode)
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(logits, target), loss(logits, target))
+def test_compiles_for_any_size(name, mode):
+    channels = 1 if mode == "binary" else 3
+
+    def batch(samples, extent):
+        shape = (samples, extent, extent + 1)
+        logits = torch.randn(samples, channels, *shape[1:])
+        if mode == "multiclass":
+            return logits, torch.randint(0, 3, shape)
+        return logits, torch.randint(0, 2, logits.shape, dtype=torch.uint8)
+
+    assert_compiles_for_any_size(getattr(ours, name)(mode), batch)

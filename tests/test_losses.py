@@ -864,6 +864,19 @@ def test_opcheck_of_the_composed_operators(spatial, masked):
     check(operators.lovasz.default, (logits.detach(), labels, weight, *sort, False))
 
 
+@every_loss
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_batch_without_samples(name, backend):
+    logits, labels = torch.zeros(0, 3, 4, 5), torch.zeros(0, 4, 5, dtype=torch.int64)
+    loss = EVERY_LOSS[name]()
+    getattr(loss, "loss", loss).backend = backend
+    leaf = logits.requires_grad_()
+    value = loss(leaf, labels)
+    value.sum().backward()
+    assert leaf.grad.shape == leaf.shape
+    assert bool(value.isfinite().all())
+
+
 def test_recipes_are_made_once():
     loss = voxfuse.DiceCELoss()
     logits, labels = batch()

@@ -7,6 +7,7 @@ An adapter translates its peer's options into :class:`Voxels` (what is read, and
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,8 +31,12 @@ LOWEST = -sys.float_info.max
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
-class LabelError(ValueError, RuntimeError):
-    """A label that no class has: a RuntimeError where the peers' one-hot encoding fails."""
+class LabelError(ValueError, RuntimeError, IndexError):
+    """A label that no class has.
+
+    A RuntimeError where the peers' one-hot encoding fails, an IndexError where PyTorch's
+    cross-entropy does.
+    """
 
 
 class Voxels(NamedTuple):
@@ -67,7 +72,7 @@ class Ratio(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """``(on NLL + off OFF) / normaliser`` with weights of the classes."""
+    """``(on NLL + off OFF) / (normaliser divisor)`` with weights of the classes."""
 
     activation: str
     on: float
@@ -76,6 +81,8 @@ class Likelihood(NamedTuple):
     gamma: float = 0.0
     on_weight: Tensor | None = None
     off_weight: Tensor | None = None
+    #: A number of voxels, of which a compiler knows only the symbol.
+    divisor: int = 1
 
     def scaled(self, factor: float) -> Likelihood:
         return self._replace(on=factor * self.on, off=factor * self.off)
@@ -99,8 +106,11 @@ def fused_loss(
 
     ``ranks`` share the sums of the ratio; the likelihood stays that of this rank.
     """
+    if likelihood is not None and not torch.compiler.is_compiling():
+        likelihood = likelihood.scaled(1 / likelihood.divisor)._replace(divisor=1)
     width = 8 if _needs_all_sums(voxels, ratio, likelihood) else 4
-    if voxels.blank is not None or ranks is not None:
+    symbolic = likelihood is not None and likelihood.divisor != 1
+    if voxels.blank is not None or ranks is not None or symbolic:
         return from_sums(sums(voxels, likelihood, width == 8), voxels, ratio, likelihood, ranks)
     input = voxels.input
     classes, device = input.shape[1], input.device
@@ -110,7 +120,7 @@ def fused_loss(
             ACTIVATIONS[voxels.activation],
             ACTIVATIONS[likelihood.activation if likelihood else voxels.activation],
             OVERLAPS[voxels.overlap],
-            voxels.ignore_index,
+            ignored(voxels),
             float(likelihood.gamma) if likelihood else 0.0,
             width == 8,
         ),
@@ -140,13 +150,13 @@ def fused_loss(
         _double(likelihood.on_weight, classes, device) if likelihood else None,
         _double(likelihood.off_weight, classes, device) if likelihood else None,
     )
-    arguments = (plan, input, _readable(voxels), _readable_weight(voxels.weight), weights)
+    arguments = (plan, input, readable(voxels), _readable_weight(voxels.weight), weights)
     if torch.compiler.is_compiling():
         return run(*arguments)
     try:
         return run(*arguments)
     except ValueError as error:
-        _reraise(error)
+        reraise(error)
 
 
 def sums(voxels: Voxels, likelihood: Likelihood | None = None, full: bool = True) -> Tensor:
@@ -155,18 +165,18 @@ def sums(voxels: Voxels, likelihood: Likelihood | None = None, full: bool = True
     options: dict[str, Any] = {
         "likelihood": likelihood.activation if likelihood else None,
         "overlap": voxels.overlap,
-        "ignore_index": voxels.ignore_index,
+        "ignore_index": ignored(voxels),
         "gamma": likelihood.gamma if likelihood else 0.0,
         "full": full,
     }
     try:
         stats = soft_confusion(
-            voxels.input, _readable(voxels), weight=weight, activation=voxels.activation, **options
+            voxels.input, readable(voxels), weight=weight, activation=voxels.activation, **options
         )
     except ValueError as error:
         if torch.compiler.is_compiling():
             raise
-        _reraise(error)
+        reraise(error)
     if voxels.blank is None:
         return stats
     # A blanked voxel is one of zeros: its sums are known, and no gradient reaches its logits.
@@ -209,6 +219,7 @@ def from_sums(
             normaliser=likelihood.normaliser,
             double_loss=double,
         )
+        term = term / likelihood.divisor
         loss = term if loss is None else loss + term
     assert loss is not None
     return loss
@@ -234,7 +245,25 @@ def _is_dense(voxels: Voxels) -> bool:
 _LABELS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.half, torch.float)
 
 
-def _readable(voxels: Voxels) -> Tensor:
+def activated(input: Tensor, activation: str) -> Tensor:
+    if activation == "sigmoid":
+        return input.sigmoid()
+    return input.softmax(1) if activation == "softmax" else input
+
+
+def ignored(voxels: Voxels) -> int | None:
+    """``ignore_index`` compared in the target's type, as the peers do: -1 is 255 to a byte."""
+    index = voxels.ignore_index
+    if index is None:
+        return None
+    if isinstance(index, numbers.Real) and float(index).is_integer():
+        index = int(index)  # NumPy's integers and 1.0 too
+    if voxels.target.dtype == torch.uint8 and isinstance(index, int) and -256 <= index < 0:
+        index += 256
+    return index
+
+
+def readable(voxels: Voxels) -> Tensor:
     """The target in a type that the operator reads; the usual ones are left alone."""
     target = voxels.target
     if target.dtype in _LABELS:
@@ -255,7 +284,8 @@ def _readable_weight(weight: Tensor | None) -> Tensor | None:
     return weight.to(torch.float32)
 
 
-def _reraise(error: ValueError) -> NoReturn:
+def reraise(error: ValueError) -> NoReturn:
+    """Raise a complaint about a label as the error that the peers have for it."""
     if str(error).startswith("target: label"):
         raise LabelError(str(error)) from None
     raise error

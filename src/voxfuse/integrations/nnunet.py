@@ -13,6 +13,7 @@ no host synchronisation asks whether there is one.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +28,12 @@ from voxfuse.integrations._fused import (
     Ratio,
     Voxels,
     W,
+    activated,
     fused_loss,
+    ignored,
     plain,
+    readable,
+    reraise,
     sums,
 )
 from voxfuse.losses._ranks import Ranks, sum_over_ranks
@@ -190,6 +195,7 @@ class _SoftDice(nn.Module):
         input, target, mask = voxels.input, voxels.target, voxels.weight
         if not _readable_as_voxels(input, target, mask):
             axes = list(range(2, input.ndim))
+            input = activated(input, voxels.activation)
             return self._from_counts(_summed_products(input, target, mask, axes, False)[:3])
         ratio = self._ratio(input.shape[1])
         if ratio is not None:
@@ -331,17 +337,24 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         if likelihood is None or target.shape != input.shape[:1] + input.shape[2:]:
             result: Tensor = super().forward(input, target.long())
             return result
-        if self.reduction == "none":
-            return cross_entropy_loss(
-                input,
-                target,
-                class_weight=self.weight,
-                label_smoothing=self.label_smoothing,
-                reduction="none",
-                ignore_index=self.ignore_index,
-            )
         voxels = Voxels(input, target, activation="softmax", ignore_index=self.ignore_index)
+        if self.reduction == "none":
+            return self._map(voxels)
         return fused_loss(voxels, None, likelihood)
+
+    def _map(self, voxels: Voxels) -> Tensor:
+        """The loss of every voxel."""
+        try:
+            return cross_entropy_loss(
+                voxels.input,
+                readable(voxels),
+                class_weight=self.weight,
+                label_smoothing=max(self.label_smoothing, 0.0),
+                reduction="none",
+                ignore_index=ignored(voxels),
+            )
+        except ValueError as error:
+            reraise(error)
 
     def _likelihood(self, input: Tensor) -> Likelihood | None:
         """The loss for the operators; None where PyTorch has to compute it."""
@@ -351,10 +364,15 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
             return None
         if weight is not None and tuple(weight.shape) != (classes,):
             return None
-        off = self.label_smoothing / classes
+        smoothing = max(self.label_smoothing, 0.0)  # PyTorch takes a negative one for none
+        if smoothing > 1 or self.reduction not in ("none", "mean", "sum"):
+            return None
+        if type(self.ignore_index) is bool or not isinstance(self.ignore_index, numbers.Integral):
+            return None
+        off = smoothing / classes
         return Likelihood(
             "softmax",
-            1 - self.label_smoothing + off,
+            1 - smoothing + off,
             off,
             "target" if self.reduction == "mean" else "one",
             on_weight=weight,

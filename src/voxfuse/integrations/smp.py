@@ -17,6 +17,7 @@ computed by PyTorch. Where the numbers or errors differ, and why:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,10 @@ from voxfuse.integrations._fused import (
     Voxels,
     from_sums,
     fused_loss,
+    ignored,
     is_binary,
     plain,
+    readable,
     sums,
 )
 from voxfuse.losses.functional import lovasz_hinge_loss, lovasz_softmax_loss
@@ -109,9 +112,8 @@ class _OverlapLoss(_Loss):
 
     def _multiclass(self, y_pred: Tensor, y_true: Tensor, activation: str) -> Tensor:
         samples, classes = y_pred.shape[:2]
-        input, labels = y_pred.flatten(2), y_true.reshape(samples, -1)
-        if input.ndim == 2:
-            input = input.unsqueeze(-1)
+        input = y_pred.unsqueeze(-1) if y_pred.ndim == 2 else y_pred.flatten(2)
+        labels = y_true.reshape(samples, -1)
         input = self._aligned(input, labels.unsqueeze(1))
         if classes == 1:
             return self._one_class(input, labels, activation)
@@ -291,8 +293,9 @@ class FocalLoss(_Loss):
             + (1-\alpha)(1-g)\, p^\gamma (-\log(1-p))
 
     with p the sigmoid of every channel's logit; in mode "multiclass" the classes' means are added
-    up. Soft targets, ``normalized``, ``reduced_threshold`` and reductions other than "mean", "sum"
-    and "batchwise_mean" are computed by PyTorch.
+    up; a voxel whose label has no class is in none of them (on a GPU it counts as ignored). Soft
+    targets, ``normalized``, ``reduced_threshold`` and reductions other than "mean", "sum" and
+    "batchwise_mean" are computed by PyTorch.
 
     Example:
         >>> import torch
@@ -351,7 +354,10 @@ class FocalLoss(_Loss):
             weight = None if ignore_index is None else y_true != ignore_index
             ignore_index = None
         voxels = Voxels(y_pred, target, weight, "sigmoid", ignore_index=ignore_index)
-        return fused_loss(voxels, None, self._likelihood())
+        try:
+            return fused_loss(voxels, None, self._likelihood())
+        except LabelError:  # to smp a voxel that is of no class
+            return self._class_by_class(y_pred, y_true)
 
     def _check_sizes(self, predicted: torch.Size, actual: torch.Size) -> None:
         if predicted == actual:
@@ -369,7 +375,7 @@ class FocalLoss(_Loss):
             and not self.normalized
             and self.reduced_threshold is None
             and self.gamma is not None
-            and self.gamma >= 0
+            and 0 <= self.gamma < math.inf
         )
 
     def _likelihood(self) -> Likelihood:
@@ -454,12 +460,15 @@ class LovaszLoss(_Loss):
         if self.mode == MULTICLASS_MODE:
             if y_true.ndim < y_pred.ndim or y_true.shape[1] != 1 or y_pred.shape[1] == 1:
                 y_true = y_true.reshape(y_pred.shape[0], *y_pred.shape[2:])
+            voxels = Voxels(y_pred, y_true, ignore_index=self.ignore_index)
             return lovasz_softmax_loss(
-                y_pred, y_true, per_image=self.per_image, ignore_index=self.ignore_index
+                y_pred, readable(voxels), per_image=self.per_image, ignore_index=ignored(voxels)
             )
         images = y_pred.shape[0] if self.per_image else 1
         input, target = y_pred.reshape(images, 1, -1), y_true.reshape(images, 1, -1)
         weight, ignore_index = _excluding(target, self.ignore_index)
+        voxels = Voxels(input, target, weight, ignore_index=ignore_index)
+        target = readable(voxels)
         return lovasz_hinge_loss(
-            input, target, weight, per_image=self.per_image, ignore_index=ignore_index
+            input, target, weight, per_image=self.per_image, ignore_index=ignored(voxels)
         )

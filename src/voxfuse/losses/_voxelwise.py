@@ -92,7 +92,7 @@ def _cross_entropy(
 ) -> Tensor:
     """The common case, (B, C, n) logits and labels, at the speed of PyTorch's own."""
     classes = values.shape[1]
-    labels = labels.reshape(values.shape[0], -1).to(torch.int64)
+    labels = labels.reshape(values.shape[0], values.shape[2]).to(torch.int64)
     valid = (labels >= 0) & (labels < classes)
     excluded = ~valid if ignore_index is None else ~valid | (labels == ignore_index)
     if labels.device.type == "cpu":

@@ -43,13 +43,14 @@ def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     dense = is_dense(input, target)
     batch, classes = input.shape[:2]
     values = flat(input, input)
-    flattened = target.reshape(batch, classes, -1) if dense else target.reshape(batch, -1)
-    included = torch.ones((), dtype=torch.bool, device=input.device).expand(batch, values.shape[-1])
+    count = values.shape[-1]
+    flattened = target.reshape(batch, classes, count) if dense else target.reshape(batch, count)
+    included = torch.ones((), dtype=torch.bool, device=input.device).expand(batch, count)
     if ignore_index is not None:
         labels = flattened[:, 0] if dense else flattened
         included = included & (labels.to(torch.int64) != ignore_index)
     if weight is not None:
-        included = included & (weight.reshape(batch, -1) != 0)
+        included = included & (weight.reshape(batch, count) != 0)
     if not dense:
         labels = flattened.to(torch.int64) if flattened.is_floating_point() else flattened
         inside = (labels >= 0) & (labels < classes)

@@ -12,6 +12,7 @@ prediction is almost perfect, because ``1 - p`` and ``-log p`` are never differe
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ def voxels(
     """Flatten the spatial axes, make labels one-hot, exclude ignored and zero-weight voxels."""
     batch, classes = input.shape[:2]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    values = input.to(dtype).reshape(batch, classes, -1)
-    count = values.shape[2]
+    count = math.prod(input.shape[2:])
+    values = input.to(dtype).reshape(batch, classes, count)
     dense = classes == 1 or (target.ndim == input.ndim and target.shape[1] == classes)
     included = torch.ones(batch, 1, count, dtype=torch.bool, device=input.device)
     if dense:

@@ -115,11 +115,13 @@ class DiceCELoss(FusedLoss):
             return Likelihood("sigmoid", 1.0, 1.0, normaliser, on_weight=weight)
         entropy = self.cross_entropy
         weight, classes = entropy.weight, input.shape[1]
+        smoothing = max(entropy.label_smoothing, 0.0)  # PyTorch takes a negative one for none
         usual = type(entropy) is nn.CrossEntropyLoss and entropy.ignore_index == -100
+        usual = usual and smoothing <= 1
         if not usual or (weight is not None and tuple(weight.shape) != (classes,)):
             return None
-        off = entropy.label_smoothing / classes
-        on = 1 - entropy.label_smoothing + off
+        off = smoothing / classes
+        on = 1 - smoothing + off
         normaliser = "one"
         if entropy.reduction == "mean":
             normaliser = "target" if target.shape[1] == 1 else "voxels"
@@ -244,6 +246,7 @@ class DiceFocalLoss(_OverlapFocalLoss):
         if labels:
             as_index_labels(target)
         case = self.dice._case(input, target, mask, labels=labels)
+        self.dice._weights(case.counted)  # MONAI's Dice loss complains first
         focal = self.focal._case(input, target, mask, labels=labels)
         return self._sum(self.dice, case, focal, (self.lambda_dice, self.lambda_focal))
 

@@ -141,7 +141,7 @@ class FocalLoss(FusedLoss):
         fused = (
             reduction != "none"
             and input.ndim > 2
-            and self.gamma >= 0
+            and 0 <= self.gamma < math.inf
             and not target.requires_grad
             and not (self.use_softmax and kept == 1)
         )
@@ -227,20 +227,28 @@ class FocalLoss(FusedLoss):
         on, off = 1.0, 0.0 if softmax else 1.0
         if not softmax and isinstance(case.alpha, float):
             on, off = case.alpha, 1 - case.alpha
+        divisor = 1
         if reduction == "sum":
-            normaliser, scale = "one", 1 / max(math.prod(input.shape[2:]), 1)
+            normaliser, scale, divisor = "one", 1.0, math.prod(input.shape[2:])
         elif self.ignore_index is not None:
             normaliser, scale = "voxels", 1.0
         elif not softmax:
             normaliser, scale = "elements", channels / kept
         elif channels < case.first_class + kept:
             # Without the background's channel: its voxels count, though no class is theirs.
-            count = input.shape[0] * math.prod(input.shape[2:])
-            normaliser, scale = "one", 1 / max(count * kept, 1)
+            divisor = input.shape[0] * math.prod(input.shape[2:])
+            normaliser, scale = "one", 1 / kept
         else:
             normaliser, scale = ("volume" if case.labels else "voxels"), 1 / kept
         likelihood = Likelihood(
-            voxels.activation, on, off, normaliser, self.gamma, on_weight, off_weight
+            voxels.activation,
+            on,
+            off,
+            normaliser,
+            self.gamma,
+            on_weight,
+            off_weight,
+            max(divisor, 1),
         )
         return likelihood.scaled(scale)
 
@@ -278,9 +286,8 @@ class FocalLoss(FusedLoss):
         on, off = (one if w is None else w for w in (likelihood.on_weight, likelihood.off_weight))
         total = likelihood.on * on * stats[..., NLL] + likelihood.off * off * stats[..., OFF]
         # MONAI divides by the sample's own number of voxels, not by the volume's.
-        volume = math.prod(case.voxels.input.shape[2:])
         count = stats[:, 0, W].detach().clamp(min=torch.finfo(torch.float32).eps)
-        loss = (total.sum(1) * volume / count).sum()
+        loss = (total.sum(1) / count).sum()
         return loss.to(torch.promote_types(case.voxels.input.dtype, torch.float32))
 
     def _composed(self, case: FocalCase) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from voxfuse.integrations._fused import LabelError, is_binary, plain
+from voxfuse.integrations._fused import LabelError, activated, is_binary, plain
 from voxfuse.integrations.monai._common import (
     Activation,
     ClassWeight,
@@ -19,7 +19,7 @@ from voxfuse.integrations.monai._common import (
     LossReduction,
     warn_ignored,
 )
-from voxfuse.integrations.monai._overlap import DiceLoss, activated
+from voxfuse.integrations.monai._overlap import DiceLoss
 
 
 def check_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:

@@ -16,6 +16,7 @@ from voxfuse.integrations._fused import (
     Likelihood,
     Ratio,
     Voxels,
+    activated,
     from_sums,
     fused_loss,
     plain,
@@ -270,12 +271,6 @@ class OverlapLoss(FusedLoss):
 
 def _without_background(shape: torch.Size) -> torch.Size:
     return torch.Size((shape[0], max(shape[1] - 1, 0), *shape[2:]))
-
-
-def activated(input: Tensor, activation: str) -> Tensor:
-    if activation == "sigmoid":
-        return input.sigmoid()
-    return input.softmax(1) if activation == "softmax" else input
 
 
 def _blanked(
