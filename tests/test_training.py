@@ -1,4 +1,4 @@
-"""The losses inside real training: precision, scale, checkpointing, compilation, FSDP."""
+"""The losses inside real training: precision, scale, checkpointing, export, FSDP."""
 
 from __future__ import annotations
 
@@ -8,19 +8,40 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import voxfuse
 from tests.ranks import launch
 
+#: Every loss of the package.
 LOSSES = {
-    "tversky": lambda: voxfuse.TverskyLoss(0.3, 0.7),
-    "focal tversky": lambda: voxfuse.FocalTverskyLoss(),
-    "dice + ce": lambda: voxfuse.DiceCELoss(),
-    "generalised dice": lambda: voxfuse.GeneralizedDiceLoss(),
+    "tversky": lambda **k: voxfuse.TverskyLoss(0.3, 0.7, **k),
+    "fbeta": lambda **k: voxfuse.FBetaLoss(**k),
+    "focal tversky": lambda **k: voxfuse.FocalTverskyLoss(**k),
+    "dice": lambda **k: voxfuse.DiceLoss(squared=True, **k),
+    "jaccard": lambda **k: voxfuse.JaccardLoss(**k),
+    "generalised dice": lambda **k: voxfuse.GeneralizedDiceLoss(**k),
+    "log dice": lambda **k: voxfuse.DiceLoss(log=True, **k),
+    "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0], **k),
+    "bce": lambda **k: voxfuse.BCELoss(**k),
+    "focal": lambda **k: voxfuse.FocalLoss(**k),
+    "top k": lambda **k: voxfuse.TopKLoss(20.0, **k),
+    "dice + ce": lambda **k: voxfuse.DiceCELoss(**k),
+    "tversky + ce": lambda **k: voxfuse.TverskyCELoss(**k),
+    "tversky + focal": lambda **k: voxfuse.TverskyFocalLoss(**k),
+    "dice + focal": lambda **k: voxfuse.DiceFocalLoss(**k),
+    "unified focal": lambda **k: voxfuse.UnifiedFocalLoss(**k),
+    "lovasz": lambda **k: voxfuse.LovaszLoss(**k),
+    "lovasz hinge": lambda **k: voxfuse.LovaszHingeLoss(**k),
+    "deep supervision": lambda **k: voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss(**k)),
 }
+#: Those whose sums are pooled over the batch only where asked for.
+POOLED = {
+    "tversky", "fbeta", "focal tversky", "dice", "jaccard", "generalised dice", "log dice",
+    "dice + ce", "tversky + ce", "tversky + focal", "dice + focal", "unified focal",
+    "deep supervision",
+}  # fmt: skip
 
 
 def network() -> torch.nn.Module:
@@ -79,6 +100,30 @@ def test_autocast_hands_over_half_logits_and_gets_a_float32_loss(name):
     assert value.item() == pytest.approx(truth.item(), rel=1e-5)
 
 
+class Trained(torch.nn.Module):
+    """A network with its loss inside, as it is exported."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.network, self.loss = network(), loss
+
+    def forward(self, image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.network(image), labels)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_network_with_its_loss_exports_for_any_size(name):
+    module = Trained(LOSSES[name]())
+    samples, extent = torch.export.Dim("samples", min=1), torch.export.Dim("extent", min=2)
+    axes = {0: samples, 2: extent, 3: extent, 4: extent}
+    program = torch.export.export(module, batch(), dynamic_shapes=(axes, axes))
+    image, labels = batch(9)
+    image, labels = image.repeat(3, 1, 1, 1, 1)[:5], labels.repeat(3, 1, 1, 1, 1)[:5]
+    torch.testing.assert_close(
+        program.module()(image, labels), module(image, labels), rtol=0, atol=0
+    )
+
+
 def test_pure_float16_keeps_its_accuracy_at_256_cubed():
     """Summed in half precision this loss would overflow; the gradient, scaled as a GradScaler
     does, must be the float64 one to a rounding of float16."""
@@ -97,19 +142,6 @@ def test_pure_float16_keeps_its_accuracy_at_256_cubed():
     assert abs(value.item() - true_value.item()) < 1e-3
     rounding = exact.grad.abs() * 2.0**-10 + 2.0**-24
     assert bool(((leaf.grad.double() - exact.grad).abs() <= rounding).all())
-
-
-def test_changing_batch_and_patch_sizes_recompile_at_most_once():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    loss = voxfuse.DiceCELoss()
-    step = torch.compile(lambda x, y: loss(x, y), fullgraph=True, backend=counter)
-    for size, count in ((4, 1), (6, 2), (5, 3), (8, 2), (7, 5)):
-        logits = torch.randn(count, 3, size, size, size, requires_grad=True)
-        labels = torch.randint(0, 3, (count, 1, size, size, size))
-        step(logits, labels).backward()
-        assert logits.grad is not None
-    assert counter.frame_count <= 3  # static, then dynamic in space, then in the batch too
 
 
 def test_more_elements_than_32_bits_can_index():
@@ -141,19 +173,23 @@ def fsdp_equals_one_process(rank: int, world: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     image, labels = batch()
-    reference = network()
-    voxfuse.TverskyLoss(0.3, 0.7, batch=True)(reference(image), labels).backward()
-
-    sharded = network()
     mesh = init_device_mesh("cpu", (world,))
+    sharded = network()
     for layer in sharded:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    loss = voxfuse.TverskyLoss(0.3, 0.7, batch=True, process_group="world", ddp_average=True)
-    loss(sharded(image[rank : rank + 1]), labels[rank : rank + 1]).backward()
-    for own, whole in zip(sharded.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(own.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-7)
+    for name, make in LOSSES.items():
+        pooled = {"batch": True} if name in POOLED else {}
+        reference = network()
+        make(**pooled)(reference(image), labels).backward()
+        loss = make(process_group="world", ddp_average=True, **pooled)
+        sharded.zero_grad()
+        loss(sharded(image[rank : rank + 1]), labels[rank : rank + 1]).backward()
+        for own, whole in zip(sharded.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(
+                own.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 @pytest.mark.skipif(

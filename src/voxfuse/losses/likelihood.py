@@ -111,8 +111,9 @@ class FocalLoss(LossModule):
         loss = \mathrm{mean}_{b,c,v}\; \alpha\, g\, (1-p)^\gamma (-\log p)
             \;[\, + (1-\alpha)(1-g)\, p^\gamma (-\log(1-p)) \text{ for a sigmoid}]
 
-    The mean is over voxels and classes. Equals ``monai.losses.FocalLoss`` (whose default is
-    ``activation="sigmoid"``) with its reduction "mean".
+    The mean is over voxels and classes. The defaults equal ``monai.losses.FocalLoss`` with
+    ``use_softmax=True``: the activation is a softmax here, as in the other losses of this package,
+    and a sigmoid by default in MONAI, which is ``activation="sigmoid"`` here.
 
     Args:
         gamma: focusing exponent, >= 0.
