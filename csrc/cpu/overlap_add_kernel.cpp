@@ -346,8 +346,9 @@ class Gather {
                          divided.data());
       w = {R(1), divided.data()};
     }
+    const R one = 1;
     for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      add_row(source, w, p.size, sums);
+      add_rows(source, 0, w.scale, &one, w.row, 1, p.size, sums, 0);
       source += patch_voxels;
       sums += channel_stride;
     }

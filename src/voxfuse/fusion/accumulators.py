@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.fusion._memory import zeros
+from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, activated, result_dtype
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
@@ -107,7 +107,7 @@ class Results:
         if self._out is not None:
             return None
         if self.everything is None:
-            self.everything = zeros((self._samples, *shape), dtype, device)
+            self.everything = empty((self._samples, *shape), dtype, device)
         result: Tensor = self.everything[sample]
         return result
 

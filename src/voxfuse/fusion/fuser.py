@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxfuse.fusion._memory import zeros
+from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
 from voxfuse.fusion.half_ring import ACCUMULATORS, add_rounded, slots, widened
 from voxfuse.fusion.windows import WindowLike
@@ -223,7 +223,6 @@ class PatchFuser:
         self._cursor = 0
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
-        self._given = out
         self._callback = out if callable(out) and not isinstance(out, Tensor) else None
         self._result: Tensor | None = None
         self._returned: Any = None
@@ -367,7 +366,7 @@ class PatchFuser:
         return (channels, *self.volume_shape), self._result_dtype(patches)
 
     def send_to(self, fresh: Tensor) -> None:
-        """Write the result into ``fresh``, all zeros, of :meth:`result_layout`."""
+        """Write the result into ``fresh``, of :meth:`result_layout`, whatever it holds."""
         self._take(fresh)
 
     # --- what is asked for --------------------------------------------------------------------
@@ -441,7 +440,7 @@ class PatchFuser:
             return self._ring
         self._sums = sums
         if self._result is None and self._callback is None:
-            self._returned = zeros(
+            self._returned = empty(
                 self._result_shape(),
                 self._result_dtype(self._kind or patches.dtype),
                 self._device or patches.device,
@@ -465,9 +464,7 @@ class PatchFuser:
         self._weights = [w.to(device) for w in self._weights]
         if self._in_place:
             assert result is not None
-            if self._given is not None:
-                result.zero_()
-            self._ring = result
+            self._ring = result.zero_()
             return result
         extent = self._ring_extent()
         self._ring = zeros((self.channels, *extent), self.accumulate or sums, device)

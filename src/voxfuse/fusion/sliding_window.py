@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxfuse.fusion._memory import joined
 from voxfuse.fusion.accumulators import (
     Accumulator,
     Importance,
@@ -333,10 +334,10 @@ def infer(
     for first in _batches(samples * count, sw_batch_size, progress):
         items = range(first, min(first + sw_batch_size, samples * count))
         places = [(item // count, origins[item % count]) for item in items]
-        batch = _join([cut(volume, *where) for where in places]).to(network_place)
+        batch = joined([cut(volume, *where) for where in places]).to(network_place)
         extras = dict(kwargs)
         if condition is not None:
-            extras["condition"] = _join([cut(condition, *where) for where in places]).to(
+            extras["condition"] = joined([cut(condition, *where) for where in places]).to(
                 network_place
             )
         coordinates = ([_slices(*where, before, roi) for where in places],) if with_coord else ()
@@ -544,10 +545,6 @@ def _batches(total: int, size: int, progress: bool) -> Iterable[int]:
         raise RuntimeError("progress: needs the package tqdm (pip install tqdm)") from None
     bar: Iterable[int] = tqdm(steps, unit="batch")
     return bar
-
-
-def _join(patches: list[Tensor]) -> Tensor:
-    return patches[0] if len(patches) == 1 else torch.cat(patches)
 
 
 def _patch(
