@@ -26,26 +26,89 @@ TYPES = {
     "int64": "*i64",
 }
 
+CAPABILITIES = (80, 90, 100)
+
+#: Bytes that a thread may keep in memory, by the beginning of a case's name; 0 for all others. The
+#: heads hold a tile's logits, and backward the weight's gradient beside them, in registers: with
+#: 255 of those a thread, the largest that are admitted (in_registers) do not fit by some words.
+#: More warps make it worse, and through memory chunk by chunk all logits would be written. For
+#: sm_100 the assembler keeps up to four words of two kernels although it has registers to spare.
+STACKS = {
+    "head-16-exact-backward": 16,
+    "head-16-full-backward": 16,
+    "head-117-backward": 32,
+    "head-250-forward": 80,
+    "head-128x64-backward": 448,
+    "online-full-backward-sm100": 16,
+    "probabilities-forward-sm100": 8,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel instance; ``fast`` ones may not spill registers."""
+    """One kernel instance."""
 
     name: str
     operator: str
     capability: int = 90
     options: tuple[tuple[str, Any], ...] = ()
-    fast: bool = True
+
+    @property
+    def stack(self) -> int:
+        """Bytes that a thread may keep in memory."""
+        return next((size for name, size in STACKS.items() if self.name.startswith(name)), 0)
 
 
-def soft_confusion(name: str, capability: int = 90, fast: bool = True, **options: Any) -> Case:
-    return Case(name, "soft_confusion", capability, tuple(options.items()), fast)
+def soft_confusion(name: str, capability: int = 90, **options: Any) -> Case:
+    return Case(name, "soft_confusion", capability, tuple(options.items()))
 
 
-def other(operator: str, name: str, fast: bool = True, **options: Any) -> Case:
-    return Case(name, operator, 90, tuple(options.items()), fast)
+def everywhere(operator: str, name: str, **options: Any) -> tuple[Case, ...]:
+    return tuple(
+        Case(f"{name}-sm{capability}", operator, capability, tuple(options.items()))
+        for capability in CAPABILITIES
+    )
 
 
+EXTRAS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("online", dict(classes=300)),
+    ("online-full", dict(classes=300, full=True)),
+    (
+        "binary-sigmoid",
+        dict(classes=1, target="binary", activation=1, full=True, gamma=2.0, weighted=True),
+    ),
+    ("dense-min", dict(classes=3, target="dense", overlap=1)),
+    ("mixed-likelihood", dict(classes=3, likelihood=1, full=True, gamma=0.5)),
+    ("many-full", dict(classes=40, full=True, weighted=True, odd=True)),
+    ("focal-weighted", dict(classes=4, gamma=2.0, weighted=True, has_ignore=True)),
+    ("focal-background", dict(classes=4, gamma=0.5, focal=1)),
+    ("probabilities", dict(classes=4, activation=0, target="dense", full=True)),
+    ("channels-last", dict(classes=4, dtype="bfloat16", contiguous=False)),
+    ("one-voxel", dict(classes=3, tiny=True)),
+)
+
+HEADS: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
+    ("2", False, (90,), dict(classes=2, dtype="bfloat16")),
+    ("2", True, (90,), dict(classes=2, dtype="bfloat16")),
+    ("4", False, CAPABILITIES, dict(classes=4)),
+    ("4", True, (90,), dict(classes=4)),
+    ("16-exact", False, (90,), dict(classes=16, exact=True)),
+    ("16-exact", True, CAPABILITIES, dict(classes=16, exact=True)),
+    ("16-full", False, (90,), dict(classes=16, full=True, gamma=2.0, weighted=True, odd=True)),
+    (
+        "16-full",
+        True,
+        CAPABILITIES,
+        dict(classes=16, full=True, gamma=2.0, weighted=True, odd=True),
+    ),
+    ("dense", False, (90,), dict(classes=3, dense=True, likelihood=1, full=True)),
+    ("dense", True, (90,), dict(classes=3, dense=True, likelihood=1, full=True)),
+    ("117", False, (90,), dict(classes=117, dtype="bfloat16")),
+    ("117", True, CAPABILITIES, dict(classes=117, dtype="bfloat16")),
+    ("117-float32", False, (90,), dict(classes=117)),
+    ("250", False, CAPABILITIES, dict(classes=250, dtype="bfloat16")),
+    ("128x64", True, CAPABILITIES, dict(classes=128, channels=64, dtype="bfloat16")),
+)
 CASES = (
     *(
         soft_confusion(
@@ -70,47 +133,60 @@ CASES = (
             (117, "float32", 90),
             (117, "bfloat16", 80),
             (2, "float64", 90),
+            # What takes the most registers, and a kernel of every other kind, everywhere.
+            (16, "bfloat16", 100),
+            (117, "float32", 80),
+            (117, "float32", 100),
         )
     ),
     *(
         soft_confusion(
-            f"{name}-{'backward' if backward else 'forward'}", **options, backward=backward
+            f"{name}-{'backward' if backward else 'forward'}-sm{capability}",
+            capability,
+            **options,
+            backward=backward,
         )
         for backward in (False, True)
-        for name, options in (
-            ("online", dict(classes=300)),
-            ("online-full", dict(classes=300, full=True, fast=False)),
-            (
-                "binary-sigmoid",
-                dict(classes=1, target="binary", activation=1, full=True, gamma=2.0, weighted=True),
-            ),
-            ("dense-min", dict(classes=3, target="dense", overlap=1)),
-            ("mixed-likelihood", dict(classes=3, likelihood=1, full=True, gamma=0.5, fast=False)),
-            ("many-full", dict(classes=40, full=True, weighted=True, odd=True)),
-            ("focal-weighted", dict(classes=4, gamma=2.0, weighted=True, has_ignore=True)),
-            ("focal-background", dict(classes=4, gamma=0.5, focal=1)),
-            ("probabilities", dict(classes=4, activation=0, target="dense", full=True, fast=False)),
-            ("channels-last", dict(classes=4, dtype="bfloat16", contiguous=False)),
-            ("one-voxel", dict(classes=3, tiny=True)),
+        for name, capability, options in (
+            (name, capability, options)
+            for capability in CAPABILITIES
+            for name, options in EXTRAS
+            if capability == 90 or name in ("online-full", "probabilities")
         )
     ),
-    other("finish", "second-stage"),
-    other("ratio_loss", "ratio-loss", classes=4),
-    other("ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True),
-    other("ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True),
-    other("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
-    other("ratio_loss_backward", "ratio-loss-backward"),
     *(
-        other("overlap_add", f"fusion-{name}", **options)
+        Case(
+            f"head-{name}-{'backward' if backward else 'forward'}-sm{capability}",
+            "head_confusion",
+            capability,
+            (*options.items(), ("backward", backward)),
+        )
+        for name, backward, capabilities, options in HEADS
+        for capability in capabilities
+    ),
+    *everywhere("finish", "second-stage"),
+    *everywhere("ratio_loss", "ratio-loss", classes=4),
+    *everywhere(
+        "ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True
+    ),
+    *everywhere(
+        "ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True
+    ),
+    *everywhere("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
+    *everywhere("ratio_loss_backward", "ratio-loss-backward"),
+    *(
+        case
         for name, options in (
             ("gather", dict(dtype="float32")),
             ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
-            ("gather-dense-total", dict(dense=True, total=True, fast=False)),
+            ("gather-dense-total", dict(dense=True, total=True)),
             ("gather-line", dict(axes=1)),
-            ("ring", dict(ring=0, channels=4, fast=False)),
-            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64", fast=False)),
+            ("ring", dict(ring=0, channels=4)),
+            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
+            ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
             ("backward", dict(backward=True, dtype="bfloat16")),
         )
+        for case in everywhere("overlap_add", f"fusion-{name}", **options)
     ),
     *(
         Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
@@ -139,6 +215,7 @@ class Instance:
     types: dict[str, Any]
     num_warps: int = 4
     multiples_of_16: tuple[str, ...] = ()
+    registers: int | None = None  # that the launch allows a thread, on NVIDIA
 
 
 def _soft_confusion_instance(
@@ -209,6 +286,61 @@ def _finish_instance() -> Instance:
     from voxfuse.triton_kernels import soft_confusion as kernels
 
     return Instance(kernels._finish, {"BLOCK": 1024}, {"partial": "*fp64", "result": "*fp64"})
+
+
+def _head_confusion_instance(
+    classes: int,
+    channels: int = 32,
+    dtype: str = "float32",
+    backward: bool = False,
+    full: bool = False,
+    gamma: float = 0.0,
+    dense: bool = False,
+    weighted: bool = False,
+    likelihood: int = 2,
+    odd: bool = False,
+    exact: bool = False,
+    need_features: bool = True,
+    need_head: bool = True,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import head_confusion as kernels
+
+    shape = (63, 63, 63) if odd else (64, 64, 64)
+    features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
+    target = torch.empty((1, classes if dense else 1, *shape), device="meta")
+    assert kernels.in_registers(features, classes, backward), "goes through memory chunk by chunk"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    constants, num_warps = kernels.constants(
+        features,
+        classes,
+        target,
+        (2, likelihood, 0, None, gamma),
+        8 if full else 4,
+        interpreting=False,
+    )
+    torch.set_float32_matmul_precision(before)
+    if backward:
+        constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
+        constants["GRADIENT_PRECISION"] = constants["PRECISION"]
+        num_warps = kernels.backward_warps(num_warps, constants)
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        **dict.fromkeys(("features", "weight", "bias", "output"), pointer),
+        "target": TYPES["float32" if dense else "uint8"],
+        "voxel_weight": TYPES["float32"] if weighted else None,
+        "partial": "*fp64",
+        "grad": "*fp64",
+        "gamma": "fp64",
+        **dict.fromkeys(("features_v", "target_v", "weight_v", "output_v"), 1),
+    }
+    strides = ("voxels", "features_b", "features_c", "target_b", "target_c", "weight_b")
+    strides += ("output_b", "output_c", "channels")
+    kernel = kernels._head_backward if backward else kernels._head_forward
+    aligned = () if odd else strides
+    return Instance(kernel, constants, types, num_warps, aligned, kernels.REGISTERS)
 
 
 def _ratio_loss_instance(
@@ -301,8 +433,10 @@ def _overlap_add_instance(
     if axes == 1:
         ones = ("size_z", "size_y", "patch_z", "patch_y", "length_z", "length_y")
         types |= dict.fromkeys(ones, 1)
-    kernel = kernels._scatter if backward else kernels._gather
-    return Instance(kernel, constants, types, multiples_of_16=("size_x",))
+    kernel, registers = kernels._gather, kernels.REGISTERS
+    if backward:
+        kernel, registers = kernels._scatter, None
+    return Instance(kernel, constants, types, 4, ("size_x",), registers)
 
 
 def _finalize_slab_instance(
@@ -346,6 +480,7 @@ def _finalize_slab_instance(
 INSTANCES = {
     "soft_confusion": _soft_confusion_instance,
     "finish": _finish_instance,
+    "head_confusion": _head_confusion_instance,
     "ratio_loss": _ratio_loss_instance,
     "ratio_loss_backward": _ratio_loss_backward_instance,
     "overlap_add": _overlap_add_instance,
@@ -379,11 +514,12 @@ def compile_cubin(case: Case) -> bytes:
             signature[name] = kind
             if kind.startswith("*") or name in instance.multiples_of_16:
                 attributes[(position,)] = [["tt.divisibility", 16]]
+    limit = {} if instance.registers is None else {"maxnreg": instance.registers}
     source = ASTSource(instance.kernel, signature, constants, attributes)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS},
+        options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS, **limit},
     )
     cubin: bytes = compiled.asm["cubin"]
     return cubin
@@ -411,7 +547,12 @@ def _resources(cubin: bytes) -> dict[str, Any]:
         "instructions": len(instructions),
         "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
         "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
-        "atomics": sum(n for name, n in counts.items() if re.match(r"(RED|ATOM[GS]?)\.", name)),
+        # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
+        "atomics": sum(
+            n
+            for name, n in counts.items()
+            if re.match(r"(RED|ATOM[GS]?)\.", name) and name not in ("ATOMS.OR", "ATOMS.AND")
+        ),
     }
 
 

@@ -19,6 +19,7 @@ from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
     exponential,
+    log_of_sum,
     power_of_two,
     reciprocal,
 )
@@ -102,13 +103,6 @@ def _surprise(p):
 
 
 @triton.jit
-def _log_of_one_plus(e, DTYPE: tl.constexpr):
-    """``log(1 + e)`` for 0 <= e <= 1."""
-    total = 1.0 + e
-    return tl.log(total) + (e - (total - 1.0)) * reciprocal(total, DTYPE)
-
-
-@triton.jit
 def _store(out, place, value, covered, fill, mask, TOTAL: tl.constexpr):
     element = out.dtype.element_ty
     if not element.is_int() and element != tl.float64:
@@ -168,7 +162,7 @@ def _take(
                 distance = tl.abs(z)
                 e = exponential(-distance, DTYPE)
                 rest = tl.where(e == 0, 0.0, distance * e)
-                entropy = _log_of_one_plus(e, DTYPE) + rest * reciprocal(1.0 + e, DTYPE)
+                entropy = log_of_sum(1.0, e, 1.0 + e, DTYPE) + rest * reciprocal(1.0 + e, DTYPE)
             else:
                 entropy = _surprise(z)
                 if BINARY:

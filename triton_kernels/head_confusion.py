@@ -25,6 +25,7 @@ from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
     flatten,
+    most_registers,
     power_of_two,
     strides_of,
 )
@@ -55,6 +56,8 @@ MOST_CLASSES, MOST_BACKWARD_CLASSES = 256, 128
 MOST_NUMBERS = {"tf32": 1 << 13, "ieee": 1 << 11}
 #: Features multiplied at once.
 MOST_FEATURES = 128
+#: Registers that a thread may take: all there are.
+REGISTERS = 255
 #: Voxels in a chunk: so many are added up in float32.
 CHUNK_VOXELS, BACKWARD_CHUNK_VOXELS = 1024, 4096
 #: Most bytes of partial sums, if chunk_bytes allows them.
@@ -574,6 +577,11 @@ def constants(features, classes, target, options, sums, focal_classes=None, *, i
     }, 4 if rows == 16 else 8
 
 
+def backward_warps(num_warps, chosen):
+    """With 8 sums a class or full float32 products, registers for the gradients want more warps."""
+    return 8 if chosen["SUMS"] == 8 or chosen["PRECISION"] == "ieee" else num_warps
+
+
 def reduction_shape(voxels, batch, block, chunk_voxels, bytes_each, most_bytes):
     """Return (tiles a chunk, chunks a sample, slots a sample): who adds what to what."""
     tiles_a_chunk = chunk_voxels // block
@@ -669,6 +677,7 @@ def head_confusion(
             **chosen,
             num_warps=num_warps,
             **LAUNCH_OPTIONS,
+            **most_registers(REGISTERS),
         )
     return partial.sum(0)
 
@@ -753,8 +762,9 @@ def head_confusion_backward(
             GRADIENT_PRECISION=chosen["PRECISION"],
             NEED_FEATURES=need_features,
             NEED_HEAD=need_head,
-            num_warps=num_warps,
+            num_warps=backward_warps(num_warps, chosen),
             **LAUNCH_OPTIONS,
+            **most_registers(REGISTERS),
         )
     if output is not gradient:
         gradient.copy_(output)

@@ -15,7 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from voxfuse.triton_kernels._common import LAUNCH_OPTIONS, device_guard, power_of_two
+from voxfuse.triton_kernels._common import (
+    LAUNCH_OPTIONS,
+    device_guard,
+    most_registers,
+    power_of_two,
+)
 
 #: Channels that a program adds up together; half as many in a ring, which takes more registers.
 MAX_CHANNELS = 8
@@ -24,6 +29,8 @@ TILE = 512
 MAX_WIDTH = 128
 #: Origins that are compared with a tile at once.
 ORIGINS = 128
+#: Registers that the gathering kernel may take.
+REGISTERS = 128
 
 
 @triton.jit
@@ -434,6 +441,7 @@ def _add(
             ORIGINS=ORIGINS,
             DTYPE=_accumulation(output.dtype),
             num_warps=4,
+            **most_registers(REGISTERS),
             **LAUNCH_OPTIONS,
         )
 
