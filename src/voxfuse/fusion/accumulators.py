@@ -148,6 +148,11 @@ class Streamed:
                 self._fuser = None
             done += size
 
+    def flush(self) -> None:
+        """Have finished slabs where the caller wants them."""
+        if self._fuser is not None:
+            self._fuser.flush()
+
     def _started(self, sample: int) -> PatchFuser:
         wish, placement = self._wish, self._placement
         fuser = PatchFuser(
@@ -232,6 +237,9 @@ class Composed:
             if index == count - 1:
                 self._finish(sample, self._sums.to(self._exact))
                 self._sums = None
+
+    def flush(self) -> None:
+        """Nothing is under way: samples are written when they are complete."""
 
     def _boxes(self, index: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where patch ``index`` lies in the volume, and which part of it does."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._memory import empty, zeros
+from voxfuse.fusion.delivery import Delivery
 from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
 from voxfuse.fusion.half_ring import ACCUMULATORS, add_rounded, slots, widened
 from voxfuse.fusion.windows import WindowLike
@@ -105,7 +106,8 @@ class PatchFuser:
         stream_axis: "auto" or an axis.
         out: where the result goes: a tensor on any device, a NumPy array such as a memmap, or a
             function ``out(slab, start, stop)`` called for every finished slab (a fresh tensor with
-            channels, slices start to stop of ``stream_axis``). None allocates a tensor.
+            channels, slices start to stop of ``stream_axis``). None allocates a tensor. From a GPU
+            to the host slabs travel through pinned memory while the network goes on.
         dtype: of a result that is allocated here. Default: the patches' for floating results, the
             smallest of uint8, uint16 and int32 for labels, uint8 for a mask.
         device: of a result that is allocated here. Default: the patches'.
@@ -231,6 +233,7 @@ class PatchFuser:
         self._kind: torch.dtype | None = None
         self._total: Tensor | None = None
         self._in_place = False
+        self._delivery = Delivery()
         if out is not None and self._callback is None:
             self._take(out)
 
@@ -240,6 +243,7 @@ class PatchFuser:
     @property
     def finished(self) -> int:
         """Slices before this one, along :attr:`stream_axis`, are final and written."""
+        self.flush()
         return self._front
 
     def plan(self) -> FusionPlan:
@@ -337,10 +341,19 @@ class PatchFuser:
         indices = self._indices(origins, patches.shape[0], times)
         ring = self._open(patches)
         segments = self._segments(indices, times)
+        self._delivery.collect()
         for first, last, left in segments:
             self._add(ring, patches[first:last], indices[first:last], times)
             self._left = left
             self._advance()
+
+    def flush(self) -> None:
+        """Wait for finished slabs that are on their way from a GPU to a result on the host.
+
+        Reading :attr:`finished` and :meth:`result` do it too. Where a network fails in a loop of
+        your own, it makes sure that all final slices are in ``out``.
+        """
+        self._delivery.flush()
 
     def result(self) -> Any:
         """Return the result (``out`` where one was given), or None with a callback.
@@ -358,6 +371,7 @@ class PatchFuser:
         if self._ring is None and self._front < self.volume_shape[self.stream_axis]:
             # Every patch was left out.
             self._open(torch.empty(0, self.channels, *self.patch_size))
+        self.flush()
         return self._returned
 
     def result_layout(self, patches: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
@@ -580,6 +594,10 @@ class PatchFuser:
         if self._total is not None:
             self._weigh()
 
+    def _is_direct(self, place: Tensor, ring: Tensor) -> bool:
+        """Whether slices are finalised right where the result is."""
+        return place.device == ring.device
+
     def _finish(self, start: int, stop: int) -> None:
         if self._in_place:
             return
@@ -587,7 +605,7 @@ class PatchFuser:
         ring, axis = self._ring, self.stream_axis
         place = None if self._result is None else self._result.narrow(1 + axis, start, stop - start)
         slab = place
-        if place is None or place.device != ring.device:
+        if place is None or not self._is_direct(place, ring):
             shape = list(self.volume_shape)
             shape[axis] = stop - start
             channels = self.classes if self._all_channels() else 1
@@ -605,7 +623,7 @@ class PatchFuser:
             self._callback(slab, start, stop)
         elif slab is not place:
             assert place is not None
-            place.copy_(slab)
+            self._delivery.send(slab, place)
 
     def _finalise(
         self, ring: Tensor, total: Tensor | None, slab: Tensor, start: int, stop: int

@@ -328,20 +328,18 @@ def infer(
         accumulate=accumulate,
     )
 
-    accumulators: list[Accumulator] = []
-    kinds: list[tuple[Any, ...]] = []
-    keys: list[Any] | None = None
-    for first in _batches(samples * count, sw_batch_size, progress):
-        items = range(first, min(first + sw_batch_size, samples * count))
+    outputs = _Outputs(wish, placement, (before, after), heads, out, dtype, process_fn is not None)
+
+    def predicted(items: range) -> tuple[list[_Member], Importance]:
+        """The predictions of a batch to average, and their weights."""
         places = [(item // count, origins[item % count]) for item in items]
         batch = joined([cut(volume, *where) for where in places]).to(network_place)
         extras = dict(kwargs)
         if condition is not None:
-            extras["condition"] = joined([cut(condition, *where) for where in places]).to(
-                network_place
-            )
+            cuts = joined([cut(condition, *where) for where in places])
+            extras["condition"] = cuts.to(network_place)
         coordinates = ([_slices(*where, before, roi) for where in places],) if with_coord else ()
-        members: list[list[Tensor]] = []
+        members: list[_Member] = []
         weights = importance
         for turn in turns:
             view, turned = _turned(batch, turn), dict(extras)
@@ -358,44 +356,87 @@ def infer(
                     weights = [processed.detach().to("cpu", torch.float64)]
                 tensors = [_prediction(t, len(items), axes).to(place) for t in tensors]
                 returned.append([heads.apply(number, tensor) for tensor in tensors])
-            members += heads.joined(returned)
-        if not kinds:
-            kinds = [_kind(tensor) for tensor in members[0]]
-            outs = _destinations(out, keys, len(kinds))
-            if head is not None and len(kinds) > 1:
-                raise ValueError(f"head: got one for {len(kinds)} outputs, expected one output")
-        for member in members:
-            if [_kind(tensor) for tensor in member] != kinds:
-                got = ", ".join(_checks.describe(tensor) for tensor in member)
-                raise ValueError(f"predictor: returned {got}, but before {_listed(kinds)}")
-        for number, kind in enumerate(kinds):
-            predictions = [
-                (member[number], turn)
-                for turn, member in zip(
-                    [t for t in turns for _ in range(len(members) // len(turns))],
-                    members,
-                    strict=True,
-                )
-            ]
+            members += [(turn, keys, tensors) for tensors in heads.joined(returned)]
+        return members, weights
+
+    try:
+        for first in _batches(samples * count, sw_batch_size, progress):
+            items = range(first, min(first + sw_batch_size, samples * count))
+            outputs.add(*predicted(items), items)
+    finally:
+        outputs.flush()
+    return outputs.packed(meta)
+
+
+#: How the patches were mirrored, the names of a network's outputs, and the outputs.
+_Member = tuple[tuple[int, ...], list[Any] | None, list[Tensor]]
+
+
+class _Outputs:
+    """An accumulator an output of the network, made when the first predictions are there."""
+
+    def __init__(
+        self,
+        wish: Wish,
+        placement: Placement,
+        margins: tuple[list[int], list[int]],
+        heads: Heads,
+        out: Any,
+        dtype: torch.dtype | None,
+        changing: bool,
+    ) -> None:
+        self._wish, self._placement, self._margins = wish, placement, margins
+        self._heads, self._out, self._dtype, self._changing = heads, out, dtype, changing
+        self._accumulators: list[Accumulator] = []
+        self._kinds: list[tuple[Any, ...]] = []
+        self._keys: list[Any] | None = None
+
+    def add(self, members: list[_Member], weights: Importance, items: range) -> None:
+        """Add the predictions of the patches ``items``."""
+        if not self._accumulators:
+            self._begin(members[0], weights)
+        for _, keys, tensors in members:
+            if keys != self._keys or [_kind(tensor) for tensor in tensors] != self._kinds:
+                got = ", ".join(_checks.describe(tensor) for tensor in tensors)
+                raise ValueError(f"predictor: returned {got}, but before {_listed(self._kinds)}")
+        for number, kind in enumerate(self._kinds):
             weights = resized(weights, kind[2:])
-            if number == len(accumulators):
-                accumulators.append(
-                    accumulator(
-                        with_dtype(wish, dtype or heads.kind or kind[0]),
-                        placement.scaled(kind[2:], before, after),
-                        weights,
-                        predictions[0][0],
-                        Results(samples, axes, outs[number]),
-                        changing=process_fn is not None,
-                    )
+            predictions = [(tensors[number], turn) for turn, _, tensors in members]
+            self._accumulators[number].add(predictions, items, weights)
+
+    def flush(self) -> None:
+        """Have finished slabs where the caller wants them."""
+        for each in self._accumulators:
+            each.flush()
+
+    def packed(self, meta: Any) -> Any:
+        """The results as the network returns its predictions, MetaTensors where ``meta`` is one."""
+        results = [each.results.everything for each in self._accumulators]
+        if meta is not None and self._out is None:
+            results = [_like(result, meta) for result in results]
+        if self._keys is not None:
+            return dict(zip(self._keys, results, strict=True))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _begin(self, member: _Member, weights: Importance) -> None:
+        _, self._keys, tensors = member
+        if self._heads.classes is not None and len(tensors) != 1:
+            raise ValueError(f"head: got one for {len(tensors)} outputs, expected one output")
+        outs = _destinations(self._out, self._keys, len(tensors))
+        self._kinds = [_kind(tensor) for tensor in tensors]
+        for tensor, out in zip(tensors, outs, strict=True):
+            patch = tuple(tensor.shape[2:])
+            weights = resized(weights, patch)
+            self._accumulators.append(
+                accumulator(
+                    with_dtype(self._wish, self._dtype or self._heads.kind or tensor.dtype),
+                    self._placement.scaled(patch, *self._margins),
+                    weights,
+                    tensor,
+                    Results(self._wish.samples, len(patch), out),
+                    changing=self._changing,
                 )
-            accumulators[number].add(predictions, items, weights)
-    results = [each.results.everything for each in accumulators]
-    if meta is not None and out is None:
-        results = [_like(result, meta) for result in results]
-    if keys is not None:
-        return dict(zip(keys, results, strict=True))
-    return results[0] if len(results) == 1 else tuple(results)
+            )
 
 
 def _predictors(predictor: Predictor | Sequence[Predictor]) -> list[Predictor]:
