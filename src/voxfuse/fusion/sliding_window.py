@@ -266,7 +266,7 @@ def infer(
         raise ValueError(f"padding_mode: got {padding!r}, expected one of {listed}")
     if buffer_steps is not None and buffer_steps > 0 and not -axes <= buffer_dim <= axes:
         raise ValueError(f"buffer_dim: got {buffer_dim}, expected {-axes} to {axes}")
-    if (skip is not None or callable(out)) and samples != 1 and not isinstance(out, Tensor):
+    if (skip is not None or callable(out)) and samples != 1:
         name = "skip" if skip is not None else "out"
         raise ValueError(f"{name}: got a function and {samples} samples, expected one")
     turns = flips(tta, axes)
@@ -423,6 +423,10 @@ class _Outputs:
         if self._heads.classes is not None and len(tensors) != 1:
             raise ValueError(f"head: got one for {len(tensors)} outputs, expected one output")
         outs = _destinations(self._out, self._keys, len(tensors))
+        if any(callable(out) for out in outs) and self._wish.samples != 1:
+            raise ValueError(
+                f"out: got functions and {self._wish.samples} samples, expected one sample"
+            )
         self._kinds = [_kind(tensor) for tensor in tensors]
         for tensor, out in zip(tensors, outs, strict=True):
             patch = tuple(tensor.shape[2:])
