@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     loss.add_argument(
         "--sweep", action="store_true", help="over volume sizes at 2 classes and classes at 64^3"
     )
+    loss.add_argument(
+        "--scaling", action="store_true", help="one thread against all, 192^3 against 384^3 (CPU)"
+    )
     loss.add_argument("--extras", action="store_true", help="half types, layouts, full statistics")
     loss.add_argument("--profile", type=Path, metavar="DIR", help="leave torch.profiler traces")
     loss.add_argument(
