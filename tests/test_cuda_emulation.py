@@ -624,6 +624,26 @@ def test_ring(overlap_add, ring_axis, dtype, start):
         assert_accurate(ring, plain, truth, scale=size, dtype=accumulator, allowance=2)
 
 
+@pytest.mark.parametrize(
+    ("patch", "volume"), [((7,), (23,)), ((3, 8), (9, 16)), ((3, 4, 16), (5, 6, 24))]
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_mirrored_patches_are_turned_back(overlap_add, patch, volume, dtype):
+    """Bit for bit what adding flipped copies gives; rows are runs, or no multiple of them."""
+    patches, origins, rows, weights, _ = fusion_case(patch, volume, 7, 3, dtype)
+    axes = len(patch)
+    place = (axes - 1, 2, 2 + volume[-1])
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    for flip in range(1, 2**axes):
+        turned = [2 + axis for axis in range(axes) if flip >> axis & 1]
+        ring = torch.ones(3, *volume, dtype=accumulator)
+        expected = ring.clone()
+        tables = (origins, rows, weights, None, *place)
+        overlap_add.overlap_add_(expected, patches, *tables)
+        overlap_add.overlap_add_(ring, patches.flip(turned), *tables, flip)
+        assert torch.equal(ring, expected)
+
+
 def test_a_voxel_under_one_patch_keeps_its_bits(overlap_add):
     patches, *_ = fusion_case((4, 4, 6), (4, 4, 6), 1, 3, torch.float16)
     ones = [torch.ones(1, size, dtype=torch.float64) for size in (4, 4, 6)]

@@ -239,6 +239,9 @@ def test_opcheck(namespace, layout, general):
     torch.library.opcheck(
         namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5)
     )
+    torch.library.opcheck(
+        namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5, 6)
+    )
     total = torch.zeros(case.volume, dtype=torch.float64)
     torch.library.opcheck(namespace.overlap_weights_.default, (total, *tables[:3], 0, 0, 6))
 
@@ -289,6 +292,27 @@ def test_ring_holds_a_window_of_the_volume(namespace, data, **options):
     window = in_slots(torch.zeros_like(sums), 0, 3.0)
     namespace.overlap_weights_(window, *tables, axis, start, stop)
     torch.testing.assert_close(window, in_slots(sums, 0, 3.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@hypothesis.given(**CASES, data=st.data())
+def test_mirrored_patches_are_turned_back(namespace, data, **options):
+    """Bit for bit what adding flipped copies gives, in a ring along any axis."""
+    options["patch"] = options["patch"][: len(options["volume"])]
+    case = make_case(**options)
+    axes = len(case.volume)
+    flip = data.draw(st.integers(0, 2**axes - 1))
+    axis = data.draw(st.integers(0, axes - 1))
+    start = data.draw(st.integers(0, case.volume[axis]))
+    place = (axis, start, start + data.draw(st.integers(0, case.volume[axis])))
+    turned = [2 + a for a in range(axes) if flip >> a & 1]
+    tables = (case.origins, case.rows, case.weights, case.total)
+    shape = (case.patches.shape[1], *case.volume)
+    ring = torch.full(shape, 2.0, dtype=compute_dtype(case.patches.dtype))
+    expected = ring.clone()
+    namespace.overlap_add_(expected, case.patches, *tables, *place)
+    namespace.overlap_add_(ring, case.patches.flip(turned), *tables, *place, flip)
+    assert torch.equal(ring, expected)
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)

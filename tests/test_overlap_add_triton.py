@@ -196,6 +196,29 @@ def test_ring(ring_axis, dtype, total):
         assert torch.equal(ring.cpu()[untouched], before[untouched])
 
 
+@pytest.mark.parametrize("volume", [(9,), (6, 7), (3, 6, 7)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_mirrored_patches_are_turned_back(volume, layout):
+    """Bit for bit what adding flipped copies gives."""
+    axes = len(volume)
+    for dtype, axis, total in zip(
+        DTYPES, [0, axes - 1] * 2, [False, False, True, True], strict=True
+    ):
+        case = Case(
+            volume=volume, patch=(2, 4, 5)[3 - axes :], layout=layout, dtype=dtype, total=total
+        )
+        patches, *tables = case.tensors()
+        place = (axis, 1, 1 + volume[axis])
+        for flip in range(1, 2**axes):
+            turned = [2 + a for a in range(axes) if flip >> a & 1]
+            ring = torch.ones(case.channels, *volume, dtype=compute_dtype(dtype), device=DEVICE)
+            expected = ring.clone()
+            OPERATORS.overlap_add_(expected, *on_device(patches, *tables), *place)
+            flipped = torch.empty_like(patches).copy_(patches.flip(turned))
+            OPERATORS.overlap_add_(ring, *on_device(flipped, *tables), *place, flip)
+            assert torch.equal(ring, expected)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_bits_do_not_depend_on_how_patches_are_spread_over_calls(dense):
     case = Case(count=7, dense=dense)

@@ -397,6 +397,7 @@ def _add(
     total: torch.Tensor | None,
     patch_shape: Sequence[int],
     ring: tuple[int, int, int] | None,
+    flip: int = 0,
 ) -> None:
     """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
     axes = output.ndim - 1
@@ -411,7 +412,12 @@ def _add(
     block_channels = min(power_of_two(channels), MAX_CHANNELS // (1 if ring is None else 2))
     strides = (0, 0, 0, 0, 0)
     if patches is not None:
-        spatial = patches.stride()[2:]
+        spatial = list(patches.stride()[2:])
+        for axis in range(axes):
+            if flip >> axis & 1 and patches.numel() > 0:
+                # Read from the far end, backwards.
+                patches = patches.narrow(2 + axis, patches.shape[2 + axis] - 1, 1)
+                spatial[axis] = -spatial[axis]
         strides = (patches.stride(0), patches.stride(1), *[0] * (3 - axes), *spatial)
     with device_guard(output):
         _gather[(tiles, triton.cdiv(channels, block_channels))](
@@ -472,11 +478,12 @@ def overlap_add_(
     ring_axis: int,
     start: int,
     stop: int,
+    flip: int = 0,
 ) -> None:
     """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
     place = (ring_axis, start, stop)
     total = None if total is None else total.contiguous()
-    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place)
+    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place, flip)
 
 
 def overlap_weights_(

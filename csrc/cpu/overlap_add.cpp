@@ -231,7 +231,7 @@ Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& r
 void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                   const Tensor& rows, std::vector<Tensor> weights,
                   const std::optional<Tensor>& total, int64_t ring_axis, int64_t start,
-                  int64_t stop) {
+                  int64_t stop, int64_t flip) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
@@ -242,6 +242,7 @@ void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origi
   check_fusion_patches(patches, weights, axes);
   check_fusion_total(total, extent, patches);
   check_fusion_ring(ring, "ring", extent, ring_axis, start, stop);
+  check_fusion_flip(flip, axes);
   STD_TORCH_CHECK(ring.scalar_type() == accumulation_type(patches.scalar_type()), "ring: got ",
                   torch::headeronly::toString(ring.scalar_type()), ", expected ",
                   torch::headeronly::toString(accumulation_type(patches.scalar_type())));
@@ -252,6 +253,7 @@ void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origi
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();
   plan.q.target = ring.mutable_data_ptr();
+  plan.q.flip = static_cast<int>(flip << (3 - axes));
   plan.q.accumulate = true;
   run_forward(plan.q, plan.tile(false, is_double ? 8 : 4));
 }

@@ -28,6 +28,7 @@ struct Fusion {
   Element type;        // of patches
   const void* source;  // forward: patches (N, C, *patch); backward: gradient (C, *extent)
   void* target;        // forward: (C, *extent); backward: (N, C, *patch)
+  int flip;            // bit a: patches are mirrored along axis a, and turned back when read
   bool accumulate;     // forward: add to what `target` holds, which is of the accumulation type
 
   // Forward: patches over slice z (from begin[0] on), ascending: those in

@@ -248,9 +248,10 @@ class Gather {
   explicit Gather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
-        product(q.separable && q.total == nullptr),
+        product(q.separable && q.total == nullptr && !(q.flip & 4)),
         scratch(in_place ? 0 : q.task_channels * q.task_columns),
-        divided(q.total != nullptr ? q.patch[2] : 0) {}
+        divided(q.total != nullptr ? q.patch[2] : 0),
+        turned(q.flip & 4 ? q.patch[2] : 0) {}
 
   void operator()(const Tile& tile) {
     pieces.clear();
@@ -311,6 +312,12 @@ class Gather {
     }
   };
 
+  // Where place t of an axis is in the patches, which may be mirrored along it.
+  template <int axis>
+  int64_t place_of(int64_t t) const {
+    return q.flip >> axis & 1 ? q.patch[axis] - 1 - t : t;
+  }
+
   void find_runs(const Tile& tile) {
     runs.clear();
     for (const Shared& p : pieces) {
@@ -320,11 +327,12 @@ class Gather {
         return static_cast<const R*>(q.rounded[axis]) + r[axis] * q.patch[axis];
       };
       const int64_t ty = p.y - origin[1], tx = p.x - origin[2];
-      const int64_t plane = (p.i * q.channels + tile.channel) * q.patch[0] + p.tz;
+      const int64_t sz = place_of<0>(p.tz), sy = place_of<1>(ty);
+      const int64_t plane = (p.i * q.channels + tile.channel) * q.patch[0] + sz;
       const T* source =
-          static_cast<const T*>(q.source) + (plane * q.patch[1] + ty) * q.patch[2] + tx;
-      runs.push_back({source, q.patch[2], table(0)[p.tz], table(1) + ty, table(2) + tx, p.y,
-                      p.y_end, p.size, p.slot});
+          static_cast<const T*>(q.source) + (plane * q.patch[1] + sy) * q.patch[2] + tx;
+      runs.push_back({source, q.flip & 2 ? -q.patch[2] : q.patch[2], table(0)[p.tz], table(1) + ty,
+                      table(2) + tx, p.y, p.y_end, p.size, p.slot});
     }
   }
 
@@ -334,9 +342,11 @@ class Gather {
     const int64_t* origin = q.origins + 3 * p.i;
     const int64_t ty = y - origin[1], tx = p.x - origin[2];
     const int64_t patch_voxels = q.patch[0] * q.patch[1] * q.patch[2];
+    const int64_t sz = place_of<0>(p.tz), sy = place_of<1>(ty);
+    const int64_t sx = q.flip & 4 ? q.patch[2] - tx - p.size : tx;
     const T* source = static_cast<const T*>(q.source) +
                       (p.i * q.channels + tile.channel) * patch_voxels +
-                      (p.tz * q.patch[1] + ty) * q.patch[2] + tx;
+                      (sz * q.patch[1] + sy) * q.patch[2] + sx;
     RowWeights<R> w;
     if (q.total == nullptr) {
       w = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
@@ -348,7 +358,12 @@ class Gather {
     }
     const R one = 1;
     for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      add_rows(source, 0, w.scale, &one, w.row, 1, p.size, sums, 0);
+      const T* row = source;
+      if (q.flip & 4) {
+        std::reverse_copy(source, source + p.size, turned.data());
+        row = turned.data();
+      }
+      add_rows(row, 0, w.scale, &one, w.row, 1, p.size, sums, 0);
       source += patch_voxels;
       sums += channel_stride;
     }
@@ -356,8 +371,10 @@ class Gather {
 
   const Fusion& q;
   const bool in_place;  // the result's memory holds the sums
-  const bool product;   // tasks have one channel, and `runs` instead of `pieces` is added
+  const bool product;   // tasks have one channel, and `runs` instead of `pieces` is added: rows are
+                        // read as they lie
   std::vector<R> scratch, divided;
+  std::vector<T> turned;  // a row that was mirrored
   std::vector<Shared> pieces;
   std::vector<Run> runs;
 };

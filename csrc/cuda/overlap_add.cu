@@ -123,6 +123,16 @@ __device__ inline void load_run(const T* run, int first, int last, Real (&value)
   }
 }
 
+template <class Real, int kRun>
+__device__ inline void turn_run(Real (&value)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun / 2; ++i) {
+    const Real first = value[i];
+    value[i] = value[kRun - 1 - i];
+    value[kRun - 1 - i] = first;
+  }
+}
+
 template <class T, Mode kMode>
 struct Output {
   using type = T;
@@ -233,13 +243,20 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int i = 0; i < kRun; ++i) sum[0][i] += weight[i];
         } else {
           const int first = -tx, last = q.patch[2] - tx;
-          const int64_t offset = (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
+          // Where the run begins in a patch that is mirrored; along the last axis it is turned.
+          const int flip = kMode == Mode::kRing ? q.flip : 0;
+          const int sz = flip & 1 ? q.patch[0] - 1 - tz : tz;
+          const int sy = flip & 2 ? q.patch[1] - 1 - ty : ty;
+          const int sx = flip & 4 ? q.patch[2] - kRun - tx : tx;
+          const int64_t offset = (int64_t{sz} * q.patch[1] + sy) * q.patch[2] + sx;
           const int64_t base = (at.patch * q.channels + channel) * patch_plane + offset;
           Real value[kCopies][kRun];
 #pragma unroll
           for (int c = 0; c < kCopies; ++c) {
             if (c < copies) {
-              load_run<Real, kRun>(source + (base + c * patch_plane), first, last, value[c]);
+              load_run<Real, kRun>(source + (base + c * patch_plane), -sx, q.patch[2] - sx,
+                                   value[c]);
+              if (flip & 4) turn_run(value[c]);
             }
           }
 #pragma unroll

@@ -24,6 +24,8 @@ struct Fusion {
   int64_t row_count[3] = {1, 1, 1};
   const double* total = nullptr;  // sum of the weights, or null: they are used as they are
 
+  int flip = 0;  // bit a: the patches of a ring's addition are mirrored along axis a
+
   Element type = Element::f32;   // of the patches
   const void* source = nullptr;  // patches (N, C, *patch); backward: gradient (C, *extent)
   void* target = nullptr;        // (C, *extent): patches' type, or accumulation type for a ring;

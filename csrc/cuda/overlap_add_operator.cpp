@@ -102,8 +102,8 @@ Tensor add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
 
 void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                  const Tensor& rows, std::vector<Tensor> weights,
-                 const std::optional<Tensor>& total, int64_t ring_axis, int64_t start,
-                 int64_t stop) {
+                 const std::optional<Tensor>& total, int64_t ring_axis, int64_t start, int64_t stop,
+                 int64_t flip) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
@@ -114,6 +114,7 @@ void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origin
   check_fusion_patches(patches, weights, axes);
   check_fusion_total(total, extent, patches);
   check_fusion_ring(ring, "ring", extent, ring_axis, start, stop);
+  check_fusion_flip(flip, axes);
   STD_TORCH_CHECK(ring.scalar_type() == accumulation_type(patches.scalar_type()), "ring: got ",
                   torch::headeronly::toString(ring.scalar_type()), ", expected ",
                   torch::headeronly::toString(accumulation_type(patches.scalar_type())));
@@ -121,6 +122,7 @@ void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origin
   const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
   Plan plan(patches, origins, rows, weights, total, extent, ring.size(0));
   plan.set_ring(ring_axis, start, stop);
+  plan.q.flip = static_cast<int>(flip << (3 - axes));
   const Tensor source = torch::stable::contiguous(patches);
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();

@@ -101,6 +101,12 @@ inline void check_fusion_ring(const Tensor& ring, const char* name,
                   name);
 }
 
+// Bit a of `flip`: the patches are mirrored along spatial axis a.
+inline void check_fusion_flip(int64_t flip, int64_t axes) {
+  STD_TORCH_CHECK(flip >= 0 && flip < (int64_t{1} << axes), "flip: got ", flip,
+                  ", expected one bit an axis, 0 to ", (int64_t{1} << axes) - 1);
+}
+
 inline ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -497,6 +497,7 @@ class OverlapAdd(Operators):
         total: Tensor | None,
         extent: Sequence[int],
         ring: tuple[int, int, int] | None = None,
+        flip: int = 0,
     ) -> Tensor:
         axes = len(extent)
         separable = len(weights) == axes
@@ -517,6 +518,7 @@ class OverlapAdd(Operators):
         element = torch.float64 if operation == self.WEIGHTS else source.dtype
         integers = [operation, origins.shape[0], channels, axes, int(separable), ELEMENTS[element]]
         integers += [ring_axis, *lead, *shape, *lead, *extent, *begin, *end, *counts]
+        integers += [flip << (3 - axes)]
         buffers = [
             *(storage_bytes(x.contiguous().clone()) for x in (source, target, origins, rows)),
             *tables,
@@ -564,10 +566,11 @@ class OverlapAdd(Operators):
         ring_axis: int,
         start: int,
         stop: int,
+        flip: int = 0,
     ) -> None:
         place = (ring_axis, start, stop)
         result = self._call(
-            self.RING, patches, ring, origins, rows, weights, total, ring.shape[1:], place
+            self.RING, patches, ring, origins, rows, weights, total, ring.shape[1:], place, flip
         )
         ring.copy_(result)
 

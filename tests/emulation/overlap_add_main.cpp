@@ -27,6 +27,7 @@ int main() {
       q.row_count[axis] = x[19 + axis];
       if (buffers[4 + axis].size() > 0) q.weights[axis] = buffers[4 + axis].as<const double>();
     }
+    q.flip = static_cast<int>(x[22]);
     q.source = buffers[0].get();
     q.target = buffers[1].get();
     q.origins = buffers[2].as<const std::int64_t>();

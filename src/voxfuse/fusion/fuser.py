@@ -290,7 +290,7 @@ class PatchFuser:
             ValueError: a shape does not fit; an origin is not planned, was added before, or cannot
                 be added yet. Nothing of the batch has been added then.
         """
-        self._push(self._prepared(patches, flip), origins, 1)
+        self._push([self._prepared(patches, flip)], origins)
 
     def add_members(
         self,
@@ -299,25 +299,16 @@ class PatchFuser:
     ) -> None:
         """Add all ``members`` predictions of a batch of patches: pairs of (patches, flip).
 
-        As that many calls of :meth:`add`, but the ring is touched once: the predictions are summed
-        first, in one copy of the batch. A batch may then cross rows of patches.
+        As that many calls of :meth:`add` for each patch, but a batch may cross rows of patches.
+        Every patch gets all its predictions before the next, so that the bits do not depend on the
+        batches; flipped ones are turned back as they are read.
         """
         if len(predictions) != self.members:
             raise ValueError(f"predictions: are {len(predictions)}, expected {self.members}")
-        total: Tensor | None = None
-        for patches, flip in predictions:
-            prepared = self._prepared(patches, flip)
-            if total is None:
-                dtype = accumulation_dtype(prepared.dtype)
-                alone = self.members == 1
-                total = prepared if alone else prepared.to(dtype, copy=True)
-            else:
-                total += prepared
-        assert total is not None
-        self._push(total, origins, self.members)
+        self._push([self._prepared(*prediction) for prediction in predictions], origins)
 
-    def _prepared(self, patches: Tensor, flip: Sequence[int]) -> Tensor:
-        """Check patches, turn them back and activate them for soft voting."""
+    def _prepared(self, patches: Tensor, flip: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Check patches and the axes of a flip, and activate the patches for soft voting."""
         patches = _checks.require_tensor("patches", patches).detach()
         expected = (self.channels, *self.patch_size)
         if tuple(patches.shape[1:]) != expected:
@@ -330,20 +321,29 @@ class PatchFuser:
             )
         if self._kind is None:
             self._kind = patches.dtype
-        axes = sorted({int(axis) + 2 for axis in flip})
-        if axes:
-            patches = patches.flip(axes)
+        axes = tuple(sorted({int(axis) for axis in flip}))
+        if axes and not 0 <= axes[0] <= axes[-1] < len(self.patch_size):
+            raise ValueError(f"flip: got {axes}, expected axes in [0, {len(self.patch_size)})")
         if self.voting == "soft" and self.activation != "none":
             patches = activated(patches, self.activation)
-        return patches
+        return patches, axes
 
-    def _push(self, patches: Tensor, origins: Any, times: int) -> None:
-        indices = self._indices(origins, patches.shape[0], times)
-        ring = self._open(patches)
+    def _push(self, predictions: list[tuple[Tensor, tuple[int, ...]]], origins: Any) -> None:
+        times = len(predictions)
+        indices = self._indices(origins, predictions[0][0].shape[0], times)
+        for patches, _ in predictions:
+            ring = self._open(patches)
         segments = self._segments(indices, times)
         self._delivery.collect()
         for first, last, left in segments:
-            self._add(ring, patches[first:last], indices[first:last], times)
+            # With several predictions patch by patch: sums follow the order of the patches.
+            step = last - first if times == 1 else 1
+            for low in range(first, last, max(step, 1)):
+                for patches, flip in predictions:
+                    part = slice(low, low + step)
+                    self._add(ring, patches[part], indices[part], flip)
+            for index in indices[first:last]:
+                self._added[index] += times
             self._left = left
             self._advance()
 
@@ -563,9 +563,9 @@ class PatchFuser:
         coming = Counter(pending)
         return next(i for i, n in enumerate(self._added) if n + coming[i] * times < self.members)
 
-    def _add(self, ring: Tensor, patches: Tensor, indices: list[int], times: int) -> None:
-        if not indices:
-            return
+    def _add(
+        self, ring: Tensor, patches: Tensor, indices: list[int], flip: tuple[int, ...]
+    ) -> None:
         extent = self.volume_shape[self.stream_axis]
         start = 0 if self._in_place else self._base
         arguments: dict[str, Any] = {
@@ -573,6 +573,7 @@ class PatchFuser:
             "ring_axis": self.stream_axis,
             "start": start,
             "stop": extent if self._in_place else min(start + self._depth, extent),
+            "flip": flip,
             "backend": self.backend,
         }
         tables = self.origins[indices], self._rows[indices], self._weights
@@ -581,8 +582,6 @@ class PatchFuser:
         else:
             arguments |= {"members": self.members, "dtype": self._sums}
             add_rounded(ring, patches, *tables, **arguments)
-        for index in indices:
-            self._added[index] += times
 
     def _advance(self) -> None:
         """Write the slices that no patch to come reaches, and move the ring on."""

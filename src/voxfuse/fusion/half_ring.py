@@ -39,6 +39,7 @@ def add_rounded(
     stop: int,
     members: int,
     dtype: torch.dtype,
+    flip: Sequence[int],
     backend: str,
 ) -> None:
     """As :func:`voxfuse.ops.overlap_add.overlap_add_`, of the patches over ``members``.
@@ -65,6 +66,7 @@ def add_rounded(
             rows[index : index + 1],
             weights,
             total=None if total is None else widened(total[None], low, high, ring_axis)[0],
+            flip=flip,
             backend=backend,
         )
         for part, target in _parts(ring, low, high, ring_axis):

@@ -83,6 +83,7 @@ def overlap_add_(
     ring_axis: int = 0,
     start: int = 0,
     stop: int | None = None,
+    flip: Sequence[int] = (),
     backend: str = "auto",
 ) -> Tensor:
     r"""Add weighted patches into ``ring``, a window of consecutive slices of a larger volume.
@@ -100,6 +101,8 @@ def overlap_add_(
         ring_axis: spatial axis along which the ring moves.
         start, stop: coordinates that the ring holds; at most as many as it has slots. ``stop``
             defaults to ``start`` plus the number of slots.
+        flip: spatial axes along which the patches are mirrored; they are turned back as they are
+            read.
 
     Returns:
         ``ring``.
@@ -129,9 +132,16 @@ def overlap_add_(
     origins, rows, weights, total = _check(
         patches, origins, rows, weights, total, ring.shape[1:], ring_axis
     )
+    axes = ring.ndim - 1
+    if not set(flip) <= set(range(axes)) or len(set(flip)) != len(flip):
+        raise ValueError(f"flip: got {tuple(flip)}, expected axes in [0, {axes}), each once")
+    # Without flips the schema's default stands.
+    mirrored = [sum(1 << int(axis) for axis in flip)] if flip else []
     operators = _registry.namespace_of(backend, patches.device)
     try:
-        operators.overlap_add_(ring, patches, origins, rows, weights, total, ring_axis, start, stop)
+        operators.overlap_add_(
+            ring, patches, origins, rows, weights, total, ring_axis, start, stop, *mirrored
+        )
     except RuntimeError as error:
         _checks.reraise(error)
     return ring
@@ -385,7 +395,7 @@ _registry.register(
 _registry.register(
     "overlap_add_",
     "(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, "
-    "Tensor? total, int ring_axis, int start, int stop) -> ()",
+    "Tensor? total, int ring_axis, int start, int stop, int flip=0) -> ()",
     _fake_mutating,
     stem="overlap_add",
 )

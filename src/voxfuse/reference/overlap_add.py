@@ -169,12 +169,17 @@ def overlap_add_(
     ring_axis: int,
     start: int,
     stop: int,
+    flip: int = 0,
 ) -> None:
     """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
 
     Coordinate x of spatial axis ``ring_axis`` lives in slot ``x % extent[ring_axis]``; parts of
-    patches outside [start, stop) are left out. ``total`` has the ring's spatial layout.
+    patches outside [start, stop) are left out. ``total`` has the ring's spatial layout. Patches are
+    mirrored along axis a where bit a of ``flip`` is set, and turned back: voxel t of the patch is
+    ``patch[size - 1 - t]``.
     """
+    axes = [2 + axis for axis in range(patches.ndim - 2) if flip >> axis & 1]
+    patches = patches.flip(axes) if axes else patches
     _add(ring, patches, origins, rows, weights, total, ring_axis, start, stop)
 
 
