@@ -18,6 +18,7 @@ from torch import Tensor
 
 import voxfuse
 from voxfuse.losses._recipe import Recipe
+from voxfuse.ops.ratio_loss import ratio_loss
 
 MODULES = {
     "tversky": lambda **k: voxfuse.TverskyLoss(0.3, 0.7, **k),
@@ -827,6 +828,22 @@ def test_forward_mode_and_second_derivatives_are_refused(name):
         value(logits)
     with pytest.raises(RuntimeError, match="second derivatives .*not implemented"):
         torch.func.grad(lambda z: torch.func.grad(value)(z).square().sum())(logits)
+
+
+def test_operators_refuse_forward_mode():
+    """A tangent that an operator drops would count as 0."""
+    logits, labels = batch()
+    stats = voxfuse.soft_confusion(logits, labels)
+    calls = (
+        (lambda z: voxfuse.soft_confusion(z, labels), logits),
+        (ratio_loss, stats),
+        (lambda p: voxfuse.overlap_add(p, [[0, 2]], (6,), "hann"), torch.randn(2, 1, 4)),
+    )
+    for call, value in calls:
+        with forward_ad.dual_level():
+            with pytest.raises(RuntimeError, match="forward-mode derivatives .* not implemented"):
+                call(forward_ad.make_dual(value, value))
+            call(value)
 
 
 def test_a_module_with_a_loss_exports():

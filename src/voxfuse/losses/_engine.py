@@ -133,7 +133,7 @@ def _differentiable(
 ) -> Tensor:
     if torch.compiler.is_compiling() or _registry.functorch_active():
         return _composed(operators, plan, input, target, weight, weights, ranks)
-    _registry.refuse_forward_mode(input)
+    _checks.refuse_forward_mode(input)
     if torch.is_grad_enabled() and input.requires_grad:
         arguments = (input, target, weight, operators, plan, weights, ranks)
         loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -159,7 +159,7 @@ def _by_voxel(
                 "process_group: reduction='none' gives every voxel its own loss, to which no other "
                 "rank adds; leave process_group at None, or reduce by 'mean' or 'sum'"
             )
-        _registry.refuse_forward_mode(input)
+        _checks.refuse_forward_mode(input)
         arguments = likelihood_arguments(plan, weights.on, weights.off)
         loss: Tensor = operators.likelihood_map(input, target, weight, *arguments)
         return loss

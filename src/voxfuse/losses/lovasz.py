@@ -362,7 +362,6 @@ def _lovasz(
         operator = _registry.namespace_of("auto", input.device).lovasz
         traced: Tensor = operator(input, target, weight, *options, wants_gradient)[0]
         return traced
-    _registry.refuse_forward_mode(input)
     rows = _rows(input, target, weight, ignore_index)
     loss: Tensor = _Lovasz.apply(input, rows, options, ranks)  # type: ignore[no-untyped-call]
     return loss

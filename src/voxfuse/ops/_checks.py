@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -38,7 +39,22 @@ def require_tensor(name: str, value: object) -> Tensor:
     """Return ``value`` as a plain tensor or raise TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    refuse_forward_mode(value)
     return plain(value)
+
+
+FORWARD_MODE = (
+    "voxfuse: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; use "
+    "torch.func.grad or torch.autograd"
+)
+
+
+def refuse_forward_mode(tensor: Tensor) -> None:
+    """Raise if ``tensor`` carries a tangent, which an operator would drop as if it were 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(FORWARD_MODE)
 
 
 def choice(name: str, value: str, allowed: Mapping[str, int]) -> int:

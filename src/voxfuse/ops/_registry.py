@@ -18,9 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from voxfuse.ops import _checks
 
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
 
@@ -190,7 +191,7 @@ def _transformable(
     arguments = operator._schema.arguments
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
+        raise RuntimeError(_checks.FORWARD_MODE)
 
     function: Any = type(
         f"Transformable_{name}",
@@ -209,18 +210,6 @@ def _transformable(
         return function.apply(*args, *(x.default_value for x in arguments[len(args) :]))
 
     return call
-
-
-FORWARD_MODE = (
-    "voxfuse: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; use "
-    "torch.func.grad or torch.autograd"
-)
-
-
-def refuse_forward_mode(tensor: Tensor) -> None:
-    """Raise if ``tensor`` carries a tangent, which an operator would drop and call it 0."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise RuntimeError(FORWARD_MODE)
 
 
 functorch_active: Callable[[], bool] = getattr(
