@@ -71,6 +71,50 @@ __device__ inline float maximum_of(float (&z)[kClasses][kVoxels], int i, int64_t
   return maximum;
 }
 
+/// The common case: neither weights nor voxels that are left out nor focal modulation, and logits
+/// within kLargeLogit. It needs no checks a voxel, and about half the instructions.
+///
+/// Of two classes: the difference of the logits, and what follows from it, up to the logarithm.
+struct PlainPair {
+  bool positive;          // difference > 0
+  float distance;         // |difference|
+  float e, small, large;  // e = exp(-distance); the probabilities e / (1 + e) and 1 / (1 + e)
+
+  __device__ explicit PlainPair(float difference) {
+    positive = difference > 0.0f;
+    distance = fabsf(difference);
+    e = math::exp_negative_finite(-distance);
+    large = math::reciprocal(1.0f + e);
+    small = e * large;
+  }
+};
+
+/// z[1] - z[0] of every voxel; false if one is infinite or NaN.
+template <int kVoxels>
+__device__ inline bool differences(const float (&z)[2][kVoxels], float (&difference)[kVoxels]) {
+  float zero = 0;
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    difference[i] = z[1][i] - z[0][i];
+    zero = fmaf(difference[i], 0.0f, zero);
+  }
+  return zero == 0.0f;
+}
+
+/// Maxima of every voxel's logits; false if one needs center().
+template <int kClasses, int kVoxels>
+__device__ inline bool maxima(const float (&z)[kClasses][kVoxels], float (&maximum)[kVoxels]) {
+  bool small = true;
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    maximum[i] = z[0][i];
+#pragma unroll
+    for (int c = 1; c < kClasses; ++c) maximum[i] = fmaxf(maximum[i], z[c][i]);
+    small = small && fabsf(maximum[i]) <= kLargeLogit;
+  }
+  return small;
+}
+
 /// Two classes are one sigmoid: of d = the other logit - the label's.
 struct Pair {
   float p, complement, minus_log, minus_log_other;
@@ -104,6 +148,7 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const float gamma = static_cast<float>(q.gamma);
+  const bool can_be_plain = gamma == 0.0f && q.weight.data == nullptr;
   const Row row(q, blockIdx.x);
   for (int i = thread; i < kClasses * kSums; i += kThreads) {
     totals[i] = 0;
@@ -117,6 +162,7 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
   for (int64_t chunk = row.first; chunk < row.last; ++chunk) {
     float tp[kOwn] = {}, fn[kOwn] = {}, nll[kOwn] = {}, g2[kOwn] = {};
     float fp[kAll] = {}, off[kExtra] = {}, p2[kExtra] = {}, voxels = 0;
+    [[maybe_unused]] float factors[2] = {0, 0};  // products of 1 + e, less 1
     const int64_t begin = chunk * q.chunk;
     const int64_t end = begin + q.chunk < q.voxels ? begin + q.chunk : q.voxels;
     for (int64_t tile = begin; tile < end; tile += kVoxels * kThreads) {
@@ -124,7 +170,85 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
       float z[kClasses][kVoxels], weight[kVoxels];
       int label[kVoxels];
       load_logits<T, Shape::kSure>(q, row.sample, 0, span, z);
-      if (load_voxels<kVoxels>(q, row.sample, span, label, weight)) clear_excluded(label, z);
+      const bool excluded = load_voxels<kVoxels>(q, row.sample, span, label, weight);
+      if (excluded) clear_excluded(label, z);
+      if constexpr (!kFull && kClasses <= 8) {
+        if (can_be_plain && !excluded) {
+          if constexpr (kClasses == 2) {
+            float difference[kVoxels];
+            if (differences(z, difference)) {
+#pragma unroll
+              for (int i = 0; i < kVoxels; ++i) {
+                const PlainPair pair(difference[i]);
+                const bool first = label[i] == 0;
+                const float g0 = first ? 1.0f : 0.0f, g1 = first ? 0.0f : 1.0f;
+                const float p0 = pair.positive ? pair.small : pair.large;
+                const float p1 = pair.positive ? pair.large : pair.small;
+                tp[0] = fmaf(g0, p0, tp[0]);
+                tp[1] = fmaf(g1, p1, tp[1]);
+                fn[0] = fmaf(g0, p1, fn[0]);
+                fn[1] = fmaf(g1, p0, fn[1]);
+                // -log p = log(1 + e), plus the distance if the label's class is the less probable
+                // one. The product of all 1 + e less 1 keeps the small ones; one logarithm a chunk.
+                const float far = first == pair.positive ? pair.distance : 0.0f;
+                nll[0] = fmaf(g0, far, nll[0]);
+                nll[1] = fmaf(g1, far, nll[1]);
+                const float e0 = g0 * pair.e, e1 = g1 * pair.e;
+                factors[0] = fmaf(factors[0], e0, factors[0] + e0);
+                factors[1] = fmaf(factors[1], e1, factors[1] + e1);
+              }
+              if (fmaxf(factors[0], factors[1]) > 1e18f) {  // a factor is at most 2
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                  nll[c] += math::log1p_accurate(factors[c]);
+                  factors[c] = 0;
+                }
+              }
+              continue;
+            }
+          } else {
+            float maximum[kVoxels];
+            if (maxima(z, maximum)) {
+#pragma unroll
+              for (int i = 0; i < kVoxels; ++i) {
+                const int y = label[i];
+                const float shift = maximum[i] * math::kLog2E;
+                float own = 0, others = 0, exponent = 0;
+#pragma unroll
+                for (int c = 0; c < kClasses; ++c) {
+                  const float t = fmaf(z[c][i], math::kLog2E, -shift);
+                  const float e = math::exp2_fast(t);
+                  own = c == y ? e : own;
+                  exponent = c == y ? t : exponent;
+                  z[c][i] = c == y ? 0.0f : e;
+                  others += z[c][i];
+                }
+                const float inverse = math::reciprocal(own + others);
+#pragma unroll
+                for (int c = 0; c < kClasses; ++c) fp[c] = fmaf(z[c][i], inverse, fp[c]);
+                const float own_tp = own * inverse, own_fn = others * inverse;
+                const float own_nll = label_minus_log(own, others, inverse, exponent);
+                if constexpr (kCells) {
+                  float* cell = cells + y * kThreads + thread;
+                  cell[0] += own_tp;
+                  cell[kClasses * kThreads] += own_fn;
+                  cell[2 * kClasses * kThreads] += own_nll;
+                } else {
+#pragma unroll
+                  for (int c = 0; c < kClasses; ++c) {
+                    if (c == y) {
+                      tp[c] += own_tp;
+                      fn[c] += own_fn;
+                      nll[c] += own_nll;
+                    }
+                  }
+                }
+              }
+              continue;
+            }
+          }
+        }
+      }
 
 #pragma unroll
       for (int i = 0; i < kVoxels; ++i) {
@@ -207,6 +331,10 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
       }
     }
 
+    if constexpr (kClasses == 2 && !kFull) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) nll[c] += math::log1p_accurate(factors[c]);
+    }
     const auto emit = [&](int c, Statistic s, float value) {
       value = warp_sum(value);
       if (lane == 0) warps[warp][c * kSums + s] = value;
@@ -289,6 +417,7 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
   __syncthreads();
   const bool full = q.statistics == 8;
   const float gamma = static_cast<float>(q.gamma);
+  const bool can_be_plain = !full && gamma == 0.0f && q.weight.data == nullptr;
   float off_total = 0;
   if (full) {
 #pragma unroll
@@ -303,6 +432,61 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
     load_logits<T, Shape::kSure>(q, b, 0, span, z);
     const bool excluded = load_voxels<kVoxels>(q, b, span, label, weight);
     if (excluded) clear_excluded(label, z);
+    if (can_be_plain && !excluded) {
+      if constexpr (kClasses == 2) {
+        float difference[kVoxels];
+        if (differences(z, difference)) {
+          const float h0 = hit[0] - miss[1], h1 = hit[1] - miss[0], l0 = nll[0], l1 = nll[1];
+#pragma unroll
+          for (int i = 0; i < kVoxels; ++i) {
+            const PlainPair pair(difference[i]);
+            const bool first = label[i] == 0, wrong = first == pair.positive;
+            const float p = wrong ? pair.small : pair.large;
+            const float complement = wrong ? pair.large : pair.small;
+            const float value = complement * fmaf(p, first ? h0 : h1, first ? -l0 : -l1);
+            z[0][i] = first ? value : -value;
+            z[1][i] = -z[0][i];
+          }
+          store_gradient<T, Shape::kSure>(q, b, 0, span, z);
+          continue;
+        }
+      } else {
+        float maximum[kVoxels];
+        if (maxima(z, maximum)) {
+#pragma unroll
+          for (int i = 0; i < kVoxels; ++i) {
+            const int y = label[i];
+            const float shift = maximum[i] * math::kLog2E;
+            const float at_maximum = math::exp2_fast(fmaf(maximum[i], math::kLog2E, -shift));
+            float own = 0, others = 0, base = 0, sum = 0;
+#pragma unroll
+            for (int c = 0; c < kClasses; ++c) {
+              const float e = math::exp2_fast(fmaf(z[c][i], math::kLog2E, -shift));
+              own = c == y ? e : own;
+              others += c == y ? 0.0f : e;
+              base = e == at_maximum ? (c == y ? hit[c] : miss[c]) : base;
+              z[c][i] = e;
+            }
+            const float inverse = math::reciprocal(own + others);
+#pragma unroll
+            for (int c = 0; c < kClasses; ++c) {
+              sum = fmaf(z[c][i], (c == y ? hit[c] : miss[c]) - base, sum);
+            }
+            const float p = own * inverse, complement = others * inverse, mean = sum * inverse;
+            const float u = -nll[y];
+            const float at_label = fmaf(p, hit[y] - base - mean, u * complement);
+            const float away = base + mean + u;
+#pragma unroll
+            for (int c = 0; c < kClasses; ++c) {
+              const float value = z[c][i] * inverse * (miss[c] - away);
+              z[c][i] = c == y ? at_label : value;
+            }
+          }
+          store_gradient<T, Shape::kSure>(q, b, 0, span, z);
+          continue;
+        }
+      }
+    }
 
     if constexpr (kClasses == 2) {
 #pragma unroll

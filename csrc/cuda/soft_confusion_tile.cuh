@@ -11,27 +11,31 @@ namespace {
 
 enum Statistic : int { kTP = 0, kFP, kFN, kNLL, kOFF, kP2, kG2, kW };
 
-/// The class of a label, or -1 if the voxel is to be left out.
-template <class L>
-__device__ inline int class_of(L raw, const SoftConfusion& q) {
-  const int label = raw >= L(0) && raw < q.classes ? static_cast<int>(raw) : -1;
-  return q.has_ignore && label == q.ignore_index ? -1 : label;
-}
+/// What makes a label a class: in 32 bits, which holds every class.
+struct Labels {
+  int classes, ignored;  // ignored is -1 if no class is
 
-__device__ inline int class_of(float raw, const SoftConfusion& q) {
-  // Truncated towards zero, and in range before the conversion, for any bit pattern.
-  const bool inside = raw > -1.0f && raw < static_cast<float>(q.classes);
-  const int label = inside ? static_cast<int>(raw) : -1;
-  return q.has_ignore && label == q.ignore_index ? -1 : label;
-}
+  __device__ explicit Labels(const SoftConfusion& q) : classes(static_cast<int>(q.classes)) {
+    const bool is_class = q.has_ignore && q.ignore_index >= 0 && q.ignore_index < q.classes;
+    ignored = is_class ? static_cast<int>(q.ignore_index) : -1;
+  }
 
-__device__ inline int class_of(uint8_t raw, const SoftConfusion& q) {
-  return class_of(static_cast<int32_t>(raw), q);
-}
-
-__device__ inline int class_of(__half raw, const SoftConfusion& q) {
-  return class_of(__half2float(raw), q);
-}
+  /// The class of a label, or -1 if the voxel is to be left out.
+  __device__ int of(int32_t raw) const {
+    return static_cast<unsigned>(raw) < static_cast<unsigned>(classes) && raw != ignored ? raw : -1;
+  }
+  __device__ int of(uint8_t raw) const { return of(static_cast<int32_t>(raw)); }
+  __device__ int of(int16_t raw) const { return of(static_cast<int32_t>(raw)); }
+  __device__ int of(int64_t raw) const {
+    return raw >= 0 && raw < classes ? of(static_cast<int32_t>(raw)) : -1;
+  }
+  __device__ int of(float raw) const {
+    // Truncated towards zero, and in range before the conversion, for any bit pattern.
+    const bool inside = raw > -1.0f && raw < static_cast<float>(classes);
+    return inside ? of(static_cast<int32_t>(raw)) : -1;
+  }
+  __device__ int of(__half raw) const { return of(__half2float(raw)); }
+};
 
 template <class L, int kVoxels>
 __device__ inline void load_labels_as(const SoftConfusion& q, int64_t b, const Span& span,
@@ -39,8 +43,14 @@ __device__ inline void load_labels_as(const SoftConfusion& q, int64_t b, const S
   L raw[kVoxels];
   const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch;
   load_span<kVoxels>(base, q.target.stride.voxel, q.target.vector && span.step == 1, span, raw);
+  const Labels labels(q);
 #pragma unroll
-  for (int i = 0; i < kVoxels; ++i) label[i] = span.holds(i) ? class_of(raw[i], q) : -1;
+  for (int i = 0; i < kVoxels; ++i) label[i] = labels.of(raw[i]);
+  if (span.holds(kVoxels - 1)) return;
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) {
+    if (!span.holds(i)) label[i] = -1;
+  }
 }
 
 /// The classes of a thread's voxels, -1 for those that are left out or past the end.
@@ -103,12 +113,21 @@ __device__ inline bool load_voxels(const SoftConfusion& q, int64_t b, const Span
                                    int (&label)[kVoxels], float (&weight)[kVoxels]) {
   load_labels<kVoxels>(q, b, span, label);
   load_weights<kVoxels>(q, b, span, weight);
-  bool excluded = false;
+  if (q.weight.data != nullptr) {
 #pragma unroll
-  for (int i = 0; i < kVoxels; ++i) {
-    if (weight[i] == 0.0f) label[i] = -1;
-    if (label[i] < 0) weight[i] = 0.0f;
-    excluded = excluded || label[i] < 0;
+    for (int i = 0; i < kVoxels; ++i) {
+      if (weight[i] == 0.0f) label[i] = -1;
+    }
+  }
+  int every = 0;
+#pragma unroll
+  for (int i = 0; i < kVoxels; ++i) every |= label[i];
+  const bool excluded = every < 0;
+  if (excluded) {
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) {
+      if (label[i] < 0) weight[i] = 0.0f;
+    }
   }
   return excluded;
 }

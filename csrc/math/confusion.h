@@ -16,6 +16,7 @@ enum Activation : int { kNone = 0, kSigmoid = 1, kSoftmax = 2 };
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 constexpr float kLn2 = 0.693147181f;
+constexpr float kLn2Low = -1.90465421e-9f;  // log(2) - kLn2
 
 VOXFUSE_HOST_DEVICE inline float largest(float) { return FLT_MAX; }
 VOXFUSE_HOST_DEVICE inline double largest(double) { return DBL_MAX; }
@@ -70,6 +71,16 @@ VOXFUSE_HOST_DEVICE inline float exp_negative(float x) {
   const float y = exp2_fast(product);
   // Far below the smallest float, product and error are infinite or NaN; y is 0 there.
   return y == 0.0f ? 0.0f : fmaf(y, error * kLn2, y);
+}
+
+/// As exp_negative for finite x, in fewer instructions: 0 below -100.
+VOXFUSE_HOST_DEVICE inline float exp_negative_finite(float x) {
+  const float z = fmaxf(x, -100.0f);
+  const float product = z * kLog2E;
+  // What e^z has beside 2^product: z - product log(2), with log(2) in two parts.
+  const float rest = fmaf(product, -kLn2Low, fmaf(product, -kLn2, z));
+  const float y = exp2_fast(product);
+  return fmaf(y, rest, y);
 }
 
 VOXFUSE_HOST_DEVICE inline double exp_negative(double x) { return std::exp(x); }
