@@ -80,6 +80,15 @@ def cuda_rows(batch: int, classes: int, voxels: int, statistics: int = 4) -> int
     return -(-chunks // chunks_per_row)
 
 
+def cuda_groups(batch: int, rows: int) -> int:
+    """Groups of rows of one sample that a block adds up: what ``plan_groups`` chooses."""
+    most = cuda_constants("soft_confusion.cu")["kCountersOfStream"]
+    size = rows if rows <= 32 else math.isqrt(rows - 1) + 1
+    while size < rows and batch * (-(-rows // size) + 1) > most:
+        size *= 2
+    return -(-rows // min(size, rows))
+
+
 # --- soft_confusion ------------------------------------------------------------------------------
 
 
@@ -124,11 +133,15 @@ def soft_confusion(
     else:
         rows = _triton_slots(batch, classes, voxels, dtype, statistics)
     partial = rows * sums
-    # Triton's single program writes the result itself; CUDA's rows are always added up.
+    # Triton's single program writes the result itself; CUDA's rows are always added up, and where
+    # they form groups, so are the groups.
     through_memory = 2 * partial if backend == "cuda" or rows > 1 else 0
+    if backend == "cuda" and (groups := cuda_groups(batch, rows)) > 1:
+        through_memory += 2 * groups * sums
     forward, backward = logits + labels + sums, 2 * logits + labels + sums
+    workspace = partial if through_memory else 0
     return [
-        Traffic("soft_confusion", backend, forward, forward + through_memory, through_memory // 2),
+        Traffic("soft_confusion", backend, forward, forward + through_memory, workspace),
         Traffic("soft_confusion_backward", backend, backward, backward),
     ]
 
@@ -184,11 +197,19 @@ def overlap_add_ring(
 
 
 def finalize_slab(
-    channels: int, slab: Sequence[int], out_bytes: int, backend: str, accumulator: int = 4
+    channels: int,
+    slab: Sequence[int],
+    out_bytes: int,
+    backend: str,
+    accumulator: int = 4,
+    clear: bool = False,
 ) -> Traffic:
-    """Labels (or the like, ``out_bytes`` a voxel) from the finished slices of a ring."""
+    """Labels (or the like, ``out_bytes`` a voxel) from the finished slices of a ring.
+
+    With ``clear`` the slices are also set to 0 for those that take their place.
+    """
     voxels = math.prod(slab)
-    total = voxels * (channels * accumulator + out_bytes)
+    total = voxels * (channels * accumulator * (2 if clear else 1) + out_bytes)
     return Traffic("finalize_slab", backend, total, total)
 
 
@@ -285,7 +306,9 @@ def table(backends: Sequence[str] = ("cuda", "triton")) -> list[dict[str, object
                 f"1 patch of {channels}x96^3 float32",
                 [overlap_add_ring(1, channels, (96,) * 3, torch.float32, backend)],
             )
-        add("117x48x512x512 labels", [finalize_slab(117, (48, 512, 512), 1, backend)])
+        slab = (48, 512, 512)
+        add("117x48x512x512 labels", [finalize_slab(117, slab, 1, backend)])
+        add("the same, cleared", [finalize_slab(117, slab, 1, backend, clear=True)])
     add("K=32 C=117 2x128^3 bfloat16", head_confusion(2, 32, 117, (128,) * 3, torch.bfloat16))
     return rows
 

@@ -53,8 +53,8 @@ class Instruction:
 
     @property
     def load_bits(self) -> int:
-        """Bits a thread reads from global memory."""
-        return self._bits("LDG")
+        """Bits a thread reads from global memory, but for what other blocks have written."""
+        return 0 if "STRONG" in self.name else self._bits("LDG")
 
     @property
     def store_bits(self) -> int:

@@ -338,6 +338,61 @@ def test_infinite_logits_mean_the_limit(soft_confusion, classes, dtype):
     assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", ["ordinary", "infinite", "large", "far apart", "nan"])
+def test_the_common_way_of_few_classes_agrees_with_the_general_one(
+    soft_confusion, classes, dtype, kind
+):
+    """Weights of 1 ask for the general way; the common one has to leave extreme logits to it."""
+    case = Case(batch=1, classes=classes, spatial=(2048,), dtype=dtype, target_dtype=torch.uint8)
+    input, target, _ = tensors(case)
+    ones = torch.ones(1, 2048)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, 2048, (40,), generator=generator)
+    extremes = {
+        "ordinary": (0.0,),
+        "infinite": (math.inf, -math.inf),
+        "large": (3e38, -3e38, 2e6),
+        "far apart": (400.0, -400.0, 90.0),
+        "nan": (math.nan,),
+    }[kind]
+    for i, place in enumerate(places):
+        input[0, i % classes, place] = extremes[i % len(extremes)]
+    if kind == "nan":
+        input[0, :, 77] = math.nan
+    arguments = schema_arguments(case)
+    plain = soft_confusion.soft_confusion(input, target, None, *arguments, False)
+    general = soft_confusion.soft_confusion(input, target, ones, *arguments, False)
+    grad = torch.randn(1, classes, 4, dtype=torch.float64, generator=generator)
+    slopes = [
+        soft_confusion.soft_confusion_backward(grad, input, target, w, *arguments)
+        for w in (None, ones)
+    ]
+    if kind == "nan":
+        assert bool(plain[..., :3].sum(-1).isnan().all())
+        assert torch.equal(slopes[0].isnan(), slopes[1].isnan())
+    else:
+        torch.testing.assert_close(plain, general, rtol=2e-6, atol=1e-6)
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*slopes, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-3, 12.0])
+def test_the_product_of_many_voxels_does_not_overflow(distance):
+    """160 voxels of a thread with two like classes: their factors of 2 are 2^160 together."""
+    operators = emulator.SoftConfusion(EMULATION_CHUNK=str(256 * 160), EMULATION_ROWS="1")
+    input = torch.zeros(1, 2, 256 * 160)
+    input[:, 1] = distance
+    target = torch.zeros(1, 256 * 160, dtype=torch.uint8)
+    arguments = schema_arguments(Case())
+    sums = operators.soft_confusion(input, target, None, *arguments, False)
+    operators.close()
+    expected = 256 * 160 * math.log1p(math.exp(distance))
+    assert sums[0, 0, 3].item() == pytest.approx(expected, rel=2e-6)
+    assert sums[0, 1, 3].item() == 0
+
+
 def test_logits_too_large_for_one_rounding(soft_confusion):
     for classes, dtype in itertools.product((2, 3, 12, 30), (torch.float32, torch.bfloat16)):
         input, target, _ = tensors(Case(classes=classes, spatial=(4, 4, 8), dtype=dtype))
@@ -384,6 +439,54 @@ def test_the_order_of_threads_and_blocks_does_not_change_a_bit(soft_confusion):
         ]
         assert torch.equal(*gradients)
     backwards.close()
+
+
+@pytest.mark.parametrize(
+    ("classes", "activation", "full", "spatial"),
+    [
+        (2, "softmax", False, (50, 41, 60)),  # 61 rows: groups of rows
+        (3, "softmax", True, (9001,)),
+        (9, "softmax", False, (70,)),
+        (17, "softmax", False, (4200,)),
+        (3, "sigmoid", True, (9001,)),
+        (3, "sigmoid", False, (50, 41, 60)),
+        (20, "softmax", True, (9001,)),
+    ],
+)
+def test_rows_added_by_the_last_block_are_those_of_a_second_kernel(
+    soft_confusion, classes, activation, full, spatial
+):
+    """To the bit; and the counters are left as they were found."""
+    two_kernels = emulator.SoftConfusion(EMULATION_NO_COUNTERS="1")
+    for batch in (1, 3):
+        case = Case(batch=batch, classes=classes, spatial=spatial, activation=activation)
+        input, target, _ = tensors(case)
+        arguments = schema_arguments(case)
+        expected = two_kernels.soft_confusion(input, target, None, *arguments, full)
+        first = soft_confusion.soft_confusion(input, target, None, *arguments, full)
+        again = soft_confusion.soft_confusion(input, target, None, *arguments, full)
+        assert torch.equal(first, expected)
+        assert torch.equal(first, again)
+    two_kernels.close()
+
+
+def test_a_loss_is_two_launches_forward_and_two_backward(tmp_path):
+    logs = [tmp_path / name for name in ("confusion", "ratio")]
+    confusion = emulator.SoftConfusion(EMULATION_LOG=str(logs[0]))
+    ratio = emulator.RatioLoss(EMULATION_LOG=str(logs[1]))
+    for classes in (2, 9, 20, 300):
+        input, target, _ = tensors(Case(classes=classes, spatial=(3000,)))
+        arguments = schema_arguments(Case())
+        before = sum(map(len, (confusion.launched(logs[0]), ratio.launched(logs[1]))))
+        sums = confusion.soft_confusion(input, target, None, *arguments, False)
+        _, cotangents = ratio.ratio_loss(sums, *RATIO.values())
+        forward = sum(map(len, (confusion.launched(logs[0]), ratio.launched(logs[1]))))
+        grad = ratio.ratio_loss_backward(torch.ones(()), cotangents, 0, False, 0)
+        confusion.soft_confusion_backward(grad, input, target, None, *arguments)
+        backward = sum(map(len, (confusion.launched(logs[0]), ratio.launched(logs[1]))))
+        assert (forward - before, backward - forward) == (2, 2)
+    confusion.close()
+    ratio.close()
 
 
 # --- ratio_loss ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def _thread_sanitizer() -> None:
     [
         ("right", [63 - i + 1 for i in range(64)]),
         ("warp_barrier", [1] * 64),
-        ("last_block", [1] * 62 + [24, 6]),
+        ("last_block", [1] * 62 + [24, 0]),
     ],
 )
 def test_correct_kernels_are_not_reported(name, expected):

@@ -379,6 +379,67 @@ def test_work_goes_to_the_current_stream(operators, backend):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def test_streams_and_graphs_add_rows_up_beside_each_other(operators, backend):
+    """Two streams and a graph at a time: none counts the blocks of another."""
+    logits = torch.randn(1, 2, 96, 96, 96, device=DEVICE)
+    labels = torch.randint(0, 2, (1, 96, 96, 96), device=DEVICE, dtype=torch.uint8)
+
+    def call() -> Tensor:
+        return operators.soft_confusion(logits, labels, None, 2, 2, 0, None, 0.0, False)
+
+    expected = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    synchronize()
+    results = []
+    for _ in range(50):
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                results.append(call())
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+    synchronize()
+    assert all(torch.equal(x, expected) for x in (*results, captured))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 96, 96, 96), (1, 16, 64, 64, 64), (1, 117, 48, 48, 48)])
+def test_launches_of_a_loss(shape, operators, backend):
+    """Two kernels forward (on Triton three, where several programs sum a sample), two backward."""
+    logits = torch.randn(shape, device=DEVICE)
+    labels = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=DEVICE, dtype=torch.uint8)
+    options = (2, 2, 0, None, 0.0)
+    arguments = FORMULA_CASES[0].arguments()
+
+    def forward() -> Tensor:
+        sums = operators.soft_confusion(logits, labels, None, *options, False)
+        return operators.ratio_loss(sums, *on_device(*arguments))[1]
+
+    cotangents = forward()
+    grad = torch.ones((), device=DEVICE, dtype=torch.float64)
+
+    def backward() -> None:
+        scaled = operators.ratio_loss_backward(grad, cotangents, 0, False, 0)
+        operators.soft_confusion_backward(scaled, logits, labels, None, *options)
+
+    for call, most in ((forward, 2 if backend == "cuda" else 3), (backward, 2)):
+        for _ in range(2):  # what the first session of a process sees is not complete
+            synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profiler:
+                call()
+                synchronize()
+        kernels = [
+            event.name
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.name.startswith(("Mem", "Activity"))
+            and "Sync" not in event.name
+        ]
+        assert 0 < len(kernels) <= most, kernels
+
+
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(operators):
     """Two classes of 1024^3 voxels: the last slices are where 32-bit indices would go wrong."""

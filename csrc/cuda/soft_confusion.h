@@ -43,9 +43,12 @@ struct SoftConfusion {
 
   // Set by the launch.
   Layout input_layout = Layout::kScalar, gradient_layout = Layout::kScalar;
-  int64_t chunk = 0;           // voxels whose sum stays in the compute type
-  int64_t chunks_per_row = 0;  // chunks that one block adds up, in float64
-  int64_t rows = 0;            // of the workspace, for one sample
+  int64_t chunk = 0;             // voxels whose sum stays in the compute type
+  int64_t chunks_per_row = 0;    // chunks that one block adds up, in float64
+  int64_t rows = 0;              // of the workspace, for one sample
+  int64_t group = 0;             // rows that are added up by the last of their blocks
+  int threads = 0;               // of a block of the forward kernel
+  unsigned* counters = nullptr;  // all 0, or null: a second kernel adds up the rows
 };
 
 int64_t workspace_doubles(const SoftConfusion& problem);

@@ -11,12 +11,13 @@
 namespace voxfuse::cuda {
 namespace {
 
-// Blocks that a multiprocessor must at least be able to hold. Left alone (0), the compiler chooses
-// well for sm_90; for sm_80 it chooses so few registers that some spill.
+// Blocks that a multiprocessor must at least be able to hold. Left alone (0), the compiler mostly
+// chooses well for sm_90; for sm_80 it chooses so few registers that some spill. Where a number is
+// given, it spills with fewer registers than that number leaves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kAnyBlocks = 2;
+constexpr int kAnyBlocks = 2, kSixBlocks = 2, kSixteenBlocks = 2;
 #else
-constexpr int kAnyBlocks = 0;
+constexpr int kAnyBlocks = 0, kSixBlocks = 5, kSixteenBlocks = 4;
 #endif
 
 template <class T, int kClasses>
@@ -31,13 +32,22 @@ template <class T, int kClasses, bool kFull>
 struct FewForward : FewShape<T, kClasses> {
   // Voxels of a thread: as many as leave registers for enough warps to hide the latencies.
   static constexpr int kVoxels = kClasses == 2 ? 8 : kFull && kClasses > 8 ? 2 : 4;
-  static constexpr int kBlocks = !kFull ? kAnyBlocks : kClasses <= 4 ? 2 : kClasses <= 8 ? 4 : 3;
+  static constexpr int blocks() {
+    if (kFull) return kClasses <= 4 ? 2 : kClasses <= 8 ? 4 : 3;
+    if (kClasses == 16 && sizeof(T) == 4) return kSixteenBlocks;
+    return kClasses == 4 && sizeof(T) == 2 ? 3 : kAnyBlocks;
+  }
+  static constexpr int kBlocks = blocks();
 };
 
 template <class T, int kClasses>
 struct FewBackward : FewShape<T, kClasses> {
   static constexpr int kVoxels = kClasses == 2 ? 16 / sizeof(T) : kClasses <= 8 ? 4 : 2;
-  static constexpr int kBlocks = kAnyBlocks;
+  static constexpr int blocks() {
+    if (kClasses == 3 || kClasses == 4) return 3;
+    return kClasses == 6 && sizeof(T) == 2 ? kSixBlocks : kAnyBlocks;
+  }
+  static constexpr int kBlocks = blocks();
   static constexpr int kTiles = 4;  // by one block
 };
 
@@ -382,9 +392,12 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
     }
     __syncthreads();
   }
+  double* sums = Row(q, static_cast<unsigned>(opaque(blockIdx.x))).sums;
   for (int i = thread; i < q.classes * kSums; i += kThreads) {
-    row.sums[i] = kFull && i % kSums == kW ? totals[kW] : totals[i];
+    sums[i] = kFull && i % kSums == kW ? totals[kW] : totals[i];
   }
+  VOXFUSE_SHARED(double, partial, [kThreads]);
+  finish_rows<3>(q, blockIdx.x, 1, partial);
 }
 
 template <class T, int kClasses>

@@ -146,6 +146,8 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
       }
     }
   }
+  VOXFUSE_SHARED(double, partial, [kGeneralThreads]);
+  finish_rows(q, blockIdx.x, 1, partial);
 }
 
 /// The slopes of one class, straight from the cotangents.

@@ -10,7 +10,7 @@ namespace voxfuse::cuda {
 namespace {
 
 template <class T, int kClasses>
-cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+cudaError_t few(SoftConfusion& q, bool backward, cudaStream_t stream) {
   if (backward) {
     using Shape = FewBackward<T, kClasses>;
     constexpr int kBlock = Shape::kVoxels * Shape::kThreads * Shape::kTiles;
@@ -20,12 +20,13 @@ cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
   }
   const dim3 grid(static_cast<unsigned>(q.batch * q.rows));
   const dim3 block(FewShape<T, kClasses>::kThreads);
+  q.threads = static_cast<int>(block.x);
   return q.statistics == 8 ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
                            : launch(few_forward<T, kClasses, false>, grid, block, stream, q);
 }
 
 template <class T>
-cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+cudaError_t few(SoftConfusion& q, bool backward, cudaStream_t stream) {
   switch (q.classes) {
     case 2:
       return few<T, 2>(q, backward, stream);
@@ -56,7 +57,7 @@ cudaError_t few(const SoftConfusion& q, bool backward, cudaStream_t stream) {
 }
 
 template <class T, int kClasses>
-cudaError_t many(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+cudaError_t many(SoftConfusion& q, bool backward, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>((q.classes + kClasses - 1) / kClasses * kWarp));
   if (backward) {
     constexpr int kBlock = ManyShape<kClasses>::kTile * ManyShape<kClasses>::kTiles;
@@ -64,12 +65,13 @@ cudaError_t many(const SoftConfusion& q, bool backward, cudaStream_t stream) {
     return launch(many_backward<T, kClasses>, dim3(static_cast<unsigned>(blocks)), block, stream,
                   q);
   }
+  q.threads = static_cast<int>(block.x);
   return launch(many_forward<T, kClasses>, dim3(static_cast<unsigned>(q.batch * q.rows)), block,
                 stream, q);
 }
 
 template <class T, int kActivation>
-cudaError_t separate(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+cudaError_t separate(SoftConfusion& q, bool backward, cudaStream_t stream) {
   const dim3 block(kSeparateThreads);
   if (backward) {
     constexpr int kBlock = kSeparateVoxels<T> * kSeparateThreads * kSeparateTiles;
@@ -78,18 +80,20 @@ cudaError_t separate(const SoftConfusion& q, bool backward, cudaStream_t stream)
                   stream, q);
   }
   const dim3 grid(static_cast<unsigned>(q.batch * q.rows * q.classes));
+  q.threads = static_cast<int>(block.x);
   return q.statistics == 8
              ? launch(separate_forward<T, kActivation, true>, grid, block, stream, q)
              : launch(separate_forward<T, kActivation, false>, grid, block, stream, q);
 }
 
 template <class T>
-cudaError_t general(const SoftConfusion& q, bool backward, cudaStream_t stream) {
+cudaError_t general(SoftConfusion& q, bool backward, cudaStream_t stream) {
   const dim3 block(kGeneralThreads);
   if (backward) {
     const int64_t blocks = q.batch * ((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
     return launch(general_backward<T>, dim3(static_cast<unsigned>(blocks)), block, stream, q);
   }
+  q.threads = static_cast<int>(block.x);
   return launch(general_forward<T>, dim3(static_cast<unsigned>(q.batch * q.rows)), block, stream,
                 q);
 }

@@ -204,6 +204,8 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
       for (int s = 0; s < 4; ++s) row.sums[(first + k) * 4 + s] = totals[first + k][s];
     }
   }
+  // A warp has 4 kClasses >= 32 totals: one place a thread at least.
+  finish_rows(q, blockIdx.x, 1, &totals[0][0]);
 }
 
 template <class T, int kClasses>

@@ -166,6 +166,8 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
     __syncthreads();
   }
   if (thread < kSums) row.sums[c * kSums + thread] = total;
+  VOXFUSE_SHARED(double, partial, [kSeparateThreads]);
+  finish_rows(q, blockIdx.x, classes, partial);
 }
 
 /// Gradient of the likelihood terms of a sigmoid or of plain probabilities.

@@ -275,5 +275,72 @@ struct Row {
   }
 };
 
+/// Whether this block is the last of `total` ones to come here; whatever they wrote before is then
+/// visible. The last one leaves the counter at 0, as it found it.
+__device__ inline bool comes_last(unsigned* counter, unsigned total) {
+  VOXFUSE_SHARED(bool, last, [1]);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = atomicAdd(counter, 1u) + 1 == total;
+    __threadfence();
+    if (last[0]) *counter = 0;
+  }
+  __syncthreads();
+  return last[0];
+}
+
+/// Adds up rows of `count` sums, each `stride` rows after the one before, in float64 and in an
+/// order that depends on their number and on the block's size alone. `partial` has one place a
+/// thread; kAhead reads are under way at a time.
+template <int kAhead>
+__device__ inline void add_rows(const double* rows, int64_t number, int64_t stride, int count,
+                                double* sums, double* partial) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int first = 0; first < count; first += threads) {
+    const int width = count - first < threads ? count - first : threads;
+    const int groups = threads / width, group = thread / width;
+    double sum = 0;
+    if (group < groups) {
+      const double* base = rows + first + thread % width;
+#pragma unroll kAhead
+      for (int64_t row = group; row < number; row += groups) {
+        // From the second-level cache: another multiprocessor has written it.
+        sum += __ldcg(base + row * stride * count);
+      }
+    }
+    partial[thread] = sum;
+    __syncthreads();
+    if (thread < width) {
+      for (int other = 1; other < groups; ++other) sum += partial[thread + other * width];
+      sums[first + thread] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+/// The end of a forward kernel: the last block of a group of rows adds them up, into the first of
+/// them, and the last block to do so adds up the groups. Which block that is changes no order.
+template <int kAhead = 8>
+__device__ inline void finish_rows(const SoftConfusion& q, unsigned block, unsigned blocks_of_row,
+                                   double* partial) {
+  if (q.counters == nullptr) return;
+  // Computed again rather than kept in registers all along.
+  const unsigned index = static_cast<unsigned>(opaque(block)) / blocks_of_row;
+  const Row row(q, index);
+  const unsigned rows = static_cast<unsigned>(q.rows), size = static_cast<unsigned>(q.group);
+  const unsigned groups = (rows + size - 1) / size, group = index % rows / size;
+  const unsigned first = group * size, here = rows - first < size ? rows - first : size;
+  const int count = static_cast<int>(q.classes) * q.statistics;
+  double* base = q.workspace + row.sample * q.rows * count;
+  double* sums = q.sums + row.sample * count;
+  unsigned* counters = q.counters + row.sample * (groups + 1);
+  if (!comes_last(counters + 1 + group, here * blocks_of_row)) return;
+  double* own = base + int64_t{first} * count;
+  add_rows<kAhead>(own, here, 1, count, groups == 1 ? sums : own, partial);
+  if (groups == 1 || !comes_last(counters, groups)) return;
+  add_rows<kAhead>(base, groups, size, count, sums, partial);
+}
+
 }  // namespace
 }  // namespace voxfuse::cuda

@@ -75,6 +75,7 @@ __global__ void last_block(int* out) {
     if (kFenced) __threadfence();
     last[0] = atomicAdd(counter, 1u) + 1 == gridDim.x;
     if (kFenced) __threadfence();
+    if (last[0]) *counter = 0;
   }
   __syncthreads();
   if (!last[0] || threadIdx.x > 0) return;
