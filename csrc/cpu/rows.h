@@ -52,20 +52,17 @@ VOXFUSE_INLINE Vec<float> in_turn(Vec<float> a, Vec<float> b, std::index_sequenc
   return __builtin_shufflevector(a, b, ((L % 2) * W + Upper * W / 2 + L / 2)...);
 }
 
-// Whether the C classes of a vector of voxels change places with its voxels in registers: two and
+// Whether the classes of a vector of voxels change places with its voxels in registers: two and
 // four by taking every other element, once or twice; whole vectors of classes by transposition.
-template <int C>
-inline constexpr bool kExchangesInRegisters =
-    C == 2 || C == 4 || (C > 0 && C <= 16 && C % Lanes<float>::width == 0);
-
-inline bool exchanges_in_registers(int64_t classes) {
-  return classes == 2 || classes == 4 || (classes <= 16 && classes % Lanes<float>::width == 0);
+constexpr bool exchanges_in_registers(int64_t classes) {
+  return classes == 2 || classes == 4 ||
+         (classes > 0 && classes <= 16 && classes % Lanes<float>::width == 0);
 }
 
 // Vectors in the order of memory, voxel by voxel, to a vector a class; and back.
 template <int C>
 VOXFUSE_INLINE void split_vectors(Vec<float>* x) {
-  static_assert(kExchangesInRegisters<C>);
+  static_assert(exchanges_in_registers(C));
   using V = Vec<float>;
   constexpr int W = Lanes<float>::width;
   constexpr auto lanes = std::make_index_sequence<W>{};
@@ -91,7 +88,7 @@ VOXFUSE_INLINE void split_vectors(Vec<float>* x) {
 }
 template <int C>
 VOXFUSE_INLINE void merge_vectors(Vec<float>* x) {
-  static_assert(kExchangesInRegisters<C>);
+  static_assert(exchanges_in_registers(C));
   using V = Vec<float>;
   constexpr int W = Lanes<float>::width;
   constexpr auto lanes = std::make_index_sequence<W>{};
@@ -120,7 +117,7 @@ VOXFUSE_INLINE void merge_vectors(Vec<float>* x) {
 template <int C, class R>
 void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
   int64_t i = 0;
-  if constexpr (std::is_same_v<R, float> && kExchangesInRegisters<C>) {
+  if constexpr (std::is_same_v<R, float> && exchanges_in_registers(C)) {
     constexpr int W = Lanes<float>::width;
     for (; i + W <= n; i += W) {
       Vec<float> x[C];
@@ -136,7 +133,7 @@ void split_channels(const R* source, int64_t n, R* tile, int64_t room) {
 template <int C, class R>
 void merge_channels(const R* tile, int64_t room, int64_t n, R* out) {
   int64_t i = 0;
-  if constexpr (std::is_same_v<R, float> && kExchangesInRegisters<C>) {
+  if constexpr (std::is_same_v<R, float> && exchanges_in_registers(C)) {
     constexpr int W = Lanes<float>::width;
     for (; i + W <= n; i += W) {
       Vec<float> x[C];

@@ -762,7 +762,7 @@ SoftmaxForward interleaved_forward_of(int64_t classes, std::integer_sequence<int
   };
   const auto consider = [&](auto tag) {
     constexpr int count = decltype(tag)::value;
-    if constexpr (kExchangesInRegisters<count>) {
+    if constexpr (exchanges_in_registers(count)) {
       if (classes == count) found = softmax_forward<count, false, Weighted, Form::interleaved>;
     }
   };
@@ -778,7 +778,7 @@ SoftmaxBackward interleaved_backward_of(int64_t classes, std::integer_sequence<i
   };
   const auto consider = [&](auto tag) {
     constexpr int count = decltype(tag)::value;
-    if constexpr (kExchangesInRegisters<count>) {
+    if constexpr (exchanges_in_registers(count)) {
       if (classes == count) found = softmax_backward<count, Weighted, Form::interleaved>;
     }
   };
