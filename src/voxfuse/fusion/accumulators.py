@@ -12,6 +12,7 @@ from torch import Tensor
 
 from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, activated, result_dtype
+from voxfuse.fusion.orientations import turned
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.reference.overlap_add import accumulation_dtype
@@ -224,9 +225,7 @@ class Composed:
             share = torch.where(total == 0, 0.0, weight[part] / total)
             share = share.to(self._device, self._exact)
             for prediction, turn in predictions:
-                patch = prediction[position : position + 1]
-                if turn:
-                    patch = patch.flip([axis + 2 for axis in turn])
+                patch = turned(prediction[position : position + 1], turn)
                 if self._wish.voting == "soft" and self._wish.activation != "none":
                     patch = activated(patch, self._wish.activation)
                 term = share * patch[0][part].to(self._exact)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, combinations
 
+from torch import Tensor
+
 #: What ``tta=`` accepts: None, "mirror", "rotations", or the axes to flip for each prediction.
 Augmentation = str | Sequence[Sequence[int]] | None
 
@@ -44,3 +46,8 @@ def flips(tta: Augmentation, axes: int) -> list[tuple[int, ...]]:
     if not chosen or not valid or len(set(chosen)) != len(chosen):
         raise ValueError(f"tta: got {tta!r}, expected {expected}, each once")
     return chosen
+
+
+def turned(patches: Tensor, axes: Sequence[int]) -> Tensor:
+    """Patches (N, C, \\*patch) mirrored along spatial ``axes``, or mirrored ones turned back."""
+    return patches.flip([axis + 2 for axis in axes]) if axes else patches

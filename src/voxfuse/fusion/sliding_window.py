@@ -25,7 +25,7 @@ from voxfuse.fusion.accumulators import (
 from voxfuse.fusion.fuser import PatchFuser, chosen_axis
 from voxfuse.fusion.grids import RULES, grid_starts
 from voxfuse.fusion.heads import HeadLike, Heads
-from voxfuse.fusion.orientations import Augmentation, flips
+from voxfuse.fusion.orientations import Augmentation, flips, turned
 from voxfuse.fusion.windows import WindowLike, gaussian_window, resolve_window
 from voxfuse.ops import _checks
 
@@ -342,17 +342,17 @@ def infer(
         members: list[_Member] = []
         weights = importance
         for turn in turns:
-            view, turned = _turned(batch, turn), dict(extras)
+            view, named = turned(batch, turn), dict(extras)
             if condition is not None:
-                turned["condition"] = _turned(extras["condition"], turn)
+                named["condition"] = turned(extras["condition"], turn)
             returned: list[list[Tensor]] = []
             for number, predict in enumerate(predictors):
-                keys, tensors = _flat(predict(view, *coordinates, *args, **turned))
+                keys, tensors = _flat(predict(view, *coordinates, *args, **named))
                 if process_fn is not None:
                     weight = dense(importance).to(network_place, volume.dtype)
-                    tensors = [_turned(tensor, turn) for tensor in tensors]
+                    tensors = [turned(tensor, turn) for tensor in tensors]
                     tensors, processed = process_fn(tuple(tensors), batch, weight)
-                    tensors = [_turned(tensor, turn) for tensor in tensors]
+                    tensors = [turned(tensor, turn) for tensor in tensors]
                     weights = [processed.detach().to("cpu", torch.float64)]
                 tensors = [_prediction(t, len(items), axes).to(place) for t in tensors]
                 returned.append([heads.apply(number, tensor) for tensor in tensors])
@@ -400,6 +400,7 @@ class _Outputs:
                 got = ", ".join(_checks.describe(tensor) for tensor in tensors)
                 raise ValueError(f"predictor: returned {got}, but before {_listed(self._kinds)}")
         for number, kind in enumerate(self._kinds):
+            # As MONAI: from those of the output before.
             weights = resized(weights, kind[2:])
             predictions = [(tensors[number], turn) for turn, _, tensors in members]
             self._accumulators[number].add(predictions, items, weights)
@@ -533,10 +534,6 @@ def _slices(
     for start, low, size in zip(origin, before, roi, strict=True):
         place.append(slice(start + low, start + low + size))
     return place
-
-
-def _turned(batch: Tensor, turn: Sequence[int]) -> Tensor:
-    return batch.flip([axis + 2 for axis in turn]) if turn else batch
 
 
 def _flat(outputs: Any) -> tuple[list[Any] | None, list[Any]]:

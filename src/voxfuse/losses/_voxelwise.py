@@ -15,7 +15,7 @@ from voxfuse.losses._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
-from voxfuse.reference.soft_confusion import SOFTMAX, label_error, probabilities, voxels
+from voxfuse.reference.soft_confusion import SOFTMAX, finite, label_error, probabilities, voxels
 
 #: Elements (voxels x classes) of a block.
 BLOCK_ELEMENTS = 1 << 16
@@ -99,9 +99,8 @@ def _cross_entropy(
         wrong = ~valid if ignore_index is None else ~valid & (labels != ignore_index)
         if bool(wrong.any()):
             raise RuntimeError(label_error(int(labels[wrong][0]), classes, ignore_index))
-    limit = torch.finfo(class_weight.dtype).max
     result = torch.nn.functional.cross_entropy(
-        values.to(class_weight.dtype).clamp(-limit, limit),
+        finite(values.to(class_weight.dtype)),
         labels.masked_fill(excluded, -100),
         weight=class_weight,
         ignore_index=-100,
@@ -163,22 +162,9 @@ _registry.register_composed(
 _registry.register_autograd("likelihood_map", _setup_context, _backward)
 
 
-def _keep_worst(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    on: Tensor | None,
-    off: Tensor | None,
-    likelihood: int,
-    ignore_index: int | None,
-    gamma: float,
-    on_scale: float,
-    off_scale: float,
-    percent: float,
-) -> Tensor:
-    losses = likelihood_map(
-        input, target, weight, on, off, likelihood, ignore_index, gamma, on_scale, off_scale
-    ).flatten()
+def _keep_worst(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    *options, percent = rest
+    losses = likelihood_map(input, target, weight, *options).flatten()
     indices = torch.empty(0, dtype=torch.int64, device=losses.device)
     if losses.numel():
         indices = losses.topk(_chosen(losses.numel(), percent), sorted=False).indices

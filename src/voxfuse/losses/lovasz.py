@@ -19,6 +19,7 @@ from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import ACTIVATIONS, check_inputs, is_dense
+from voxfuse.reference.soft_confusion import finite, label_error
 
 SOFTMAX = ACTIVATIONS["softmax"]
 SIGMOID = ACTIVATIONS["sigmoid"]
@@ -56,7 +57,7 @@ def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
         inside = (labels >= 0) & (labels < classes)
         if input.device.type == "cpu" and not bool((inside | ~included).all()):
             wrong = int(labels[included & ~inside][0])
-            raise ValueError(f"target: label {wrong} is outside [0, {classes})")
+            raise ValueError(label_error(wrong, classes, ignore_index))
         included = included & inside
         flattened = labels
     return _Rows(values, flattened, dense, included)
@@ -186,10 +187,10 @@ def _through_activation(
         h = gradient[..., block] * scale
         z = rows.values[..., block]
         if lse is not None:
-            p = (_finite(z.to(h.dtype)) - lse[:, None, block]).exp()
+            p = (finite(z.to(h.dtype)) - lse[:, None, block]).exp()
             h = p * (h - (p * h).sum(1, keepdim=True))
         elif activation == SIGMOID:
-            z = _finite(z.to(h.dtype))
+            z = finite(z.to(h.dtype))
             h = h * z.sigmoid() * (-z).sigmoid()
         gradient[..., block] = h.masked_fill(~rows.included[:, None, block], 0)
 
@@ -198,7 +199,7 @@ def _errors(
     values: Tensor, foreground: Tensor, lse: Tensor | None, activation: int, hinge: bool
 ) -> Tensor:
     """The (B, V) errors of one class, in memory of their own."""
-    z = _finite(values)
+    z = finite(values)
     if hinge:
         return 1 - torch.where(foreground, z, -z)
     p = z
@@ -209,18 +210,12 @@ def _errors(
     return torch.where(foreground, 1 - p, p)
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Treat +-inf as the limit of ever larger logits; NaN stays."""
-    limit = torch.finfo(values.dtype).max
-    return values.clamp(-limit, limit)
-
-
 def _log_sum_exp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, V) log of the sum over classes, a block of voxels at a time."""
     batch, channels, count = values.shape
     result = torch.empty(batch, count, dtype=dtype, device=values.device)
     for block in blocks(count, channels):
-        result[:, block] = _finite(values[..., block].to(dtype)).logsumexp(1)
+        result[:, block] = finite(values[..., block].to(dtype)).logsumexp(1)
     return result
 
 

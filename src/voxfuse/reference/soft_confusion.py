@@ -42,7 +42,7 @@ def _sum_of_others(p: Tensor) -> Tensor:
 def probabilities(values: Tensor, activation: int) -> Probabilities:
     """Apply ``activation`` to (B, C, V) values."""
     if activation == SOFTMAX:
-        logits = _finite(values)
+        logits = finite(values)
         exponentials = (logits - logits.amax(1, keepdim=True)).exp()
         total = exponentials.sum(1, keepdim=True)
         p = exponentials / total
@@ -54,7 +54,7 @@ def probabilities(values: Tensor, activation: int) -> Probabilities:
             logits.amax(1, keepdim=True) - logits + total.log(),
         )
     elif activation == SIGMOID:
-        logits = _finite(values)
+        logits = finite(values)
         p, complement = logits.sigmoid(), (-logits).sigmoid()
         minus_log = _softplus(-logits)
         return Probabilities(p, complement, minus_log, _softplus(logits))
@@ -64,7 +64,7 @@ def probabilities(values: Tensor, activation: int) -> Probabilities:
     return Probabilities(p, complement, minus_log, -complement.log())
 
 
-def _finite(logits: Tensor) -> Tensor:
+def finite(logits: Tensor) -> Tensor:
     """Treat +-inf as the limit of ever larger logits; NaN stays."""
     limit = torch.finfo(logits.dtype).max
     return logits.clamp(-limit, limit)
