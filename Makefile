@@ -31,7 +31,7 @@ help:
 	@echo "make lint                ruff and clang-format, changing nothing"
 	@echo "make format              ruff and clang-format, in place"
 	@echo "make types               mypy"
-	@echo "make bench               loss benchmark, quick form (ARGS replaces its options)"
+	@echo "make bench               loss benchmark, quick form, and its picture in build/bench (ARGS replaces its options)"
 	@echo "make check-torch-matrix  one wheel under the oldest, a fixed and the newest torch (slow)"
 	@echo "make clean, distclean    remove what was built; also $(VENV)"
 
@@ -77,7 +77,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
-	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss --quick)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss --quick --json build/bench/loss.json --plot build/bench/loss.png)
 
 lint: setup
 	$(BIN)/ruff check .
