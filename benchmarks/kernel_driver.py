@@ -68,9 +68,10 @@ def _epilogue(backend: str, device: torch.device) -> Callable[[], Any]:
 
 def _fusion(operators: Any, device: torch.device, edge: int, patch: int) -> Callable[[], Any]:
     starts = list(range(0, edge - patch + 1, patch // 2))
-    grid = torch.cartesian_prod(*[torch.tensor(starts)] * 3)
+    # The operators take their tables on the device; only the Python wrappers move them there.
+    grid = torch.cartesian_prod(*[torch.tensor(starts)] * 3).to(device)
     rows = torch.zeros_like(grid)
-    weights = [torch.rand(1, patch, dtype=torch.float64) + 0.5] * 3
+    weights = [(torch.rand(1, patch, dtype=torch.float64) + 0.5).to(device)] * 3
     patches = torch.randn(len(grid), 5, patch, patch, patch, device=device)
     volume = [edge] * 3
 

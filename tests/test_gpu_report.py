@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils._pytree as pytree
 
-from benchmarks import byte_model, gpu_report
+from benchmarks import byte_model, gpu_report, kernel_driver
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {
@@ -154,6 +156,29 @@ def test_only_a_failed_parity_test_is_a_wrong_result(tmp_path, where, message, w
     assert [step["status"] for step in found["steps"]] == (
         ["wrong result", "not run"] if wrong else ["failed", "ok"]
     )
+
+
+def test_the_driver_gives_operators_all_tensors_on_their_device(monkeypatch):
+    """A GPU's operators refuse tables on the CPU, which a driver on the CPU cannot show."""
+    device = torch.device("meta")
+    called = set()
+
+    class Operators:
+        def __getattr__(self, name):
+            def call(*arguments):
+                called.add(name)
+                tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+                assert tensors
+                assert all(x.device == device for x in tensors), name
+                return torch.empty(0, device=device)
+
+            return call
+
+    monkeypatch.setattr(kernel_driver, "backends_on", lambda _: {"cuda": Operators()})
+    for name, call in kernel_driver.calls(device).items():
+        if "DiceCELoss" not in name and "finalize_slab" not in name:  # they run operators proper
+            call()
+    assert called >= {"soft_confusion_backward", "overlap_add_", "head_confusion_backward"}
 
 
 def test_the_byte_model_reads_the_kernels_own_constants():
