@@ -437,10 +437,12 @@ def test_launches_of_a_loss(shape, operators, backend):
             and not event.name.startswith(("Mem", "Activity"))
             and "Sync" not in event.name
         ]
-        assert 0 < len(kernels) <= most, kernels
+        if not 0 < len(kernels) <= most:  # no assertion: this says nothing of a result
+            pytest.fail(f"{len(kernels)} kernels, expected at most {most}: {kernels}")
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("most of the memory")
 def test_more_than_2_to_the_31_elements(operators):
     """Two classes of 1024^3 voxels: the last slices are where 32-bit indices would go wrong."""
     if torch.cuda.mem_get_info(DEVICE)[0] < 20 << 30:
