@@ -4,7 +4,7 @@
 
 Every result is checked before it is timed. A wrong one of this package ends the run with exit
 status 3; a wrong peer is left out and named. Peers run in the same process, interleaved, on the
-same tensors. On a GPU the clock is a pair of events behind a write of a buffer larger than any
+same tensors. On a GPU the clock is a pair of events behind a read of a buffer larger than any
 second-level cache, which also hides the launches; where a bar speaks of wall time, it is the
 processor's clock around a synchronised call. ``--device cpu`` runs the same steps on small shapes.
 """
@@ -12,6 +12,7 @@ processor's clock around a synchronised call. ``--device cpu`` runs the same ste
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -22,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,7 @@ class Run:
         self.bars: list[Bar] = []
         self.results: list[dict[str, Any]] = []
         self.missing: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
         self.started = time.monotonic()
         self.rounds = 25 if self.cuda else 3
         self.backends = backends_on(self.device)
@@ -85,6 +88,18 @@ class Run:
                     self.missing[name] = voxfuse.backends()[name].reason
         if not self.backends:
             raise SystemExit(f"no kernel of this package runs on {self.device}: {self.missing}")
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Let what fails here cost itself alone; a wrong result ends the step all the same."""
+        try:
+            yield
+        except WrongResult:
+            raise
+        except Exception as error:  # whatever it is, it is named, and the step has failed
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            self.failed[what] = f"{type(error).__name__}: {lines[0]}"[:300]
 
     def out_of_time(self) -> bool:
         return time.monotonic() - self.started > self.options.budget
@@ -97,13 +112,18 @@ class Run:
             "bars": [bar.as_row() for bar in self.bars],
             "results": self.results,
             "missing": self.missing,
+            "failed": self.failed,
             "wrong": wrong,
         }
         self.options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 class EventClock(harness.Clock):
-    """Device time of a call: the launches hide behind the write that empties the caches."""
+    """Device time of a call: the launches hide behind the read that empties the caches.
+
+    After a write the caches would be full of what the call itself has to write back first: 50 MB,
+    more than some calls move.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, cold_bytes=1 << 30)
@@ -111,7 +131,7 @@ class EventClock(harness.Clock):
     def time(self, function: Call) -> float:
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        self._evict.zero_()
+        self._evict.sum()
         start.record()
         result = function()
         end.record()
@@ -329,9 +349,14 @@ def loss_case(run: Run, shape: tuple[int, ...], dtype: torch.dtype, ceiling: flo
     case = f"({', '.join(map(str, shape))}) {type_name}"
     logits, labels = draw(shape, dtype, run.device)
     truth = Truth(logits, labels)
-    own = {name: own_loss(name) for name in run.backends}
-    for name, loss in own.items():
-        check_loss(run, name, loss, truth)
+    own = {}
+    for name in run.backends:
+        with run.alone(f"{name}, {case}"):
+            check_loss(run, name, own_loss(name), truth)
+            own[name] = own_loss(name)
+    if not own:
+        not_measured(run, shape, dtype, "every backend failed")
+        return
     peers = right_peers(run, {**eager_peers(run), **compiled_peers(run)}, truth)
     del truth
     free(run)
@@ -403,10 +428,11 @@ def loss_step(run: Run) -> None:
             if run.out_of_time():
                 not_measured(run, shape, dtype, "out of time")
                 continue
-            try:
-                loss_case(run, shape, dtype, ceiling)
-            except torch.OutOfMemoryError as error:
-                not_measured(run, shape, dtype, str(error).splitlines()[0][:200])
+            with run.alone(f"{shape} {dtype}"):
+                try:
+                    loss_case(run, shape, dtype, ceiling)
+                except torch.OutOfMemoryError as error:
+                    not_measured(run, shape, dtype, str(error).splitlines()[0][:200])
             run.write()
             free(run)
 
@@ -445,7 +471,9 @@ def count_kernels(call: Call) -> int:
             call()
             torch.cuda.synchronize()
     return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and "Sync" not in event.name
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and "Sync" not in event.name
+        and not event.name.startswith("Activity")  # the profiler's own
         for event in profiler.events()
     )
 
@@ -495,38 +523,54 @@ def small_step(run: Run) -> None:
         name_of = f"{case} {str(dtype).split('.')[-1]}"
         floor = byte_model.tversky_floor(shape, dtype)
         for name in run.backends:
-            loss = own_loss(name)
-            check_loss(run, name, loss, truth)
-            call = step(loss, leaf, labels)
-            for _ in range(20 if run.cuda else 1):
-                call()
-            walls = harness.Timing([wall_seconds(call, run) for _ in range(200 if run.cuda else 3)])
-            wall = walls.summary()["median_ms"] * 1e3
-            row: dict[str, Any] = {"case": name_of, "backend": name, "wall_us": walls.summary()}
-            note = ""
-            replay = limit = None
-            if run.cuda:
-                with torch.no_grad():
-                    row["forward_kernels"] = count_kernels(functools.partial(loss, leaf, labels))
-                row["all_kernels"] = count_kernels(call)
-                graph = capture(call)
-                timing = harness.interleave({"replay": graph.replay}, clock, run.rounds)["replay"]
-                replay = timing.summary()["median_ms"] * 1e3
-                limit = 1.5 * 1e6 * (floor / ceiling + row["all_kernels"] * launch)
-                row |= {"replay_us": replay, "launch_us": launch * 1e6}
-                row["replay_limit_us"] = limit
-                backward = row["all_kernels"] - row["forward_kernels"]
-                for which, count in (("forward", row["forward_kernels"]), ("backward", backward)):
-                    what = f"{name}: launches of the {which} pass"
-                    run.bars.append(Bar(what, name_of, 2, count, at_least=False))
-                note = f"replayed as a graph {replay:.1f} us, limit of that {limit:.1f} us"
-            bar = Bar(f"{name}: wall time, us (or a graph)", name_of, 60, wall, False, note)
-            if replay is not None and limit is not None and wall > 60 and replay <= limit:
-                bar.measured, bar.limit = replay, limit
-                bar.note = f"as a graph; wall time {wall:.1f} us"
-            run.bars.append(bar)
-            run.results.append(row)
+            with run.alone(f"{name}, {name_of}"):
+                small_case(run, name, name_of, leaf, labels, truth, floor, ceiling, launch)
     same_bits(run)
+
+
+def small_case(
+    run: Run,
+    name: str,
+    case: str,
+    leaf: Tensor,
+    labels: Tensor,
+    truth: Truth,
+    floor: int,
+    ceiling: float,
+    launch: float,
+) -> None:
+    """Time one backend, count its launches and replay it as a graph."""
+    loss, clock = own_loss(name), run.clock()
+    check_loss(run, name, loss, truth)
+    call = step(loss, leaf, labels)
+    for _ in range(20 if run.cuda else 1):
+        call()
+    walls = harness.Timing([wall_seconds(call, run) for _ in range(200 if run.cuda else 3)])
+    wall = walls.summary()["median_ms"] * 1e3
+    row: dict[str, Any] = {"case": case, "backend": name, "wall_us": walls.summary()}
+    note = ""
+    replay = limit = None
+    if run.cuda:
+        with torch.no_grad():
+            row["forward_kernels"] = count_kernels(functools.partial(loss, leaf, labels))
+        row["all_kernels"] = count_kernels(call)
+        graph = capture(call)
+        timing = harness.interleave({"replay": graph.replay}, clock, run.rounds)["replay"]
+        replay = timing.summary()["median_ms"] * 1e3
+        limit = 1.5 * 1e6 * (floor / ceiling + row["all_kernels"] * launch)
+        row |= {"replay_us": replay, "launch_us": launch * 1e6}
+        row["replay_limit_us"] = limit
+        backward = row["all_kernels"] - row["forward_kernels"]
+        for which, count in (("forward", row["forward_kernels"]), ("backward", backward)):
+            what = f"{name}: launches of the {which} pass"
+            run.bars.append(Bar(what, case, 2, count, at_least=False))
+        note = f"replayed as a graph {replay:.1f} us, limit of that {limit:.1f} us"
+    bar = Bar(f"{name}: wall time, us (or a graph)", case, 60, wall, False, note)
+    if replay is not None and limit is not None and wall > 60 and replay <= limit:
+        bar.measured, bar.limit = replay, limit
+        bar.note = f"as a graph; wall time {wall:.1f} us"
+    run.bars.append(bar)
+    run.results.append(row)
 
 
 def wall_seconds(call: Call, run: Run) -> float:
@@ -571,25 +615,29 @@ def large_step(run: Run) -> None:
             run.bars.append(Bar(what, "2 classes bfloat16", 1.1, None, False, note))
         return
     clock = run.clock()
-    per_voxel: dict[str, list[float]] = {name: [] for name in run.backends}
+    per_voxel: dict[str, dict[int, float]] = {name: {} for name in run.backends}
     for edge in edges:
         shape = (1, 2, edge, edge, edge)
         logits, labels = draw(shape, BFLOAT16, run.device)
         truth = Truth(logits, labels)
         leaf = logits.detach().requires_grad_()
         for name in run.backends:
-            check_loss(run, name, own_loss(name), truth)
-            functions = {name: step(own_loss(name), leaf, labels)}
-            rows = median_ms(harness.interleave(functions, clock, run.rounds, 10.0))
-            nanoseconds = rows[name]["median_ms"] * 1e6 / edge**3
-            per_voxel[name].append(nanoseconds)
             case = f"(1, 2, {edge}^3) bfloat16"
-            run.results.append({"case": case, "backend": name, "ns_per_voxel": nanoseconds, **rows})
+            with run.alone(f"{name}, {case}"):
+                check_loss(run, name, own_loss(name), truth)
+                functions = {name: step(own_loss(name), leaf, labels)}
+                rows = median_ms(harness.interleave(functions, clock, run.rounds, 10.0))
+                per_voxel[name][edge] = rows[name]["median_ms"] * 1e6 / edge**3
+                found = {"case": case, "backend": name, "ns_per_voxel": per_voxel[name][edge]}
+                run.results.append({**found, **rows})
         del logits, labels, truth, leaf
         free(run)
-    for name, (near, far) in per_voxel.items():
-        what = f"{name}: time a voxel, {edges[1]}^3 over {edges[0]}^3"
-        run.bars.append(Bar(what, "2 classes bfloat16", 1.1, far / near, at_least=False))
+    near, far = edges
+    for name, times in per_voxel.items():
+        ratio = times[far] / times[near] if len(times) == 2 else None
+        note = "" if ratio is not None else "not measured: it failed"
+        what = f"{name}: time a voxel, {far}^3 over {near}^3"
+        run.bars.append(Bar(what, "2 classes bfloat16", 1.1, ratio, False, note))
 
 
 # --- fusion --------------------------------------------------------------------------------------
@@ -618,29 +666,36 @@ def fusion_case(run: Run, channels: int, edge: int, patch: int, ceiling: float) 
         patches[:, picked].double(), origins, rows_of, weights, None, volume
     )
     for name, operators in run.backends.items():
+        with run.alone(f"{name}: overlap_add of {shape}"):
 
-        def forward(operators: Any = operators) -> Tensor:
-            result: Tensor = operators.overlap_add(patches, origins, rows_of, weights, None, volume)
-            return result
+            def forward(operators: Any = operators) -> Tensor:
+                result: Tensor = operators.overlap_add(
+                    patches, origins, rows_of, weights, None, volume
+                )
+                return result
 
-        fused = forward()
-        if run.options.inject_wrong_result:
-            fused[0, 0, 0, 0] += 1
-        error = (fused[picked].double() - expected).abs().max().item()
-        if not error <= 1e-5:
-            raise WrongResult(f"{name}: overlap_add of {shape} is off by {error:.2e}")
+            fused = forward()
+            if run.options.inject_wrong_result:
+                fused[0, 0, 0, 0] += 1
+            error = (fused[picked].double() - expected).abs().max().item()
+            if not error <= 1e-5:
+                raise WrongResult(f"{name}: overlap_add of {shape} is off by {error:.2e}")
 
-        def backward(operators: Any = operators, fused: Tensor = fused) -> Tensor:
-            result: Tensor = operators.overlap_add_backward(fused, origins, rows_of, weights, None)
-            return result
+            def backward(operators: Any = operators, fused: Tensor = fused) -> Tensor:
+                result: Tensor = operators.overlap_add_backward(
+                    fused, origins, rows_of, weights, None
+                )
+                return result
 
-        functions[name] = forward
-        functions[f"{name} backward"] = backward
+            functions[name] = forward
+            functions[f"{name} backward"] = backward
     del expected
     free(run)
     rows = median_ms(harness.interleave(functions, run.clock(), run.rounds, 10.0))
     case = f"{len(grid)} patches of {channels} x {patch}^3 float32"
     for name in run.backends:
+        if name not in rows:
+            continue
         model = byte_model.overlap_add(len(grid), channels, (patch,) * 3, volume, FLOAT32, name)
         for suffix, traffic in zip(("", " backward"), model, strict=True):
             speed = traffic.floor / (rows[name + suffix]["median_ms"] / 1e3)
@@ -690,10 +745,12 @@ def fusion_step(run: Run) -> None:
     ceiling = copy_ceiling(run)
     cases = ((4, 384, 96), (117, 192, 96)) if run.cuda else ((2, 24, 8), (5, 24, 8))
     for channels, edge, patch in cases:
-        fusion_case(run, channels, edge, patch, ceiling)
+        with run.alone(f"{channels} channels"):
+            fusion_case(run, channels, edge, patch, ceiling)
         run.write()
         free(run)
-    streaming(run)
+    with run.alone("streaming labels"):
+        streaming(run)
 
 
 # --- the head ------------------------------------------------------------------------------------
@@ -751,27 +808,28 @@ def head_step(run: Run) -> None:
     functions: dict[str, Call] = {}
     everyone = {**{name: fused(name) for name in run.backends}, **peers}
     for name, call in everyone.items():
-        value = call()
-        gradients = torch.autograd.grad(value, leaves)
-        errors = [abs(value.item() - true_value) / abs(true_value)]
-        errors += [
-            ((g.double() - t).abs().max() / t.abs().max()).item()
-            for g, t in zip(gradients, true_gradients, strict=True)
-        ]
-        # Half-precision products of half-precision operands are exact; sums are float32, or tf32
-        # where PyTorch allows it, and results are rounded once.
-        limit = 2e-2 if dtype != FLOAT32 else 1e-3
-        worst = max(math.inf if math.isnan(e) else e for e in errors)
-        if name in run.backends and (worst > limit or run.options.inject_wrong_result):
-            listed = ", ".join(f"{e:.1e}" for e in errors)
-            raise WrongResult(f"{name}: the head's loss and gradients are off by {listed}")
-        run.results.append({"case": case, "call": name, "errors": errors})
-        del value, gradients
+        with run.alone(f"head: {name}"):
+            value = call()
+            gradients = torch.autograd.grad(value, leaves)
+            errors = [abs(value.item() - true_value) / abs(true_value)]
+            errors += [
+                ((g.double() - t).abs().max() / t.abs().max()).item()
+                for g, t in zip(gradients, true_gradients, strict=True)
+            ]
+            # Half-precision products of half-precision operands are exact; sums are float32, or
+            # tf32 where PyTorch allows it, and results are rounded once.
+            limit = 2e-2 if dtype != FLOAT32 else 1e-3
+            worst = max(math.inf if math.isnan(e) else e for e in errors)
+            if name in run.backends and (worst > limit or run.options.inject_wrong_result):
+                listed = ", ".join(f"{e:.1e}" for e in errors)
+                raise WrongResult(f"{name}: the head's loss and gradients are off by {listed}")
+            run.results.append({"case": case, "call": name, "errors": errors})
+            del value, gradients
 
-        def timed(call: Callable[[], Tensor] = call) -> Any:
-            return torch.autograd.grad(call(), leaves)
+            def timed(call: Callable[[], Tensor] = call) -> Any:
+                return torch.autograd.grad(call(), leaves)
 
-        functions[name] = timed
+            functions[name] = timed
     del true_gradients
     free(run)
     rows = median_ms(harness.interleave(functions, run.clock(), run.rounds, 15.0))
@@ -783,6 +841,8 @@ def head_step(run: Run) -> None:
         {"case": case, "rows": rows, "byte_model": [traffic.as_row() for traffic in model]}
     )
     for name in run.backends:
+        if name not in rows:
+            continue
         own = rows[name]["median_ms"]
         peak = harness.peak_extra_bytes(functions[name], run.device) - gradients_bytes
         for peer, limit, other in (
@@ -876,8 +936,11 @@ def main() -> int:
         print(f"WRONG RESULT: {error}", file=sys.stderr)
         run.write(wrong=str(error))
         return WRONG_RESULT
+    except BaseException:  # an interrupt at the time limit above all: what is measured is kept
+        run.write()
+        raise
     run.write()
-    return 0
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

@@ -738,7 +738,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="falsify a step's results, to see that the report stops",
     )
     report = Report(parser.parse_args(arguments))
-    for stale in ("sanitizer.log", "counters.csv", "profile.json"):
+    stale_files = ("junit-gpu.xml", "junit-rest.xml", "sanitizer.log", "counters.csv")
+    for stale in (*stale_files, "profile.json"):
         (report.out / stale).unlink(missing_ok=True)
     run_all(report)
     report.write()

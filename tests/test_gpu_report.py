@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from benchmarks import byte_model, gpu_report, kernel_driver
+from benchmarks import byte_model, gpu_bars, gpu_report, kernel_driver
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {
@@ -156,6 +156,44 @@ def test_only_a_failed_parity_test_is_a_wrong_result(tmp_path, where, message, w
     assert [step["status"] for step in found["steps"]] == (
         ["wrong result", "not run"] if wrong else ["failed", "ok"]
     )
+
+
+def bars(monkeypatch, path: Path, step: str) -> tuple[int, dict]:
+    """Exit status and results of one step of gpu_bars on the CPU."""
+    arguments = ["gpu_bars.py", step, "--device", "cpu", "--peers", "", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    return gpu_bars.main(), json.loads(path.read_text())
+
+
+def test_a_case_that_fails_costs_itself_alone(tmp_path, monkeypatch):
+    made = []
+
+    def own_loss(backend, real=gpu_bars.own_loss):
+        made.append(backend)
+        if len(made) == 1:
+            raise RuntimeError("no kernel image is available")
+        return real(backend)
+
+    monkeypatch.setattr(gpu_bars, "own_loss", own_loss)
+    status, found = bars(monkeypatch, tmp_path / "loss.json", "loss")
+    assert status == 1
+    (why,) = found["failed"].values()
+    assert why == "RuntimeError: no kernel image is available"
+    cases = [result["case"] for result in found["results"]]
+    assert len(cases) == 2 * len(gpu_bars.CPU_SHAPES)  # the ceiling, and all cases but one
+    assert any(bar["measured"] is None and "failed" in bar["note"] for bar in found["bars"])
+
+
+def test_an_interrupted_step_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_bars, "streaming", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bars(monkeypatch, tmp_path / "fusion.json", "fusion")
+    found = json.loads((tmp_path / "fusion.json").read_text())
+    assert found["results"]
+    assert found["bars"]
 
 
 def test_the_driver_gives_operators_all_tensors_on_their_device(monkeypatch):
