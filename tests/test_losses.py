@@ -947,6 +947,30 @@ def test_a_compiled_step_of_half_precision_logits_and_a_mask(name):
     torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_step_on_a_chosen_backend_compiles_into_one_graph(backend):
+    if not voxfuse.backends()[backend].available:
+        pytest.skip(f"the {backend} backend is not available: {voxfuse.backends()[backend].reason}")
+    logits, labels = batch()
+    loss = voxfuse.TverskyCELoss(backend=backend)
+    torch._dynamo.reset()
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    mine, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value, expected = step(mine, labels), loss(other, labels)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+
+
+def test_a_compiled_step_on_a_missing_backend_says_why():
+    logits, labels = batch()
+    torch._dynamo.reset()
+    step = torch.compile(voxfuse.DiceLoss(backend="cuda"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="backend: 'cuda'"):
+        step(logits, labels)
+
+
 @pytest.mark.parametrize("name", ["top k", "lovasz"])
 def test_the_default_compiler_generates_working_code(name):
     logits, labels = batch()

@@ -98,6 +98,11 @@ def require(name: str, device: torch.device) -> None:
         )
 
 
+# It asks the file system and the driver, which a compiler cannot trace; torch.compiler's decorator
+# of this meaning would import the compiler with this package.
+require._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that the kernels depend on."""
     found = {"torch": str(torch.__version__)}
