@@ -46,7 +46,8 @@ def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | N
     if "none" in (case.activation, case.likelihood):
         # Probabilities that a half type can hold without becoming 0 or 1.
         logits = logits.sigmoid() * 0.98 + 0.01
-    logits = lay_out(logits.to(case.dtype), case.layout)
+    # Moved first: a copy to another device fills the gaps of a layout.
+    logits = lay_out(logits.to(case.dtype).to(device), case.layout)
     if case.target == "dense" or case.classes == 1:
         target_shape = shape
         hard = case.target_dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -61,14 +62,15 @@ def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | N
     if case.ignore_index is not None:
         ignored = torch.rand(values.shape, generator=generator) < 0.3
         values = values.masked_fill(ignored, case.ignore_index)
-    target = lay_out(values.to(case.target_dtype), case.layout if values.ndim == len(shape) else "")
+    values = values.to(case.target_dtype).to(device)
+    target = lay_out(values, case.layout if values.ndim == len(shape) else "")
     weight = None
     if case.weight is not None:
         drawn = torch.rand((case.batch, *case.spatial), generator=generator)
         drawn = drawn * (drawn > 0.25)
         weight = drawn > 0 if case.weight == torch.bool else drawn.to(case.weight)
         weight = weight.to(device)
-    return logits.to(device), target.to(device), weight
+    return logits, target, weight
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
@@ -78,9 +80,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
         back = (0, tensor.ndim - 1, *range(1, tensor.ndim - 1))
         return tensor.permute(axes).contiguous().permute(back)
     if layout == "sliced":
-        wide = torch.full(
-            (tensor.shape[0], tensor.shape[1] + 2, *tensor.shape[2:]), 1, dtype=tensor.dtype
-        )
+        wide = tensor.new_ones((tensor.shape[0], tensor.shape[1] + 2, *tensor.shape[2:]))
         wide[:, 1:-1] = tensor
         return wide[:, 1:-1]
     if layout == "permuted" and tensor.ndim > 3:

@@ -29,9 +29,9 @@ def head_tensors(
         # The "logits" are to be probabilities that a half type can hold without becoming 0 or 1.
         features, offset = features.sigmoid(), offset.sigmoid() * 0.1 + 0.05
         weight = weight.sigmoid() * 0.75 / channels
-    features = lay_out(features.to(case.dtype), case.layout)
+    features = lay_out(features.to(case.dtype).to(device), case.layout)
     made = [x.to(case.dtype).to(device) for x in (weight, offset)]
-    return features.to(device), made[0], made[1] if bias else None, target, voxel_weight
+    return features, made[0], made[1] if bias else None, target, voxel_weight
 
 
 def unfused(

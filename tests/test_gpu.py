@@ -217,7 +217,76 @@ def test_a_loss_and_its_gradient(backend):
     assert (actual_gradient - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
+@pytest.mark.parametrize("host", [False, True], ids=["stays", "to the host"])
+@pytest.mark.parametrize("output", ["logits", "probabilities", "labels"])
+def test_a_sliding_window(output, host, backend):
+    """Patches predicted on the GPU; finished slabs stay there or reach the host behind the rest."""
+    volume = torch.rand(1, 1, 70, 40, 36, generator=torch.Generator().manual_seed(0))
+
+    def network(patches: Tensor) -> Tensor:
+        return torch.cat([patches, 1 - patches, 2 * patches * patches], 1)
+
+    options = {"output": output, "tta": [(), (0, 2), (1,)]}
+    options |= {} if output == "logits" else {"activation": "softmax", "voting": "logit"}
+    arguments = ((16, 16, 16), 3, network, 0.5)
+    expected = voxfuse.sliding_window_inference(volume, *arguments, backend="reference", **options)
+    if host:
+        options["out"] = torch.empty_like(expected)
+    actual = voxfuse.sliding_window_inference(
+        volume.to(DEVICE), *arguments, backend=backend, **options
+    )
+    assert actual.device.type == ("cpu" if host else DEVICE.type)
+    if output == "labels":  # two values a rounding apart may change places
+        assert (actual.cpu() != expected).sum() <= 2
+    else:
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
 # --- how they run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "permuted"])
+def test_a_compiler_may_believe_the_fakes_of_soft_confusion(layout, operators):
+    case = Case(layout=layout, spatial=(9, 8, 7), target_dtype=torch.uint8)
+    input, target, _ = confusion_cases.tensors(case, str(DEVICE))
+    options = confusion_cases.schema_arguments(case)
+    torch.library.opcheck(
+        operators.soft_confusion.default,
+        (input.detach().requires_grad_(), target, None, *options, False),
+    )
+    grad = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE)
+    torch.library.opcheck(
+        operators.soft_confusion_backward.default, (grad, input, target, None, *options)
+    )
+
+
+def test_a_compiler_may_believe_the_fakes_of_the_others(operators):
+    arguments = FORMULA_CASES[1].arguments()
+    stats = statistics().to(DEVICE)
+    torch.library.opcheck(operators.ratio_loss.default, (stats, *on_device(*arguments)))
+    case = make_case((21, 18, 37), (8, 7, 16), 12)
+    patches, *tables = on_device(case.patches, case.origins, case.rows, case.weights, None)
+    torch.library.opcheck(operators.overlap_add.default, (patches, *tables, list(case.volume)))
+    head = Case(classes=3, spatial=(9, 8, 7), layout="channels_last")
+    given = head_cases.head_tensors(head, 5, True, str(DEVICE))
+    options = (*confusion_cases.schema_arguments(head), False, head_cases.CHUNK_BYTES)
+    torch.library.opcheck(operators.head_confusion.default, (*given, *options))
+
+
+@pytest.mark.slow
+def test_a_compiled_loss(backend):
+    logits = torch.randn(2, 4, 24, 25, 26, device=DEVICE)
+    labels = torch.randint(0, 4, (2, 1, 24, 25, 26), device=DEVICE, dtype=torch.uint8)
+    module = voxfuse.TverskyCELoss(backend=backend)
+    results = []
+    for function in (module, torch.compile(module, fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        value = function(leaf, labels)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+        assert actual.stride() == expected.stride()
 
 
 def confusion_call(operators: Any, classes: int, dtype: torch.dtype) -> Callable[[], Any]:
@@ -377,6 +446,37 @@ def test_work_goes_to_the_current_stream(operators, backend):
         actual = call()
     side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_gradients_follow_the_stream_of_the_loss(backend):
+    """PyTorch calculates them in a thread of its own, on the stream of the forward pass."""
+    call = loss_call(backend)
+    expected = [x.clone() for x in call()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    busy = torch.empty(1 << 28, device=DEVICE)
+    busy.zero_()  # what waits for the default stream would come late
+    with torch.cuda.stream(side):
+        actual = call()
+        done = torch.cuda.Event()
+        done.record()
+    done.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_second_gpu(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("PyTorch sees one CUDA device")
+    logits = torch.randn(1, 4, 24, 25, 26)
+    labels = torch.randint(0, 4, (1, 1, 24, 25, 26), dtype=torch.uint8)
+    module = voxfuse.TverskyCELoss(backend=backend)
+    results = []
+    for index in (0, 1):  # the current device is 0 throughout
+        leaf = logits.to(f"cuda:{index}").requires_grad_()
+        value = module(leaf, labels.to(leaf.device))
+        value.backward()
+        results.append((value.detach().cpu(), leaf.grad.cpu()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_streams_and_graphs_add_rows_up_beside_each_other(operators, backend):
