@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import glob
 import importlib.util
 import json
 import os
@@ -359,6 +360,20 @@ print("%d%d" % torch.cuda.get_device_capability(0))
 """
 
 
+#: Where CUDA's installers put programs without adding them to the path.
+ELSEWHERE = (
+    "/usr/local/cuda*/bin",
+    "/usr/local/cuda*/compute-sanitizer",
+    "/opt/nvidia/nsight-compute/*",
+)
+
+
+def program(name: str) -> str | None:
+    """Where a program of CUDA's is, on the path or off it."""
+    folders = [folder for pattern in ELSEWHERE for folder in sorted(glob.glob(pattern))]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(reversed(folders)))
+
+
 def build(report: Report) -> None:
     """Compile the CPU and CUDA kernels for the device found, in place."""
     options = report.options
@@ -387,17 +402,24 @@ def build(report: Report) -> None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     jobs = str(os.cpu_count() or 1)
     listed = f"{capability[:-1]}.{capability[-1]}"
-    cuda = "1" if shutil.which("nvcc") or os.environ.get("CUDACXX") else "auto"
-    configure = [
-        "cmake", "-S", str(ROOT), "-B", str(directory), *generator,
-        f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={ROOT / 'src/voxfuse'}",
-        f"-DVOXFUSE_CUDA={cuda}", f"-DVOXFUSE_CUDA_ARCHITECTURES={capability}",
-    ]  # fmt: skip
-    compile_ = ["cmake", "--build", str(directory), "--parallel", jobs]
-    install = ["cmake", "--install", str(directory)]
-    script = " && ".join(" ".join(map(quoted, part)) for part in (configure, compile_, install))
-    environment = {"TORCH_CUDA_ARCH_LIST": listed}
-    report.run(Step(f"build for {listed}", ["bash", "-c", script], 240, environment))
+    compiler = os.environ.get("CUDACXX") or program("nvcc")
+    environment = {"CUDACXX": compiler} if compiler else {}
+
+    def script(cuda: str) -> list[str]:
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(directory), *generator,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_INSTALL_PREFIX={ROOT / 'src/voxfuse'}",
+            f"-DVOXFUSE_CUDA={cuda}", f"-DVOXFUSE_CUDA_ARCHITECTURES={capability}",
+        ]  # fmt: skip
+        compile_ = ["cmake", "--build", str(directory), "--parallel", jobs]
+        parts = (configure, compile_, ["cmake", "--install", str(directory)])
+        return ["bash", "-c", " && ".join(" ".join(map(quoted, part)) for part in parts)]
+
+    step = Step(f"build for {listed}", script("1" if compiler else "auto"), 240, environment)
+    report.run(step)
+    if step.status != "ok":
+        report.run(Step("build without CUDA", script("0"), 120, environment))
 
 
 def quoted(text: str) -> str:
@@ -420,9 +442,11 @@ def describe(report: Report) -> None:
                         "--format=csv,noheader"]),
         ("nvcc", ["nvcc", "--version"]),
     ):  # fmt: skip
-        if shutil.which(command[0]) is None:
-            report.data["missing"][command[0]] = "not on the path"
+        found = program(command[0])
+        if found is None:
+            report.data["missing"][command[0]] = "not found"
             continue
+        command[0] = found
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
             machine[name] = " ".join(done.stdout.strip().splitlines()[-2:])
@@ -501,9 +525,9 @@ def other_tests(report: Report) -> None:
 
 
 def sanitizers(report: Report) -> list[Step]:
-    program = shutil.which("compute-sanitizer")
-    if program is None or not report.cuda:
-        why = "compute-sanitizer is not on the path" if report.cuda else "there is no GPU"
+    sanitizer = program("compute-sanitizer")
+    if sanitizer is None or not report.cuda:
+        why = "compute-sanitizer was not found" if report.cuda else "there is no GPU"
         report.absent("sanitizer", why)
         return []
     driver = [sys.executable, str(ROOT / "benchmarks" / "kernel_driver.py"), "--device", "cuda"]
@@ -526,7 +550,7 @@ def sanitizers(report: Report) -> list[Step]:
                 whole.write(f"===== {tool}: exit {step.exit}\n{text[:200_000]}\n")
 
         command = [
-            program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20",
+            sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20",
             "--log-file", str(log), *driver,
         ]  # fmt: skip
         # Out of PyTorch's cache every tensor is an allocation of its own, with watched ends.
@@ -638,9 +662,9 @@ def profile(report: Report) -> None:
 
 def counters(report: Report) -> None:
     """Nsight Compute on every kernel, at a size that memory decides."""
-    program = shutil.which("ncu")
-    if program is None or not report.cuda:
-        report.absent("counters", "ncu is not on the path" if report.cuda else "there is no GPU")
+    profiler = program("ncu")
+    if profiler is None or not report.cuda:
+        report.absent("counters", "ncu was not found" if report.cuda else "there is no GPU")
         return
     path = report.out / "counters.csv"
 
@@ -668,7 +692,7 @@ def counters(report: Report) -> None:
     )
     driver = str(ROOT / "benchmarks" / "kernel_driver.py")
     command = [
-        program, "--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(path),
+        profiler, "--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(path),
         "--kernel-name", ours, "--launch-count", "120", "--metrics", ",".join(COUNTERS),
         sys.executable, driver, "--device", "cuda", "--scale", "8",
     ]  # fmt: skip

@@ -129,6 +129,25 @@ def test_a_hang_or_a_crash_costs_its_own_step_alone(tmp_path, monkeypatch):
     assert "hang, crash" in found["verdict"]
 
 
+def test_without_cuda_kernels_the_others_are_built_all_the_same(tmp_path, monkeypatch):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    cmake = tools / "cmake"
+    cmake.write_text(
+        '#!/bin/sh\ncase "$*" in *VOXFUSE_CUDA=0*|*--build*|*--install*) exit 0;; esac; exit 1\n'
+    )
+    cmake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_report, "CAPABILITY", "print(90)")
+    report = gpu_report.Report(options(tmp_path, device="cuda", no_build=False))
+    gpu_report.build(report)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [(step["name"], step["status"]) for step in found["steps"]] == [
+        ("build for 9.0", "failed"),
+        ("build without CUDA", "ok"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("where", "message", "wrong"),
     [
