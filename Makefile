@@ -12,6 +12,9 @@ VENV ?= .venv
 OUT ?= build/demo
 ARGS ?=
 
+# The suite runs a file at a time on each core. The order, the longest first, is tests/conftest.py's.
+IN_PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 BIN := $(VENV)/bin
 # constraints.txt pins torch: without it pip may replace it by another build.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -74,7 +77,7 @@ demo: setup
 	@$(BIN)/python examples/skull_strip.py --out $(OUT) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(IN_PARALLEL))
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),loss --quick --json build/bench/loss.json --plot build/bench/loss.png)

@@ -501,25 +501,26 @@ def pytest_command(junit: Path, arguments: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def in_parallel(report: Report, most: int) -> list[str]:
+def in_parallel(report: Report, most: int, share: str) -> list[str]:
     """pytest's options for several processes on a GPU's machine, if pytest-xdist is there."""
     if importlib.util.find_spec("xdist") is None or not report.cuda:
         return []
-    return ["-n", str(min(most, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    return ["-n", str(min(most, os.cpu_count() or 1)), "--dist", share]
 
 
 def gpu_tests(report: Report) -> Step:
     """Most of their time is Triton's compiler, one kernel after the other in a process."""
     junit = report.out / "junit-gpu.xml"
     files = ["tests"] if report.cuda else ["tests/test_gpu.py"]
-    command = pytest_command(junit, ["-m", "gpu", *in_parallel(report, 6), *files])
+    command = pytest_command(junit, ["-m", "gpu", *in_parallel(report, 6, "loadgroup"), *files])
     return Step("gpu tests", command, 200, read=read_junit(junit, report, "gpu"))
 
 
 def other_tests(report: Report) -> None:
     """The rest of the suite, in the time that is left."""
     junit = report.out / "junit-rest.xml"
-    arguments = ["-m", "not gpu", *in_parallel(report, 8), *report.options.tests]
+    # A file at a time: its tests share what they compile.
+    arguments = ["-m", "not gpu", *in_parallel(report, 8, "loadfile"), *report.options.tests]
     command = pytest_command(junit, arguments)
     report.run(Step("other tests", command, 300, read=read_junit(junit, report, "rest")))
 

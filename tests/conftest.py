@@ -12,13 +12,31 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core: more threads would only wait for each other.
+    torch.set_num_threads(1)
+
 hypothesis.settings.register_profile(
     "voxfuse", deadline=None, derandomize=True, max_examples=60, print_blob=True
 )
 hypothesis.settings.load_profile("voxfuse")
 
 
+#: Files that take minutes. Several workers begin with them, so that none is left alone at the end.
+LONGEST = (
+    "test_triton_aot",
+    "test_examples",
+    "test_soft_confusion_triton",
+    "test_head_confusion_triton",
+    "test_cuda_races",
+    "test_cuda_emulation",
+    "test_gpu_report",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="PyTorch sees no CUDA device")

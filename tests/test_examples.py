@@ -222,7 +222,8 @@ def test_peak_memory_sees_a_temporary_tensor():
         torch.ones(size // 4).sum()
     if peak.extra_bytes is None:
         pytest.skip(measure.how_memory_is_measured(torch.device("cpu")))
-    assert size <= peak.extra_bytes < 1.25 * size
+    # Pages that the process gives back meanwhile count against it.
+    assert 0.99 * size <= peak.extra_bytes < 1.25 * size
 
 
 @pytest.mark.skipif(

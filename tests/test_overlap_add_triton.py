@@ -277,7 +277,9 @@ def test_opcheck():
     torch.library.opcheck(OPERATORS.overlap_add_.default, arguments)
 
 
-@pytest.mark.parametrize(("height", "width"), itertools.product((1, 3, 96, 512), (1, 5, 96, 512)))
+@pytest.mark.parametrize(
+    ("height", "width"), [*itertools.product((1, 3, 96, 512), (1, 5, 96, 512))]
+)
 def test_tiles_have_a_bounded_size(height, width):
     block_y, block_x = kernels.tile_shape(height, width)
     assert block_y * block_x <= kernels.TILE
