@@ -533,7 +533,7 @@ def sanitizers(report: Report) -> list[Step]:
         return []
     driver = [sys.executable, str(ROOT / "benchmarks" / "kernel_driver.py"), "--device", "cuda"]
     steps = []
-    for tool in SANITIZERS:
+    for number, tool in enumerate(SANITIZERS):
         log = report.scratch / f"{tool}.log"
 
         def read(step: Step, tool: str = tool, log: Path = log) -> None:
@@ -552,7 +552,7 @@ def sanitizers(report: Report) -> list[Step]:
 
         command = [
             sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20",
-            "--log-file", str(log), *driver,
+            "--log-file", str(log), *driver, "--turn", str(number / len(SANITIZERS)),
         ]  # fmt: skip
         # Out of PyTorch's cache every tensor is an allocation of its own, with watched ends.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

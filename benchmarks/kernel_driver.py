@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,14 @@ def main() -> int:
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("--only", default="", help="only the calls whose name contains this")
+    parser.add_argument(
+        "--turn",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="begin after this part of the calls: drivers side by side then share what Triton "
+        "compiles, instead of all compiling the same kernel at the same time",
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.profile:
@@ -188,12 +197,21 @@ def main() -> int:
     if not selected:
         print(f"no kernel runs on {device}")
         return 1
-    for name, call in selected.items():
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        print(name, flush=True)
-    return 0
+    names = list(selected)
+    first = int(options.turn * len(names))
+    failed = 0
+    for name in (*names[first:], *names[:first]):
+        try:
+            selected[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception:  # the others are to be watched all the same
+            failed += 1
+            traceback.print_exc()
+            print(f"FAILED: {name}", flush=True)
+        else:
+            print(name, flush=True)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,17 @@ def test_the_driver_gives_operators_all_tensors_on_their_device(monkeypatch):
     assert called >= {"soft_confusion_backward", "overlap_add_", "head_confusion_backward"}
 
 
+def test_the_driver_goes_on_after_a_failure_and_begins_where_it_is_told(monkeypatch, capsys):
+    def failing():
+        raise RuntimeError("no kernel image is available")
+
+    calls = {"a": failing, "b": lambda: None, "c": lambda: None, "d": lambda: None}
+    monkeypatch.setattr(kernel_driver, "calls", lambda device, scale: calls)
+    monkeypatch.setattr(sys, "argv", ["kernel_driver.py", "--device", "cpu", "--turn", "0.5"])
+    assert kernel_driver.main() == 1
+    assert capsys.readouterr().out.splitlines() == ["c", "d", "FAILED: a", "b"]
+
+
 def test_the_byte_model_reads_the_kernels_own_constants():
     constants = byte_model.cuda_constants("soft_confusion.cu")
     assert constants.keys() >= {"kWorkspace", "kRowsAtLeast", "kRowsAtMost", "kChunk"}
