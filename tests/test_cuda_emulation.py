@@ -30,6 +30,7 @@ from tests.confusion_cases import (
 )
 from tests.emulation import emulator
 from tests.finalize_cases import Case as Slab
+from voxfuse.fusion.grids import _cover, plan_grid
 from voxfuse.reference import overlap_add as fusion_reference
 from voxfuse.reference import ratio_loss as ratio_reference
 
@@ -724,6 +725,42 @@ def test_ring(overlap_add, ring_axis, dtype, start):
             (size, patches.double().abs()),
         ):
             fusion_reference.overlap_add_(accumulated, p, origins, rows, weights, divisor, *place)
+        assert_accurate(ring, plain, truth, scale=size, dtype=accumulator, allowance=2)
+
+
+@pytest.mark.parametrize(
+    ("patch", "volume"), [((7,), (23,)), ((3, 8), (9, 16)), ((3, 4, 16), (7, 6, 29))]
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weights_with_a_floor(overlap_add, patch, volume, dtype):
+    """In a ring along every axis, of mirrored patches; voxels under one patch keep their bits."""
+    grid = plan_grid(volume, patch, 0.5)
+    patches, _, _, tables, _ = fusion_case(patch, volume, len(grid), 3, dtype)
+    vectors = [table[0].numpy() for table in tables]
+    axes = zip(vectors, grid.starts, volume, strict=True)
+    weights = [table[:1].contiguous() for table in tables] + [_cover(*axis) for axis in axes]
+    rows = torch.zeros_like(grid.origins)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    alone = torch.zeros(3, *patch, dtype=accumulator)
+    least = [_cover(v, (0,), p) for v, p in zip(vectors, patch, strict=True)]
+    arguments = (grid.origins[:1] * 0, rows[:1], [*weights[: len(patch)], *least])
+    overlap_add.overlap_add_(alone, patches[:1], *arguments, None, 0, 0, patch[0], 0, 0.3)
+    assert torch.equal(alone.to(dtype), patches[0])
+    for axis in range(len(patch)):
+        extent = list(volume)
+        extent[axis] = volume[axis] - 1
+        place = (axis, 1, volume[axis], 1 << axis, 0.3)
+        ring = torch.zeros(3, *extent, dtype=accumulator)
+        truth, size = ring.double(), ring.double()
+        plain = ring.clone()
+        overlap_add.overlap_add_(ring, patches, grid.origins, rows, weights, None, *place)
+        for accumulated, p in (
+            (truth, patches.double()),
+            (plain, patches.to(accumulator)),
+            (size, patches.double().abs()),
+        ):
+            tables = (grid.origins, rows, weights, None)
+            fusion_reference.overlap_add_(accumulated, p, *tables, *place)
         assert_accurate(ring, plain, truth, scale=size, dtype=accumulator, allowance=2)
 
 

@@ -196,6 +196,41 @@ def test_ring(ring_axis, dtype, total):
         assert torch.equal(ring.cpu()[untouched], before[untouched])
 
 
+@pytest.mark.parametrize("volume", [(9,), (6, 9), (5, 6, 9)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_floor_is_the_references(volume, dtype):
+    """Along every axis of a ring; a voxel under one patch keeps its bits."""
+    axes, floor = len(volume), 0.2
+    case = Case(volume=volume, patch=(3, 4, 5)[3 - axes :], dtype=dtype)
+    patches, _, _, _, _ = case.tensors()
+    generator = torch.Generator().manual_seed(1)
+    windows = [torch.rand(p, generator=generator, dtype=torch.float64) for p in case.patch]
+    starts = [(-1, 0, v - p) for p, v in zip(case.patch, volume, strict=True)]
+    cover = []
+    for window, along, size in zip(windows, starts, volume, strict=True):
+        table = torch.full((3, size), -1.0, dtype=torch.float64)
+        for x in range(size):
+            over = [window[x - s] for s in along if 0 <= x - s < len(window)]
+            table[: len(over), x] = torch.tensor(over, dtype=torch.float64)
+        cover.append(table)
+    origins = torch.tensor(list(itertools.product(*starts)))[: case.count]
+    patches = patches[: len(origins)]
+    rows = torch.zeros_like(origins)
+    weights = [*(window[None] for window in windows), *cover]
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    for axis in range(axes):
+        extent = list(volume)
+        extent[axis] = 4
+        truth = torch.zeros(case.channels, *extent, dtype=torch.float64)
+        ring = truth.to(DEVICE, accumulation)
+        options = (axis, 1, 5, 1, floor)
+        REFERENCE.overlap_add_(truth, patches.double(), origins, rows, weights, None, *options)
+        OPERATORS.overlap_add_(ring, *on_device(patches, origins, rows, weights), None, *options)
+        torch.testing.assert_close(
+            ring.cpu().double(), truth, rtol=0, atol=16 * torch.finfo(accumulation).eps
+        )
+
+
 @pytest.mark.parametrize("volume", [(9,), (6, 7), (3, 6, 7)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mirrored_patches_are_turned_back(volume, layout):

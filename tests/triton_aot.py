@@ -183,6 +183,7 @@ CASES = (
             ("gather-line", dict(axes=1)),
             ("ring", dict(ring=0, channels=4)),
             ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
+            ("ring-floor", dict(ring=0, channels=4, floor=True)),
             ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
             ("backward", dict(backward=True, dtype="bfloat16")),
         )
@@ -399,6 +400,7 @@ def _overlap_add_instance(
     ring: int = -1,
     weights: bool = False,
     backward: bool = False,
+    floor: bool = False,
 ) -> Instance:
     import torch
 
@@ -428,6 +430,7 @@ def _overlap_add_instance(
         "table_y": "*fp64" if axes > 1 and not dense else None,
         "table_x": "*fp64",
         "total": "*fp64" if total else None,
+        **dict.fromkeys(("floor", "cover_z", "cover_y", "cover_x"), "*fp64" if floor else None),
         "patches_x": 1,
     }
     if axes == 1:

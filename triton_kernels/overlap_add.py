@@ -90,6 +90,7 @@ def _weights(
     patch_y,
     patch_x,
     sums,
+    least,
     AXES: tl.constexpr,
     DENSE: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -97,8 +98,8 @@ def _weights(
 ):
     """Weight of every voxel (z, y, x) of a patch, in DTYPE.
 
-    With NORMALISED the factors are rounded to DTYPE one by one; otherwise their float64 product is
-    divided by ``sums``.
+    With NORMALISED the factors are rounded to DTYPE one by one; otherwise their float64 product,
+    if it is not below ``least``, is divided by ``sums``.
     """
     if DENSE:
         place = table_x + (z * patch_y + y) * patch_x + x
@@ -123,8 +124,19 @@ def _weights(
                 factor = first * factor
             weight = factor * weight
     if not NORMALISED:
+        weight = tl.where(weight < least, least, weight)
         weight = tl.where(sums == 0, 0.0, weight / tl.where(sums == 0, 1.0, sums)).to(DTYPE)
     return weight
+
+
+@triton.jit
+def _cover(table, k, x, inside, size, axis: tl.constexpr, AXES: tl.constexpr):
+    """The k-th weight of all patches over the coordinates of an axis; -1 where there are fewer."""
+    if axis + AXES >= 3:
+        result = tl.load(table + k * size + x, mask=inside, other=-1.0)
+    else:
+        result = tl.where(inside, 1.0, -1.0).to(tl.float64)
+    return result
 
 
 @triton.jit
@@ -137,6 +149,16 @@ def _gather(
     table_y,
     table_x,
     total,
+    floor,
+    cover_z,
+    cover_y,
+    cover_x,
+    covers_z,
+    covers_y,
+    covers_x,
+    cover_size_z,
+    cover_size_y,
+    cover_size_x,
     count,
     channels,
     size_z,
@@ -170,7 +192,8 @@ def _gather(
     """Sum the weighted patches over a tile (HEIGHT, WIDTH) of one slice.
 
     RING is the axis along which the output is a ring (-1: none). ADD adds to what is there. WEIGHTS
-    sums the weights alone.
+    sums the weights alone. With ``floor`` weights are at least that, and divided by their sums,
+    which come from tables of the weights of all patches over a coordinate.
     """
     tiles_x = tl.cdiv(size_x, WIDTH)
     tiles_y = tl.cdiv(size_y, HEIGHT)
@@ -216,6 +239,19 @@ def _gather(
         sums = tl.full([1, 1], 1.0, tl.float64)
         if total is not None:
             sums = tl.load(total + place, mask=inside, other=0.0)
+        least = 0.0
+        if floor is not None:
+            least = tl.load(floor)
+            sums = tl.zeros([HEIGHT, WIDTH], tl.float64)
+            for k in range(0, covers_z):
+                along_z = _cover(cover_z, k, z, inside_z, cover_size_z, 0, AXES)
+                for j in range(0, covers_y):
+                    along_y = _cover(cover_y, j, y, inside_y, cover_size_y, 1, AXES)
+                    outer = along_z * along_y
+                    for i in range(0, covers_x):
+                        across = _cover(cover_x, i, x, inside_x, cover_size_x, 2, AXES)
+                        over = (along_z >= 0) & (along_y >= 0) & (across >= 0)
+                        sums += tl.where(over, tl.maximum(outer * across, least), 0.0)
         values = ()
         for c in tl.static_range(CHANNELS):
             value = tl.zeros([HEIGHT, WIDTH], DTYPE)
@@ -254,9 +290,10 @@ def _gather(
                     patch_y,
                     patch_x,
                     sums,
+                    least,
                     AXES,
                     DENSE,
-                    total is None,
+                    (total is None) & (floor is None),
                     DTYPE,
                 )
                 if WEIGHTS:
@@ -344,6 +381,7 @@ def _scatter(
         patch_y,
         patch_x,
         sums,
+        0.0,
         AXES,
         DENSE,
         total is None,
@@ -398,6 +436,7 @@ def _add(
     patch_shape: Sequence[int],
     ring: tuple[int, int, int] | None,
     flip: int = 0,
+    floor: float = 0.0,
 ) -> None:
     """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
     axes = output.ndim - 1
@@ -405,6 +444,14 @@ def _add(
     channels, size = output.shape[0], _three(output.shape[1:])
     if output.numel() == 0 or (ring is not None and origins.shape[0] == 0):
         return
+    least, cover, covers, cover_sizes = None, [None] * 3, [1] * 3, [1] * 3
+    if floor > 0:
+        # A number would reach the kernel as float32.
+        least = torch.full((1,), floor, dtype=torch.float64, device=device)
+        for axis, table in enumerate(weights[axes:], 3 - axes):
+            cover[axis] = table.to(device).contiguous()
+            covers[axis], cover_sizes[axis] = table.shape
+        weights = weights[:axes]
     tables, lengths, dense = _tables(weights, axes, device)
     ring_axis, start, stop = (-1, 0, 0) if ring is None else ring
     height, width = tile_shape(*size[1:])
@@ -427,6 +474,10 @@ def _add(
             rows.to(device).contiguous(),
             *tables,
             total,
+            least,
+            *cover,
+            *covers,
+            *cover_sizes,
             origins.shape[0],
             channels,
             *size,
@@ -479,11 +530,12 @@ def overlap_add_(
     start: int,
     stop: int,
     flip: int = 0,
+    floor: float = 0.0,
 ) -> None:
     """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
     place = (ring_axis, start, stop)
     total = None if total is None else total.contiguous()
-    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place, flip)
+    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place, flip, floor)
 
 
 def overlap_weights_(

@@ -55,6 +55,22 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
+  // Products below `floor` count as `floor`; see Fusion.
+  void take_cover(const std::vector<Tensor>& cover, double floor) {
+    const int lead = 3 - static_cast<int>(cover.size());
+    q.floor = floor;
+    for (int axis = 0; axis < 3 && !cover.empty(); ++axis) {
+      q.cover[axis] = &one_;
+      q.covers[axis] = q.cover_extent[axis] = 1;
+      if (axis < lead) continue;
+      tensors_.push_back(torch::stable::contiguous(cover[axis - lead]));
+      const Tensor& table = tensors_.back();
+      q.cover[axis] = static_cast<const double*>(table.const_data_ptr());
+      q.covers[axis] = table.size(0);
+      q.cover_extent[axis] = table.size(1);
+    }
+  }
+
   // Sorts the patches to slices and divides the result into tasks; returns their number. With
   // `whole` every voxel of the result belongs to a task, else only those near a patch.
   int64_t tile(bool whole, int64_t element_size) {
@@ -99,17 +115,16 @@ class Plan {
     q.over_slice = over_slice_.data();
     if (!whole && !any) return 0;
 
-    // A tile stays in the first-level cache; where weights are divided by their sum, all channels
-    // share the division and the tile may fill the second-level one.
+    // A tile of one channel stays in the first-level cache; where weights are divided by their sum,
+    // all channels share the division.
     const int64_t width = q.high[2] - q.low[2], height = q.high[1] - q.low[1];
     const int64_t depth = q.high[0] - q.low[0];
     if (width <= 0 || height <= 0 || depth <= 0 || q.channels == 0) return 0;
-    const bool share = q.total != nullptr;
+    const bool share = q.total != nullptr || q.cover[0] != nullptr;
     q.task_columns = std::min<int64_t>(width, 16384);
     q.task_channels = share ? q.channels : 1;
-    const int64_t budget = (share ? 256 : 32) * 1024;
-    q.task_rows =
-        std::clamp<int64_t>(budget / (q.task_columns * q.task_channels * element_size), 1, height);
+    const int64_t kBudget = (share ? 64 : 32) * 1024;
+    q.task_rows = std::clamp<int64_t>(kBudget / (q.task_columns * element_size), 1, height);
     return blocks(q.channels, q.task_channels) * depth * blocks(height, q.task_rows) *
            blocks(width, q.task_columns);
   }
@@ -231,13 +246,14 @@ Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& r
 void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                   const Tensor& rows, std::vector<Tensor> weights,
                   const std::optional<Tensor>& total, int64_t ring_axis, int64_t start,
-                  int64_t stop, int64_t flip) {
+                  int64_t stop, int64_t flip, double floor) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
       shape_of(patches));
   const std::vector<int64_t> extent = sizes_from(ring, 1);
   const int64_t axes = static_cast<int64_t>(extent.size());
+  const std::vector<Tensor> cover = take_cover(weights, floor, total, extent, ring_axis, stop);
   check_fusion_tables(origins, rows, weights, patches.size(0), axes);
   check_fusion_patches(patches, weights, axes);
   check_fusion_total(total, extent, patches);
@@ -249,6 +265,7 @@ void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origi
   const bool is_double = patches.scalar_type() == ScalarType::Double;
   Plan plan(origins, rows, weights, total, extent, ring.size(0), is_double,
             {ring_axis, start, stop});
+  plan.take_cover(cover, floor);
   const Tensor source = torch::stable::contiguous(patches);
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();

@@ -25,6 +25,13 @@ struct Fusion {
   const void* rounded[3];
   const double* total;  // sum of the weights, or null: the weights are used as they are
 
+  // With a least weight the products' sum comes from a table an axis, (covers, cover_extent), of
+  // the weights of all patches over a coordinate: the k-th of them in row k, negative where there
+  // are fewer. Null: no least weight.
+  double floor;
+  const double* cover[3];
+  int64_t covers[3], cover_extent[3];
+
   Element type;        // of patches
   const void* source;  // forward: patches (N, C, *patch); backward: gradient (C, *extent)
   void* target;        // forward: (C, *extent); backward: (N, C, *patch)

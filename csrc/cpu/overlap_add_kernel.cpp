@@ -147,48 +147,179 @@ VOXFUSE_INLINE void add_row(const T* source, const RowWeights<R>& w, int64_t siz
   for (; j < size; ++j) sums[j] += (w.scale * w.row[j]) * to_real<R>(source[j]);
 }
 
-// Adds rows of a patch, `step` apart, to sums `line` apart; row y has weights
-// (scale * scales[y]) * weight. `n` vectors of columns, whose weights stay in registers.
-template <int n, class T, class R>
-VOXFUSE_INLINE void add_strip(const T* source, int64_t step, R scale, const R* scales,
-                              const R* weight, int64_t rows, R* sums, int64_t line) {
+// Weights of the rows of a piece, for the columns from one on: row y of products of the axes'
+// weights is (scale * scales[y]) * weight ...
+template <class R>
+struct Products {
+  R scale;
+  const R* scales;
+  const R* weight;
+
+  Products from(int64_t j) const { return {scale, scales, weight + j}; }
+  RowWeights<R> row(int64_t y) const { return {scale * scales[y], weight}; }
+
+  // `n` vectors of columns, whose weights stay in registers.
+  template <int n>
+  struct Strip {
+    using Values = Vec<R>;
+    Products from;
+    Values columns[n];
+    VOXFUSE_INLINE explicit Strip(const Products& w) : from(w) {
+      for (int k = 0; k < n; ++k) columns[k] = load(w.weight + k * Lanes<R>::width);
+    }
+    VOXFUSE_INLINE auto row(int64_t y) const {
+      const R scale = from.scale * from.scales[y];
+      return [this, scale](int k) { return scale * columns[k]; };
+    }
+  };
+};
+
+// ... and else they are in memory, `line` apart.
+template <class R>
+struct Table {
+  const R* weight;
+  int64_t line;
+
+  Table from(int64_t j) const { return {weight + j, line}; }
+  RowWeights<R> row(int64_t y) const { return {R(1), weight + y * line}; }
+
+  template <int n>
+  struct Strip {
+    Table from;
+    VOXFUSE_INLINE explicit Strip(const Table& w) : from(w) {}
+    VOXFUSE_INLINE auto row(int64_t y) const {
+      const R* weight = from.weight + y * from.line;
+      return [weight](int k) { return load(weight + k * Lanes<R>::width); };
+    }
+  };
+};
+
+// Adds `n` vectors of columns of rows of a patch, `step` apart, to sums `line` apart.
+template <int n, class T, class R, class W>
+VOXFUSE_INLINE void add_strip(const T* source, int64_t step, const W& weights, int64_t rows,
+                              R* sums, int64_t line) {
   constexpr int width = Lanes<R>::width;
   using P = Pack<R, width>;
-  typename P::Values weights[n];
-  for (int k = 0; k < n; ++k) weights[k] = P::load(weight + k * width);
+  const typename W::template Strip<n> strip(weights);
   for (int64_t y = 0; y < rows; ++y) {
-    const R row_scale = scale * scales[y];
+    const auto weight = strip.row(y);
     for (int k = 0; k < n; ++k) {
       R* to = sums + k * width;
-      P::store(to, P::load(to) + (row_scale * weights[k]) * P::load(source + k * width));
+      P::store(to, P::load(to) + weight(k) * P::load(source + k * width));
     }
     source += step;
     sums += line;
   }
 }
 
+template <int n>
+using Count = std::integral_constant<int, n>;
+
 // As add_row, row after row, to the same bits.
-template <class T, class R>
-void add_rows(const T* source, int64_t step, R scale, const R* scales, const R* weight,
-              int64_t rows, int64_t size, R* sums, int64_t line) {
+template <class T, class R, class W>
+void add_rows(const T* source, int64_t step, const W& weights, int64_t rows, int64_t size, R* sums,
+              int64_t line) {
   constexpr int width = Lanes<R>::width;
   int64_t j = 0;
   const auto strips = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; j + n * width <= size; j += n * width) {
-      add_strip<n>(source + j, step, scale, scales, weight + j, rows, sums + j, line);
+      add_strip<n>(source + j, step, weights.from(j), rows, sums + j, line);
     }
   };
-  strips(std::integral_constant<int, 6>{});
-  strips(std::integral_constant<int, 4>{});
-  strips(std::integral_constant<int, 2>{});
-  strips(std::integral_constant<int, 1>{});
+  strips(Count<6>{});
+  strips(Count<4>{});
+  strips(Count<2>{});
+  strips(Count<1>{});
   if (j == size) return;
+  const W rest = weights.from(j);
   for (int64_t y = 0; y < rows; ++y) {
-    const RowWeights<R> w{scale * scales[y], weight + j};
-    add_row(source + y * step + j, w, size - j, sums + y * line + j);
+    add_row(source + y * step + j, rest.row(y), size - j, sums + y * line + j);
   }
 }
+
+// Weights with a lower bound: the product of the axes' weights or `floor`, whichever is greater,
+// divided by the sum of those of all patches over the voxel. The sums are formed anew in every row,
+// in registers: reading them from memory takes longer.
+class Shares {
+ public:
+  explicit Shares(const Fusion& q) : q(q), highest(0) {
+    if (q.cover[0] == nullptr) return;
+    const double* across = q.cover[2];
+    highest = *std::max_element(across, across + q.covers[2] * q.cover_extent[2]);
+    scales.resize(q.covers[0] * q.covers[1]);
+  }
+
+  // Writes the weights of n columns from x on of a row (z, y): scale * row[j] are the products.
+  template <class R>
+  void of(double scale, const double* row, int64_t z, int64_t y, int64_t x, int64_t n, R* out) {
+    // What a row of patches contributes: at least `floor`, and no more where even its highest
+    // weight is below.
+    double constant = 0;
+    count = 0;
+    for (int64_t k = 0; k < q.covers[0]; ++k) {
+      const double along_z = q.cover[0][k * q.cover_extent[0] + z];
+      for (int64_t l = 0; l < q.covers[1]; ++l) {
+        const double along_y = q.cover[1][l * q.cover_extent[1] + y];
+        if (along_z < 0 || along_y < 0) continue;
+        const double product = along_z * along_y;
+        if (product * highest <= q.floor) {
+          constant += q.floor;
+        } else {
+          scales[count++] = product;
+        }
+      }
+    }
+    constexpr int width = Lanes<double>::width;
+    int64_t j = 0;
+    const auto packs = [&](auto vectors, auto lanes) {
+      constexpr int step = decltype(vectors)::value * decltype(lanes)::value;
+      for (; j + step <= n; j += step) {
+        pack<decltype(vectors)::value, decltype(lanes)::value>(scale, row + j, x + j, constant,
+                                                               out + j);
+      }
+    };
+    packs(Count<4>{}, Count<width>{});
+    packs(Count<1>{}, Count<width>{});
+    packs(Count<1>{}, Count<1>{});
+  }
+
+ private:
+  template <int vectors, int lanes, class R>
+  VOXFUSE_INLINE void pack(double scale, const double* row, int64_t x, double constant, R* out) {
+    using P = Pack<double, lanes>;
+    using V = typename P::Values;
+    const V least = q.floor - V{};
+    const auto raised = [&](double factor, V weight) {
+      const V product = factor * weight;
+      return product < least ? least : product;
+    };
+    V sum[vectors] = {};
+    for (int64_t k = 0; k < q.covers[2]; ++k) {
+      const double* weights = q.cover[2] + k * q.cover_extent[2] + x;
+      V across[vectors], part[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        across[v] = P::load(weights + v * lanes);
+        part[v] = constant - V{};
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        for (int v = 0; v < vectors; ++v) part[v] += raised(scales[i], across[v]);
+      }
+      for (int v = 0; v < vectors; ++v) sum[v] += across[v] < 0 ? V{} : part[v];
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const V share = raised(scale, P::load(row + v * lanes)) / sum[v];
+      using Rounded = typename VectorOf<R, lanes>::Type;
+      const Rounded rounded = __builtin_convertvector(share, Rounded);
+      std::memcpy(out + v * lanes, &rounded, sizeof(rounded));
+    }
+  }
+
+  const Fusion& q;
+  double highest;              // weight along the last axis
+  std::vector<double> scales;  // of the rows of patches over a row
+  int64_t count = 0;
+};
 
 template <class T, class R>
 void scale_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
@@ -221,6 +352,7 @@ struct Tile {
 // of rows [y, y_end) of the patch's slice tz.
 struct Shared {
   int64_t i, tz, y, y_end, x, size, slot;
+  int64_t weights = 0;  // where its weights are, if they are made beforehand
 };
 
 // Appends what the patches share with the tile to `pieces`, in patch order.
@@ -248,68 +380,41 @@ class Gather {
   explicit Gather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
-        product(q.separable && q.total == nullptr && !(q.flip & 4)),
-        scratch(in_place ? 0 : q.task_channels * q.task_columns),
-        divided(q.total != nullptr ? q.patch[2] : 0),
-        turned(q.flip & 4 ? q.patch[2] : 0) {}
+        product(q.separable && q.total == nullptr && q.cover[0] == nullptr && !(q.flip & 4)),
+        scratch(in_place ? 0 : q.task_columns),
+        turned(q.flip & 4 ? q.patch[2] : 0),
+        shares(q) {}
 
   void operator()(const Tile& tile) {
     pieces.clear();
     find_pieces(q, tile, pieces);
-    const int64_t z_slot = slot_of(q, 0, tile.z), width = tile.x_end - tile.x;
-    if (product) find_runs(tile);
-    if (product && q.accumulate && runs.size() == 1 && q.ring_axis != 1) {
-      const Run& run = runs[0];
-      const int64_t slice = tile.channel * q.extent[0] + z_slot;
-      R* sums = static_cast<R*>(q.target) + (slice * q.extent[1] + run.y) * q.extent[2];
-      return run.add(run.y, run.y_end - run.y, sums, q.extent[2]);
+    // Weights that the channels share are made for a few rows at a time.
+    int64_t step = tile.y_end - tile.y;
+    if (!product) {
+      int64_t width = 1;
+      for (const Shared& p : pieces) width += p.size;
+      step = std::clamp<int64_t>(kWeightBytes / sizeof(R) / width, 1, step);
     }
-    for (int64_t y = tile.y; y < tile.y_end; ++y) {
-      const int64_t first_slot = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
-      // Where the sums of slot 0 of this row are.
-      R* sums = scratch.data() - tile.x;
-      int64_t channel_stride = q.task_columns;
-      if (in_place) {
-        channel_stride = q.extent[0] * q.extent[1] * q.extent[2];
-        sums = static_cast<R*>(q.target) + tile.channel * channel_stride + first_slot;
-      }
-      const int64_t channels = tile.channel_end - tile.channel;
-      for (int64_t c = 0; c < channels && !q.accumulate; ++c) {
-        R* row = sums + c * channel_stride + tile.x;
-        std::fill(row, row + width, R(0));
-      }
-      for (const Run& run : runs) {
-        if (y >= run.y && y < run.y_end) run.add(y, 1, sums, 0);
-      }
-      for (const Shared& piece : pieces) {
-        if (product || y < piece.y || y >= piece.y_end) continue;
-        add(tile, piece, y, sums + piece.slot, channel_stride, first_slot + piece.slot);
-      }
-      if (in_place) continue;
-      T* target = static_cast<T*>(q.target) + first_slot + tile.x;
-      for (int64_t c = 0; c < channels; ++c) {
-        const R* __restrict row = sums + c * channel_stride + tile.x;
-        T* __restrict out = target + (tile.channel + c) * q.extent[0] * q.extent[1] * q.extent[2];
-        for (int64_t j = 0; j < width; ++j) out[j] = from_real<T>(row[j]);
+    for (int64_t first = tile.y; first < tile.y_end; first += step) {
+      const int64_t last = std::min(first + step, tile.y_end);
+      if (!product) weigh(tile, first, last);
+      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+        find_runs(c, first, last);
+        add(tile, c, first, last);
       }
     }
   }
 
  private:
-  // A piece of the tile's channel, where weights are products of the axes' and used as they are.
+  static constexpr int64_t kWeightBytes = 48 * 1024;
+
+  // The part of a piece in one channel and some rows.
   struct Run {
     const T* source;  // its first row
     int64_t step;     // from row to row
-    R scale;
-    const R* scales;  // of its rows
-    const R* weight;  // of its columns
+    Products<R> products;
+    Table<R> table;  // if there are no products
     int64_t y, y_end, size, slot;
-
-    // Adds `rows` rows from `first` on to sums whose slot 0 is at `sums`, `line` apart.
-    void add(int64_t first, int64_t rows, R* sums, int64_t line) const {
-      add_rows(source + (first - y) * step, step, scale, scales + (first - y), weight, rows, size,
-               sums + slot, line);
-    }
   };
 
   // Where place t of an axis is in the patches, which may be mirrored along it.
@@ -318,65 +423,116 @@ class Gather {
     return q.flip >> axis & 1 ? q.patch[axis] - 1 - t : t;
   }
 
-  void find_runs(const Tile& tile) {
+  void find_runs(int64_t channel, int64_t first, int64_t last) {
     runs.clear();
     for (const Shared& p : pieces) {
+      const int64_t y = std::max(first, p.y), y_end = std::min(last, p.y_end);
+      if (y >= y_end) continue;
       const int64_t* origin = q.origins + 3 * p.i;
       const int64_t* r = q.rows + 3 * p.i;
       const auto table = [&](int axis) {
         return static_cast<const R*>(q.rounded[axis]) + r[axis] * q.patch[axis];
       };
-      const int64_t ty = p.y - origin[1], tx = p.x - origin[2];
+      const int64_t ty = y - origin[1], tx = p.x - origin[2];
       const int64_t sz = place_of<0>(p.tz), sy = place_of<1>(ty);
-      const int64_t plane = (p.i * q.channels + tile.channel) * q.patch[0] + sz;
-      const T* source =
-          static_cast<const T*>(q.source) + (plane * q.patch[1] + sy) * q.patch[2] + tx;
-      runs.push_back({source, q.flip & 2 ? -q.patch[2] : q.patch[2], table(0)[p.tz], table(1) + ty,
-                      table(2) + tx, p.y, p.y_end, p.size, p.slot});
+      const int64_t sx = q.flip & 4 ? q.patch[2] - tx - p.size : tx;
+      const int64_t plane = (p.i * q.channels + channel) * q.patch[0] + sz;
+      Run run{static_cast<const T*>(q.source) + (plane * q.patch[1] + sy) * q.patch[2] + sx,
+              q.flip & 2 ? -q.patch[2] : q.patch[2],
+              {},
+              {},
+              y,
+              y_end,
+              p.size,
+              p.slot};
+      if (product) {
+        run.products = {table(0)[p.tz], table(1) + ty, table(2) + tx};
+      } else {
+        run.table = {weights.data() + p.weights + (y - first) * p.size, p.size};
+      }
+      runs.push_back(run);
     }
   }
 
-  // Adds row y of a piece; `slot` is where its weights' sums are.
-  void add(const Tile& tile, const Shared& p, int64_t y, R* sums, int64_t channel_stride,
-           int64_t slot) {
-    const int64_t* origin = q.origins + 3 * p.i;
-    const int64_t ty = y - origin[1], tx = p.x - origin[2];
-    const int64_t patch_voxels = q.patch[0] * q.patch[1] * q.patch[2];
-    const int64_t sz = place_of<0>(p.tz), sy = place_of<1>(ty);
-    const int64_t sx = q.flip & 4 ? q.patch[2] - tx - p.size : tx;
-    const T* source = static_cast<const T*>(q.source) +
-                      (p.i * q.channels + tile.channel) * patch_voxels +
-                      (sz * q.patch[1] + sy) * q.patch[2] + sx;
-    RowWeights<R> w;
-    if (q.total == nullptr) {
-      w = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
-      w.row += tx;
-    } else {
-      divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx, q.total + slot, p.size,
-                         divided.data());
-      w = {R(1), divided.data()};
+  // The weights of rows [first, last) of all pieces, piece by piece.
+  void weigh(const Tile& tile, int64_t first, int64_t last) {
+    const int64_t z_slot = slot_of(q, 0, tile.z);
+    int64_t used = 0;
+    for (Shared& p : pieces) {
+      p.weights = used;
+      used += (last - first) * p.size;
     }
-    const R one = 1;
-    for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      const T* row = source;
-      if (q.flip & 4) {
-        std::reverse_copy(source, source + p.size, turned.data());
-        row = turned.data();
+    if (static_cast<int64_t>(weights.size()) < used) weights.resize(used);
+    for (const Shared& p : pieces) {
+      const int64_t tx = p.x - q.origins[3 * p.i + 2];
+      for (int64_t y = std::max(first, p.y); y < std::min(last, p.y_end); ++y) {
+        const int64_t ty = y - q.origins[3 * p.i + 1];
+        R* out = weights.data() + p.weights + (y - first) * p.size;
+        if (q.cover[0] != nullptr) {
+          const RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, ty);
+          shares.of(w.scale, w.row + tx, tile.z, y, p.x, p.size, out);
+        } else if (q.total != nullptr) {
+          const int64_t line = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
+          divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx,
+                             q.total + line + p.slot, p.size, out);
+        } else {
+          const RowWeights<R> w = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
+          for (int64_t j = 0; j < p.size; ++j) out[j] = w.scale * w.row[tx + j];
+        }
       }
-      add_rows(row, 0, w.scale, &one, w.row, 1, p.size, sums, 0);
-      source += patch_voxels;
-      sums += channel_stride;
+    }
+  }
+
+  // Adds the runs to rows [first, last) of one channel.
+  void add(const Tile& tile, int64_t channel, int64_t first, int64_t last) {
+    const int64_t width = tile.x_end - tile.x;
+    const int64_t slice = channel * q.extent[0] + slot_of(q, 0, tile.z);
+    if (q.accumulate && runs.size() == 1 && q.ring_axis != 1) {
+      const Run& run = runs[0];
+      R* sums = static_cast<R*>(q.target) + (slice * q.extent[1] + run.y) * q.extent[2];
+      return add(run, run.y, run.y_end - run.y, sums, q.extent[2]);
+    }
+    for (int64_t y = first; y < last; ++y) {
+      const int64_t line = (slice * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
+      // Where the sums of slot 0 of this row are.
+      R* sums = in_place ? static_cast<R*>(q.target) + line : scratch.data() - tile.x;
+      if (!q.accumulate) std::fill(sums + tile.x, sums + tile.x + width, R(0));
+      for (const Run& run : runs) {
+        if (y >= run.y && y < run.y_end) add(run, y, 1, sums, 0);
+      }
+      if (in_place) continue;
+      const R* __restrict row = sums + tile.x;
+      T* __restrict out = static_cast<T*>(q.target) + line + tile.x;
+      for (int64_t j = 0; j < width; ++j) out[j] = from_real<T>(row[j]);
+    }
+  }
+
+  // Adds `rows` rows of a run from `first` on to sums whose slot 0 is at `sums`, `line` apart.
+  void add(const Run& run, int64_t first, int64_t rows, R* sums, int64_t line) {
+    const T* source = run.source + (first - run.y) * run.step;
+    const int64_t skipped = first - run.y;
+    sums += run.slot;
+    if (product) {
+      const Products<R> w{run.products.scale, run.products.scales + skipped, run.products.weight};
+      return add_rows(source, run.step, w, rows, run.size, sums, line);
+    }
+    const Table<R> w{run.table.weight + skipped * run.table.line, run.table.line};
+    if (!(q.flip & 4)) return add_rows(source, run.step, w, rows, run.size, sums, line);
+    for (int64_t y = 0; y < rows; ++y, source += run.step, sums += line) {
+      std::reverse_copy(source, source + run.size, turned.data());
+      add_row(turned.data(), w.row(y), run.size, sums);
     }
   }
 
   const Fusion& q;
   const bool in_place;  // the result's memory holds the sums
-  const bool product;   // tasks have one channel, and `runs` instead of `pieces` is added: rows are
-                        // read as they lie
-  std::vector<R> scratch, divided;
+  const bool product;   // weights are products of the axes' and rows are read as they lie: tasks
+                        // have one channel, and weights are formed in registers
+  std::vector<R> scratch, weights;
   std::vector<T> turned;  // a row that was mirrored
   std::vector<Shared> pieces;
   std::vector<Run> runs;
+  Shares shares;
 };
 
 template <class T, class R>

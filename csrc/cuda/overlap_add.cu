@@ -71,15 +71,42 @@ __device__ inline Real axis_weight(const Fusion& q, const Placed& at, int axis, 
                    __ldg(q.weights[axis] + int64_t{at.row[axis]} * q.patch[axis] + t));
 }
 
-/// Weights of kRun voxels of a patch from (tz, ty, tx) on; 0 outside the patch. Divided by `total`
-/// in float64 where there is one.
+__device__ inline double cover_weight(const Fusion& q, int axis, int k, int x) {
+  return q.cover[axis] == nullptr ? 1.0
+                                  : __ldg(q.cover[axis] + int64_t{k} * q.cover_extent[axis] + x);
+}
+
+/// Sums of the raised weights of all patches over `wide` voxels from (z, y, x) on.
+template <int kRun>
+__device__ inline void raised_sums(const Fusion& q, int z, int y, int x, int wide,
+                                   double (&total)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) total[i] = 0;
+  for (int k = 0; k < q.cover_count[0]; ++k) {
+    const double along_z = cover_weight(q, 0, k, z);
+    for (int l = 0; along_z >= 0 && l < q.cover_count[1]; ++l) {
+      const double along_y = cover_weight(q, 1, l, y), outer = along_z * along_y;
+      for (int m = 0; along_y >= 0 && m < q.cover_count[2]; ++m) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (i >= wide) continue;
+          const double across = cover_weight(q, 2, m, x + i), product = outer * across;
+          if (across >= 0) total[i] += product < q.floor ? q.floor : product;
+        }
+      }
+    }
+  }
+}
+
+/// Weights of kRun voxels of a patch from (tz, ty, tx) on; 0 outside the patch. Where there
+/// are sums they are raised to the floor, if any, and divided, in float64.
 template <class Real, int kRun>
 __device__ inline void weights_of(const Fusion& q, const Placed& at, int tz, int ty, int tx,
                                   const double (&total)[kRun], Real (&weight)[kRun]) {
   const auto window = [&](int i) {
     return __ldg(q.weights[0] + (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx + i);
   };
-  if (q.total == nullptr) {
+  if (q.total == nullptr && q.floor == 0) {
     Real outer = 0;
     if (q.separable) outer = axis_weight<Real>(q, at, 0, tz) * axis_weight<Real>(q, at, 1, ty);
 #pragma unroll
@@ -96,7 +123,8 @@ __device__ inline void weights_of(const Fusion& q, const Placed& at, int tz, int
     for (int i = 0; i < kRun; ++i) {
       weight[i] = 0;
       if (tx + i < 0 || tx + i >= q.patch[2] || total[i] == 0) continue;
-      const double exact = q.separable ? outer * axis_weight<double>(q, at, 2, tx + i) : window(i);
+      double exact = q.separable ? outer * axis_weight<double>(q, at, 2, tx + i) : window(i);
+      if (q.floor > 0 && exact < q.floor) exact = q.floor;
       weight[i] = static_cast<Real>(exact / total[i]);
     }
   }
@@ -206,7 +234,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t line = (int64_t{slot(q, 0, z)} * q.extent[1] + slot(q, 1, y)) * q.extent[2];
     const int wide = high[2] - x < kRun ? high[2] - x : kRun;
     double total[kRun];
-    if (q.total != nullptr) {
+    if (kMode == Mode::kRing && q.floor > 0) {
+      raised_sums<kRun>(q, z, y, x, wide, total);
+    } else if (q.total != nullptr) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         total[i] = i < wide ? q.total[line + slot(q, 2, x + i)] : 0.0;

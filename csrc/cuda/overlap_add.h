@@ -24,6 +24,13 @@ struct Fusion {
   int64_t row_count[3] = {1, 1, 1};
   const double* total = nullptr;  // sum of the weights, or null: they are used as they are
 
+  // With floor > 0 products below it count as `floor`, and are divided by their sum over all
+  // patches. It comes from a table an axis (cover_count, cover_extent) of the weights of all
+  // patches over a coordinate, the k-th of them in row k, negative where there are fewer; null: 1.
+  double floor = 0;
+  const double* cover[3] = {};
+  int cover_count[3] = {1, 1, 1}, cover_extent[3] = {1, 1, 1};
+
   int flip = 0;  // bit a: the patches of a ring's addition are mirrored along axis a
 
   Element type = Element::f32;   // of the patches

@@ -47,6 +47,18 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
+  void take_cover(const std::vector<Tensor>& cover, const Tensor& partner, double floor) {
+    q.floor = floor;
+    for (size_t k = 0; k < cover.size(); ++k) {
+      check_device(cover[k], partner, "weights");
+      tensors_.push_back(torch::stable::contiguous(cover[k]));
+      const int axis = 3 - q.axes + static_cast<int>(k);
+      q.cover[axis] = static_cast<const double*>(tensors_.back().const_data_ptr());
+      q.cover_count[axis] = axis_size(tensors_.back().size(0), "weights");
+      q.cover_extent[axis] = axis_size(tensors_.back().size(1), "weights");
+    }
+  }
+
   void set_ring(int64_t axis, int64_t start, int64_t stop) {
     q.ring_axis = 3 - q.axes + static_cast<int>(axis);
     STD_TORCH_CHECK(stop <= kLargest, "stop: got ", stop, ", expected at most ", kLargest);
@@ -103,13 +115,14 @@ Tensor add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
 void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                  const Tensor& rows, std::vector<Tensor> weights,
                  const std::optional<Tensor>& total, int64_t ring_axis, int64_t start, int64_t stop,
-                 int64_t flip) {
+                 int64_t flip, double floor) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
       shape_of(patches));
   const std::vector<int64_t> extent = sizes_from(ring, 1);
   const int64_t axes = static_cast<int64_t>(extent.size());
+  const std::vector<Tensor> cover = take_cover(weights, floor, total, extent, ring_axis, stop);
   check_fusion_tables(origins, rows, weights, patches.size(0), axes);
   check_fusion_patches(patches, weights, axes);
   check_fusion_total(total, extent, patches);
@@ -121,6 +134,7 @@ void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origin
   STD_TORCH_CHECK(ring.device() == patches.device(), "ring: is on another device than patches");
   const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
   Plan plan(patches, origins, rows, weights, total, extent, ring.size(0));
+  plan.take_cover(cover, patches, floor);
   plan.set_ring(ring_axis, start, stop);
   plan.q.flip = static_cast<int>(flip << (3 - axes));
   const Tensor source = torch::stable::contiguous(patches);

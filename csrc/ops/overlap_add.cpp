@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(voxfuse, m) {
       "Tensor? total) -> Tensor");
   m.def(
       "overlap_add_(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, "
-      "Tensor[] weights, Tensor? total, int ring_axis, int start, int stop, int flip=0) -> ()");
+      "Tensor[] weights, Tensor? total, int ring_axis, int start, int stop, int flip=0, "
+      "float floor=0.0) -> ()");
   m.def(
       "overlap_weights_(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
       "int ring_axis, int start, int stop) -> ()");

@@ -101,6 +101,32 @@ inline void check_fusion_ring(const Tensor& ring, const char* name,
                   name);
 }
 
+// Takes the tables of all patches' weights from the end of `weights`: with a least weight there is
+// one an axis, beside the axes' own. Coordinates run to `extent`, along `ring_axis` to `stop` at
+// least.
+inline std::vector<Tensor> take_cover(std::vector<Tensor>& weights, double floor,
+                                      const std::optional<Tensor>& total,
+                                      const std::vector<int64_t>& extent, int64_t ring_axis,
+                                      int64_t stop) {
+  STD_TORCH_CHECK(floor >= 0, "floor: got ", floor, ", expected a weight >= 0");
+  if (floor == 0) return {};
+  const size_t axes = extent.size();
+  STD_TORCH_CHECK(weights.size() == 2 * axes, "weights: are ", weights.size(), ", expected ",
+                  2 * axes, " with floor");
+  STD_TORCH_CHECK(!total, "total: got one beside floor, expected one of the two");
+  std::vector<Tensor> cover(weights.begin() + axes, weights.end());
+  weights.resize(axes);
+  for (size_t axis = 0; axis < axes; ++axis) {
+    const Tensor& table = cover[axis];
+    const bool fits = table.scalar_type() == ScalarType::Double && table.dim() == 2;
+    const bool moves = static_cast<int64_t>(axis) == ring_axis;
+    STD_TORCH_CHECK(fits && (moves ? table.size(1) >= stop : table.size(1) == extent[axis]),
+                    "weights: got shape ", shape_of(table), ", expected float64 (k, ",
+                    moves ? stop : extent[axis], moves ? " or more)" : ")");
+  }
+  return cover;
+}
+
 // Bit a of `flip`: the patches are mirrored along spatial axis a.
 inline void check_fusion_flip(int64_t flip, int64_t axes) {
   STD_TORCH_CHECK(flip >= 0 && flip < (int64_t{1} << axes), "flip: got ", flip,

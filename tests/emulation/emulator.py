@@ -498,8 +498,10 @@ class OverlapAdd(Operators):
         extent: Sequence[int],
         ring: tuple[int, int, int] | None = None,
         flip: int = 0,
+        floor: float = 0.0,
     ) -> Tensor:
         axes = len(extent)
+        weights, cover = (weights[:axes], weights[axes:]) if floor else (weights, [])
         separable = len(weights) == axes
         shape = [w.shape[1] for w in weights] if separable else list(weights[0].shape[1:])
         lead = [1] * (3 - axes)
@@ -519,12 +521,16 @@ class OverlapAdd(Operators):
         integers = [operation, origins.shape[0], channels, axes, int(separable), ELEMENTS[element]]
         integers += [ring_axis, *lead, *shape, *lead, *extent, *begin, *end, *counts]
         integers += [flip << (3 - axes)]
+        sizes = [(1, 1)] * (3 - len(cover)) + [tuple(table.shape) for table in cover]
+        integers += [count for count, _ in sizes] + [size for _, size in sizes]
         buffers = [
             *(storage_bytes(x.contiguous().clone()) for x in (source, target, origins, rows)),
             *tables,
             bytearray() if total is None else storage_bytes(total.contiguous().clone()),
+            *[bytearray()] * (3 - len(cover)),
+            *(storage_bytes(table.contiguous().clone()) for table in cover),
         ]
-        (result,) = self._program.call(integers, [], buffers, 1)
+        (result,) = self._program.call(integers, [floor], buffers, 1)
         return from_bytes(result, target)
 
     def overlap_add(
@@ -567,11 +573,11 @@ class OverlapAdd(Operators):
         start: int,
         stop: int,
         flip: int = 0,
+        floor: float = 0.0,
     ) -> None:
         place = (ring_axis, start, stop)
-        result = self._call(
-            self.RING, patches, ring, origins, rows, weights, total, ring.shape[1:], place, flip
-        )
+        tables = (origins, rows, weights, total)
+        result = self._call(self.RING, patches, ring, *tables, ring.shape[1:], place, flip, floor)
         ring.copy_(result)
 
     def overlap_weights_(

@@ -33,6 +33,12 @@ int main() {
     q.origins = buffers[2].as<const std::int64_t>();
     q.rows = buffers[3].as<const std::int64_t>();
     if (buffers[7].size() > 0) q.total = buffers[7].as<const double>();
+    for (int axis = 0; axis < 3; ++axis) {
+      q.cover_count[axis] = static_cast<int>(x[23 + axis]);
+      q.cover_extent[axis] = static_cast<int>(x[26 + axis]);
+      if (buffers[8 + axis].size() > 0) q.cover[axis] = buffers[8 + axis].as<const double>();
+    }
+    q.floor = record.doubles[0];
     cudaError_t error = cudaErrorInvalidValue;
     if (x[0] == 0) error = voxfuse::cuda::overlap_add_forward(q, nullptr);
     if (x[0] == 1) error = voxfuse::cuda::overlap_add_ring(q, nullptr);

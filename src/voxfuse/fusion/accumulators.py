@@ -13,6 +13,7 @@ from torch import Tensor
 from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, activated, result_dtype
 from voxfuse.fusion.orientations import turned
+from voxfuse.fusion.windows import Raised
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.reference.overlap_add import accumulation_dtype
@@ -20,9 +21,17 @@ from voxfuse.reference.overlap_add import accumulation_dtype
 #: Predictions of the same patches: pairs of (batch, axes along which it is mirrored).
 Predictions = Sequence[tuple[Tensor, tuple[int, ...]]]
 
-#: Weights of a patch's voxels, float64: a vector an axis, or one tensor (\*patch) or, where they
-#: differ by channel, (1, C, \*patch).
-Importance = list[Tensor]
+
+@dataclass(frozen=True)
+class Importance:
+    """Weights of a patch's voxels, float64.
+
+    ``factors`` are a vector an axis, of whose product no weight is below ``floor``; or one tensor
+    (\\*patch) or, where weights differ by channel, (1, C, \\*patch).
+    """
+
+    factors: list[Tensor]
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,11 @@ class Streamed:
     ) -> None:
         self._wish, self._placement, self._channels = wish, placement, channels
         self._device, self.results = device, results
-        separable = len(importance) == len(placement.patch)
-        self._window: Any = importance if separable else importance[0].reshape(placement.patch)
+        factors = importance.factors
+        separable = len(factors) == len(placement.patch)
+        self._window: Any = factors if separable else factors[0].reshape(placement.patch)
+        if importance.floor:
+            self._window = Raised([vector.numpy() for vector in factors], importance.floor)
         self._fuser: PatchFuser | None = None
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
@@ -326,7 +338,7 @@ def accumulator(
     composed = (
         changing
         or len(placement.patch) > 3
-        or importance[0].ndim > len(placement.patch)
+        or importance.factors[0].ndim > len(placement.patch)
         or (torch.is_grad_enabled() and prediction.requires_grad)
         or len(torch.unique(origins, dim=0)) != len(origins)
     )
@@ -347,21 +359,22 @@ def _with_channels(importance: Importance, axes: int) -> Tensor:
 
 def dense(importance: Importance) -> Tensor:
     """The weights as one tensor."""
-    weight = importance[0]
-    for vector in importance[1:]:
+    weight = importance.factors[0]
+    for vector in importance.factors[1:]:
         weight = weight.unsqueeze(-1) * vector
-    return weight
+    return weight.clamp(min=importance.floor) if importance.floor else weight
 
 
 def resized(importance: Importance, patch: tuple[int, ...]) -> Importance:
     """The weights of an output of another resolution: the nearest, as MONAI takes them."""
-    axes = len(patch)
-    if len(importance) == axes:
-        return [_nearest(vector, -1, size) for vector, size in zip(importance, patch, strict=True)]
-    weight = importance[0]
+    axes, factors = len(patch), importance.factors
+    if len(factors) == axes:
+        vectors = [_nearest(vector, -1, size) for vector, size in zip(factors, patch, strict=True)]
+        return Importance(vectors, importance.floor)
+    weight = factors[0]
     for axis, size in enumerate(patch):
         weight = _nearest(weight, axis - axes, size)
-    return [weight]
+    return Importance([weight])
 
 
 def _nearest(weight: Tensor, axis: int, size: int) -> Tensor:

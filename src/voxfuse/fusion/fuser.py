@@ -45,7 +45,7 @@ class FusionPlan:
     """What a fusion will take, known before it runs; ``print`` it.
 
     Bytes are those of the sums (``ring_bytes``, doubled for float64 patches), of the float64
-    weight sums that only arbitrary origins and dense windows need (``weight_bytes``), and of the
+    weight sums that only arbitrary origins and dense arrays need (``weight_bytes``), and of the
     result (``output_bytes``: with the dtype given, or float32 where the patches' dtype decides).
     """
 
@@ -196,12 +196,15 @@ class PatchFuser:
         #: (N, n) int64 first voxels of the patches, in the order in which they are expected.
         self.origins = table[order].contiguous()
         weights = weights_for_origins(self.origins, window, self.volume_shape, self.patch_size)
-        if weights.normalised and not weights.covering:
+        # Half accumulators take the sum of the weights.
+        rounded = bool(weights.floor) and accumulate is not None
+        if weights.normalised and (not weights.covering or rounded):
             weights = weights_for_origins(
                 self.origins, window, self.volume_shape, self.patch_size, normalise=False
             )
         self._rows, self._weights = weights.rows, weights.weights
         self._normalised = weights.normalised
+        self._floor, self._cover = weights.floor, weights.cover
 
         extent = self.volume_shape[axis]
         self._depth = min(self.patch_size[axis], extent)
@@ -476,6 +479,7 @@ class PatchFuser:
         )
         device = patches.device
         self._weights = [w.to(device) for w in self._weights]
+        self._cover = [table.to(device) for table in self._cover]
         if self._in_place:
             assert result is not None
             self._ring = result.zero_()
@@ -578,6 +582,7 @@ class PatchFuser:
         }
         tables = self.origins[indices], self._rows[indices], self._weights
         if self.accumulate is None:
+            arguments |= {"floor": self._floor, "cover": self._cover}
             overlap_add_(ring, patches, *tables, **arguments)
         else:
             arguments |= {"members": self.members, "dtype": self._sums}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from voxfuse.fusion._host import host
 from voxfuse.fusion._memory import zeros
-from voxfuse.fusion.windows import Vector, WindowLike, resolve_window
+from voxfuse.fusion.windows import Vector, WindowLike, raised_window, resolve_window
 from voxfuse.ops.overlap_add import overlap_weights_
 
 RULES = ("shifted", "even", "half_patch")
@@ -138,6 +138,9 @@ def tables_for_origins(
     of weight sums.
     """
     table = weights_for_origins(origins, window, volume_shape, patch_shape)
+    if table.floor:
+        # Fusing all patches at once takes the window as it is.
+        table = weights_for_origins(origins, window, volume_shape, patch_shape, normalise=False)
     if table.normalised:
         return Tables(origins, table.rows, table.weights, None)
     total = zeros(tuple(volume_shape), torch.float64, "cpu")
@@ -149,13 +152,16 @@ def tables_for_origins(
 class Weights:
     """Weights of patches at given origins, and whether they are a partition of unity already.
 
-    ``covering``: patches lie over every voxel (known only for normalised weights).
+    ``covering``: patches lie over every voxel (known only for normalised weights). With ``floor``
+    they become one when the patches are added; see :func:`voxfuse.ops.overlap_add.overlap_add_`.
     """
 
     rows: Tensor
     weights: list[Tensor]
     normalised: bool
     covering: bool = False
+    floor: float = 0.0
+    cover: list[Tensor] = field(default_factory=list)
 
 
 def weights_for_origins(
@@ -169,8 +175,21 @@ def weights_for_origins(
     """Weights of patches at ``origins`` (N, n) on the CPU, in that order.
 
     They are normalised where the origins are a Cartesian product and the window is one of axes,
-    unless ``normalise`` is False.
+    with or without a floor, unless ``normalise`` is False.
     """
+    raised = raised_window(window, patch_shape)
+    if normalise and raised is not None:
+        grid, _ = _factorise(origins, volume_shape, patch_shape)
+        if grid is not None:
+            axes = list(zip(raised.vectors, grid.starts, grid.volume_shape, strict=True))
+            return Weights(
+                torch.zeros_like(origins),
+                [torch.from_numpy(vector).unsqueeze(0) for vector in raised.vectors],
+                True,
+                _covers(grid),
+                raised.floor,
+                [_cover(*axis) for axis in axes],
+            )
     vectors = resolve_window(window, patch_shape)
     if normalise and _separable(vectors, patch_shape):
         grid, rows = _factorise(origins, volume_shape, patch_shape)
@@ -190,6 +209,18 @@ def _covers(grid: Grid) -> bool:
         if reached < extent:
             return False
     return True
+
+
+def _cover(vector: Vector, starts: Sequence[int], extent: int) -> Tensor:
+    """What the patches over each coordinate of an axis weigh there: row k has the k-th of them."""
+    starts = [start for start in starts if start < extent and start + len(vector) > 0]
+    count = np.zeros(extent, np.int64)
+    table = np.full((max(len(starts), 1), extent), -1.0)
+    for start in starts:
+        x = np.arange(max(start, 0), min(start + len(vector), extent))
+        table[count[x], x] = vector[x - start]
+        count[x] += 1
+    return torch.from_numpy(np.ascontiguousarray(table[: max(int(count.max(initial=0)), 1)]))
 
 
 def _separable(vectors: list[Vector], patch_shape: Sequence[int]) -> bool:

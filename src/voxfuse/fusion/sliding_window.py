@@ -26,7 +26,7 @@ from voxfuse.fusion.fuser import PatchFuser, chosen_axis
 from voxfuse.fusion.grids import RULES, grid_starts
 from voxfuse.fusion.heads import HeadLike, Heads
 from voxfuse.fusion.orientations import Augmentation, flips, turned
-from voxfuse.fusion.windows import WindowLike, gaussian_window, resolve_window
+from voxfuse.fusion.windows import WindowLike, monai_gaussian, raised_window, resolve_window
 from voxfuse.ops import _checks
 
 #: What a network returns: one prediction, several, or several by name.
@@ -34,9 +34,6 @@ Predictor = Callable[..., Tensor | Sequence[Tensor] | Mapping[Any, Tensor]]
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 MODES = ("constant", "gaussian")
-
-#: The least weight of MONAI's Gaussian.
-LEAST_WEIGHT = 1e-3
 
 
 def sliding_window_inference(
@@ -353,7 +350,7 @@ def infer(
                     tensors = [turned(tensor, turn) for tensor in tensors]
                     tensors, processed = process_fn(tuple(tensors), batch, weight)
                     tensors = [turned(tensor, turn) for tensor in tensors]
-                    weights = [processed.detach().to("cpu", torch.float64)]
+                    weights = Importance([processed.detach().to("cpu", torch.float64)])
                 tensors = [_prediction(t, len(items), axes).to(place) for t in tensors]
                 returned.append([heads.apply(number, tensor) for tensor in tensors])
             members += [(turn, keys, tensors) for tensors in heads.joined(returned)]
@@ -479,7 +476,11 @@ def _importance(
 ) -> Importance:
     """The weights of a patch's voxels."""
     if window is not None:
-        return [torch.from_numpy(vector) for vector in resolve_window(window, roi)]
+        raised = raised_window(window, roi)
+        vectors = resolve_window(window, roi) if raised is None else raised.vectors
+        floor = 0.0 if raised is None else raised.floor
+        return Importance([torch.from_numpy(vector) for vector in vectors], floor)
+    everywhere = Importance([torch.ones(size, dtype=torch.float64) for size in roi])
     if given is not None:
         weight = _checks.plain(torch.as_tensor(given)).detach().to("cpu", torch.float64)
         axes = len(roi)
@@ -498,17 +499,19 @@ def _importance(
         if all(size == 1 for size in lead):
             weight = weight.reshape(roi)
         constant = weight.ndim == axes and bool((weight == weight.reshape(-1)[0]).all())
-        return [torch.ones(size, dtype=torch.float64) for size in roi] if constant else [weight]
+        return everywhere if constant else Importance([weight])
     mode = str(getattr(mode, "value", mode))
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, expected 'constant' or 'gaussian'")
     if mode == "constant":
-        return [torch.ones(size, dtype=torch.float64) for size in roi]
+        return everywhere
     sigmas = tuple(sigma_scale) if isinstance(sigma_scale, Sequence) else (sigma_scale,) * len(roi)
     if len(sigmas) != len(roi):
         raise ValueError(f"sigma_scale: got {sigmas}, expected one number or {len(roi)}")
-    weight = dense([gaussian_window(n, sigma) for n, sigma in zip(roi, sigmas, strict=True)])
-    return [weight.clamp(min=max(float(weight.min()), LEAST_WEIGHT))]
+    gaussian = monai_gaussian(roi, sigmas)
+    if len(roi) == 1:
+        return Importance([torch.from_numpy(gaussian.dense())])
+    return Importance([torch.from_numpy(vector) for vector in gaussian.vectors], gaussian.floor)
 
 
 def _destinations(out: Any, keys: list[Any] | None, count: int) -> list[Any]:

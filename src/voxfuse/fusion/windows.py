@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,8 @@ def hann_window(size: int | Sequence[int]) -> Tensor:
 def monai_gaussian_window(size: Sequence[int], sigma_scale: float = 0.125) -> Tensor:
     """MONAI's importance map: the Gaussian product, clamped below at max(its minimum, 1e-3).
 
-    The clamp makes it no product of the axes' windows: fusing with it keeps a volume of weight
-    sums.
+    The clamp makes it no product of the axes' windows: fusing with it at positions that are no grid
+    keeps a volume of weight sums.
 
     Args:
         size: one extent an axis.
@@ -158,13 +159,51 @@ _SEPARABLE: dict[str, Callable[[int], Vector]] = {
     "hann": lambda n: host.hann(n),
     "constant": lambda n: np.ones(n),
 }
-_DENSE: dict[str, Callable[[Sequence[int]], Tensor]] = {"monai_gaussian": monai_gaussian_window}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The product of one float64 vector an axis, and ``floor`` wherever it would be less."""
+
+    vectors: list[Vector]
+    floor: float
+
+    def dense(self) -> Vector:
+        """The weights of all voxels of a patch."""
+        product = self.vectors[0]
+        for vector in self.vectors[1:]:
+            product = product[..., None] * vector
+        return np.maximum(product, self.floor)
+
+
+#: The least weight of MONAI's Gaussian.
+LEAST_WEIGHT = 1e-3
+
+
+def monai_gaussian(size: Sequence[int], sigma_scale: Sequence[float]) -> Raised:
+    """:func:`monai_gaussian_window` in factors, one ``sigma_scale`` an axis."""
+    vectors = [_gaussian(_size(n), s) for n, s in zip(size, sigma_scale, strict=True)]
+    least = math.prod(float(vector.min()) for vector in vectors)
+    return Raised(vectors, max(least, LEAST_WEIGHT))
+
+
+_RAISED: dict[str, Callable[[Sequence[int]], Raised]] = {
+    "monai_gaussian": lambda size: monai_gaussian(size, [0.125] * len(size))
+}
 
 #: What ``window=`` accepts by name.
-NAMES = (*_SEPARABLE, *_DENSE)
+NAMES = (*_SEPARABLE, *_RAISED)
 
-#: What ``window=`` accepts: a name, a dense array of the patch's shape, or one vector an axis.
-WindowLike = str | Tensor | NDArray[Any] | Sequence[Any]
+#: What ``window=`` accepts: a name, a dense array of the patch's shape, one vector an axis, or
+#: those with a floor.
+WindowLike = str | Tensor | NDArray[Any] | Sequence[Any] | Raised
+
+
+def raised_window(window: WindowLike, patch: Sequence[int]) -> Raised | None:
+    """The window of a patch in factors and floor, if it is such a one of several axes."""
+    if isinstance(window, str) and window in _RAISED:
+        window = _RAISED[window](tuple(patch))
+    return window if isinstance(window, Raised) and len(window.vectors) > 1 else None
 
 
 def resolve_window(window: WindowLike, patch: Sequence[int]) -> list[Vector]:
@@ -175,11 +214,13 @@ def resolve_window(window: WindowLike, patch: Sequence[int]) -> list[Vector]:
         ValueError: unknown name, wrong shape, or weights that are negative, not finite or all 0.
     """
     patch = tuple(patch)
+    if isinstance(window, Raised):
+        window = window.dense()
     if isinstance(window, str):
         if window in _SEPARABLE:
             return [_SEPARABLE[window](size) for size in patch]
-        if window in _DENSE:
-            return [_DENSE[window](patch).numpy()]
+        if window in _RAISED:
+            return [_RAISED[window](patch).dense()]
         listed = ", ".join(repr(name) for name in NAMES)
         raise ValueError(f"window: got {window!r}, expected one of {listed}, or arrays")
     if isinstance(window, (Tensor, np.ndarray)):

@@ -6,6 +6,7 @@ from windows and origins.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,8 @@ def overlap_add_(
     start: int = 0,
     stop: int | None = None,
     flip: Sequence[int] = (),
+    floor: float = 0.0,
+    cover: Sequence[Tensor] = (),
     backend: str = "auto",
 ) -> Tensor:
     r"""Add weighted patches into ``ring``, a window of consecutive slices of a larger volume.
@@ -103,6 +106,12 @@ def overlap_add_(
             defaults to ``start`` plus the number of slots.
         flip: spatial axes along which the patches are mirrored; they are turned back as they are
             read.
+        floor: with a number > 0 the weight of a voxel is ``max(product, floor)`` of the product of
+            its rows of ``weights``, divided in float64 by the sum of the same over all patches of a
+            grid. That sum is no product of axes, and is formed from ``cover`` on the fly.
+        cover: with ``floor``, one float64 (m, volume_a) tensor an axis, which says for every
+            coordinate what all patches over it weigh along the axis, and a negative number where
+            they are fewer than m.
 
     Returns:
         ``ring``.
@@ -135,12 +144,17 @@ def overlap_add_(
     axes = ring.ndim - 1
     if not set(flip) <= set(range(axes)) or len(set(flip)) != len(flip):
         raise ValueError(f"flip: got {tuple(flip)}, expected axes in [0, {axes}), each once")
-    # Without flips the schema's default stands.
-    mirrored = [sum(1 << int(axis) for axis in flip)] if flip else []
+    # Without flips, and without a floor, the schema's defaults stand.
+    options: list[Any] = [sum(1 << int(axis) for axis in flip)] if flip or floor else []
+    if floor or cover:
+        covered = list(ring.shape[1:])
+        covered[ring_axis] = stop
+        weights = [*weights, *_check_cover(cover, floor, total, covered, ring_axis, ring.device)]
+        options.append(float(floor))
     operators = _registry.namespace_of(backend, patches.device)
     try:
         operators.overlap_add_(
-            ring, patches, origins, rows, weights, total, ring_axis, start, stop, *mirrored
+            ring, patches, origins, rows, weights, total, ring_axis, start, stop, *options
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -184,6 +198,38 @@ def overlap_weights_(
     except RuntimeError as error:
         _checks.reraise(error)
     return total
+
+
+def _check_cover(
+    cover: Sequence[Tensor],
+    floor: float,
+    total: Tensor | None,
+    covered: Sequence[int],
+    ring_axis: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Check the tables of all patches' weights and return them on ``device``."""
+    if not (math.isfinite(floor) and floor > 0):
+        raise ValueError(f"floor: got {floor}, expected a finite number > 0 with cover")
+    if total is not None:
+        raise ValueError("total: got one beside floor, expected one of the two")
+    tables = [_checks.require_tensor("cover", table) for table in cover]
+    shapes = [tuple(table.shape) for table in tables]
+    fits = len(tables) == len(covered) and all(len(shape) == 2 for shape in shapes)
+    for axis, size in enumerate(covered if fits else ()):
+        reached = shapes[axis][1]
+        fits = fits and (reached >= size if axis == ring_axis else reached == size)
+    if not fits:
+        raise ValueError(
+            f"cover: got shapes {shapes}, expected one (m, extent) tensor an axis, for the "
+            f"coordinates up to {tuple(covered)}"
+        )
+    for table in tables:
+        if table.dtype != torch.float64:
+            raise TypeError(f"cover: got {_checks.describe(table)}, expected float64")
+        if table.device != device and table.device.type != "cpu":
+            raise ValueError(f"cover: is on {table.device}, expected the CPU or {device}")
+    return [table.to(device, non_blocking=True) for table in tables]
 
 
 def _check_ring(
@@ -395,7 +441,7 @@ _registry.register(
 _registry.register(
     "overlap_add_",
     "(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, "
-    "Tensor? total, int ring_axis, int start, int stop, int flip=0) -> ()",
+    "Tensor? total, int ring_axis, int start, int stop, int flip=0, float floor=0.0) -> ()",
     _fake_mutating,
     stem="overlap_add",
 )

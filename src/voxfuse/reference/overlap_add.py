@@ -10,11 +10,17 @@ axis, of which patch i uses row ``rows[i, a]`` (their product is the weight), or
 (1, \\*patch) window. Without ``total`` they are used as they are, rounded to the accumulation type
 an axis (on a grid they are a partition of unity). With ``total``, a float64 volume holding
 ``sum_i w_i(x - o_i)``, the weight is ``w_i / total`` divided in float64, 0 where the total is 0.
+
+On a grid the weights may have a lower bound: ``max(product, floor)`` divided by the sum of the same
+over all patches of the grid, which is no product of the axes. It comes in factors: one table
+(m_a, extent) an axis, whose rows hold the weights of all patches over a coordinate, and a negative
+number where there are fewer than m_a.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -81,6 +87,25 @@ def _outer(vectors: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def _raised(
+    part: Part,
+    origin: Sequence[int],
+    rows: Sequence[int],
+    weights: Sequence[Tensor],
+    floor: float,
+) -> Tensor:
+    """Weight of every voxel of ``part``: the windows of its patch, then the tables of all."""
+    axes = len(part.source)
+    own = _outer([w[k][s] for w, k, s in zip(weights[:axes], rows, part.source, strict=True)])
+    places = [slice(s.start + o, s.stop + o) for s, o in zip(part.source, origin, strict=True)]
+    over = [table[:, place].unbind() for table, place in zip(weights[axes:], places, strict=True)]
+    sums = torch.zeros_like(own)
+    for vectors in product(*over):
+        present = _outer([(v >= 0).to(own.dtype) for v in vectors])
+        sums += present * _outer(vectors).clamp(min=floor)
+    return own.clamp(min=floor) / sums
+
+
 def _weight(
     part: Part,
     rows: Tensor,
@@ -112,11 +137,16 @@ def _add(
     ring_axis: int,
     start: int,
     stop: int,
+    floor: float = 0.0,
 ) -> None:
     weights = [w.to(accumulator.device) for w in weights]
     extent = accumulator.shape[1:]
     for part in _parts(origins, patches.shape[2:], extent, ring_axis, start, stop):
-        weight = _weight(part, rows, weights, total, accumulator.dtype)
+        if floor > 0:
+            place = origins[part.patch].tolist(), rows[part.patch].tolist()
+            weight = _raised(part, *place, weights, floor).to(accumulator.dtype)
+        else:
+            weight = _weight(part, rows, weights, total, accumulator.dtype)
         block = patches[part.patch][(slice(None), *part.source)].to(accumulator.dtype)
         accumulator[(slice(None), *part.destination)] += weight * block
 
@@ -170,17 +200,19 @@ def overlap_add_(
     start: int,
     stop: int,
     flip: int = 0,
+    floor: float = 0.0,
 ) -> None:
     """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
 
     Coordinate x of spatial axis ``ring_axis`` lives in slot ``x % extent[ring_axis]``; parts of
     patches outside [start, stop) are left out. ``total`` has the ring's spatial layout. Patches are
     mirrored along axis a where bit a of ``flip`` is set, and turned back: voxel t of the patch is
-    ``patch[size - 1 - t]``.
+    ``patch[size - 1 - t]``. With ``floor`` > 0 ``weights`` are a window an axis and then a table an
+    axis of all patches' weights, and there is no ``total``.
     """
     axes = [2 + axis for axis in range(patches.ndim - 2) if flip >> axis & 1]
     patches = patches.flip(axes) if axes else patches
-    _add(ring, patches, origins, rows, weights, total, ring_axis, start, stop)
+    _add(ring, patches, origins, rows, weights, total, ring_axis, start, stop, floor)
 
 
 def overlap_weights_(
