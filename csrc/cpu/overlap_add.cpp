@@ -123,8 +123,8 @@ class Plan {
     const bool share = q.total != nullptr || q.cover[0] != nullptr;
     q.task_columns = std::min<int64_t>(width, 16384);
     q.task_channels = share ? q.channels : 1;
-    const int64_t kBudget = (share ? 64 : 32) * 1024;
-    q.task_rows = std::clamp<int64_t>(kBudget / (q.task_columns * element_size), 1, height);
+    const int64_t budget = (share ? 64 : 32) * 1024;
+    q.task_rows = std::clamp<int64_t>(budget / (q.task_columns * element_size), 1, height);
     return blocks(q.channels, q.task_channels) * depth * blocks(height, q.task_rows) *
            blocks(width, q.task_columns);
   }

@@ -241,66 +241,95 @@ void add_rows(const T* source, int64_t step, const W& weights, int64_t rows, int
 // Weights with a lower bound: the product of the axes' weights or `floor`, whichever is greater,
 // divided by the sum of those of all patches over the voxel. The sums are formed anew in every row,
 // in registers: reading them from memory takes longer.
+template <class R>
 class Shares {
  public:
-  explicit Shares(const Fusion& q) : q(q), highest(0) {
+  explicit Shares(const Fusion& q) : q(q) {
     if (q.cover[0] == nullptr) return;
-    const double* across = q.cover[2];
-    highest = *std::max_element(across, across + q.covers[2] * q.cover_extent[2]);
-    scales.resize(q.covers[0] * q.covers[1]);
+    const int64_t extent = q.cover_extent[2];
+    rounded.assign(q.cover[2], q.cover[2] + q.covers[2] * extent);
+    highest = *std::max_element(q.cover[2], q.cover[2] + q.covers[2] * extent);
+    for (int64_t k = 0; k < q.covers[2]; ++k) {
+      const double* row = q.cover[2] + k * extent;
+      int64_t first = 0, last = extent;
+      while (first < last && row[first] < 0) ++first;
+      while (last > first && row[last - 1] < 0) --last;
+      spans.push_back({first, last});
+    }
+    exact_scales.resize(q.covers[0] * q.covers[1]);
+    rounded_scales.resize(exact_scales.size());
   }
 
-  // Writes the weights of n columns from x on of a row (z, y): scale * row[j] are the products.
-  template <class R>
-  void of(double scale, const double* row, int64_t z, int64_t y, int64_t x, int64_t n, R* out) {
+  // Writes the weights of n columns from x on of a row (z, y), whose products are those of `exact`,
+  // or of `own` times the scale.
+  void of(const RowWeights<double>& exact, const R* own, int64_t z, int64_t y, int64_t x, int64_t n,
+          R* out) {
     // What a row of patches contributes: at least `floor`, and no more where even its highest
     // weight is below.
-    double constant = 0;
+    int64_t over = 0, low = 0;
     count = 0;
     for (int64_t k = 0; k < q.covers[0]; ++k) {
       const double along_z = q.cover[0][k * q.cover_extent[0] + z];
       for (int64_t l = 0; l < q.covers[1]; ++l) {
         const double along_y = q.cover[1][l * q.cover_extent[1] + y];
         if (along_z < 0 || along_y < 0) continue;
+        ++over;
         const double product = along_z * along_y;
         if (product * highest <= q.floor) {
-          constant += q.floor;
+          ++low;
         } else {
-          scales[count++] = product;
+          exact_scales[count++] = product;
         }
       }
     }
-    constexpr int width = Lanes<double>::width;
+    // With this few terms a weight in float32 is off by at most 12 roundings (3 each of the product
+    // and of the terms, one of the quotient, the rest of the additions).
+    if (over + q.covers[2] <= kFew) {
+      for (int64_t i = 0; i < count; ++i) rounded_scales[i] = static_cast<R>(exact_scales[i]);
+      row(static_cast<R>(exact.scale), own, rounded.data(), rounded_scales.data(), low, x, n, out);
+    } else {
+      row(exact.scale, exact.row, q.cover[2], exact_scales.data(), low, x, n, out);
+    }
+  }
+
+ private:
+  static constexpr int64_t kFew = 7;
+
+  template <class A>
+  void row(A scale, const A* own, const A* cover, const A* scales, int64_t low, int64_t x,
+           int64_t n, R* out) const {
+    constexpr int width = Lanes<A>::width;
     int64_t j = 0;
     const auto packs = [&](auto vectors, auto lanes) {
       constexpr int step = decltype(vectors)::value * decltype(lanes)::value;
       for (; j + step <= n; j += step) {
-        pack<decltype(vectors)::value, decltype(lanes)::value>(scale, row + j, x + j, constant,
-                                                               out + j);
+        pack<decltype(vectors)::value, decltype(lanes)::value>(scale, own + j, cover, scales, low,
+                                                               x + j, out + j);
       }
     };
-    packs(Count<4>{}, Count<width>{});
+    packs(Count<3>{}, Count<width>{});
     packs(Count<1>{}, Count<width>{});
     packs(Count<1>{}, Count<1>{});
   }
 
- private:
-  template <int vectors, int lanes, class R>
-  VOXFUSE_INLINE void pack(double scale, const double* row, int64_t x, double constant, R* out) {
-    using P = Pack<double, lanes>;
+  template <int vectors, int lanes, class A>
+  VOXFUSE_INLINE void pack(A scale, const A* own, const A* cover, const A* scales, int64_t low,
+                           int64_t x, R* out) const {
+    using P = Pack<A, lanes>;
     using V = typename P::Values;
-    const V least = q.floor - V{};
-    const auto raised = [&](double factor, V weight) {
+    const V least = static_cast<A>(q.floor) - V{}, constant = static_cast<A>(low) * least;
+    const auto raised = [&](A factor, V weight) {
       const V product = factor * weight;
       return product < least ? least : product;
     };
     V sum[vectors] = {};
     for (int64_t k = 0; k < q.covers[2]; ++k) {
-      const double* weights = q.cover[2] + k * q.cover_extent[2] + x;
+      if (x + vectors * lanes <= spans[k].first || x >= spans[k].last) continue;
+      const A* weights = cover + k * q.cover_extent[2] + x;
       V across[vectors], part[vectors];
       for (int v = 0; v < vectors; ++v) {
         across[v] = P::load(weights + v * lanes);
-        part[v] = constant - V{};
+        part[v] = constant;
       }
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < vectors; ++v) part[v] += raised(scales[i], across[v]);
@@ -308,16 +337,23 @@ class Shares {
       for (int v = 0; v < vectors; ++v) sum[v] += across[v] < 0 ? V{} : part[v];
     }
     for (int v = 0; v < vectors; ++v) {
-      const V share = raised(scale, P::load(row + v * lanes)) / sum[v];
+      const V share = raised(scale, P::load(own + v * lanes)) / sum[v];
       using Rounded = typename VectorOf<R, lanes>::Type;
       const Rounded rounded = __builtin_convertvector(share, Rounded);
       std::memcpy(out + v * lanes, &rounded, sizeof(rounded));
     }
   }
 
+  struct Span {
+    int64_t first, last;  // outside, a row of the last axis' table is negative
+  };
+
   const Fusion& q;
-  double highest;              // weight along the last axis
-  std::vector<double> scales;  // of the rows of patches over a row
+  std::vector<R> rounded;  // the last axis' table
+  std::vector<Span> spans;
+  double highest = 0;                // weight along the last axis
+  std::vector<double> exact_scales;  // of the rows of patches over a row
+  std::vector<R> rounded_scales;
   int64_t count = 0;
 };
 
@@ -469,8 +505,10 @@ class Gather {
         const int64_t ty = y - q.origins[3 * p.i + 1];
         R* out = weights.data() + p.weights + (y - first) * p.size;
         if (q.cover[0] != nullptr) {
-          const RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, ty);
-          shares.of(w.scale, w.row + tx, tile.z, y, p.x, p.size, out);
+          RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, ty);
+          w.row += tx;
+          const R* own = row_weights<R>(q, q.rounded, p.i, p.tz, ty).row + tx;
+          shares.of(w, own, tile.z, y, p.x, p.size, out);
         } else if (q.total != nullptr) {
           const int64_t line = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
           divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx,
@@ -532,7 +570,7 @@ class Gather {
   std::vector<T> turned;  // a row that was mirrored
   std::vector<Shared> pieces;
   std::vector<Run> runs;
-  Shares shares;
+  Shares<R> shares;
 };
 
 template <class T, class R>
