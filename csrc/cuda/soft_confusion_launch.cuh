@@ -1,4 +1,4 @@
-// Picks the kernel for a problem with logits of type T.
+// Picks the kernel for a problem with logits of type T, forward or backward.
 #pragma once
 
 #include "cuda/soft_confusion_few.cuh"
@@ -9,93 +9,97 @@
 namespace voxfuse::cuda {
 namespace {
 
-template <class T, int kClasses>
-cudaError_t few(SoftConfusion& q, bool backward, cudaStream_t stream) {
-  if (backward) {
+template <bool kBackward, class T, int kClasses>
+cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
+  if constexpr (kBackward) {
     using Shape = FewBackward<T, kClasses>;
     constexpr int kBlock = Shape::kVoxels * Shape::kThreads * Shape::kTiles;
     const int64_t blocks = q.batch * ((q.voxels + kBlock - 1) / kBlock);
     return launch(few_backward<T, kClasses>, dim3(static_cast<unsigned>(blocks)),
                   dim3(Shape::kThreads), stream, q);
+  } else {
+    const dim3 grid(static_cast<unsigned>(q.batch * q.rows));
+    const dim3 block(FewShape<T, kClasses>::kThreads);
+    q.threads = static_cast<int>(block.x);
+    return q.statistics == 8 ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
+                             : launch(few_forward<T, kClasses, false>, grid, block, stream, q);
   }
-  const dim3 grid(static_cast<unsigned>(q.batch * q.rows));
-  const dim3 block(FewShape<T, kClasses>::kThreads);
-  q.threads = static_cast<int>(block.x);
-  return q.statistics == 8 ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
-                           : launch(few_forward<T, kClasses, false>, grid, block, stream, q);
 }
 
-template <class T>
-cudaError_t few(SoftConfusion& q, bool backward, cudaStream_t stream) {
+template <bool kBackward, class T>
+cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
   switch (q.classes) {
     case 2:
-      return few<T, 2>(q, backward, stream);
+      return few<kBackward, T, 2>(q, stream);
     case 3:
-      return few<T, 3>(q, backward, stream);
+      return few<kBackward, T, 3>(q, stream);
     case 4:
-      return few<T, 4>(q, backward, stream);
+      return few<kBackward, T, 4>(q, stream);
     case 5:
-      return few<T, 5>(q, backward, stream);
+      return few<kBackward, T, 5>(q, stream);
     case 6:
-      return few<T, 6>(q, backward, stream);
+      return few<kBackward, T, 6>(q, stream);
     case 7:
-      return few<T, 7>(q, backward, stream);
+      return few<kBackward, T, 7>(q, stream);
     case 8:
-      return few<T, 8>(q, backward, stream);
+      return few<kBackward, T, 8>(q, stream);
     case 9:
     case 10:
-      return few<T, 10>(q, backward, stream);
+      return few<kBackward, T, 10>(q, stream);
     case 11:
     case 12:
-      return few<T, 12>(q, backward, stream);
+      return few<kBackward, T, 12>(q, stream);
     case 13:
     case 14:
-      return few<T, 14>(q, backward, stream);
+      return few<kBackward, T, 14>(q, stream);
     default:
-      return few<T, 16>(q, backward, stream);
+      return few<kBackward, T, 16>(q, stream);
   }
 }
 
-template <class T, int kClasses>
-cudaError_t many(SoftConfusion& q, bool backward, cudaStream_t stream) {
+template <bool kBackward, class T, int kClasses>
+cudaError_t many(SoftConfusion& q, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>((q.classes + kClasses - 1) / kClasses * kWarp));
-  if (backward) {
+  if constexpr (kBackward) {
     constexpr int kBlock = ManyShape<kClasses>::kTile * ManyShape<kClasses>::kTiles;
     const int64_t blocks = q.batch * ((q.voxels + kBlock - 1) / kBlock);
     return launch(many_backward<T, kClasses>, dim3(static_cast<unsigned>(blocks)), block, stream,
                   q);
+  } else {
+    q.threads = static_cast<int>(block.x);
+    return launch(many_forward<T, kClasses>, dim3(static_cast<unsigned>(q.batch * q.rows)), block,
+                  stream, q);
   }
-  q.threads = static_cast<int>(block.x);
-  return launch(many_forward<T, kClasses>, dim3(static_cast<unsigned>(q.batch * q.rows)), block,
-                stream, q);
 }
 
-template <class T, int kActivation>
-cudaError_t separate(SoftConfusion& q, bool backward, cudaStream_t stream) {
+template <bool kBackward, class T, int kActivation>
+cudaError_t separate(SoftConfusion& q, cudaStream_t stream) {
   const dim3 block(kSeparateThreads);
-  if (backward) {
+  if constexpr (kBackward) {
     constexpr int kBlock = kSeparateVoxels<T> * kSeparateThreads * kSeparateTiles;
     const int64_t blocks = q.batch * q.classes * ((q.voxels + kBlock - 1) / kBlock);
     return launch(separate_backward<T, kActivation>, dim3(static_cast<unsigned>(blocks)), block,
                   stream, q);
+  } else {
+    const dim3 grid(static_cast<unsigned>(q.batch * q.rows * q.classes));
+    q.threads = static_cast<int>(block.x);
+    return q.statistics == 8
+               ? launch(separate_forward<T, kActivation, true>, grid, block, stream, q)
+               : launch(separate_forward<T, kActivation, false>, grid, block, stream, q);
   }
-  const dim3 grid(static_cast<unsigned>(q.batch * q.rows * q.classes));
-  q.threads = static_cast<int>(block.x);
-  return q.statistics == 8
-             ? launch(separate_forward<T, kActivation, true>, grid, block, stream, q)
-             : launch(separate_forward<T, kActivation, false>, grid, block, stream, q);
 }
 
-template <class T>
-cudaError_t general(SoftConfusion& q, bool backward, cudaStream_t stream) {
+template <bool kBackward, class T>
+cudaError_t general(SoftConfusion& q, cudaStream_t stream) {
   const dim3 block(kGeneralThreads);
-  if (backward) {
+  if constexpr (kBackward) {
     const int64_t blocks = q.batch * ((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
     return launch(general_backward<T>, dim3(static_cast<unsigned>(blocks)), block, stream, q);
+  } else {
+    q.threads = static_cast<int>(block.x);
+    return launch(general_forward<T>, dim3(static_cast<unsigned>(q.batch * q.rows)), block, stream,
+                  q);
   }
-  q.threads = static_cast<int>(block.x);
-  return launch(general_forward<T>, dim3(static_cast<unsigned>(q.batch * q.rows)), block, stream,
-                q);
 }
 
 /// Whether every run of 16 bytes along the voxels can be read at once.
@@ -128,43 +132,44 @@ bool aligned(const View& view) {
          reinterpret_cast<uintptr_t>(view.data) % (elements * element_size(view.type)) == 0;
 }
 
-template <class T>
-cudaError_t start(SoftConfusion& q, bool backward, cudaStream_t stream) {
+template <bool kBackward, class T>
+cudaError_t start(SoftConfusion& q, cudaStream_t stream) {
   q.target.vector = aligned(q.target);
   q.weight.vector = aligned(q.weight);
   const bool softmax = q.activation == math::kSoftmax && q.likelihood == math::kSoftmax;
   if constexpr (sizeof(T) < sizeof(double)) {
     q.input_layout = layout_of<T>(q.input, q);
-    if (backward) q.gradient_layout = layout_of<T>(q.gradient, q);
+    if (kBackward) q.gradient_layout = layout_of<T>(q.gradient, q);
     if (softmax && !q.dense && q.classes >= 2 && q.classes <= 16) {
-      return few<T>(q, backward, stream);
+      return few<kBackward, T>(q, stream);
     }
     // Here classes are never interleaved in registers.
     if (q.input_layout == Layout::kInterleaved) q.input_layout = Layout::kScalar;
     if (q.gradient_layout == Layout::kInterleaved) q.gradient_layout = Layout::kScalar;
     if (softmax && !q.dense && q.classes > 16 && q.classes <= 256 && q.statistics == 4) {
-      return q.classes <= 128 ? many<T, 8>(q, backward, stream) : many<T, 16>(q, backward, stream);
+      return q.classes <= 128 ? many<kBackward, T, 8>(q, stream)
+                              : many<kBackward, T, 16>(q, stream);
     }
     if (q.activation == math::kSigmoid && q.likelihood == math::kSigmoid) {
-      return separate<T, math::kSigmoid>(q, backward, stream);
+      return separate<kBackward, T, math::kSigmoid>(q, stream);
     }
     if (q.activation == math::kNone && q.likelihood == math::kNone) {
-      return separate<T, math::kNone>(q, backward, stream);
+      return separate<kBackward, T, math::kNone>(q, stream);
     }
   }
-  return general<T>(q, backward, stream);
+  return general<kBackward, T>(q, stream);
 }
 
 }  // namespace
 
 template <class T>
 cudaError_t launch_forward(SoftConfusion& q, cudaStream_t stream) {
-  return start<T>(q, false, stream);
+  return start<false, T>(q, stream);
 }
 
 template <class T>
 cudaError_t launch_backward(SoftConfusion& q, cudaStream_t stream) {
-  return start<T>(q, true, stream);
+  return start<true, T>(q, stream);
 }
 
 }  // namespace voxfuse::cuda

@@ -334,9 +334,13 @@ class SoftConfusion(Operators):
     NAME = "soft_confusion"
     SOURCES = (
         "csrc/cuda/soft_confusion_float.cu",
+        "csrc/cuda/soft_confusion_float_backward.cu",
         "csrc/cuda/soft_confusion_bfloat16.cu",
+        "csrc/cuda/soft_confusion_bfloat16_backward.cu",
         "csrc/cuda/soft_confusion_half.cu",
+        "csrc/cuda/soft_confusion_half_backward.cu",
         "csrc/cuda/soft_confusion_double.cu",
+        "csrc/cuda/soft_confusion_double_backward.cu",
         "csrc/cuda/soft_confusion.cu",
         "tests/emulation/soft_confusion_main.cpp",
     )

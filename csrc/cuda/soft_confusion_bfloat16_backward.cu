@@ -1,0 +1,9 @@
+// soft_confusion's backward kernels for logits of type __nv_bfloat16: types and directions have
+// files of their own, to compile in parallel.
+#include "cuda/soft_confusion_launch.cuh"
+
+namespace voxfuse::cuda {
+
+template cudaError_t launch_backward<__nv_bfloat16>(SoftConfusion&, cudaStream_t);
+
+}  // namespace voxfuse::cuda

@@ -1,0 +1,9 @@
+// soft_confusion's backward kernels for logits of type double: types and directions have files of
+// their own, to compile in parallel.
+#include "cuda/soft_confusion_launch.cuh"
+
+namespace voxfuse::cuda {
+
+template cudaError_t launch_backward<double>(SoftConfusion&, cudaStream_t);
+
+}  // namespace voxfuse::cuda
