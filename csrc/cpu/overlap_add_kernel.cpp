@@ -260,20 +260,19 @@ class Shares {
     rounded_scales.resize(exact_scales.size());
   }
 
-  // Writes the weights of n columns from x on of a row (z, y), whose products are those of `exact`,
-  // or of `own` times the scale.
-  void of(const RowWeights<double>& exact, const R* own, int64_t z, int64_t y, int64_t x, int64_t n,
-          R* out) {
+  // Writes the weights of n columns from x on, tx of the patch, of a row (z, y), whose products are
+  // those of `exact`, or of `own` times the scale.
+  void of(const RowWeights<double>& exact, const R* own, int64_t z, int64_t y, int64_t x,
+          int64_t tx, int64_t n, R* out) {
     // What a row of patches contributes: at least `floor`, and no more where even its highest
     // weight is below.
-    int64_t over = 0, low = 0;
+    int64_t low = 0;
     count = 0;
     for (int64_t k = 0; k < q.covers[0]; ++k) {
       const double along_z = q.cover[0][k * q.cover_extent[0] + z];
       for (int64_t l = 0; l < q.covers[1]; ++l) {
         const double along_y = q.cover[1][l * q.cover_extent[1] + y];
         if (along_z < 0 || along_y < 0) continue;
-        ++over;
         const double product = along_z * along_y;
         if (product * highest <= q.floor) {
           ++low;
@@ -284,7 +283,11 @@ class Shares {
     }
     // With this few terms a weight in float32 is off by at most 12 roundings (3 each of the product
     // and of the terms, one of the quotient, the rest of the additions).
-    if (over + q.covers[2] <= kFew) {
+    int64_t terms = count + (low > 0);
+    // Of the patch's whole row: the bits must not depend on where it is cut.
+    const int64_t begin = x - tx, end = begin + q.patch[2];
+    for (const Span& span : spans) terms += begin < span.last && end > span.first;
+    if (terms <= kFew) {
       for (int64_t i = 0; i < count; ++i) rounded_scales[i] = static_cast<R>(exact_scales[i]);
       row(static_cast<R>(exact.scale), own, rounded.data(), rounded_scales.data(), low, x, n, out);
     } else {
@@ -508,7 +511,7 @@ class Gather {
           RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, ty);
           w.row += tx;
           const R* own = row_weights<R>(q, q.rounded, p.i, p.tz, ty).row + tx;
-          shares.of(w, own, tile.z, y, p.x, p.size, out);
+          shares.of(w, own, tile.z, y, p.x, tx, p.size, out);
         } else if (q.total != nullptr) {
           const int64_t line = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
           divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx,
