@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -209,83 +207,3 @@ def test_the_workspace_is_bounded(classes, channels):
         assert slots * batch * each <= max(24 << 20, batch * each)
         assert tiles * 64 == 4096
         assert 1 <= slots <= chunks
-
-
-COMPILE = """
-import sys
-import torch, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from voxfuse.triton_kernels import head_confusion as kernels
-
-capability, classes, channels, dtype, full = sys.argv[1:]
-features = torch.empty(1, int(channels), 64, dtype=getattr(torch, dtype))
-target = torch.empty(1, 64, dtype=torch.uint8)
-sums = 8 if full == "True" else 4
-chosen, warps = kernels.constants(
-    features, int(classes), target, (2, 2, 0, None, 0.0), sums, interpreting=False
-)
-element = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-for function in (kernels._head_forward, kernels._head_backward):
-    # A launch knows that the voxels lie side by side and that addresses are aligned.
-    constants = dict(chosen, voxel_weight=None, features_v=1, target_v=1, weight_v=0)
-    if function is kernels._head_backward:
-        constants |= dict(
-            GRADIENT_PRECISION=chosen["PRECISION"],
-            NEED_FEATURES=True,
-            NEED_HEAD=True,
-            output_v=1,
-        )
-    signature, aligned = {}, {}
-    for name in function.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("grad", "partial"):
-            signature[name] = "*fp64"
-        elif name == "target":
-            signature[name] = "*u8"
-        elif name in ("features", "weight", "bias", "output"):
-            signature[name] = "*" + element
-        else:
-            signature[name] = "fp64" if name == "gamma" else "i64" if name[-2:] in (
-                "_b", "_c", "_v") else "i32"
-        if signature[name][0] == "*" or name[-2:] in ("_b", "_c") or name == "channels":
-            aligned[(function.arg_names.index(name),)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, aligned)
-    target_gpu = GPUTarget("cuda", int(capability), 32)
-    compiled = triton.compile(source, target=target_gpu, options={"num_warps": warps})
-    import re, subprocess, tempfile, os
-    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
-        file.write(compiled.asm["cubin"])
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    os.unlink(file.name)
-    found = re.search(r"REG:(\\d+).*?STACK:(\\d+).*?SHARED:(\\d+)", usage)
-    registers, stack, _ = (int(x) for x in found.groups())
-    print(function.__name__, registers, stack, compiled.metadata.shared)
-"""
-
-
-def compiled_resources(*arguments: object) -> list[list[str]]:
-    """Compile for a GPU that need not be here; (kernel, registers, stack, shared) of each."""
-    import os
-
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, *(str(x) for x in arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [line.split() for line in run.stdout.splitlines()]
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("classes", "channels", "dtype", "full"),
-    [(117, 32, "bfloat16", False), (60, 32, "float16", False), (2, 32, "float32", False)],
-)
-def test_kernels_compile_ahead_of_time(capability, classes, channels, dtype, full):
-    for name, registers, stack, shared in compiled_resources(
-        capability, classes, channels, dtype, full
-    ):
-        print(f"{name} sm_{capability} {dtype}: {registers} registers, {stack} stack, {shared}")
-        assert int(stack) <= 64  # next to no spills
-        assert int(shared) <= 160 << 10

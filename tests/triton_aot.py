@@ -106,6 +106,7 @@ HEADS: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
     ("117", False, (90,), dict(classes=117, dtype="bfloat16")),
     ("117", True, CAPABILITIES, dict(classes=117, dtype="bfloat16")),
     ("117-float32", False, (90,), dict(classes=117)),
+    ("60-float16", True, (80, 90), dict(classes=60, dtype="float16")),
     ("250", False, CAPABILITIES, dict(classes=250, dtype="bfloat16")),
     ("128x64", True, CAPABILITIES, dict(classes=128, channels=64, dtype="bfloat16")),
 )
@@ -206,6 +207,12 @@ CASES = (
     ),
 )
 
+#: Kernels that the test of the atomics must refuse.
+REFUSED = tuple(
+    Case(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
+    for dtype in ("float32", "float16", "float64")
+)
+
 
 @dataclasses.dataclass
 class Instance:
@@ -239,6 +246,7 @@ def _soft_confusion_instance(
     import torch
 
     from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels._partial_sums import shape_of_rows
 
     kinds = {"labels": 0, "dense": 1, "indicator": 2, "binary": 3}
     problem = kernels.Problem(
@@ -258,6 +266,9 @@ def _soft_confusion_instance(
         focal=focal,
     )
     plan = kernels.plan(problem, backward)
+    constants = dict(plan.constants)
+    if not backward:
+        constants |= shape_of_rows(classes * problem.sums, plan.num_warps)
     pointer = TYPES[dtype]
     unit = ("input_v", "output_v") if contiguous else ("input_c", "output_c")
     types: dict[str, Any] = {
@@ -266,6 +277,8 @@ def _soft_confusion_instance(
         "target": TYPES["float32" if target == "dense" else "uint8"],
         "weight": TYPES["float32"] if weighted else None,
         "partial": "*fp64",
+        "result": "*fp64",
+        "counters": "*i32",
         "grad": "*fp64",
         "gamma": "fp64",
         **dict.fromkeys((*unit, "target_v", "weight_v"), 1),
@@ -276,7 +289,7 @@ def _soft_confusion_instance(
         types |= dict.fromkeys((*strides, "chunks", "tiles_a_chunk", "tiles_a_program"), 1)
     return Instance(
         plan.kernel,
-        plan.constants,
+        constants,
         types,
         plan.num_warps,
         () if odd else tuple(name for name in strides if types.get(name) != 1),
@@ -284,9 +297,10 @@ def _soft_confusion_instance(
 
 
 def _finish_instance() -> Instance:
-    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels import _partial_sums as kernels
 
-    return Instance(kernels._finish, {"BLOCK": 1024}, {"partial": "*fp64", "result": "*fp64"})
+    types = {"partial": "*fp64", "result": "*fp64"}
+    return Instance(kernels._finish, kernels.shape_of_rows(8, 4), types)
 
 
 def _head_confusion_instance(
@@ -307,6 +321,7 @@ def _head_confusion_instance(
     import torch
 
     from voxfuse.triton_kernels import head_confusion as kernels
+    from voxfuse.triton_kernels._partial_sums import shape_of_rows
 
     shape = (63, 63, 63) if odd else (64, 64, 64)
     features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
@@ -323,7 +338,9 @@ def _head_confusion_instance(
         interpreting=False,
     )
     torch.set_float32_matmul_precision(before)
-    if backward:
+    if not backward:
+        constants |= shape_of_rows(classes * constants["SUMS"], num_warps)
+    else:
         constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
         constants["GRADIENT_PRECISION"] = constants["PRECISION"]
         num_warps = kernels.backward_warps(num_warps, constants)
@@ -333,6 +350,8 @@ def _head_confusion_instance(
         "target": TYPES["float32" if dense else "uint8"],
         "voxel_weight": TYPES["float32"] if weighted else None,
         "partial": "*fp64",
+        "result": "*fp64",
+        "counters": "*i32",
         "grad": "*fp64",
         "gamma": "fp64",
         **dict.fromkeys(("features_v", "target_v", "weight_v", "output_v"), 1),
@@ -480,6 +499,19 @@ def _finalize_slab_instance(
     return Instance(kernels._finalize, constants, types, multiples_of_16=lengths)
 
 
+def _floating_sum_instance(dtype: str) -> Instance:
+    """What no kernel may do: sums in an order that the hardware chooses."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_in_any_order(values, total):
+        i = tl.program_id(0)
+        tl.atomic_add(total, tl.load(values + i))
+
+    return Instance(add_in_any_order, {}, {"values": TYPES[dtype], "total": TYPES[dtype]})
+
+
 INSTANCES = {
     "soft_confusion": _soft_confusion_instance,
     "finish": _finish_instance,
@@ -488,6 +520,7 @@ INSTANCES = {
     "ratio_loss_backward": _ratio_loss_backward_instance,
     "overlap_add": _overlap_add_instance,
     "finalize_slab": _finalize_slab_instance,
+    "floating_sum": _floating_sum_instance,
 }
 
 
@@ -550,13 +583,21 @@ def _resources(cubin: bytes) -> dict[str, Any]:
         "instructions": len(instructions),
         "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
         "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
-        # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
-        "atomics": sum(
-            n
-            for name, n in counts.items()
-            if re.match(r"(RED|ATOM[GS]?)\.", name) and name not in ("ATOMS.OR", "ATOMS.AND")
-        ),
+        **_atomics(counts),
+        "fences": sum(n for name, n in counts.items() if re.match(r"MEMBAR\..*GPU", name)),
     }
+
+
+def _atomics(counts: dict[str, int]) -> dict[str, int]:
+    """Integer additions that every GPU thread sees, which count, and all other atomics."""
+    found = {"counters": 0, "atomics": 0}
+    for name, n in counts.items():
+        if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32)?\.STRONG\.GPU", name):
+            found["counters"] += n
+        # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
+        elif re.match(r"(RED|ATOM)[GS]?\.", name) and name not in ("ATOMS.OR", "ATOMS.AND"):
+            found["atomics"] += n
+    return found
 
 
 def _output(tool: Path, *arguments: str) -> str:
@@ -607,7 +648,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> None:
     if arguments:
         names = set(json.loads(arguments[0]))
-        results = [compile_case(case) for case in CASES if case.name in names]
+        results = [compile_case(case) for case in (*CASES, *REFUSED) if case.name in names]
         Path(arguments[1]).write_text(json.dumps(results))
         return
     with tempfile.TemporaryDirectory() as directory:

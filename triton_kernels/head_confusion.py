@@ -6,8 +6,8 @@ their gradient, where they are. Nothing volume-sized is written but the features
 
 Reduction. A *chunk* is a fixed number of consecutive tiles, summed in float32; a program takes
 every slots-th chunk and adds it in float64 to a partial sum of its own. Which program adds what
-depends on the shape alone, and the partial sums are added in order: no atomics, the same bits in
-every run.
+depends on the shape alone, and the partial sums are added in a fixed order, forward by the programs
+that come last (see _partial_sums): the same bits in every run.
 
 Larger heads (see in_registers) and float64 go through memory chunk by chunk: the platform's matrix
 product and the soft confusion kernels.
@@ -29,6 +29,7 @@ from voxfuse.triton_kernels._common import (
     power_of_two,
     strides_of,
 )
+from voxfuse.triton_kernels._partial_sums import Rows, finish_rows
 from voxfuse.triton_kernels.soft_confusion import (
     DENSE,
     LABELS,
@@ -130,7 +131,7 @@ def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
     return e, hit, d_label, others
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def _head_forward(
     features,
     weight,
@@ -138,6 +139,9 @@ def _head_forward(
     target,
     voxel_weight,
     partial,
+    result,
+    counters,
+    group,
     voxels,
     classes,
     channels,
@@ -169,6 +173,8 @@ def _head_forward(
     ONE_STEP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROW_LEVELS: tl.constexpr,
+    ROW_COLUMNS: tl.constexpr,
 ):
     """Partial sums of one program's chunks into partial[slot, sample, class, sum]."""
     slot = tl.program_id(0).to(tl.int64)
@@ -290,6 +296,19 @@ def _head_forward(
     place = partial + ((slot * samples + sample) * classes + row) * SUMS
     for s in tl.static_range(SUMS):
         tl.store(place + s, outer[s], mask=row < classes)
+    finish_rows(
+        partial,
+        result,
+        counters,
+        slot,
+        sample,
+        slots,
+        samples,
+        classes * SUMS,
+        group,
+        ROW_LEVELS,
+        ROW_COLUMNS,
+    )
 
 
 @triton.jit
@@ -659,13 +678,12 @@ def head_confusion(
         classes * sums * 8,
         min(FORWARD_BYTES, chunk_bytes),
     )
-    partial = torch.empty(
-        (slots, batch, classes, sums), dtype=torch.float64, device=features.device
-    )
+    result = torch.empty((batch, classes, sums), dtype=torch.float64, device=features.device)
     with device_guard(features):
+        rows = Rows(result, slots, num_warps)
         _head_forward[(slots, batch)](
             *tensors,
-            partial,
+            *rows.arguments,
             voxels,
             classes,
             channels,
@@ -675,11 +693,13 @@ def head_confusion(
             ignore_index if chosen["HAS_IGNORE"] else 0,
             gamma,
             **chosen,
+            **rows.constants,
             num_warps=num_warps,
             **LAUNCH_OPTIONS,
             **most_registers(REGISTERS),
         )
-    return partial.sum(0)
+        rows.finish()
+    return result
 
 
 def head_confusion_backward(

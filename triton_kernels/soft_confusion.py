@@ -7,9 +7,10 @@ exchange between threads), up to 256 classes in blocks of one class a warp. Beyo
 keeping them.
 
 Reduction. A *chunk* is a fixed number of consecutive tiles; it is summed in float32 (float64 for
-float64 logits). A program adds its chunks in float64, in order, and writes one partial sum; the
-chunks of a program are fixed by the shape alone, so the bits depend neither on the number of
-multiprocessors nor on their timing. A second kernel adds the partial sums. No atomics.
+float64 logits). A program adds its chunks in float64, in order, and writes one row of partial sums;
+the programs that come last add up the rows, in an order that does not depend on which they are (see
+_partial_sums). All of it is fixed by the shape alone, so the bits depend neither on the number of
+multiprocessors nor on their timing.
 
 Launch parameters come from a table that depends on the shape and the dtype only. They are not
 tuned at run time: another block shape is another order of summation, that is other bits.
@@ -37,6 +38,7 @@ from voxfuse.triton_kernels._common import (
     stack,
     strides_of,
 )
+from voxfuse.triton_kernels._partial_sums import Rows, finish_rows
 
 #: Most classes with one register block a class; half as many in float64.
 FEW_CLASSES = 16
@@ -419,12 +421,15 @@ def _terms(
     return terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def _forward_resident(
     input,
     target,
     weight,
     partial,
+    result,
+    counters,
+    group,
     voxels,
     classes,
     input_b,
@@ -459,6 +464,8 @@ def _forward_resident(
     SUMS: tl.constexpr,
     LEVELS: tl.constexpr,
     DTYPE: tl.constexpr,
+    ROW_LEVELS: tl.constexpr,
+    ROW_COLUMNS: tl.constexpr,
 ):
     """Partial sums of one program's chunks into partial[slot, sample, class, sum].
 
@@ -623,6 +630,19 @@ def _forward_resident(
         before = tl.load(place, mask=(row < classes) & later, other=0.0)
         tl.store(place, before + tl.sum(table, axis=1).to(tl.float64), mask=row < classes)
         tl.debug_barrier()
+    finish_rows(
+        partial,
+        result,
+        counters,
+        slot,
+        sample,
+        slots,
+        samples,
+        classes * STATS,
+        group,
+        ROW_LEVELS,
+        ROW_COLUMNS,
+    )
 
 
 @triton.jit
@@ -747,12 +767,15 @@ def _add_label_terms(
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def _forward_online(
     input,
     target,
     weight,
     partial,
+    result,
+    counters,
+    group,
     voxels,
     classes,
     input_b,
@@ -778,6 +801,8 @@ def _forward_online(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     DTYPE: tl.constexpr,
+    ROW_LEVELS: tl.constexpr,
+    ROW_COLUMNS: tl.constexpr,
 ):
     """Any number of classes: each program adds its tiles, in order, into its own partial sums.
 
@@ -794,7 +819,7 @@ def _forward_online(
     if weight is not None:
         weight += sample * weight_b
     column = tl.arange(0, STATS)[None, :]
-    partial += (slot * samples + sample) * classes * STATS
+    own = partial + (slot * samples + sample) * classes * STATS
 
     for tile in range(slot, tiles, slots):
         start = tile * BLOCK
@@ -854,7 +879,7 @@ def _forward_online(
                 wide = tl.broadcast_to(terms[s] * w, [CLASSES, BLOCK])
                 sums = sums + (tl.where(included, wide, 0.0),)
             table = tl.reshape(stack(sums, LEVELS), [CLASSES, BLOCK, STATS])
-            place = partial + index.to(tl.int64) * STATS + column
+            place = own + index.to(tl.int64) * STATS + column
             mask = (index < classes) & (column < STATS)
             # The first tile overwrites what the memory held.
             later = tl.full([1, 1], tile, tl.int64) >= slots
@@ -862,6 +887,19 @@ def _forward_online(
             tl.store(place, before + tl.sum(table, axis=1).to(tl.float64), mask=mask)
         # Other threads of this program may read these sums at the next tile.
         tl.debug_barrier()
+    finish_rows(
+        partial,
+        result,
+        counters,
+        slot,
+        sample,
+        slots,
+        samples,
+        classes * STATS,
+        group,
+        ROW_LEVELS,
+        ROW_COLUMNS,
+    )
 
 
 @triton.jit
@@ -897,17 +935,6 @@ def _online_state(
             count += tl.sum(tl.where(d == 0, 1.0, 0.0), axis=0, keep_dims=True)
             m = new
     return m, rest, count
-
-
-@triton.jit
-def _finish(partial, result, slots, size, BLOCK: tl.constexpr):
-    """result[i] = sum over the slots of partial[slot, i], one output a program."""
-    i = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, slots, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        sums += tl.load(partial + slot.to(tl.int64) * size + i, mask=slot < slots, other=0.0)
-    tl.store(result + i, tl.sum(sums, axis=0))
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -1742,15 +1769,13 @@ def soft_confusion(
     tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
     work = (chunks,) if chosen.kernel is _forward_online else (tiles_a_chunk, chunks)
     result = torch.empty(shape, dtype=torch.float64, device=input.device)
-    partial = result
-    if slots > 1:
-        partial = torch.empty(result.numel() * slots, dtype=torch.float64, device=input.device)
     with device_guard(input):
+        rows = Rows(result, slots, chosen.num_warps)
         chosen.kernel[(slots, problem.batch)](
             flat,
             flat_target,
             flat_weight,
-            partial,
+            *rows.arguments,
             problem.voxels,
             problem.classes,
             *strides,
@@ -1758,19 +1783,11 @@ def soft_confusion(
             ignore_index if problem.has_ignore else 0,
             gamma,
             **chosen.constants,
+            **rows.constants,
             num_warps=chosen.num_warps,
             **LAUNCH_OPTIONS,
         )
-        if slots > 1:
-            _finish[(result.numel(),)](
-                partial,
-                result,
-                slots,
-                result.numel(),
-                BLOCK=min(power_of_two(slots), 1024),
-                num_warps=4,
-                **LAUNCH_OPTIONS,
-            )
+        rows.finish()
     return result
 
 
