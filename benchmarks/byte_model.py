@@ -186,6 +186,48 @@ def overlap_add(
     ]
 
 
+def few_channels(dtype: torch.dtype, backend: str) -> int:
+    """Channels up to which a softmax is worked out anew, from what the caches hold."""
+    if backend == "triton":
+        from voxfuse.triton_kernels import overlap_add as kernels
+
+        return int(kernels.FEW)
+    source = (CUDA_SOURCES / "overlap_add.cu").read_text()
+    found = re.search(r"kChannels = sizeof\(T\) == 2 \? (\d+) : (\d+);", source)
+    assert found, "overlap_add.cu does not say how many channels a thread adds up"
+    half, other = map(int, found.groups())
+    groups = cuda_constants("overlap_add.cu")["kFewGroups"]
+    return groups * (half if dtype.itemsize == 2 else other)
+
+
+def overlap_add_softmax(
+    patches: int,
+    channels: int,
+    patch: Sequence[int],
+    volume: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Traffic]:
+    """As ``overlap_add``, of the patches' softmax: the patches are read again with many channels,
+    and two numbers a voxel kept; backward, patches and gradient are both read again."""
+    plain, backward = overlap_add(patches, channels, patch, volume, dtype, backend)
+    voxels = patches * math.prod(patch)
+    read = voxels * channels * dtype.itemsize
+    if channels <= few_channels(dtype, backend):
+        kept, again = 0, 0
+    else:
+        kept, again = 2 * voxels * max(dtype.itemsize, 4), read
+    return [
+        Traffic("overlap_add, softmax", backend, plain.floor, plain.moved + again + 2 * kept, kept),
+        Traffic(
+            "overlap_add_backward, softmax",
+            backend,
+            backward.floor + read,
+            backward.moved + read + 2 * again,
+        ),
+    ]
+
+
 def overlap_add_ring(
     patches: int, channels: int, patch: Sequence[int], dtype: torch.dtype, backend: str
 ) -> Traffic:
@@ -302,6 +344,12 @@ def table(backends: Sequence[str] = ("cuda", "triton")) -> list[dict[str, object
                 what,
                 overlap_add(count, channels, (96,) * 3, (edge,) * 3, torch.float32, backend),
             )
+            for dtype in (torch.float32, torch.bfloat16):
+                what = f"{count} patches of {channels}x96^3 {str(dtype).split('.')[-1]}"
+                add(
+                    what,
+                    overlap_add_softmax(count, channels, (96,) * 3, (edge,) * 3, dtype, backend),
+                )
             add(
                 f"1 patch of {channels}x96^3 float32",
                 [overlap_add_ring(1, channels, (96,) * 3, torch.float32, backend)],
@@ -315,11 +363,11 @@ def table(backends: Sequence[str] = ("cuda", "triton")) -> list[dict[str, object
 
 def print_table(rows: Sequence[dict[str, object]]) -> None:
     print(
-        f"{'kernel':<26}{'backend':<9}{'case':<38}{'floor MB':>11}{'moved/floor':>13}{'kept':>12}"
+        f"{'kernel':<31}{'backend':<9}{'case':<38}{'floor MB':>11}{'moved/floor':>13}{'kept':>12}"
     )
     for row in rows:
         print(
-            f"{row['kernel']:<26}{row['backend']:<9}{row['case']:<38}"
+            f"{row['kernel']:<31}{row['backend']:<9}{row['case']:<38}"
             f"{int(row['floor']) / 1e6:>11.2f}{row['moved_over_floor']:>13}"  # type: ignore[call-overload]
             f"{int(row['workspace']) / 2**20:>8.2f} MiB"  # type: ignore[call-overload]
         )

@@ -317,6 +317,94 @@ def _time(options: argparse.Namespace, peers: Sequence[str], output: str) -> dic
     }
 
 
+# --- probabilities of every patch -----------------------------------------------------------------
+
+#: Classes, of as many voxels a patch; with more, smaller volumes.
+SOFT = ((4, 256, 96), (21, 192, 96), (117, 128, 64))
+
+
+def _soft(options: argparse.Namespace, peers: Sequence[str]) -> list[dict[str, Any]]:
+    """Softmax of every patch, then the mean: inside the addition, by torch.softmax before it, and
+    by the predictor that MONAI is given. Labels out, and the highest memory on the way."""
+    device = torch.device(options.device)
+    results = []
+    for classes, edge, patch in ((4, 64, 32), (21, 64, 32)) if options.quick else SOFT:
+        for dtype in (torch.float32, torch.bfloat16):
+            setting = Setting((edge,) * 3, patch, classes, device, 8)
+            setting.predictor.prepared = setting.predictor.prepared.to(dtype)
+            results.append(_soft_rows(options, peers, setting))
+    return results
+
+
+def _soft_rows(
+    options: argparse.Namespace, peers: Sequence[str], setting: Setting
+) -> dict[str, Any]:
+    predictor = setting.predictor
+
+    def read() -> None:
+        predictor.restart()
+        for _ in range(setting.count):
+            predictor(setting.volume[:1]).sum()
+
+    def before(batch: Tensor) -> Tensor:
+        return torch.softmax(predictor(batch), 1, dtype=torch.float32)
+
+    def fused(predict: Call, **wish: Any) -> Tensor:
+        predictor.restart()
+        return voxfuse.sliding_window_inference(
+            setting.volume, setting.patch, 1, predict, OVERLAP, window="gaussian", stream_axis=0,
+            output="labels", **wish,
+        )  # fmt: skip
+
+    calls: dict[str, Call] = {
+        "read": read,
+        "voxfuse": lambda: fused(predictor, activation="softmax", voting="soft"),
+        "torch.softmax, overlap_add_": lambda: fused(before),
+    }
+    if "monai" in peers:
+        from monai.inferers import sliding_window_inference
+
+        def monai(**wish: Any) -> Tensor:
+            predictor.restart()
+            return sliding_window_inference(
+                setting.volume, setting.patch, 1, before, OVERLAP, mode="gaussian", **wish
+            ).argmax(1, keepdim=True)
+
+        calls["MONAI"] = monai
+    expected = calls["torch.softmax, overlap_add_"]()
+    differ = {"voxfuse": float((calls["voxfuse"]() != expected).double().mean())}
+    if "MONAI" in calls:
+        window = gaussian_window(list(setting.patch)).float().to(setting.device)
+        differ["MONAI"] = float((monai(roi_weight_map=window) != expected).double().mean())
+    # Labels differ where the two greatest means are a rounding apart.
+    if not max(differ.values()) <= 1e-3:
+        raise RuntimeError(f"soft voting: labels differ: {differ}")
+    rounds = min(options.rounds, 3) if options.quick else options.rounds
+    timings = harness.interleave(calls, harness.Clock(setting.device), rounds, options.budget)
+    rows = {name: timing.summary() for name, timing in timings.items()}
+    for name, call in calls.items():
+        if name != "read":
+            rows[name]["peak_bytes"] = harness.peak_extra_bytes(call, setting.device, warm=0)
+    edge, dtype = setting.volume.shape[-1], str(predictor.prepared.dtype).removeprefix("torch.")
+    print(
+        f"\nsoft voting to labels: {setting.classes} classes, {edge}^3, {setting.count} patches of "
+        f"{setting.patch[0]}^3, {dtype}; median of {rows['read']['rounds']} rounds"
+    )
+    for name, row in rows.items():
+        row["over_ours"] = row["median_ms"] / rows["voxfuse"]["median_ms"]
+        peak = f"{row['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in row else ""
+        print(f"  {name:28}{row['median_ms']:9.1f} ms  {row['over_ours']:6.2f} x ours {peak}")
+    return {
+        "classes": setting.classes,
+        "volume": edge,
+        "patch": setting.patch[0],
+        "patches": setting.count,
+        "dtype": dtype,
+        "rows": rows,
+        "differences": differ,
+    }
+
+
 # --- where the time goes --------------------------------------------------------------------------
 
 #: Operators by what they do for a sliding window. "copying" is that of MONAI's predictions, which
@@ -521,7 +609,7 @@ def available(wanted: Sequence[str], device: torch.device) -> list[str]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return everything as data."""
     device = torch.device(options.device)
-    unknown = set(options.parts) - {"time", "split", "memory", "bars", "example"}
+    unknown = set(options.parts) - {"time", "soft", "split", "memory", "bars", "example"}
     if unknown:
         raise SystemExit(f"--parts: got {', '.join(sorted(unknown))}")
     if device.type != "cpu" and {"bars", "example"} & set(options.parts):
@@ -533,6 +621,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         if "time" in options.parts:
             results["time"] = [_time(options, peers, output) for output in ("logits", "labels")]
+        if "soft" in options.parts:
+            results["soft"] = _soft(options, peers)
         if "split" in options.parts:
             results["split"] = _split(options, peers)
         if "memory" in options.parts:

@@ -109,8 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--parts",
         type=names,
         default=["time", "split", "memory"],
-        help="comma-separated: time,split,memory (the default); bars, the peaks at 117 classes and "
-        "at 1024^3; example, examples/many_labels.py (minutes, gigabytes)",
+        help="comma-separated: time,split,memory (the default); soft, softmax of every patch; "
+        "bars, the peaks at 117 classes and at 1024^3; example, examples/many_labels.py "
+        "(minutes, gigabytes)",
     )
     head = commands.add_parser("head", help="the last layer and its loss, fused and apart")
     add_common(head)

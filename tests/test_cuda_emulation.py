@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests import finalize_cases
 from tests.accuracy import assert_accurate
+from tests.activated_cases import CHANNELS, gradient_scale, special_patches
 from tests.confusion_cases import (
     ACTIVATIONS,
     Case,
@@ -782,6 +783,137 @@ def test_mirrored_patches_are_turned_back(overlap_add, patch, volume, dtype):
         overlap_add.overlap_add_(expected, patches, *tables)
         overlap_add.overlap_add_(ring, patches.flip(turned), *tables, flip)
         assert torch.equal(ring, expected)
+
+
+@pytest.mark.parametrize("activation", [1, 2])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fusion_of_activated_patches(overlap_add, activation, channels, dtype):
+    for patch, volume, divided in (
+        ((5,), (23,), False),
+        ((4, 8), (12, 16), True),
+        ((3, 4, 16), (5, 9, 40), channels % 2 == 0),
+    ):
+        count = 6
+        patches, origins, rows, tables, _ = fusion_case(patch, volume, count, channels, dtype)
+        total = None
+        if divided:
+            total = torch.zeros(volume, dtype=torch.float64)
+            fusion_reference.overlap_weights_(total, origins, rows, tables, 0, 0, volume[0])
+        weights = (origins, rows, tables, total)
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        truth, plain = (
+            fusion_reference.overlap_add(patches.to(wide), *weights, volume, activation)
+            for wide in (torch.float64, compute)
+        )
+        assert_accurate(
+            overlap_add.overlap_add(patches, *weights, volume, activation),
+            plain.to(dtype),
+            truth,
+            scale=truth,
+            dtype=dtype,
+            allowance=8 if dtype == compute else 1,
+        )
+        grad = torch.randn(channels, *volume, dtype=torch.float64).to(dtype)
+        truth, plain = (
+            fusion_reference.overlap_add_backward(
+                grad.to(wide), *weights, patches.to(wide), activation
+            )
+            for wide in (torch.float64, compute)
+        )
+        weighted = fusion_reference.overlap_add_backward(grad.double(), *weights)
+        assert_accurate(
+            overlap_add.overlap_add_backward(grad, *weights, patches, activation),
+            plain.to(dtype),
+            truth,
+            scale=gradient_scale(patches, weighted, activation),
+            dtype=dtype,
+            allowance=8 if dtype == compute else 1,
+        )
+
+
+@pytest.mark.parametrize("activation", [1, 2])
+@pytest.mark.parametrize("channels", [1, 4, 11])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_infinities_and_nan_are_those_of_torch(overlap_add, activation, channels, dtype):
+    patches = special_patches(dtype, channels)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    tables = (zero, zero, [torch.full((1, 9), 0.5, dtype=torch.float64)], None)
+    torch.testing.assert_close(
+        overlap_add.overlap_add(patches, *tables, (9,), activation),
+        fusion_reference.overlap_add(patches, *tables, (9,), activation),
+        equal_nan=True,
+    )
+    grad = torch.linspace(-1, 1, 9 * channels).reshape(channels, 9).to(dtype)
+    torch.testing.assert_close(
+        overlap_add.overlap_add_backward(grad, *tables, patches, activation),
+        fusion_reference.overlap_add_backward(grad, *tables, patches, activation),
+        equal_nan=True,
+    )
+
+
+@pytest.mark.parametrize("activation", [1, 2])
+@pytest.mark.parametrize("channels", [3, 9])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activated_bits_depend_on_neither_flips_nor_calls(overlap_add, activation, channels, dtype):
+    patch, volume = (3, 4, 10), (5, 6, 24)
+    patches, origins, rows, weights, _ = fusion_case(patch, volume, 5, channels, dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    whole = torch.ones(channels, *volume, dtype=accumulator)
+    place = (2, 2, 2 + volume[-1])
+    tables = (weights, None, *place)
+    overlap_add.overlap_add_(whole, patches, origins, rows, *tables, 0, 0.0, activation)
+    for flip in range(1, 8):
+        ring = torch.ones_like(whole)
+        mirrored = patches.flip([2 + axis for axis in range(3) if flip >> axis & 1])
+        for part in (slice(0, 3), slice(3, 5)):
+            own = (mirrored[part], origins[part], rows[part])
+            overlap_add.overlap_add_(ring, *own, *tables, flip, 0.0, activation)
+        assert torch.equal(ring, whole)
+    if dtype == accumulator:
+        place = (0, 0, volume[0], 0, 0.0, activation)
+        ring = torch.zeros_like(whole)
+        overlap_add.overlap_add_(ring, patches, origins, rows, weights, None, *place)
+        gathered = overlap_add.overlap_add(
+            patches, origins, rows, weights, None, volume, activation
+        )
+        assert torch.equal(ring, gathered)
+
+
+@pytest.mark.parametrize("channels", [3, 9])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activated_patches_with_a_floor(overlap_add, channels, dtype):
+    patch, volume = (3, 4, 16), (7, 6, 29)
+    grid = plan_grid(volume, patch, 0.5)
+    patches, _, _, tables, _ = fusion_case(patch, volume, len(grid), channels, dtype)
+    vectors = [table[0].numpy() for table in tables]
+    axes = zip(vectors, grid.starts, volume, strict=True)
+    weights = [table[:1].contiguous() for table in tables] + [_cover(*axis) for axis in axes]
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    ring = torch.zeros(channels, *volume, dtype=accumulator)
+    place = (grid.origins, torch.zeros_like(grid.origins), weights, None, 0, 0, volume[0], 0, 0.3)
+    overlap_add.overlap_add_(ring, patches, *place, 2)
+    torch.testing.assert_close(ring.sum(0), torch.ones_like(ring[0]))  # of weights that sum to 1
+    truth, plain = torch.zeros_like(ring).double(), torch.zeros_like(ring)
+    for accumulated in (truth, plain):
+        fusion_reference.overlap_add_(accumulated, patches.to(accumulated.dtype), *place, 2)
+    assert_accurate(ring, plain, truth, scale=truth, dtype=accumulator, allowance=8)
+
+
+def test_a_softmax_of_many_channels_takes_one_launch_more(tmp_path):
+    """And nothing else does: neither a sigmoid nor the backward pass."""
+    log = tmp_path / "launches"
+    operators = emulator.OverlapAdd(EMULATION_LOG=str(log))
+    expected = []
+    for channels, activation, kept in ((3, 2, []), (9, 1, []), (9, 2, ["normalise"])):
+        patches, origins, rows, tables, _ = fusion_case((4, 8), (12, 16), 4, channels, FLOATS[0])
+        weights = (origins, rows, tables, None)
+        fused = operators.overlap_add(patches, *weights, (12, 16), activation)
+        operators.overlap_add_(fused, patches, *weights, 0, 0, 12, 0, 0.0, activation)
+        operators.overlap_add_backward(fused, *weights, patches, activation)
+        expected += [*kept, "gather", *kept, "gather", "scatter_activated"]
+    operators.close()
+    assert [name.split("<")[0] for name, _ in operators.launched(log)] == expected
 
 
 def test_a_voxel_under_one_patch_keeps_its_bits(overlap_add):

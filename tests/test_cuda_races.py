@@ -189,6 +189,13 @@ def test_fusion(dtype):
         expected, patches.to(ring.dtype), origins, rows, tables, None, 0, 0, volume[0]
     )
     torch.testing.assert_close(ring, expected, rtol=1e-5, atol=1e-5)
+    many = torch.randn(14, 9, *patch).to(dtype)  # a softmax in two launches
+    ring = torch.zeros(9, *volume, dtype=torch.promote_types(dtype, torch.float32))
+    expected = ring.clone()
+    place = (origins, rows, tables, None, 0, 0, volume[0], 0, 0.0, 2)
+    operators.overlap_add_(ring, many, *place)
+    fusion_reference.overlap_add_(expected, many.to(ring.dtype), *place)
+    torch.testing.assert_close(ring, expected, rtol=1e-5, atol=1e-5)
     total = torch.zeros(volume, dtype=torch.float64)
     operators.overlap_weights_(total, origins, rows, tables, 0, 0, volume[0])
     expected = total.clone().zero_()

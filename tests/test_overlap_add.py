@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from torch import Tensor
 
 import voxfuse
 from tests.accuracy import assert_accurate, compute_dtype
+from tests.activated_cases import CHANNELS, gradient_scale, special_patches
 from voxfuse import _library
 from voxfuse.fusion.grids import _cover, plan_grid, weights_for_origins
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops import overlap_add as ops
+from voxfuse.reference.overlap_add import activated
 
 ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,21 +44,43 @@ class Case:
     weights: list[Tensor]
     total: Tensor | None
     volume: tuple[int, ...]
+    activation: int = 0
 
     def forward(self, namespace=torch.ops.voxfuse, patches=None) -> Tensor:
         patches = self.patches if patches is None else patches
         return namespace.overlap_add(
-            patches, self.origins, self.rows, self.weights, self.total, list(self.volume)
+            patches,
+            self.origins,
+            self.rows,
+            self.weights,
+            self.total,
+            list(self.volume),
+            self.activation,
         )
 
     def backward(self, grad, namespace=torch.ops.voxfuse) -> Tensor:
         return namespace.overlap_add_backward(
-            grad, self.origins, self.rows, self.weights, self.total
+            grad,
+            self.origins,
+            self.rows,
+            self.weights,
+            self.total,
+            self.patches.to(grad.dtype) if self.activation else None,
+            self.activation,
         )
 
 
 def make_case(
-    volume, patch, count, *, channels=2, dtype=torch.float32, dense=False, general=False, seed=0
+    volume,
+    patch,
+    count,
+    *,
+    channels=2,
+    dtype=torch.float32,
+    dense=False,
+    general=False,
+    activation=0,
+    seed=0,
 ) -> Case:
     """Random patches at random origins, some of them partly or wholly outside the volume."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,25 +102,24 @@ def make_case(
         total = torch.zeros(volume, dtype=torch.float64)
         ops.overlap_weights_(total, origins, rows, weights, backend="reference")
     patches = torch.randn(count, channels, *patch, generator=generator).to(dtype)
-    return Case(patches, origins, rows, weights, total, tuple(volume))
+    return Case(patches, origins, rows, weights, total, tuple(volume), activation)
 
 
 CASES = dict(
     volume=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     patch=st.lists(st.integers(1, 37), min_size=3, max_size=3),
     count=st.integers(0, 6),
-    channels=st.integers(1, 3),
+    channels=st.sampled_from([1, 2, 3, 11]),
     dtype=st.sampled_from(DTYPES),
     dense=st.booleans(),
     general=st.booleans(),
+    activation=st.integers(0, 2),
     seed=st.integers(0, 3),
 )
 
 
 def in_float64(case: Case) -> Case:
-    return Case(
-        case.patches.double(), case.origins, case.rows, case.weights, case.total, case.volume
-    )
+    return dataclasses.replace(case, patches=case.patches.double())
 
 
 def weight_of_patch(case: Case, i: int) -> Tensor:
@@ -112,13 +136,17 @@ def brute_force(case: Case) -> np.ndarray:
     """The volume voxel by voxel."""
     result = np.zeros((case.patches.shape[1], *case.volume))
     total = np.zeros(case.volume)
+    values = case.patches.double().numpy()
+    if case.activation == 1:
+        values = 1 / (1 + np.exp(-values))
+    elif case.activation == 2:
+        values = np.exp(values) / np.exp(values).sum(1, keepdims=True)
     for i, origin in enumerate(case.origins.tolist()):
         weight = weight_of_patch(case, i).numpy()
         for t in np.ndindex(*weight.shape):
             x = tuple(o + s for o, s in zip(origin, t, strict=True))
             if all(0 <= a < b for a, b in zip(x, case.volume, strict=True)):
-                value = case.patches[(i, slice(None), *t)].double().numpy()
-                result[(slice(None), *x)] += weight[t] * value
+                result[(slice(None), *x)] += weight[t] * values[(i, slice(None), *t)]
                 total[x] += weight[t]
     if case.total is None:
         return result
@@ -128,8 +156,18 @@ def brute_force(case: Case) -> np.ndarray:
 def weight_magnitude(case: Case) -> Tensor:
     """Sum of |weight x value| over the patches at every voxel: what rounding errors scale with."""
     case = in_float64(case)
-    case.patches = case.patches.abs()
+    if not case.activation:
+        case.patches = case.patches.abs()
     return case.forward(torch.ops.voxfuse_reference)
+
+
+def assert_same(actual: Tensor, expected: Tensor, case: Case, namespace) -> None:
+    """To the bit; but PyTorch, and with it the reference, rounds an activation by where it lies."""
+    if case.activation and namespace is torch.ops.voxfuse_reference:
+        eps = torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=8 * eps)
+    else:
+        assert torch.equal(actual, expected)
 
 
 # --- The reference itself ------------------------------------------------------------------------
@@ -137,11 +175,11 @@ def weight_magnitude(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("activation", [0, 1, 2])
 @pytest.mark.parametrize("volume", [(9,), (7, 5), (5, 6, 4)])
-def test_reference_equals_the_definition(volume, dense, general):
-    case = make_case(
-        volume, (4, 3, 3)[: len(volume)], 5, dtype=torch.float64, dense=dense, general=general
-    )
+def test_reference_equals_the_definition(volume, dense, general, activation):
+    options = {"dtype": torch.float64, "dense": dense, "general": general}
+    case = make_case(volume, (4, 3, 3)[: len(volume)], 5, activation=activation, **options)
     actual = case.forward(torch.ops.voxfuse_reference)
     np.testing.assert_allclose(actual.numpy(), brute_force(case), rtol=1e-13, atol=1e-15)
 
@@ -187,6 +225,8 @@ def plain_pytorch(case: Case, dtype: torch.dtype) -> Tensor:
             target.append(slice(first, last))
         else:
             block = case.patches[(i, slice(None), *source)].to(dtype)
+            if case.activation:
+                block = block.softmax(0) if case.activation == 2 else block.sigmoid()
             volume[(slice(None), *target)] += weight[tuple(source)] * block
             total[tuple(target)] += weight[tuple(source)]
     if case.total is None:
@@ -197,17 +237,82 @@ def plain_pytorch(case: Case, dtype: torch.dtype) -> Tensor:
 @needs_library
 @POISONED
 @hypothesis.given(**CASES)
-def test_backward_is_the_reference_up_to_rounding(poisoned_memory, **options):
+def test_backward_is_as_accurate_as_plain_pytorch(poisoned_memory, **options):
     options["patch"] = options["patch"][: len(options["volume"])]
     case = make_case(**options)
-    grad = torch.randn(case.patches.shape[1], *case.volume).to(case.patches.dtype)
+    dtype = case.patches.dtype
+    wide = compute_dtype(dtype)
+    grad = torch.randn(case.patches.shape[1], *case.volume).to(dtype)
     actual = case.backward(grad)
-    truth = case.backward(grad.double(), torch.ops.voxfuse_reference)
-    assert actual.dtype == grad.dtype
-    eps = torch.finfo(grad.dtype).eps
-    torch.testing.assert_close(
-        actual.double(), truth, rtol=4 * eps, atol=torch.finfo(grad.dtype).tiny
+    truth, plain = (
+        case.backward(grad.to(kind), torch.ops.voxfuse_reference) for kind in (torch.float64, wide)
     )
+    assert actual.dtype == dtype
+    if len(case.origins) == 0:
+        return
+    weighted = dataclasses.replace(case, activation=0).backward(
+        grad.double(), torch.ops.voxfuse_reference
+    )
+    assert_accurate(
+        actual,
+        plain.to(dtype),
+        truth,
+        scale=gradient_scale(case.patches, weighted, case.activation),
+        dtype=dtype,
+        allowance=1 if dtype != wide else 4 + case.patches.shape[1] / 2,
+        what="backward",
+    )
+    assert bool((actual[weighted == 0] == 0).all())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [*CHANNELS, 130, 1100])
+@pytest.mark.parametrize("activation", [1, 2])
+def test_activated_patches_of_any_number_of_channels(dtype, channels, activation, poisoned_memory):
+    """Blocks of voxels of every kind: parts of rows, rows, several rows."""
+    wide = compute_dtype(dtype)
+    for volume, patch, count in (((5, 21, 33), (3, 16, 17), 4), ((3, 700), (2, 600), 3)):
+        if channels > 200 and dtype != torch.float32:
+            volume, patch = volume[-2:], patch[-2:]
+        options = {"channels": channels, "dtype": dtype, "general": channels % 2 == 0}
+        case = make_case(volume, patch, count, activation=activation, **options)
+        truth = in_float64(case).forward(torch.ops.voxfuse_reference)
+        plain = plain_pytorch(case, wide).to(dtype)
+        # Sums over the channels round once a term.
+        allowance = 1 if dtype != wide else 4 + count + channels / 2
+        assert_accurate(case.forward(), plain, truth, scale=truth, dtype=dtype, allowance=allowance)
+        grad = torch.randn(channels, *volume).to(dtype)
+        weighted = dataclasses.replace(case, activation=0).backward(grad.double())
+        assert_accurate(
+            case.backward(grad),
+            case.backward(grad.to(wide), torch.ops.voxfuse_reference).to(dtype),
+            case.backward(grad.double(), torch.ops.voxfuse_reference),
+            scale=gradient_scale(case.patches, weighted, activation),
+            dtype=dtype,
+            allowance=1 if dtype != wide else 4 + channels / 2,
+        )
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 4, 11])
+def test_infinities_and_nan_are_those_of_torch(namespace, dtype, channels):
+    patches = special_patches(dtype, channels)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    half = [torch.full((1, 9), 0.5, dtype=torch.float64)]
+    for activation, function in ((1, torch.sigmoid), (2, lambda p: p.softmax(1))):
+        case = Case(patches, zero, zero, half, None, (9,), activation)
+        leaf = patches.to(compute_dtype(dtype)).requires_grad_()
+        expected = 0.5 * function(leaf)[0]
+        torch.testing.assert_close(
+            case.forward(namespace), expected.detach().to(dtype), equal_nan=True
+        )
+        grad = torch.linspace(-1, 1, 9 * channels).reshape(channels, 9).to(dtype)
+        (gradient,) = torch.autograd.grad(expected, leaf, grad.to(leaf.dtype))
+        torch.testing.assert_close(
+            case.backward(grad, namespace), gradient.to(dtype), equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
@@ -225,6 +330,57 @@ COVER = [torch.rand(2, size, dtype=torch.float64) for size in (6, 5, 7)]
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_gradients_of_activated_patches(namespace, general, activation):
+    code = {"sigmoid": 1, "softmax": 2}[activation]
+    options = {"dtype": torch.float64, "general": general, "activation": code}
+    case = make_case((7, 6), (4, 3), 4, channels=3, **options)
+    patches = case.patches.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: case.forward(namespace, p), patches)
+    total = case.forward(namespace, patches).square().sum()
+    (first,) = torch.autograd.grad(total, patches, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again with an activation"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid", "softmax"])
+def test_transforms_take_an_activation(activation):
+    """torch.func.grad and vmap, as autograd and a loop do it."""
+    patches = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+
+    def energy(p):
+        fused = voxfuse.overlap_add(p, [[0, 3]], (8,), activation=activation)
+        return fused.square().sum()
+
+    expected = []
+    for p in patches:
+        leaf = p.clone().requires_grad_()
+        energy(leaf).backward()
+        expected.append(leaf.grad)
+    mapped = torch.func.vmap(torch.func.grad(energy))(patches)
+    torch.testing.assert_close(mapped, torch.stack(expected))
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """The patches, where they are activated, and nothing of the size of the volume or the patches
+    otherwise."""
+    patches = torch.randn(2, 3, 4, requires_grad=True)
+    for activation in ("none", "softmax"):
+        kept = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            voxfuse.overlap_add(patches, [[0, 2]], (6,), activation=activation)
+        floating = [t for t in kept if t.dtype == torch.float32]
+        expected = [] if activation == "none" else [patches.data_ptr()]
+        assert [t.data_ptr() for t in floating] == expected
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "empty", "length one"])
 @pytest.mark.parametrize("general", [False, True])
 def test_opcheck(namespace, layout, general):
@@ -238,14 +394,22 @@ def test_opcheck(namespace, layout, general):
     patches = case.patches.detach().requires_grad_()
     tables = (case.origins, case.rows, case.weights, case.total)
     torch.library.opcheck(namespace.overlap_add.default, (patches, *tables, list(case.volume)))
+    for activation in (1, 2):
+        call = (patches, *tables, list(case.volume), activation)
+        torch.library.opcheck(namespace.overlap_add.default, call)
     grad = torch.randn(2, *case.volume, requires_grad=True)
     torch.library.opcheck(namespace.overlap_add_backward.default, (grad, *tables))
+    activated_call = (grad.detach(), *tables, case.patches, 2)
+    torch.library.opcheck(namespace.overlap_add_backward.default, activated_call)
     ring = torch.zeros(2, *case.volume)
     torch.library.opcheck(
         namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5)
     )
     torch.library.opcheck(
         namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5, 6)
+    )
+    torch.library.opcheck(
+        namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5, 6, 0.0, 2)
     )
     tall = torch.zeros(2, 5, 5, 7)
     factors = (case.origins, case.rows, [*case.weights, *COVER])
@@ -256,14 +420,22 @@ def test_opcheck(namespace, layout, general):
     torch.library.opcheck(namespace.overlap_weights_.default, (total, *tables[:3], 0, 0, 6))
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("activation", ["none", "softmax"])
+def test_compiles_to_one_graph(activation):
     case = make_case((6, 5, 7), (3, 4, 5), 3)
+    tables = (case.origins, case.rows, case.weights, case.volume)
 
     def fuse(patches):
-        return ops.overlap_add(patches, case.origins, case.rows, case.weights, case.volume) * 2
+        return ops.overlap_add(patches, *tables, activation=activation) * 2
 
     compiled = torch.compile(fuse, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(case.patches), fuse(case.patches))
+    gradients = []
+    for call in (compiled, fuse):
+        leaf = case.patches.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 # --- The ring form --------------------------------------------------------------------------------
@@ -291,11 +463,14 @@ def test_ring_holds_a_window_of_the_volume(namespace, data, **options):
 
     volume = torch.zeros(case.patches.shape[1], *case.volume, dtype=wide)
     tables = (case.origins, case.rows, case.weights)
-    namespace.overlap_add_(volume, case.patches, *tables, case.total, 0, 0, case.volume[0])
+    activation = (0, 0.0, case.activation)
+    namespace.overlap_add_(
+        volume, case.patches, *tables, case.total, 0, 0, case.volume[0], *activation
+    )
     total = None if case.total is None else in_slots(case.total, 0, 1.0)
     ring = in_slots(torch.zeros_like(volume), 1, 5.0)
-    namespace.overlap_add_(ring, case.patches, *tables, total, axis, start, stop)
-    torch.testing.assert_close(ring, in_slots(volume, 1, 5.0), rtol=0, atol=0)
+    namespace.overlap_add_(ring, case.patches, *tables, total, axis, start, stop, *activation)
+    assert_same(ring, in_slots(volume, 1, 5.0), case, namespace)
 
     sums = torch.zeros(case.volume, dtype=torch.float64)
     namespace.overlap_weights_(sums, *tables, 0, 0, case.volume[0])
@@ -320,16 +495,19 @@ def test_mirrored_patches_are_turned_back(namespace, data, **options):
     shape = (case.patches.shape[1], *case.volume)
     ring = torch.full(shape, 2.0, dtype=compute_dtype(case.patches.dtype))
     expected = ring.clone()
-    namespace.overlap_add_(expected, case.patches, *tables, *place)
-    namespace.overlap_add_(ring, case.patches.flip(turned), *tables, *place, flip)
-    assert torch.equal(ring, expected)
+    namespace.overlap_add_(expected, case.patches, *tables, *place, 0, 0.0, case.activation)
+    mirrored = case.patches.flip(turned)
+    namespace.overlap_add_(ring, mirrored, *tables, *place, flip, 0.0, case.activation)
+    assert_same(ring, expected, case, namespace)
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_batches(namespace, dtype, general):
-    case = make_case((17, 19, 23), (9, 8, 10), 7, dtype=dtype, general=general)
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_bits_do_not_depend_on_the_batches(namespace, dtype, general, activation):
+    options = {"dtype": dtype, "general": general, "activation": activation}
+    case = make_case((17, 19, 23), (9, 8, 10), 7, **options)
     wide = compute_dtype(dtype)
     results = []
     for size in (7, 3, 1):
@@ -346,10 +524,14 @@ def test_bits_do_not_depend_on_the_batches(namespace, dtype, general):
                 0,
                 0,
                 17,
+                0,
+                0.0,
+                activation,
             )
         results.append(volume)
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert torch.equal(results[0].to(dtype), case.forward(namespace))
+    for result in results:
+        assert_same(result, results[0], case, namespace)
+    assert_same(results[0].to(dtype), case.forward(namespace), case, namespace)
 
 
 # --- Weights with a lower bound -------------------------------------------------------------------
@@ -419,6 +601,22 @@ def test_a_floor_is_what_the_dense_window_and_its_sum_give(namespace, data, **op
     u = torch.finfo(wide).eps / 2 * (2 if wide == torch.float64 else 1)
     bound = (len(dense[0]) + 12) * u * in_slots(size)
     assert ((ring.double() - in_slots(full)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [1, 2])
+def test_activated_patches_with_a_floor(namespace, dtype, activation):
+    """In a ring and of mirrored patches; what is activated beforehand gives the same."""
+    volume, floor = (23, 20, 31), 0.2
+    (patches, *tables), _ = floored_case(volume, (9, 10, 16), 0.5, floor, dtype)
+    wide = compute_dtype(dtype)
+    place = (None, 2, 3, 28, 5, floor)
+    rings = [torch.zeros(2, 23, 20, 25, dtype=wide) for _ in range(2)]
+    namespace.overlap_add_(rings[0], patches, *tables, *place, activation)
+    namespace.overlap_add_(rings[1], activated(patches.to(wide), activation, 1), *tables, *place)
+    eps = torch.finfo(wide).eps
+    torch.testing.assert_close(*rings, rtol=8 * eps, atol=eps)
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
@@ -495,8 +693,10 @@ def test_a_bad_floor_is_refused_by_the_operator():
 @needs_library
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads_or_run(dtype, general):
-    case = make_case((17, 19, 41), (9, 8, 10), 12, dtype=dtype, general=general)
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_bits_do_not_depend_on_threads_or_run(dtype, general, activation):
+    options = {"dtype": dtype, "general": general, "activation": activation}
+    case = make_case((17, 19, 41), (9, 8, 10), 12, **options)
     grad = torch.randn(2, *case.volume).to(dtype)
     before = torch.get_num_threads()
     try:
@@ -682,6 +882,11 @@ def bad_call(function, changes, error, message):
             ValueError,
             "backend: got 'fast', expected one of 'auto', 'reference', 'cpp', 'cuda', 'triton'",
         ),
+        (
+            {"activation": "relu"},
+            ValueError,
+            "activation: got 'relu', expected one of 'none', 'sigmoid', 'softmax'",
+        ),
     ],
 )
 def test_bad_input(changes, error, message):
@@ -794,6 +999,11 @@ def test_bad_tables(changes, error, message):
             ValueError,
             "patches: require grad, but overlap_add_ has none; use overlap_add",
         ),
+        (
+            {"activation": 2},
+            ValueError,
+            "activation: got 2, expected one of 'none', 'sigmoid', 'softmax'",
+        ),
     ],
 )
 def test_bad_rings(changes, error, message):
@@ -828,6 +1038,42 @@ def test_the_compiled_operator_checks_for_itself():
     ):
         with pytest.raises(RuntimeError, match=r"(patches|origins|weights|total): "):
             torch.ops.voxfuse.overlap_add(*wrong)
+
+
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+def test_operators_check_the_activation(namespace):
+    case = make_case((6, 5), (4, 3), 2)
+    grad, tables = torch.ones(2, 6, 5), (case.origins, case.rows, case.weights, case.total)
+    for wrong in (-1, 3):
+        for call in (
+            lambda n=wrong: namespace.overlap_add(case.patches, *tables, [6, 5], n),
+            lambda n=wrong: namespace.overlap_add_(grad, case.patches, *tables, 0, 0, 6, 0, 0.0, n),
+            lambda n=wrong: namespace.overlap_add_backward(grad, *tables, case.patches, n),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=f"activation: got {wrong}, exp"):
+                call()
+    with pytest.raises((ValueError, RuntimeError), match="patches: got None"):
+        namespace.overlap_add_backward(grad, *tables, None, 2)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_an_activation_is_that_of_the_patches(activation):
+    """On a grid and on the general path, and differentiable."""
+    plan = plan_grid((30, 21), (8, 9), 0.5)
+    patches = torch.randn(len(plan), 3, 8, 9, dtype=torch.float64, requires_grad=True)
+    code = {"sigmoid": 1, "softmax": 2}[activation]
+    for origins, window in ((plan, "bspline"), (plan.origins, voxfuse.bspline_window((8, 9), 5))):
+        fused = voxfuse.overlap_add(patches, origins, (30, 21), window, activation=activation)
+        expected = voxfuse.overlap_add(activated(patches, code, 1), origins, (30, 21), window)
+        torch.testing.assert_close(fused, expected, rtol=1e-13, atol=1e-14)
+        grad = torch.randn_like(fused)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, patches, grad) for x in (fused, expected)),
+            rtol=1e-12,
+            atol=1e-14,
+        )
+        if activation == "softmax":
+            torch.testing.assert_close(fused.sum(0), torch.ones_like(fused[0]))
 
 
 def test_every_combination_of_axes_and_form_runs():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
+from tests.activated_cases import CHANNELS, gradient_scale, special_patches
 from voxfuse.ops import overlap_add as wrappers
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -33,6 +34,7 @@ class Case:
     dense: bool = False
     total: bool = False
     layout: str = "contiguous"
+    activation: int = 0
     seed: int = 0
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor | None]:
@@ -82,10 +84,13 @@ def check(case: Case) -> None:
     compute = compute_dtype(case.dtype)
     rounding = 8 if case.dtype == compute else 1
     volume = list(case.volume)
-    actual = OPERATORS.overlap_add(*on_device(patches, *tables), volume)
-    truth = REFERENCE.overlap_add(patches.double(), *tables, volume)
-    plain = REFERENCE.overlap_add(patches.to(compute), *tables, volume)
-    magnitude = REFERENCE.overlap_add(patches.double().abs(), *tables, volume)
+    activation = case.activation
+    actual = OPERATORS.overlap_add(*on_device(patches, *tables), volume, activation)
+    truth = REFERENCE.overlap_add(patches.double(), *tables, volume, activation)
+    plain = REFERENCE.overlap_add(patches.to(compute), *tables, volume, activation)
+    magnitude = truth
+    if activation == 0:
+        magnitude = REFERENCE.overlap_add(patches.double().abs(), *tables, volume)
     assert actual.dtype == case.dtype
     # At most 8 patches lie over a voxel here: so many products and sums are rounded.
     assert_accurate(
@@ -103,15 +108,18 @@ def check(case: Case) -> None:
         return
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(actual.shape, generator=generator).to(case.dtype)
-    gradient = OPERATORS.overlap_add_backward(*on_device(grad, *tables))
-    true_gradient = REFERENCE.overlap_add_backward(grad.double(), *tables)
-    plain_gradient = REFERENCE.overlap_add_backward(grad.to(compute), *tables)
+    gradient = OPERATORS.overlap_add_backward(*on_device(grad, *tables, patches), activation)
+    true_gradient, plain_gradient = (
+        REFERENCE.overlap_add_backward(grad.to(wide), *tables, patches.to(wide), activation)
+        for wide in (torch.float64, compute)
+    )
+    weighted = REFERENCE.overlap_add_backward(grad.double(), *tables)
     assert gradient.dtype == case.dtype
     assert_accurate(
         gradient,
         plain_gradient.to(case.dtype),
         true_gradient,
-        scale=true_gradient.abs(),
+        scale=gradient_scale(patches, weighted, activation),
         dtype=case.dtype,
         allowance=rounding,
         what=f"gradient of {case}",
@@ -138,6 +146,89 @@ def test_any_number_of_axes(volume, patch, dense):
 @pytest.mark.parametrize("channels", [1, 2, 9])
 def test_channels(channels):
     check(Case(channels=channels, count=4))
+
+
+@pytest.mark.parametrize("activation", [1, 2])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_activated_patches(activation, channels):
+    for dtype, total, dense in zip(
+        DTYPES, (False, True, False, True), (False, False, True, True), strict=True
+    ):
+        case = Case(channels=channels, count=4, dtype=dtype, total=total, dense=dense)
+        check(dataclasses.replace(case, activation=activation))
+
+
+@pytest.mark.parametrize("activation", [1, 2])
+def test_activated_patches_of_any_layout_and_axes(activation):
+    for volume, patch in (((17,), (5,)), ((9, 11), (4, 6)), ((2, 3, 5), (4, 5, 8))):
+        check(Case(volume=volume, patch=patch, channels=9, activation=activation))
+    check(Case(layout="channels_last", channels=4, activation=activation))
+    check(Case(layout="channels_last", channels=10, activation=activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 4, 11])
+@pytest.mark.parametrize("activation", [1, 2])
+def test_infinities_and_nan_are_those_of_torch(dtype, channels, activation):
+    patches = special_patches(dtype, channels)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    tables = (zero, zero, [torch.full((1, 9), 0.5, dtype=torch.float64)], None)
+    actual = OPERATORS.overlap_add(*on_device(patches, *tables), [9], activation)
+    expected = REFERENCE.overlap_add(patches, *tables, [9], activation)
+    torch.testing.assert_close(actual.cpu(), expected, equal_nan=True)
+    grad = torch.linspace(-1, 1, 9 * channels).reshape(channels, 9).to(dtype)
+    gradient = OPERATORS.overlap_add_backward(*on_device(grad, *tables, patches), activation)
+    expected = REFERENCE.overlap_add_backward(grad, *tables, patches, activation)
+    torch.testing.assert_close(gradient.cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [3, 9])
+@pytest.mark.parametrize("activation", [1, 2])
+def test_activated_bits_depend_on_neither_flips_nor_calls(channels, activation):
+    case = Case(count=5, channels=channels)
+    patches, *tables = case.tensors()
+    place = (2, 1, 1 + case.volume[2])
+    whole = torch.ones(channels, *case.volume, device=DEVICE)
+    OPERATORS.overlap_add_(whole, *on_device(patches, *tables), *place, 0, 0.0, activation)
+    for flip in range(1, 8):
+        ring = torch.ones_like(whole)
+        for first in range(0, 5, 2):
+            part = slice(first, first + 2)
+            mirrored = patches[part].flip([2 + a for a in range(3) if flip >> a & 1])
+            origins, rows, weights, total = tables
+            own = on_device(mirrored, origins[part], rows[part], weights, total)
+            OPERATORS.overlap_add_(ring, *own, *place, flip, 0.0, activation)
+        assert torch.equal(ring, whole)
+    zero = torch.zeros_like(whole)
+    OPERATORS.overlap_add_(
+        zero, *on_device(patches, *tables), 0, 0, case.volume[0], 0, 0.0, activation
+    )
+    volume = list(case.volume)
+    gathered = OPERATORS.overlap_add(*on_device(patches, *tables), volume, activation)
+    assert torch.equal(zero, gathered)
+
+
+@pytest.mark.parametrize("channels", [3, 9])
+def test_activated_patches_with_a_floor(channels):
+    case = Case(count=4, channels=channels)
+    patches, origins, rows, weights, _ = case.tensors()
+    cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
+    tables = (origins, rows, [*weights, *cover], None, 0, 0, case.volume[0], 1, 0.3, 2)
+    ring, expected = (torch.zeros(channels, *case.volume) for _ in range(2))
+    REFERENCE.overlap_add_(expected, patches, *tables)
+    ring = ring.to(DEVICE)
+    OPERATORS.overlap_add_(ring, *on_device(patches, *tables))
+    torch.testing.assert_close(ring.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_activations():
+    patches, *tables = Case().tensors()
+    for call in (
+        lambda: OPERATORS.overlap_add(*on_device(patches, *tables), [3, 6, 7], 3),
+        lambda: OPERATORS.overlap_add_backward(*on_device(patches[0], *tables), None, -1),
+    ):
+        with pytest.raises(ValueError, match="activation: got"):
+            call()
 
 
 def test_channels_last_patches_are_read_in_place():
@@ -307,6 +398,8 @@ def test_opcheck():
     )
     grad = torch.randn(case.channels, *case.volume)
     torch.library.opcheck(OPERATORS.overlap_add_backward.default, (grad, *tables))
+    activated = (patches.detach().requires_grad_(), *tables, list(case.volume), 2)
+    torch.library.opcheck(OPERATORS.overlap_add.default, activated)
     ring = torch.zeros(case.channels, *case.volume)
     arguments = (ring, patches.detach(), *tables, 0, 0, 6)
     torch.library.opcheck(OPERATORS.overlap_add_.default, arguments)

@@ -187,6 +187,16 @@ CASES = (
             ("ring-floor", dict(ring=0, channels=4, floor=True)),
             ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
             ("backward", dict(backward=True, dtype="bfloat16")),
+            ("sigmoid", dict(channels=8, activation=1)),
+            ("softmax-few", dict(channels=8, activation=2)),
+            ("softmax-many-bfloat16", dict(channels=8, activation=2, many=True, dtype="bfloat16")),
+            ("ring-softmax-few-bfloat16", dict(ring=0, activation=2, dtype="bfloat16")),
+            ("ring-softmax-many", dict(ring=2, activation=2, many=True, total=True)),
+            ("softmax-normalise", dict(activation=2, normalise=True)),
+            ("softmax-normalise-bfloat16", dict(activation=2, normalise=True, dtype="bfloat16")),
+            ("softmax-backward", dict(activation=2, backward=True)),
+            ("softmax-backward-bfloat16", dict(activation=2, backward=True, dtype="bfloat16")),
+            ("sigmoid-backward", dict(activation=1, backward=True, total=True)),
         )
         for case in everywhere("overlap_add", f"fusion-{name}", **options)
     ),
@@ -420,6 +430,9 @@ def _overlap_add_instance(
     weights: bool = False,
     backward: bool = False,
     floor: bool = False,
+    activation: int = 0,
+    many: bool = False,
+    normalise: bool = False,
 ) -> Instance:
     import torch
 
@@ -437,8 +450,11 @@ def _overlap_add_instance(
     if not backward:
         constants |= {"RING": ring, "ADD": ring >= 0, "WEIGHTS": weights}
         constants["ORIGINS"] = kernels.ORIGINS
+    if activation or not backward:
+        constants |= {"ACTIVATION": activation, "STEP": kernels.STEP}
     pointer = TYPES[dtype]
     types: dict[str, Any] = {
+        "softmax": "*fp32" if many or normalise else None,
         "patches": None if weights else pointer,
         "output": "*fp32" if ring >= 0 and not weights else pointer,
         "grad": pointer,
@@ -457,7 +473,10 @@ def _overlap_add_instance(
         types |= dict.fromkeys(ones, 1)
     kernel, registers = kernels._gather, kernels.REGISTERS
     if backward:
-        kernel, registers = kernels._scatter, None
+        kernel, registers = kernels._scatter_activated if activation else kernels._scatter, None
+    if normalise:
+        kernel, registers = kernels._normalise, None
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return Instance(kernel, constants, types, 4, ("size_x",), registers)
 
 

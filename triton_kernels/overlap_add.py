@@ -6,6 +6,10 @@ registers; then every voxel of the tile is written once. The weights of a patch 
 for all channels of the program. No atomics, so that the bits do not depend on anything but the
 patches and their order.
 
+The softmax of a patch needs the greatest value and the sum over the channels of each of its voxels.
+Up to FEW channels a program works them out whenever it adds a patch, from what the caches hold of
+it; with more they are two numbers a voxel, which a launch before works out.
+
 Volumes of one or two axes have leading axes of extent 1.
 """
 
@@ -15,11 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
+from voxfuse.reference.overlap_add import ACTIVATIONS, checked_activation
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
+    exponential,
     most_registers,
     power_of_two,
+    reciprocal,
 )
 
 #: Channels that a program adds up together; half as many in a ring, which takes more registers.
@@ -29,6 +36,10 @@ TILE = 512
 MAX_WIDTH = 128
 #: Origins that are compared with a tile at once.
 ORIGINS = 128
+#: Channels whose softmax is worked out anew. It decides on bits, and so depends on nothing else.
+FEW = 8
+#: Channels that a softmax takes up together.
+STEP = 4
 #: Registers that the gathering kernel may take.
 REGISTERS = 128
 
@@ -140,6 +151,91 @@ def _cover(table, k, x, inside, size, axis: tl.constexpr, AXES: tl.constexpr):
 
 
 @triton.jit
+def _exponentials(source, channels, step, base, mask, greatest, STEP: tl.constexpr, DTYPE):
+    """Of STEP channels from ``base`` on, of their distance to the greatest value up to them.
+
+    Returns that value, by what to scale what came before, and the exponentials.
+    """
+    values = ()
+    top = greatest
+    channel = tl.zeros([1, 1], tl.int64) + base
+    for c in tl.static_range(STEP):
+        here = mask & (channel + c < channels)
+        value = tl.load(source + (channel + c) * step, mask=here, other=float("-inf")).to(DTYPE)
+        top = tl.where(value > top, value, top)
+        values = values + (value,)
+    # Channels of -infinity before the first number weigh nothing.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    factor = exponential(greatest - shift, DTYPE)
+    result = ()
+    for c in tl.static_range(STEP):
+        result = result + (exponential(values[c] - shift, DTYPE),)
+    return top, factor, result
+
+
+@triton.jit
+def _softmax(source, channels, step, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP, DTYPE):
+    """The greatest value over the channels, and one over the sum of the exponentials."""
+    greatest = tl.full([HEIGHT, WIDTH], float("-inf"), DTYPE)
+    total = tl.zeros([HEIGHT, WIDTH], DTYPE)
+    for base in range(0, channels, STEP):
+        greatest, factor, e = _exponentials(
+            source, channels, step, base, mask, greatest, STEP, DTYPE
+        )
+        total = total * factor
+        for c in tl.static_range(STEP):
+            total += e[c]
+    return greatest, reciprocal(total, DTYPE)
+
+
+@triton.jit
+def _probability(value, greatest, ACTIVATION: tl.constexpr, DTYPE):
+    """The sigmoid, or the numerator of the softmax."""
+    if ACTIVATION == 1:
+        e = exponential(-tl.abs(value), DTYPE)
+        value = tl.where(value < 0, e, 1.0) * reciprocal(1.0 + e, DTYPE)
+    elif ACTIVATION == 2:
+        value = exponential(value - greatest, DTYPE)
+    return value
+
+
+@triton.jit
+def _normalise(
+    patches,
+    softmax,
+    channels,
+    patch_z,
+    patch_y,
+    patch_x,
+    patches_n,
+    patches_c,
+    patches_z,
+    patches_y,
+    patches_x,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``_softmax`` of every voxel, (N, 2, *patch), of a tile of one slice of one patch."""
+    tiles_x = tl.cdiv(patch_x, WIDTH)
+    tiles_y = tl.cdiv(patch_y, HEIGHT)
+    tile = tl.program_id(0)
+    x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    z = (tile // tiles_x // tiles_y) % patch_z + tl.zeros([1, 1], tl.int64)
+    patch = (tile // tiles_x // tiles_y // patch_z).to(tl.int64)
+    inside = (y < patch_y) & (x < patch_x)
+    source = patches + patch * patches_n + z * patches_z + y * patches_y + x * patches_x
+    step = tl.zeros([1, 1], tl.int64) + patches_c
+    greatest, inverse = _softmax(source, channels, step, inside, HEIGHT, WIDTH, STEP, DTYPE)
+    extent = tl.full([1, 1], 1, tl.int64) * patch_z * patch_y * patch_x
+    place = softmax + 2 * patch * extent + (z * patch_y + y) * patch_x + x
+    tl.store(place, greatest, mask=inside)
+    tl.store(place + extent, inverse, mask=inside)
+
+
+@triton.jit
 def _gather(
     patches,
     output,
@@ -159,6 +255,7 @@ def _gather(
     cover_size_z,
     cover_size_y,
     cover_size_x,
+    softmax,
     count,
     channels,
     size_z,
@@ -183,6 +280,8 @@ def _gather(
     RING: tl.constexpr,
     ADD: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STEP: tl.constexpr,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -194,6 +293,8 @@ def _gather(
     RING is the axis along which the output is a ring (-1: none). ADD adds to what is there. WEIGHTS
     sums the weights alone. With ``floor`` weights are at least that, and divided by their sums,
     which come from tables of the weights of all patches over a coordinate.
+    sums the weights alone. ACTIVATION is 1 for the sigmoid of the patches, 2 for their softmax, of
+    which ``softmax`` has what ``_normalise`` makes unless the channels are few.
     """
     tiles_x = tl.cdiv(size_x, WIDTH)
     tiles_y = tl.cdiv(size_y, HEIGHT)
@@ -299,12 +400,28 @@ def _gather(
                 if WEIGHTS:
                     values = (tl.where(covered, values[0] + weight, values[0]),)
                 else:
-                    source = patches + here * patches_n + channel * patches_c
+                    source = patches + here * patches_n
                     source += at_z * patches_z + at_y * patches_y + at_x * patches_x
+                    greatest = 0.0
+                    if ACTIVATION == 2:
+                        if softmax is None:
+                            step = tl.zeros([1, 1], tl.int64) + patches_c
+                            greatest, inverse = _softmax(
+                                source, channels, step, covered, HEIGHT, WIDTH, STEP, DTYPE
+                            )
+                        else:
+                            extent = tl.full([1, 1], 1, tl.int64) * patch_z * patch_y * patch_x
+                            known = softmax + 2 * here * extent
+                            known += (at_z.to(tl.int64) * patch_y + at_y) * patch_x + at_x
+                            greatest = tl.load(known, mask=covered, other=0.0)
+                            inverse = tl.load(known + extent, mask=covered, other=0.0)
+                        weight = weight * inverse
+                    source += channel * patches_c
                     new = ()
                     for c in tl.static_range(CHANNELS):
                         mask = covered & (channel + c < channels)
                         value = tl.load(source + c * patches_c, mask=mask, other=0.0).to(DTYPE)
+                        value = _probability(value, greatest, ACTIVATION, DTYPE)
                         new = new + (tl.where(mask, values[c] + weight * value, values[c]),)
                     values = new
                 hit = hit & (index > patch)
@@ -397,6 +514,127 @@ def _scatter(
         tl.store(result + (patch * channels + channel + c) * extent + place, value, written & here)
 
 
+@triton.jit
+def _scatter_activated(
+    grad,
+    patches,
+    result,
+    origins,
+    rows,
+    table_z,
+    table_y,
+    table_x,
+    total,
+    channels,
+    size_z,
+    size_y,
+    size_x,
+    patch_z,
+    patch_y,
+    patch_x,
+    length_z,
+    length_y,
+    length_x,
+    patches_n,
+    patches_c,
+    patches_z,
+    patches_y,
+    patches_x,
+    AXES: tl.constexpr,
+    DENSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """As ``_scatter``, of activated patches and in all channels: with the probabilities p of the
+    patch and its weighted gradient a, ``p_c (a_c - sum_k p_k a_k)`` or ``p (1 - p) a``.
+    """
+    tiles_x = tl.cdiv(patch_x, WIDTH)
+    tiles_y = tl.cdiv(patch_y, HEIGHT)
+    tile = tl.program_id(0)
+    x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    z = (tile // tiles_x // tiles_y) % patch_z + tl.zeros([1, 1], tl.int32)
+    patch = (tile // tiles_x // tiles_y // patch_z).to(tl.int64)
+    to_z = z + _origin(origins, patch, 0, AXES)
+    to_y = y + _origin(origins, patch, 1, AXES)
+    to_x = x + _origin(origins, patch, 2, AXES)
+    written = (y < patch_y) & (x < patch_x)
+    inside = written & (to_y >= 0) & (to_y < size_y) & (to_x >= 0) & (to_x < size_x)
+    inside = inside & (to_z >= 0) & (to_z < size_z)
+    from_place = (to_z.to(tl.int64) * size_y + to_y) * size_x + to_x
+    sums = tl.full([1, 1], 1.0, tl.float64)
+    if total is not None:
+        sums = tl.load(total + from_place, mask=inside, other=0.0)
+    weight = _weights(
+        table_z,
+        table_y,
+        table_x,
+        rows,
+        patch,
+        z,
+        y,
+        x,
+        inside,
+        length_z,
+        length_y,
+        length_x,
+        patch_z,
+        patch_y,
+        patch_x,
+        sums,
+        0.0,
+        AXES,
+        DENSE,
+        total is None,
+        DTYPE,
+    )
+    volume = tl.full([1, 1], 1, tl.int64) * size_z * size_y * size_x
+    extent = tl.full([1, 1], 1, tl.int64) * patch_z * patch_y * patch_x
+    step = tl.zeros([1, 1], tl.int64) + patches_c
+    source = patches + patch * patches_n
+    source += z.to(tl.int64) * patches_z + y.to(tl.int64) * patches_y + x.to(tl.int64) * patches_x
+    slopes = grad + from_place
+    place = result + patch * channels * extent + (z.to(tl.int64) * patch_y + y) * patch_x + x
+    greatest = tl.full([HEIGHT, WIDTH], float("-inf"), DTYPE)
+    mean = tl.zeros([HEIGHT, WIDTH], DTYPE)  # sum_k p_k g_k
+    if ACTIVATION == 2:
+        number = tl.zeros([HEIGHT, WIDTH], DTYPE)
+        for base in range(0, channels, STEP):
+            greatest, factor, e = _exponentials(
+                source, channels, step, base, inside, greatest, STEP, DTYPE
+            )
+            number = number * factor
+            mean = mean * factor
+            channel = tl.zeros([1, 1], tl.int64) + base
+            for c in tl.static_range(STEP):
+                here = inside & (channel + c < channels)
+                slope = tl.load(slopes + (channel + c) * volume, mask=here, other=0.0).to(DTYPE)
+                number += e[c]
+                mean += e[c] * slope
+        inverse = reciprocal(number, DTYPE)
+        mean = mean * inverse
+        weight = weight * inverse
+    for base in range(0, channels, STEP):
+        channel = tl.zeros([1, 1], tl.int64) + base
+        for c in tl.static_range(STEP):
+            here = channel + c < channels
+            value = tl.load(source + (channel + c) * step, mask=inside & here, other=0.0).to(DTYPE)
+            slope = tl.load(slopes + (channel + c) * volume, mask=inside & here, other=0.0)
+            slope = slope.to(DTYPE)
+            if ACTIVATION == 2:
+                value = weight * _probability(value, greatest, ACTIVATION, DTYPE) * (slope - mean)
+            else:
+                # p (1 - p), whichever of the two is the small one
+                e = exponential(-tl.abs(value), DTYPE)
+                inverse = reciprocal(1.0 + e, DTYPE)
+                value = weight * (e * inverse * inverse) * slope
+            value = tl.where(inside, value, 0.0).to(result.dtype.element_ty)
+            tl.store(place + (channel + c) * extent, value, mask=written & here)
+
+
 # --- launches ------------------------------------------------------------------------------------
 
 
@@ -426,6 +664,41 @@ def tile_shape(height: int, width: int) -> tuple[int, int]:
     return min(power_of_two(height), TILE // block_x), block_x
 
 
+def _normalised(
+    patches: torch.Tensor | None,
+    channels: int,
+    patch_shape: Sequence[int],
+    strides: Sequence[int],
+    activation: int,
+) -> torch.Tensor | None:
+    """What the softmax of many channels keeps: (N, 2, *patch), with ``strides`` turned back."""
+    if patches is None or activation != ACTIVATIONS["softmax"] or channels <= FEW:
+        return None
+    shape = (patches.shape[0], 2, *patch_shape)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    softmax = torch.empty(shape, dtype=wide, device=patches.device)
+    patch = _three(patch_shape)
+    height, width = tile_shape(*patch[1:])
+    tiles = shape[0] * patch[0] * triton.cdiv(patch[1], height) * triton.cdiv(patch[2], width)
+    if softmax.numel() == 0:
+        return softmax
+    with device_guard(patches):
+        _normalise[(tiles,)](
+            patches,
+            softmax,
+            channels,
+            *patch,
+            *strides,
+            HEIGHT=height,
+            WIDTH=width,
+            STEP=STEP,
+            DTYPE=_accumulation(patches.dtype),
+            num_warps=4,
+            **LAUNCH_OPTIONS,
+        )
+    return softmax
+
+
 def _add(
     output: torch.Tensor,
     patches: torch.Tensor | None,
@@ -437,6 +710,7 @@ def _add(
     ring: tuple[int, int, int] | None,
     flip: int = 0,
     floor: float = 0.0,
+    activation: int = 0,
 ) -> None:
     """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
     axes = output.ndim - 1
@@ -466,6 +740,7 @@ def _add(
                 patches = patches.narrow(2 + axis, patches.shape[2 + axis] - 1, 1)
                 spatial[axis] = -spatial[axis]
         strides = (patches.stride(0), patches.stride(1), *[0] * (3 - axes), *spatial)
+    softmax = _normalised(patches, channels, patch_shape, strides, activation)
     with device_guard(output):
         _gather[(tiles, triton.cdiv(channels, block_channels))](
             patches,
@@ -478,6 +753,7 @@ def _add(
             *cover,
             *covers,
             *cover_sizes,
+            softmax,
             origins.shape[0],
             channels,
             *size,
@@ -492,6 +768,8 @@ def _add(
             RING=ring_axis + 3 - axes if ring_axis >= 0 else -1,
             ADD=ring is not None,
             WEIGHTS=patches is None,
+            ACTIVATION=activation,
+            STEP=STEP,
             CHANNELS=block_channels,
             HEIGHT=height,
             WIDTH=width,
@@ -510,12 +788,14 @@ def overlap_add(
     weights: Sequence[torch.Tensor],
     total: torch.Tensor | None,
     volume_shape: Sequence[int],
+    activation: int = 0,
 ) -> torch.Tensor:
     """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
     shape = (patches.shape[1], *volume_shape)
     volume = torch.empty(shape, dtype=patches.dtype, device=patches.device)
     total = None if total is None else total.contiguous()
-    _add(volume, patches, origins, rows, weights, total, patches.shape[2:], None)
+    tables = (origins, rows, weights, total, patches.shape[2:])
+    _add(volume, patches, *tables, None, activation=checked_activation(activation))
     return volume
 
 
@@ -531,11 +811,13 @@ def overlap_add_(
     stop: int,
     flip: int = 0,
     floor: float = 0.0,
+    activation: int = 0,
 ) -> None:
     """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
     place = (ring_axis, start, stop)
     total = None if total is None else total.contiguous()
-    _add(ring, patches, origins, rows, weights, total, patches.shape[2:], place, flip, floor)
+    tables = (origins, rows, weights, total, patches.shape[2:])
+    _add(ring, patches, *tables, place, flip, floor, checked_activation(activation))
 
 
 def overlap_weights_(
@@ -564,8 +846,10 @@ def overlap_add_backward(
     rows: torch.Tensor,
     weights: Sequence[torch.Tensor],
     total: torch.Tensor | None,
+    patches: torch.Tensor | None = None,
+    activation: int = 0,
 ) -> torch.Tensor:
-    """Return the gradient (N, C, \\*patch) of the patches."""
+    """Return the gradient (N, C, \\*patch) of the patches, which an activation asks for."""
     axes = grad.ndim - 1
     channels, size = grad.shape[0], _three(grad.shape[1:])
     patch_shape = _patch_shape(weights, axes)
@@ -578,6 +862,37 @@ def overlap_add_backward(
     height, width = tile_shape(*patch[1:])
     tiles = shape[0] * patch[0] * triton.cdiv(patch[1], height) * triton.cdiv(patch[2], width)
     block_channels = min(power_of_two(channels), MAX_CHANNELS)
+    if checked_activation(activation):
+        if patches is None:
+            raise ValueError("patches: got None, expected the patches that were activated")
+        with device_guard(grad):
+            _scatter_activated[(tiles,)](
+                grad.contiguous(),
+                patches,
+                result,
+                origins.to(grad.device).contiguous(),
+                rows.to(grad.device).contiguous(),
+                *tables,
+                None if total is None else total.contiguous(),
+                channels,
+                *size,
+                *patch,
+                *lengths,
+                patches.stride(0),
+                patches.stride(1),
+                *[0] * (3 - axes),
+                *patches.stride()[2:],
+                AXES=axes,
+                DENSE=dense,
+                ACTIVATION=activation,
+                HEIGHT=height,
+                WIDTH=width,
+                STEP=STEP,
+                DTYPE=_accumulation(grad.dtype),
+                num_warps=4,
+                **LAUNCH_OPTIONS,
+            )
+        return result
     with device_guard(grad):
         _scatter[(tiles, triton.cdiv(channels, block_channels))](
             grad.contiguous(),

@@ -123,6 +123,15 @@ class Plan {
     const bool share = q.total != nullptr || q.cover[0] != nullptr;
     q.task_columns = std::min<int64_t>(width, 16384);
     q.task_channels = share ? q.channels : 1;
+    if (q.activation != 0) {
+      // All channels are activated together.
+      constexpr int64_t kTogether = 256 * 1024;
+      const int64_t voxels = kTogether / (q.channels * element_size);
+      q.task_channels = q.channels;
+      q.task_columns = std::min(std::max<int64_t>(voxels, 64), q.task_columns);
+      q.task_rows = std::clamp<int64_t>(voxels / q.task_columns, 1, height);
+      return depth * blocks(height, q.task_rows) * blocks(width, q.task_columns);
+    }
     const int64_t budget = (share ? 64 : 32) * 1024;
     q.task_rows = std::clamp<int64_t>(budget / (q.task_columns * element_size), 1, height);
     return blocks(q.channels, q.task_channels) * depth * blocks(height, q.task_rows) *
@@ -219,12 +228,13 @@ void run_forward(const Fusion& q, int64_t tasks) {
 
 Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
                    std::vector<Tensor> weights, const std::optional<Tensor>& total,
-                   std::vector<int64_t> volume_shape) {
+                   std::vector<int64_t> volume_shape, int64_t activation) {
   const int64_t axes = static_cast<int64_t>(volume_shape.size());
   STD_TORCH_CHECK(patches.dim() >= 1, "patches: got shape ", shape_of(patches));
   check_fusion_tables(origins, rows, weights, patches.size(0), axes);
   check_fusion_patches(patches, weights, axes);
   check_fusion_total(total, volume_shape, patches);
+  check_fusion_activation(activation);
   std::vector<int64_t> shape{patches.size(1)};
   for (const int64_t size : volume_shape) {
     STD_TORCH_CHECK(size >= 0, "volume_shape: got ", shape_of(volume_shape),
@@ -239,6 +249,7 @@ Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& r
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();
   plan.q.target = result.mutable_data_ptr();
+  plan.q.activation = static_cast<int>(activation);
   run_forward(plan.q, plan.tile(true, is_double ? 8 : 4));
   return result;
 }
@@ -246,7 +257,7 @@ Tensor overlap_add(const Tensor& patches, const Tensor& origins, const Tensor& r
 void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                   const Tensor& rows, std::vector<Tensor> weights,
                   const std::optional<Tensor>& total, int64_t ring_axis, int64_t start,
-                  int64_t stop, int64_t flip, double floor) {
+                  int64_t stop, int64_t flip, double floor, int64_t activation) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
@@ -259,6 +270,7 @@ void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origi
   check_fusion_total(total, extent, patches);
   check_fusion_ring(ring, "ring", extent, ring_axis, start, stop);
   check_fusion_flip(flip, axes);
+  check_fusion_activation(activation);
   STD_TORCH_CHECK(ring.scalar_type() == accumulation_type(patches.scalar_type()), "ring: got ",
                   torch::headeronly::toString(ring.scalar_type()), ", expected ",
                   torch::headeronly::toString(accumulation_type(patches.scalar_type())));
@@ -271,6 +283,7 @@ void overlap_add_(const Tensor& ring, const Tensor& patches, const Tensor& origi
   plan.q.source = source.const_data_ptr();
   plan.q.target = ring.mutable_data_ptr();
   plan.q.flip = static_cast<int>(flip << (3 - axes));
+  plan.q.activation = static_cast<int>(activation);
   plan.q.accumulate = true;
   run_forward(plan.q, plan.tile(false, is_double ? 8 : 4));
 }
@@ -290,18 +303,26 @@ void overlap_weights_(const Tensor& total, const Tensor& origins, const Tensor& 
 }
 
 Tensor overlap_add_backward(const Tensor& grad, const Tensor& origins, const Tensor& rows,
-                            std::vector<Tensor> weights, const std::optional<Tensor>& total) {
+                            std::vector<Tensor> weights, const std::optional<Tensor>& total,
+                            const std::optional<Tensor>& patches, int64_t activation) {
   check_fusion_dtype(grad, "grad");
   STD_TORCH_CHECK(grad.dim() >= 2, "grad: got shape ", shape_of(grad), ", expected (C, *volume)");
   const std::vector<int64_t> extent = sizes_from(grad, 1);
   const int64_t axes = static_cast<int64_t>(extent.size());
   check_fusion_tables(origins, rows, weights, origins.dim() > 0 ? origins.size(0) : 0, axes);
   check_fusion_total(total, extent, grad);
+  check_fusion_activated(patches, activation, grad, weights, origins.size(0));
   std::vector<int64_t> shape{origins.size(0), grad.size(0)};
   for (const int64_t size : patch_shape_of(weights, axes)) shape.push_back(size);
   const bool is_double = grad.scalar_type() == ScalarType::Double;
   Plan plan(origins, rows, weights, total, extent, grad.size(0), is_double, {});
   const Tensor source = torch::stable::contiguous(grad);
+  Tensor activated;
+  if (activation != 0) {
+    activated = torch::stable::contiguous(*patches);
+    plan.q.activation = static_cast<int>(activation);
+    plan.q.activated = activated.const_data_ptr();
+  }
   Tensor result = torch::stable::new_empty(grad, shape);
   advise_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
   plan.q.type = element_of(grad, "grad");

@@ -32,11 +32,13 @@ struct Fusion {
   const double* cover[3];
   int64_t covers[3], cover_extent[3];
 
-  Element type;        // of patches
-  const void* source;  // forward: patches (N, C, *patch); backward: gradient (C, *extent)
-  void* target;        // forward: (C, *extent); backward: (N, C, *patch)
-  int flip;            // bit a: patches are mirrored along axis a, and turned back when read
-  bool accumulate;     // forward: add to what `target` holds, which is of the accumulation type
+  Element type;           // of patches
+  const void* source;     // forward: patches (N, C, *patch); backward: gradient (C, *extent)
+  void* target;           // forward: (C, *extent); backward: (N, C, *patch)
+  int flip;               // bit a: patches are mirrored along axis a, and turned back when read
+  int activation;         // of the patches: 0 none, 1 sigmoid, 2 softmax over the channels
+  const void* activated;  // backward with an activation: the patches (N, C, *patch)
+  bool accumulate;        // forward: add to what `target` holds, which is of the accumulation type
 
   // Forward: patches over slice z (from begin[0] on), ascending: those in
   // [first_of_slice[z], first_of_slice[z + 1]) of `over_slice`.

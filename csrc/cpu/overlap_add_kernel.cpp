@@ -360,6 +360,25 @@ class Shares {
   int64_t count = 0;
 };
 
+// Makes the weights of n columns of row (tz, ty) of patch i, from its column tx on. Where they are
+// divided by sums in memory, those are at `total`.
+template <class R>
+void make_weights(const Fusion& q, Shares<R>& shares, int64_t i, int64_t tz, int64_t ty, int64_t tx,
+                  int64_t n, const double* total, R* out) {
+  if (q.cover[0] != nullptr) {
+    const int64_t* origin = q.origins + 3 * i;
+    RowWeights<double> w = row_weights<double>(q, q.exact, i, tz, ty);
+    w.row += tx;
+    const R* own = row_weights<R>(q, q.rounded, i, tz, ty).row + tx;
+    shares.of(w, own, origin[0] + tz, origin[1] + ty, origin[2] + tx, tx, n, out);
+  } else if (q.total != nullptr) {
+    divided_weights<R>(row_weights<double>(q, q.exact, i, tz, ty), tx, total, n, out);
+  } else {
+    const RowWeights<R> w = row_weights<R>(q, q.rounded, i, tz, ty);
+    for (int64_t j = 0; j < n; ++j) out[j] = w.scale * w.row[tx + j];
+  }
+}
+
 template <class T, class R>
 void scale_row(const T* __restrict source, R scale, const R* __restrict weight, int64_t n,
                T* __restrict out) {
@@ -506,20 +525,10 @@ class Gather {
       const int64_t tx = p.x - q.origins[3 * p.i + 2];
       for (int64_t y = std::max(first, p.y); y < std::min(last, p.y_end); ++y) {
         const int64_t ty = y - q.origins[3 * p.i + 1];
-        R* out = weights.data() + p.weights + (y - first) * p.size;
-        if (q.cover[0] != nullptr) {
-          RowWeights<double> w = row_weights<double>(q, q.exact, p.i, p.tz, ty);
-          w.row += tx;
-          const R* own = row_weights<R>(q, q.rounded, p.i, p.tz, ty).row + tx;
-          shares.of(w, own, tile.z, y, p.x, tx, p.size, out);
-        } else if (q.total != nullptr) {
-          const int64_t line = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
-          divided_weights<R>(row_weights<double>(q, q.exact, p.i, p.tz, ty), tx,
-                             q.total + line + p.slot, p.size, out);
-        } else {
-          const RowWeights<R> w = row_weights<R>(q, q.rounded, p.i, p.tz, ty);
-          for (int64_t j = 0; j < p.size; ++j) out[j] = w.scale * w.row[tx + j];
-        }
+        const int64_t line = (z_slot * q.extent[1] + slot_of(q, 1, y)) * q.extent[2];
+        make_weights(q, shares, p.i, p.tz, ty, tx, p.size,
+                     q.total == nullptr ? nullptr : q.total + line + p.slot,
+                     weights.data() + p.weights + (y - first) * p.size);
       }
     }
   }
@@ -575,6 +584,14 @@ class Gather {
   std::vector<Run> runs;
   Shares<R> shares;
 };
+
+}  // namespace
+}  // namespace voxfuse::VOXFUSE_ISA
+
+#include "cpu/overlap_add_activated.h"
+
+namespace voxfuse::VOXFUSE_ISA {
+namespace {
 
 template <class T, class R>
 void forward(const Fusion& q, int64_t first_task, int64_t last_task) {
@@ -632,32 +649,39 @@ void backward(const Fusion& q, int64_t first_task, int64_t last_task) {
   }
 }
 
-}  // namespace
-
-void overlap_forward(const Fusion& q, int64_t first_task, int64_t last_task) {
-  switch (q.type) {
+// Calls f with a value of the patches' type and one of the accumulation type.
+template <class F>
+void by_type(Element type, const F& f) {
+  switch (type) {
     case Element::f16:
-      return forward<Half, float>(q, first_task, last_task);
+      return f(Half{}, float{});
     case Element::bf16:
-      return forward<BFloat16, float>(q, first_task, last_task);
+      return f(BFloat16{}, float{});
     case Element::f64:
-      return forward<double, double>(q, first_task, last_task);
+      return f(double{}, double{});
     default:
-      return forward<float, float>(q, first_task, last_task);
+      return f(float{}, float{});
   }
 }
 
+}  // namespace
+
+void overlap_forward(const Fusion& q, int64_t first_task, int64_t last_task) {
+  by_type(q.type, [&](auto patch, auto sum) {
+    using T = decltype(patch);
+    using R = decltype(sum);
+    if (q.activation != 0) return forward_activated<T, R>(q, first_task, last_task);
+    forward<T, R>(q, first_task, last_task);
+  });
+}
+
 void overlap_backward(const Fusion& q, int64_t first_task, int64_t last_task) {
-  switch (q.type) {
-    case Element::f16:
-      return backward<Half, float>(q, first_task, last_task);
-    case Element::bf16:
-      return backward<BFloat16, float>(q, first_task, last_task);
-    case Element::f64:
-      return backward<double, double>(q, first_task, last_task);
-    default:
-      return backward<float, float>(q, first_task, last_task);
-  }
+  by_type(q.type, [&](auto patch, auto sum) {
+    using T = decltype(patch);
+    using R = decltype(sum);
+    if (q.activation != 0) return backward_activated<T, R>(q, first_task, last_task);
+    backward<T, R>(q, first_task, last_task);
+  });
 }
 
 void overlap_weights(const Fusion& q, int64_t first_task, int64_t last_task) {

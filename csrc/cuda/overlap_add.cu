@@ -1,10 +1,16 @@
 // Patch fusion on the GPU: a block owns a tile of the result, lists the patches that touch it in
 // their order, and every thread adds up runs of voxels in registers. Each voxel is written once; no
 // atomics, so the bits are those of the patch order.
+//
+// The softmax of a patch needs the greatest value and the sum over the channels of each of its
+// voxels. With few channels a thread works them out whenever it adds a patch's run, from what the
+// caches hold of it; with more they are two numbers a voxel, which a launch before works out.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/elements.h"
 #include "cuda/overlap_add.h"
+#include "math/confusion.h"
 
 namespace voxfuse::cuda {
 namespace {
@@ -15,6 +21,7 @@ constexpr int kListed = 256;  // patches that a block can list; with more it wal
 template <class T>
 constexpr int kChannels = sizeof(T) == 2 ? 2 : 4;
 constexpr int kTileDepth = 8;
+constexpr int kFewGroups = 2;  // of kChannels, whose softmax is worked out anew for each
 
 enum class Mode { kForward, kRing, kWeights };
 
@@ -161,6 +168,105 @@ __device__ inline void turn_run(Real (&value)[kRun]) {
   }
 }
 
+/// What a softmax over the channels needs of a run of voxels: exp(z - greatest) * inverse.
+template <class Real, int kRun>
+struct Softmax {
+  Real greatest[kRun], inverse[kRun];
+};
+
+/// Walks through the channels of a run, whose first voxel is at `run` in the first one, a few at a
+/// time: `visit` gets (first channel, how many, factors, exponentials). Exponentials are of the
+/// distance to the greatest value so far; by the factors what came before is scaled.
+template <class Real, int kRun, class T, class Visit>
+__device__ inline Softmax<Real, kRun> softmax_of(const T* run, int64_t plane, int64_t channels,
+                                                 int first, int last, const Visit& visit) {
+  constexpr int kTile = kChannels<T>;
+  Real greatest[kRun], sum[kRun];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    greatest[i] = -INFINITY;
+    sum[i] = 0;
+  }
+  for (int64_t channel = 0; channel < channels; channel += kTile) {
+    const int copies = static_cast<int>(channels - channel < kTile ? channels - channel : kTile);
+    Real value[kTile][kRun], factor[kRun];
+#pragma unroll
+    for (int c = 0; c < kTile; ++c) {
+      if (c < copies) {
+        load_run<Real, kRun>(run + (channel + c) * plane, first, last, value[c]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      Real top = greatest[i];
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) {
+        if (c < copies) top = value[c][i] > top ? value[c][i] : top;
+      }
+      // Channels of -infinity before the first number weigh nothing.
+      const Real shift = top == -INFINITY ? Real(0) : top;
+      factor[i] = math::exp_negative(greatest[i] - shift);
+      greatest[i] = top;
+      sum[i] *= factor[i];
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) {
+        if (c >= copies) continue;
+        value[c][i] = math::exp_negative(value[c][i] - shift);
+        sum[i] += value[c][i];
+      }
+    }
+    visit(channel, copies, factor, value);
+  }
+  Softmax<Real, kRun> result;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    result.greatest[i] = greatest[i];
+    result.inverse[i] = math::reciprocal(sum[i]);
+  }
+  return result;
+}
+
+/// For a softmax of which nothing else is asked.
+struct Nothing {
+  template <class... Given>
+  __device__ void operator()(const Given&...) const {}
+};
+
+template <class Real>
+__device__ inline Real sigmoid_of(Real z) {
+  const Real e = math::exp_negative(z < 0 ? z : -z);  // NaN takes the second branch and stays
+  return (z < 0 ? e : Real(1)) * math::reciprocal(1 + e);
+}
+
+/// The maximum and one over the sum of the softmax at every voxel of the patches, for `gather`.
+template <class T>
+__global__ void __launch_bounds__(kThreads) normalise(const __grid_constant__ Fusion q) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kRun = 16 / sizeof(T);
+  const int64_t plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+  const int64_t runs = (plane + kRun - 1) / kRun;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= runs * q.patches) return;
+  const int64_t patch = index / runs, voxel = index % runs * kRun;
+  const int width = plane - voxel < kRun ? static_cast<int>(plane - voxel) : kRun;
+  const T* run = static_cast<const T*>(q.source) + patch * q.channels * plane + voxel;
+  const Softmax<Real, kRun> softmax =
+      softmax_of<Real, kRun>(run, plane, q.channels, 0, width, Nothing{});
+  Real* target = static_cast<Real*>(q.softmax) + 2 * patch * plane + voxel;
+  const auto write = [&](Real* out, const Real(&value)[kRun]) {
+    if (width == kRun && is_aligned<kRun>(out, sizeof(Real))) {
+      store_vector<kRun>(out, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < width) out[i] = value[i];
+      }
+    }
+  };
+  write(target, softmax.greatest);
+  write(target + plane, softmax.inverse);
+}
+
 template <class T, Mode kMode>
 struct Output {
   using type = T;
@@ -170,13 +276,15 @@ struct Output<T, Mode::kRing> {
   using type = typename Compute<T>::Real;
 };
 
-template <class T, Mode kMode>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T, Mode kMode, bool kActivated>
+__global__ void __launch_bounds__(kThreads, kActivated && sizeof(T) == 8 ? 1 : 2)
     gather(const __grid_constant__ Fusion q, const __grid_constant__ Tiling tiling) {
   using Real = typename Compute<T>::Real;
   using Out = typename Output<T, kMode>::type;
   constexpr int kRun = 16 / sizeof(T);
-  constexpr int kCopies = kMode == Mode::kWeights ? 1 : kChannels<T>;
+  // Half types activated into a ring take the registers of a second channel.
+  constexpr bool kOne = kMode == Mode::kRing && kActivated && sizeof(T) == 2;
+  constexpr int kCopies = kMode == Mode::kWeights || kOne ? 1 : kChannels<T>;
   VOXFUSE_SHARED(Placed, list, [kListed]);
   VOXFUSE_SHARED(int, warp_counts, [kThreads / kWarp]);
 
@@ -234,14 +342,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t line = (int64_t{slot(q, 0, z)} * q.extent[1] + slot(q, 1, y)) * q.extent[2];
     const int wide = high[2] - x < kRun ? high[2] - x : kRun;
     double total[kRun];
-    if (kMode == Mode::kRing && q.floor > 0) {
-      raised_sums<kRun>(q, z, y, x, wide, total);
-    } else if (q.total != nullptr) {
+    const auto load_total = [&] {
+      if (kMode == Mode::kRing && q.floor > 0) {
+        raised_sums<kRun>(q, z, y, x, wide, total);
+      } else if (q.total != nullptr) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        total[i] = i < wide ? q.total[line + slot(q, 2, x + i)] : 0.0;
+        for (int i = 0; i < kRun; ++i) {
+          total[i] = i < wide ? q.total[line + slot(q, 2, x + i)] : 0.0;
+        }
       }
-    }
+    };
+    // Activated, it is got again for every patch: exponentials take the registers.
+    if (!kActivated) load_total();
     for (int64_t channel = first_channel; channel < last_channel; channel += kCopies) {
       Real sum[kCopies][kRun] = {};
       bool touched = false;
@@ -267,6 +379,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         touched = true;
         Real weight[kRun];
+        if (kActivated) load_total();
         weights_of<Real, kRun>(q, at, tz, ty, tx, total, weight);
         if constexpr (kMode == Mode::kWeights) {
 #pragma unroll
@@ -280,23 +393,65 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int sx = flip & 4 ? q.patch[2] - kRun - tx : tx;
           const int64_t offset = (int64_t{sz} * q.patch[1] + sy) * q.patch[2] + sx;
           const int64_t base = (at.patch * q.channels + channel) * patch_plane + offset;
-          Real value[kCopies][kRun];
+          [[maybe_unused]] Real greatest[kRun];
+          if constexpr (kActivated) {
+            if (q.activation == math::kSoftmax) {
+              Softmax<Real, kRun> softmax;
+              if (q.softmax == nullptr) {
+                softmax = softmax_of<Real, kRun>(
+                    source + (at.patch * q.channels * patch_plane + offset), patch_plane,
+                    q.channels, -sx, q.patch[2] - sx, Nothing{});
+              } else {
+                const Real* run =
+                    static_cast<const Real*>(q.softmax) + 2 * at.patch * patch_plane + offset;
+                load_run<Real, kRun>(run, -sx, q.patch[2] - sx, softmax.greatest);
+                load_run<Real, kRun>(run + patch_plane, -sx, q.patch[2] - sx, softmax.inverse);
+              }
+              if (flip & 4) {
+                turn_run(softmax.greatest);
+                turn_run(softmax.inverse);
+              }
 #pragma unroll
-          for (int c = 0; c < kCopies; ++c) {
-            if (c < copies) {
-              load_run<Real, kRun>(source + (base + c * patch_plane), -sx, q.patch[2] - sx,
-                                   value[c]);
-              if (flip & 4) turn_run(value[c]);
+              for (int i = 0; i < kRun; ++i) {
+                greatest[i] = softmax.greatest[i];
+                weight[i] = weight[i] * softmax.inverse[i];
+              }
             }
           }
-#pragma unroll
-          for (int c = 0; c < kCopies; ++c) {
+          const auto load = [&](int c, Real(&value)[kRun]) {
+            load_run<Real, kRun>(source + (base + c * patch_plane), -sx, q.patch[2] - sx, value);
+            if (flip & 4) turn_run(value);
+          };
+          const auto add = [&](int c, const Real(&value)[kRun]) {
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
               // Outside the patch there is nothing to add, whatever was read.
-              if (c < copies && i >= first && i < last) {
-                sum[c][i] = sum[c][i] + weight[i] * value[c][i];
+              if (i >= first && i < last) sum[c][i] = sum[c][i] + weight[i] * value[i];
+            }
+          };
+          if constexpr (kActivated) {
+#pragma unroll
+            for (int c = 0; c < kCopies; ++c) {
+              if (c >= copies) continue;
+              Real value[kRun];
+              load(c, value);
+#pragma unroll
+              for (int i = 0; i < kRun; ++i) {
+                value[i] = q.activation == math::kSoftmax
+                               ? math::exp_negative(value[i] - greatest[i])
+                               : sigmoid_of(value[i]);
               }
+              add(c, value);
+            }
+          } else {
+            Real value[kCopies][kRun];
+#pragma unroll
+            for (int c = 0; c < kCopies; ++c) {
+              if (c < copies) load(c, value[c]);
+            }
+#pragma unroll
+            for (int c = 0; c < kCopies; ++c) {
+              if (c < copies) add(c, value[c]);
             }
           }
         }
@@ -374,7 +529,109 @@ __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ Fusi
   }
 }
 
-template <class T, Mode kMode>
+/// As scatter, of activated patches: z are their voxels, p the probabilities, a the weighted
+/// gradient. Softmax: p_c (a_c - sum_k p_k a_k); sigmoid: p (1 - p) a.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) scatter_activated(const __grid_constant__ Fusion q) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kRun = 16 / sizeof(T);
+  const int runs = (q.patch[2] + kRun - 1) / kRun;  // in a row of a patch
+  const int64_t per_patch = int64_t{q.patch[0]} * q.patch[1] * runs;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= per_patch * q.patches) return;
+  const Placed at(q, index / per_patch);
+  const int within = static_cast<int>(index % per_patch);
+  const int tx = within % runs * kRun, ty = within / runs % q.patch[1];
+  const int tz = within / runs / q.patch[1];
+  const int z = at.origin[0] + tz, y = at.origin[1] + ty, x = at.origin[2] + tx;
+  const bool inside = at.valid && z >= 0 && z < q.extent[0] && y >= 0 && y < q.extent[1];
+  const int width = q.patch[2] - tx < kRun ? q.patch[2] - tx : kRun;
+  const int first = -x, last = q.extent[2] - x < width ? q.extent[2] - x : width;
+  const int64_t line = (int64_t{z} * q.extent[1] + y) * q.extent[2] + x;
+  const int64_t plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
+  const int64_t patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+  const int64_t offset =
+      at.patch * q.channels * patch_plane + (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
+  const T* gradient = static_cast<const T*>(q.source) + line;
+  const T* patch = static_cast<const T*>(q.activated) + offset;
+  T* run = static_cast<T*>(q.target) + offset;
+
+  Real weight[kRun], greatest[kRun], mean[kRun];  // mean: sum_k p_k g_k
+  const bool softmax = q.activation == math::kSoftmax;
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      greatest[i] = mean[i] = 0;
+      weight[i] = 1;
+    }
+    if (softmax) {
+      const auto add = [&](int64_t channel, int copies, const Real(&factor)[kRun],
+                           const Real(&e)[kChannels<T>][kRun]) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) mean[i] *= factor[i];
+#pragma unroll
+        for (int c = 0; c < kChannels<T>; ++c) {
+          if (c >= copies) continue;
+          Real slope[kRun];
+          load_run<Real, kRun>(gradient + (channel + c) * plane, first, last, slope);
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) mean[i] += e[c][i] * slope[i];
+        }
+      };
+      const Softmax<Real, kRun> found =
+          softmax_of<Real, kRun>(patch, patch_plane, q.channels, 0, width, add);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        greatest[i] = found.greatest[i];
+        mean[i] *= found.inverse[i];
+        weight[i] = found.inverse[i];
+      }
+    }
+    double total[kRun];
+    Real window[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      total[i] = q.total != nullptr && i >= first && i < last ? q.total[line + i] : 0.0;
+    }
+    weights_of<Real, kRun>(q, at, tz, ty, tx, total, window);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) weight[i] *= window[i];
+  }
+  for (int64_t channel = 0; channel < q.channels; ++channel) {
+    T out[kRun];
+    Real value[kRun] = {}, slope[kRun] = {};
+    if (inside) {
+      load_run<Real, kRun>(patch + channel * patch_plane, 0, width, value);
+      load_run<Real, kRun>(gradient + channel * plane, first, last, slope);
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      Real result = 0;
+      if (inside && i >= first && i < last) {
+        if (softmax) {
+          const Real e = math::exp_negative(value[i] - greatest[i]);
+          result = weight[i] * e * (slope[i] - mean[i]);
+        } else {
+          const Real e = math::exp_negative(value[i] < 0 ? value[i] : -value[i]);
+          const Real inverse = math::reciprocal(1 + e);
+          result = weight[i] * (e * inverse * inverse) * slope[i];  // p (1 - p), either way round
+        }
+      }
+      out[i] = Store<T>::from(result);
+    }
+    T* to = run + channel * patch_plane;
+    if (width == kRun && is_aligned<kRun>(to, sizeof(T))) {
+      store_vector<kRun>(to, out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < width) to[i] = out[i];
+      }
+    }
+  }
+}
+
+template <class T, Mode kMode, bool kActivated>
 cudaError_t start_gather(const Fusion& q, cudaStream_t stream) {
   constexpr int kRun = 16 / sizeof(T);
   Tiling tiling{};
@@ -397,8 +654,20 @@ cudaError_t start_gather(const Fusion& q, cudaStream_t stream) {
   tiling.channels_per_block = (groups + split - 1) / split * kChannels<T>;
   const int64_t blocks = (q.channels + tiling.channels_per_block - 1) / tiling.channels_per_block;
   if (tiles > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(gather<T, kMode>, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)),
-                dim3(kThreads), stream, q, tiling);
+  if (kActivated && q.softmax != nullptr) {
+    constexpr int kSpan = 16 / sizeof(T);
+    const int64_t plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+    const int64_t runs = (plane + kSpan - 1) / kSpan * q.patches;
+    const int64_t grid = (runs + kThreads - 1) / kThreads;
+    if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = grid == 0 ? cudaSuccess
+                                        : launch(normalise<T>, dim3(static_cast<unsigned>(grid)),
+                                                 dim3(kThreads), stream, q);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(gather<T, kMode, kActivated>,
+                dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kThreads),
+                stream, q, tiling);
 }
 
 template <class T>
@@ -408,7 +677,8 @@ cudaError_t start_scatter(const Fusion& q, cudaStream_t stream) {
   const int64_t blocks = (runs * q.patches + kThreads - 1) / kThreads;
   if (blocks == 0 || q.channels == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(scatter<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, q);
+  return launch(q.activation == math::kNone ? scatter<T> : scatter_activated<T>,
+                dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, q);
 }
 
 template <class Start>
@@ -429,18 +699,30 @@ cudaError_t by_type(Element type, const Start& start) {
 
 }  // namespace
 
+int64_t softmax_workspace(const Fusion& q) {
+  const int group = element_size(q.type) == 2 ? kChannels<__half> : kChannels<float>;
+  if (q.activation != math::kSoftmax || q.channels <= kFewGroups * group) return 0;
+  return 2 * q.patches * q.patch[0] * q.patch[1] * q.patch[2];
+}
+
 cudaError_t overlap_add_forward(const Fusion& q, cudaStream_t stream) {
-  return by_type(
-      q.type, [&](auto zero) { return start_gather<decltype(zero), Mode::kForward>(q, stream); });
+  return by_type(q.type, [&](auto zero) {
+    using T = decltype(zero);
+    return q.activation == math::kNone ? start_gather<T, Mode::kForward, false>(q, stream)
+                                       : start_gather<T, Mode::kForward, true>(q, stream);
+  });
 }
 
 cudaError_t overlap_add_ring(const Fusion& q, cudaStream_t stream) {
-  return by_type(q.type,
-                 [&](auto zero) { return start_gather<decltype(zero), Mode::kRing>(q, stream); });
+  return by_type(q.type, [&](auto zero) {
+    using T = decltype(zero);
+    return q.activation == math::kNone ? start_gather<T, Mode::kRing, false>(q, stream)
+                                       : start_gather<T, Mode::kRing, true>(q, stream);
+  });
 }
 
 cudaError_t overlap_add_weights(const Fusion& q, cudaStream_t stream) {
-  return start_gather<double, Mode::kWeights>(q, stream);
+  return start_gather<double, Mode::kWeights, false>(q, stream);
 }
 
 cudaError_t overlap_add_backward(const Fusion& q, cudaStream_t stream) {

@@ -33,11 +33,20 @@ struct Fusion {
 
   int flip = 0;  // bit a: the patches of a ring's addition are mirrored along axis a
 
-  Element type = Element::f32;   // of the patches
-  const void* source = nullptr;  // patches (N, C, *patch); backward: gradient (C, *extent)
-  void* target = nullptr;        // (C, *extent): patches' type, or accumulation type for a ring;
-                                 // backward: (N, C, *patch)
+  int activation = 0;  // of the patches: 0 none, 1 sigmoid, 2 softmax over the channels
+  void* softmax =
+      nullptr;  // workspace of softmax_workspace(*this) numbers of the accumulation type
+
+  Element type = Element::f32;      // of the patches
+  const void* source = nullptr;     // patches (N, C, *patch); backward: gradient (C, *extent)
+  void* target = nullptr;           // (C, *extent): patches' type, or accumulation type for a ring;
+                                    // backward: (N, C, *patch)
+  const void* activated = nullptr;  // backward with an activation: the patches (N, C, *patch)
 };
+
+/// Numbers that the forward or a ring's addition keeps during the call: with many channels, the
+/// greatest value and one over the sum of a softmax, each (N, *patch); else 0.
+int64_t softmax_workspace(const Fusion& problem);
 
 /// target = the fused volume.
 cudaError_t overlap_add_forward(const Fusion& problem, cudaStream_t stream);

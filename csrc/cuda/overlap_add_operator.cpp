@@ -59,6 +59,17 @@ class Plan {
     }
   }
 
+  /// Sets the activation, and has memory for what a softmax of many channels keeps.
+  void set_activation(int64_t activation, const Tensor& patches) {
+    check_fusion_activation(activation);
+    q.activation = static_cast<int>(activation);
+    const int64_t numbers = softmax_workspace(q);
+    if (numbers == 0) return;
+    tensors_.push_back(
+        torch::stable::new_empty(patches, {numbers}, accumulation_type(patches.scalar_type())));
+    q.softmax = tensors_.back().mutable_data_ptr();
+  }
+
   void set_ring(int64_t axis, int64_t start, int64_t stop) {
     q.ring_axis = 3 - q.axes + static_cast<int>(axis);
     STD_TORCH_CHECK(stop <= kLargest, "stop: got ", stop, ", expected at most ", kLargest);
@@ -93,7 +104,7 @@ std::vector<int64_t> sizes_from(const Tensor& tensor, int64_t first) {
 
 Tensor add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
            std::vector<Tensor> weights, const std::optional<Tensor>& total,
-           std::vector<int64_t> volume_shape) {
+           std::vector<int64_t> volume_shape, int64_t activation) {
   const int64_t axes = static_cast<int64_t>(volume_shape.size());
   STD_TORCH_CHECK(patches.dim() >= 1, "patches: got shape ", shape_of(patches));
   check_fusion_tables(origins, rows, weights, patches.size(0), axes);
@@ -108,6 +119,7 @@ Tensor add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();
   plan.q.target = result.mutable_data_ptr();
+  plan.set_activation(activation, patches);
   check_launch(overlap_add_forward(plan.q, current_stream(patches)), "overlap_add");
   return result;
 }
@@ -115,7 +127,7 @@ Tensor add(const Tensor& patches, const Tensor& origins, const Tensor& rows,
 void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origins,
                  const Tensor& rows, std::vector<Tensor> weights,
                  const std::optional<Tensor>& total, int64_t ring_axis, int64_t start, int64_t stop,
-                 int64_t flip, double floor) {
+                 int64_t flip, double floor, int64_t activation) {
   STD_TORCH_CHECK(
       ring.dim() >= 2 && patches.dim() == ring.dim() + 1 && ring.size(0) == patches.size(1),
       "ring: got shape ", shape_of(ring), ", expected (C, *extent) to go with patches of shape ",
@@ -141,6 +153,7 @@ void add_to_ring(const Tensor& ring, const Tensor& patches, const Tensor& origin
   plan.q.type = element_of(patches, "patches");
   plan.q.source = source.const_data_ptr();
   plan.q.target = ring.mutable_data_ptr();
+  plan.set_activation(activation, patches);
   check_launch(overlap_add_ring(plan.q, current_stream(patches)), "overlap_add_");
 }
 
@@ -158,18 +171,26 @@ void add_weights(const Tensor& total, const Tensor& origins, const Tensor& rows,
 }
 
 Tensor backward(const Tensor& grad, const Tensor& origins, const Tensor& rows,
-                std::vector<Tensor> weights, const std::optional<Tensor>& total) {
+                std::vector<Tensor> weights, const std::optional<Tensor>& total,
+                const std::optional<Tensor>& patches, int64_t activation) {
   check_fusion_dtype(grad, "grad");
   STD_TORCH_CHECK(grad.dim() >= 2, "grad: got shape ", shape_of(grad), ", expected (C, *volume)");
   const std::vector<int64_t> extent = sizes_from(grad, 1);
   const int64_t axes = static_cast<int64_t>(extent.size());
   check_fusion_tables(origins, rows, weights, origins.dim() > 0 ? origins.size(0) : 0, axes);
   check_fusion_total(total, extent, grad);
+  check_fusion_activated(patches, activation, grad, weights, origins.size(0));
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   Plan plan(grad, origins, rows, weights, total, extent, grad.size(0));
   std::vector<int64_t> shape{origins.size(0), grad.size(0)};
   for (const int64_t size : patch_shape_of(weights, axes)) shape.push_back(size);
   const Tensor source = torch::stable::contiguous(grad);
+  Tensor activated;
+  if (activation != 0) {
+    activated = torch::stable::contiguous(*patches);
+    plan.q.activation = static_cast<int>(activation);
+    plan.q.activated = activated.const_data_ptr();
+  }
   Tensor result = torch::stable::new_empty(grad, shape);
   plan.q.type = element_of(grad, "grad");
   plan.q.source = source.const_data_ptr();

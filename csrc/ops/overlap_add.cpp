@@ -4,14 +4,14 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(voxfuse, m) {
   m.def(
       "overlap_add(Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
-      "int[] volume_shape) -> Tensor");
+      "int[] volume_shape, int activation=0) -> Tensor");
   m.def(
       "overlap_add_backward(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, "
-      "Tensor? total) -> Tensor");
+      "Tensor? total, Tensor? patches=None, int activation=0) -> Tensor");
   m.def(
       "overlap_add_(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, "
       "Tensor[] weights, Tensor? total, int ring_axis, int start, int stop, int flip=0, "
-      "float floor=0.0) -> ()");
+      "float floor=0.0, int activation=0) -> ()");
   m.def(
       "overlap_weights_(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
       "int ring_axis, int start, int stop) -> ()");

@@ -133,6 +133,26 @@ inline void check_fusion_flip(int64_t flip, int64_t axes) {
                   ", expected one bit an axis, 0 to ", (int64_t{1} << axes) - 1);
 }
 
+// What is made of the patches before they are weighted; the codes are those of csrc/math.
+inline void check_fusion_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: got ", activation,
+                  ", expected 0 (none), 1 (sigmoid) or 2 (softmax)");
+}
+
+// With an activation the gradient depends on the patches, which are like those of the forward.
+inline void check_fusion_activated(const std::optional<Tensor>& patches, int64_t activation,
+                                   const Tensor& grad, const std::vector<Tensor>& weights,
+                                   int64_t count) {
+  check_fusion_activation(activation);
+  if (activation == 0) return;
+  STD_TORCH_CHECK(patches, "patches: got None, expected the patches that were activated");
+  check_fusion_patches(*patches, weights, grad.dim() - 1);
+  STD_TORCH_CHECK(patches->size(0) == count && patches->size(1) == grad.size(0) &&
+                      patches->scalar_type() == grad.scalar_type() &&
+                      patches->device() == grad.device(),
+                  "patches: do not go with grad and origins");
+}
+
 inline ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

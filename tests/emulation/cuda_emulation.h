@@ -97,6 +97,8 @@ std::string features(const Problem& q) {
     add("divided", q.total != nullptr);
     add("ring", q.ring_axis);
     add("axes", q.axes);
+    add("activation", q.activation);
+    add("kept", q.softmax != nullptr);
   } else if constexpr (requires { q.turn; }) {
     add("type", q.type);
     add("activation", q.activation);

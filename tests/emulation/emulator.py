@@ -503,6 +503,8 @@ class OverlapAdd(Operators):
         ring: tuple[int, int, int] | None = None,
         flip: int = 0,
         floor: float = 0.0,
+        activation: int = 0,
+        patches: Tensor | None = None,
     ) -> Tensor:
         axes = len(extent)
         weights, cover = (weights[:axes], weights[axes:]) if floor else (weights, [])
@@ -527,12 +529,14 @@ class OverlapAdd(Operators):
         integers += [flip << (3 - axes)]
         sizes = [(1, 1)] * (3 - len(cover)) + [tuple(table.shape) for table in cover]
         integers += [count for count, _ in sizes] + [size for _, size in sizes]
+        integers += [activation]
         buffers = [
             *(storage_bytes(x.contiguous().clone()) for x in (source, target, origins, rows)),
             *tables,
             bytearray() if total is None else storage_bytes(total.contiguous().clone()),
             *[bytearray()] * (3 - len(cover)),
             *(storage_bytes(table.contiguous().clone()) for table in cover),
+            bytearray() if patches is None else storage_bytes(patches.contiguous().clone()),
         ]
         (result,) = self._program.call(integers, [floor], buffers, 1)
         return from_bytes(result, target)
@@ -545,11 +549,11 @@ class OverlapAdd(Operators):
         weights: Sequence[Tensor],
         total: Tensor | None,
         volume_shape: Sequence[int],
+        activation: int = 0,
     ) -> Tensor:
         target = patches.new_full((patches.shape[1], *volume_shape), float("nan"))
-        return self._call(
-            self.FORWARD, patches, target, origins, rows, weights, total, volume_shape
-        )
+        tables = (origins, rows, weights, total, volume_shape)
+        return self._call(self.FORWARD, patches, target, *tables, activation=activation)
 
     def overlap_add_backward(
         self,
@@ -558,12 +562,16 @@ class OverlapAdd(Operators):
         rows: Tensor,
         weights: Sequence[Tensor],
         total: Tensor | None,
+        patches: Tensor | None = None,
+        activation: int = 0,
     ) -> Tensor:
         extent = grad.shape[1:]
         separable = len(weights) == len(extent)
         shape = [w.shape[1] for w in weights] if separable else list(weights[0].shape[1:])
         target = grad.new_full((origins.shape[0], grad.shape[0], *shape), float("nan"))
-        return self._call(self.BACKWARD, grad, target, origins, rows, weights, total, extent)
+        tables = (origins, rows, weights, total, extent)
+        options = {"activation": activation, "patches": patches}
+        return self._call(self.BACKWARD, grad, target, *tables, **options)
 
     def overlap_add_(
         self,
@@ -578,10 +586,12 @@ class OverlapAdd(Operators):
         stop: int,
         flip: int = 0,
         floor: float = 0.0,
+        activation: int = 0,
     ) -> None:
         place = (ring_axis, start, stop)
-        tables = (origins, rows, weights, total)
-        result = self._call(self.RING, patches, ring, *tables, ring.shape[1:], place, flip, floor)
+        tables = (origins, rows, weights, total, ring.shape[1:])
+        options = (flip, floor, activation)
+        result = self._call(self.RING, patches, ring, *tables, place, *options)
         ring.copy_(result)
 
     def overlap_weights_(

@@ -22,6 +22,7 @@ def overlap_add(
     volume_shape: Sequence[int],
     window: WindowLike = "bspline",
     *,
+    activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
     r"""Fuse overlapping patches into a volume: their weighted mean at every voxel.
@@ -43,11 +44,16 @@ def overlap_add(
         window: "bspline" (order 5), "bspline0" to "bspline9", "hashemi", "gaussian",
             "nnunet_gaussian", "monai_gaussian", "hann", "constant"; or an array of the patch's
             shape, or one vector an axis, with weights >= 0.
+        activation: "none", or what is made of every patch before it is weighted, inside the kernel
+            and without a copy of the patches: "softmax" over the channels, or "sigmoid". Computed
+            in the accumulation's dtype; infinities and NaN as in ``torch.softmax``.
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
     Returns:
         (C, \*volume) in the patches' dtype; accumulated in float32, or float64 for float64
-        patches, in patch order. Uncovered voxels are 0. Differentiable in ``patches``.
+        patches, in patch order, and rounded once: probabilities of float16 patches are float16.
+        Uncovered voxels are 0. Differentiable in ``patches``; with an activation they are kept for
+        the backward pass, which activates them again, and cannot be differentiated once more.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -79,6 +85,7 @@ def overlap_add(
         tables.weights,
         volume_shape,
         total=total,
+        activation=activation,
         backend=backend,
     )
 

@@ -193,6 +193,11 @@ def _transformable(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(_checks.FORWARD_MODE)
 
+    def every(ctx: Any, *grads: Any) -> Any:
+        # Here defaults are arguments, which the dispatcher drops, and a list is one of them.
+        gradients = [x if isinstance(x, Tensor) else None for x in backward(operators, ctx, *grads)]
+        return (*gradients, *[None] * (len(arguments) - len(gradients)))
+
     function: Any = type(
         f"Transformable_{name}",
         (torch.autograd.Function,),
@@ -200,7 +205,7 @@ def _transformable(
             "generate_vmap_rule": True,
             "forward": staticmethod(lambda *args: operator(*args)),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(lambda ctx, *grads: backward(operators, ctx, *grads)),
+            "backward": staticmethod(every),
             "jvp": staticmethod(jvp),
         },
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.overlap_add import accumulation_dtype, patch_shape
+from voxfuse.reference.overlap_add import ACTIVATIONS, accumulation_dtype, patch_shape
 
 
 def overlap_add(
@@ -26,6 +26,7 @@ def overlap_add(
     volume_shape: Sequence[int],
     *,
     total: Tensor | None = None,
+    activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
     r"""Fuse weighted patches: ``V(x) = sum_i w_i(x - o_i) P_i(x - o_i)``.
@@ -41,11 +42,14 @@ def overlap_add(
         volume_shape: extent of the result.
         total: float64 (\*volume) sum of all patches' weights, as :func:`overlap_weights_` makes
             it; each weight is divided by it in float64.
+        activation: "none", "softmax" over the channels or "sigmoid": what is made of a patch before
+            it is weighted, in the accumulation's dtype.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
 
     Returns:
         (C, \*volume) in the patches' dtype, accumulated in float32 (float64 for float64 patches)
-        in patch order; uncovered voxels are 0. Differentiable in ``patches``.
+        in patch order; uncovered voxels are 0. Differentiable in ``patches``; with an activation
+        they are kept for the backward pass, which activates them again.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -60,13 +64,14 @@ def overlap_add(
         tensor([[1., 2., 3.]])
     """
     patches = _checks.require_tensor("patches", patches)
+    activated = _activation(activation)
     origins, rows, weights, total = _check(
         patches, origins, rows, weights, total, volume_shape, ring_axis=None
     )
     operators = _registry.namespace_of(backend, patches.device)
     try:
         result: Tensor = operators.overlap_add(
-            patches, origins, rows, weights, total, list(volume_shape)
+            patches, origins, rows, weights, total, list(volume_shape), *activated
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -87,6 +92,7 @@ def overlap_add_(
     flip: Sequence[int] = (),
     floor: float = 0.0,
     cover: Sequence[Tensor] = (),
+    activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
     r"""Add weighted patches into ``ring``, a window of consecutive slices of a larger volume.
@@ -99,7 +105,7 @@ def overlap_add_(
 
     Args:
         ring: (C, \*extent), float64 for float64 patches and otherwise float32, contiguous.
-        patches, origins, rows, weights, backend: as for :func:`overlap_add`.
+        patches, origins, rows, weights, activation, backend: as for :func:`overlap_add`.
         total: as for :func:`overlap_add`, with the ring's spatial shape and slots.
         ring_axis: spatial axis along which the ring moves.
         start, stop: coordinates that the ring holds; at most as many as it has slots. ``stop``
@@ -144,13 +150,18 @@ def overlap_add_(
     axes = ring.ndim - 1
     if not set(flip) <= set(range(axes)) or len(set(flip)) != len(flip):
         raise ValueError(f"flip: got {tuple(flip)}, expected axes in [0, {axes}), each once")
-    # Without flips, and without a floor, the schema's defaults stand.
-    options: list[Any] = [sum(1 << int(axis) for axis in flip)] if flip or floor else []
+    # Without flips, a floor and an activation, the schema's defaults stand.
+    activated = _activation(activation)
+    options: list[Any] = []
+    if flip or floor or activated:
+        options.append(sum(1 << int(axis) for axis in flip))
     if floor or cover:
         covered = list(ring.shape[1:])
         covered[ring_axis] = stop
         weights = [*weights, *_check_cover(cover, floor, total, covered, ring_axis, ring.device)]
+    if floor or activated:
         options.append(float(floor))
+    options += activated
     operators = _registry.namespace_of(backend, patches.device)
     try:
         operators.overlap_add_(
@@ -198,6 +209,12 @@ def overlap_weights_(
     except RuntimeError as error:
         _checks.reraise(error)
     return total
+
+
+def _activation(name: str) -> list[int]:
+    """The schema's last argument; none where its default stands."""
+    code = _checks.choice("activation", name, ACTIVATIONS)
+    return [code] if code else []
 
 
 def _check_cover(
@@ -377,6 +394,7 @@ def _fake(
     weights: Sequence[Tensor],
     total: Tensor | None,
     volume_shape: Sequence[int],
+    activation: int = 0,
 ) -> Tensor:
     return patches.new_empty((patches.shape[1], *volume_shape))
 
@@ -387,6 +405,8 @@ def _fake_backward(
     rows: Tensor,
     weights: Sequence[Tensor],
     total: Tensor | None,
+    patches: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
     return grad.new_empty((origins.shape[0], grad.shape[0], *patch_shape(weights, grad.ndim - 1)))
 
@@ -396,25 +416,42 @@ def _fake_mutating(*args: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, origins, rows, weights, total, _ = inputs
-    ctx.save_for_backward(origins, rows, total, *weights)
+    patches, origins, rows, weights, total, _, activation = inputs
+    # Linear without an activation: nothing of the patches is needed.
+    ctx.save_for_backward(patches if activation else None, origins, rows, total, *weights)
+    ctx.activation = activation
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    origins, rows, total, *weights = ctx.saved_tensors
+    patches, origins, rows, total, *weights = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0]:
-        gradient = operators.overlap_add_backward(grad.contiguous(), origins, rows, weights, total)
-    return (gradient, None, None, [None] * len(weights), None, None)
+        activated = (patches, ctx.activation) if ctx.activation else ()
+        gradient = operators.overlap_add_backward(
+            grad.contiguous(), origins, rows, weights, total, *activated
+        )
+    return _gradients(gradient, weights, 3 if ctx.activation else 2)
+
+
+def _gradients(gradient: Tensor | None, weights: Sequence[Tensor], others: int) -> tuple[Any, ...]:
+    """One for every argument that was passed on; the dispatcher drops defaults at the end."""
+    return (gradient, None, None, [None] * len(weights), *[None] * others)
 
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, origins, rows, weights, total = inputs
+    grad, origins, rows, weights, total, patches, activation = inputs
     ctx.save_for_backward(origins, rows, total, *weights)
     ctx.volume_shape = list(grad.shape[1:])
+    ctx.activation = activation
+    ctx.others = 3 if activation else 1 if patches is None else 2
 
 
 def _double_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.activation:
+        raise RuntimeError(
+            "overlap_add_backward cannot be differentiated again with an activation: activate the "
+            "patches before overlap_add instead"
+        )
     # The forward is linear in the patches, so that the adjoint of its adjoint is itself.
     origins, rows, total, *weights = ctx.saved_tensors
     gradient = None
@@ -422,26 +459,28 @@ def _double_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradient = operators.overlap_add(
             grad.contiguous(), origins, rows, weights, total, ctx.volume_shape
         )
-    return (gradient, None, None, [None] * len(weights), None)
+    return _gradients(gradient, weights, ctx.others)
 
 
 _registry.register(
     "overlap_add",
     "(Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
-    "int[] volume_shape) -> Tensor",
+    "int[] volume_shape, int activation=0) -> Tensor",
     _fake,
     stem="overlap_add",
 )
 _registry.register(
     "overlap_add_backward",
-    "(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total) -> Tensor",
+    "(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
+    "Tensor? patches=None, int activation=0) -> Tensor",
     _fake_backward,
     stem="overlap_add",
 )
 _registry.register(
     "overlap_add_",
     "(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, "
-    "Tensor? total, int ring_axis, int start, int stop, int flip=0, float floor=0.0) -> ()",
+    "Tensor? total, int ring_axis, int start, int stop, int flip=0, float floor=0.0, "
+    "int activation=0) -> ()",
     _fake_mutating,
     stem="overlap_add",
 )

@@ -15,6 +15,9 @@ On a grid the weights may have a lower bound: ``max(product, floor)`` divided by
 over all patches of the grid, which is no product of the axes. It comes in factors: one table
 (m_a, extent) an axis, whose rows hold the weights of all patches over a coordinate, and a negative
 number where there are fewer than m_a.
+
+With an activation, P_i is the softmax of the patch over its channels, or its sigmoid, evaluated in
+the accumulation type; infinities and NaN mean what they mean to ``torch.softmax``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Numbers that stand for what is made of the patches before they are weighted.
+ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
 
 
 def patch_shape(weights: Sequence[Tensor], axes: int) -> tuple[int, ...]:
@@ -37,6 +43,22 @@ def patch_shape(weights: Sequence[Tensor], axes: int) -> tuple[int, ...]:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checked_activation(activation: int) -> int:
+    """The number of an activation, or ValueError."""
+    if activation not in ACTIVATIONS.values():
+        raise ValueError(
+            f"activation: got {activation}, expected 0 (none), 1 (sigmoid) or 2 (softmax)"
+        )
+    return activation
+
+
+def activated(block: Tensor, activation: int, axis: int) -> Tensor:
+    """Probabilities of a block of patches in the accumulation type, softmax over ``axis``."""
+    if activation == ACTIVATIONS["softmax"]:
+        return block.softmax(axis)
+    return block.sigmoid() if activation == ACTIVATIONS["sigmoid"] else block
 
 
 class Part(NamedTuple):
@@ -138,7 +160,10 @@ def _add(
     start: int,
     stop: int,
     floor: float = 0.0,
+    activation: int = 0,
+    turned: Sequence[int] = (),
 ) -> None:
+    checked_activation(activation)
     weights = [w.to(accumulator.device) for w in weights]
     extent = accumulator.shape[1:]
     for part in _parts(origins, patches.shape[2:], extent, ring_axis, start, stop):
@@ -147,7 +172,9 @@ def _add(
             weight = _raised(part, *place, weights, floor).to(accumulator.dtype)
         else:
             weight = _weight(part, rows, weights, total, accumulator.dtype)
-        block = patches[part.patch][(slice(None), *part.source)].to(accumulator.dtype)
+        patch = activated(patches[part.patch].to(accumulator.dtype), activation, 0)
+        patch = patch.flip(tuple(turned)) if turned else patch
+        block = patch[(slice(None), *part.source)]
         accumulator[(slice(None), *part.destination)] += weight * block
 
 
@@ -158,6 +185,7 @@ def overlap_add(
     weights: Sequence[Tensor],
     total: Tensor | None,
     volume_shape: Sequence[int],
+    activation: int = 0,
 ) -> Tensor:
     """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
     volume = torch.zeros(
@@ -165,7 +193,8 @@ def overlap_add(
         dtype=accumulation_dtype(patches.dtype),
         device=patches.device,
     )
-    _add(volume, patches, origins, rows, weights, total, 0, 0, volume_shape[0])
+    place = 0, 0, volume_shape[0]
+    _add(volume, patches, origins, rows, weights, total, *place, activation=activation)
     return volume.to(patches.dtype)
 
 
@@ -175,8 +204,15 @@ def overlap_add_backward(
     rows: Tensor,
     weights: Sequence[Tensor],
     total: Tensor | None,
+    patches: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
-    """Return the gradient (N, C, \\*patch) of the patches: ``w_i(t) grad(o_i + t)``, 0 outside."""
+    """Return the gradient (N, C, \\*patch) of the patches, 0 outside the volume.
+
+    It is ``a = w_i(t) grad(o_i + t)`` without an activation, ``p_c (a_c - sum_k p_k a_k)`` with
+    softmax and ``p (1 - p) a`` with sigmoid, where p are the probabilities of ``patches``.
+    """
+    checked_activation(activation)
     volume_shape = grad.shape[1:]
     patch = patch_shape(weights, len(volume_shape))
     dtype = accumulation_dtype(grad.dtype)
@@ -184,8 +220,18 @@ def overlap_add_backward(
     weights = [w.to(grad.device) for w in weights]
     for part in _parts(origins, patch, volume_shape, 0, 0, volume_shape[0]):
         weight = _weight(part, rows, weights, total, dtype)
-        block = grad[(slice(None), *part.destination)].to(dtype)
-        result[part.patch][(slice(None), *part.source)] = (weight * block).to(grad.dtype)
+        block = weight * grad[(slice(None), *part.destination)].to(dtype)
+        place = (slice(None), *part.source)
+        if activation != 0:
+            if patches is None:
+                raise ValueError("patches: got None, expected the patches that were activated")
+            z = patches[part.patch][place].to(dtype)
+            if activation == ACTIVATIONS["softmax"]:
+                p = activated(z, activation, 0)
+                block = p * (block - (p * block).sum(0))
+            else:
+                block = z.sigmoid() * (-z).sigmoid() * block
+        result[part.patch][place] = block.to(grad.dtype)
     return result
 
 
@@ -201,6 +247,7 @@ def overlap_add_(
     stop: int,
     flip: int = 0,
     floor: float = 0.0,
+    activation: int = 0,
 ) -> None:
     """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
 
@@ -210,9 +257,9 @@ def overlap_add_(
     ``patch[size - 1 - t]``. With ``floor`` > 0 ``weights`` are a window an axis and then a table an
     axis of all patches' weights, and there is no ``total``.
     """
-    axes = [2 + axis for axis in range(patches.ndim - 2) if flip >> axis & 1]
-    patches = patches.flip(axes) if axes else patches
-    _add(ring, patches, origins, rows, weights, total, ring_axis, start, stop, floor)
+    turned = [1 + axis for axis in range(patches.ndim - 2) if flip >> axis & 1]
+    place = ring_axis, start, stop
+    _add(ring, patches, origins, rows, weights, total, *place, floor, activation, turned)
 
 
 def overlap_weights_(
