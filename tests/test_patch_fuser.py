@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis
 import numpy as np
 import pytest
@@ -181,25 +183,47 @@ def test_planned_memory_does_not_grow_with_depth(long):
     assert tall.output_bytes == 256 * 256 * 1024
 
 
+def most_allocated(call) -> int:
+    """Bytes of tensors alive at a time at most, of those that ``call`` makes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    alive = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_soft_voting_makes_no_copy_of_the_patches(dtype, activation):
+    """What is allocated beyond the ring and the labels is a small part of a batch of patches."""
+    options = {"output": "foreground", "activation": activation, "stream_axis": 0}
+    fuser = voxfuse.PatchFuser((16, 48, 48), (16, 32, 32), 6, **options)
+    patches = torch.randn(4, 6, 16, 32, 32).to(dtype)
+    most = most_allocated(lambda: fuser.add(patches))
+    plan = fuser.plan()
+    size = patches.numel() * patches.itemsize
+    result = math.prod(plan.output_shape) * dtype.itemsize
+    assert plan.ring_bytes <= most <= plan.ring_bytes + result + size // 20
+    fuser.result()
+
+
 @pytest.mark.parametrize("window", ["bspline", "monai_gaussian"])
 def test_allocated_memory_does_not_grow_with_depth(window):
     """What PyTorch allocates beyond the result: the ring (and weight sums), once."""
 
     def peak(depth):
-        with torch.profiler.profile(profile_memory=True) as profile:
-            fuser = voxfuse.PatchFuser(
-                (24, 24, depth), (8, 8, 8), 5, window=window, output="labels"
-            )
+        fuser = voxfuse.PatchFuser((24, 24, depth), (8, 8, 8), 5, window=window, output="labels")
+
+        def fuse():
             patches = torch.ones(1, 5, 8, 8, 8)
             for origins in fuser.batches(1):
                 fuser.add(patches, origins)
             fuser.result()
-        alive = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                most = max(most, alive)
-        return most - 24 * 24 * depth, fuser.plan()
+
+        return most_allocated(fuse) - 24 * 24 * depth, fuser.plan()
 
     (short, plan), (tall, _) = peak(32), peak(128)
     # Origins (N, 3) and rows (N, 3), int64, and their temporaries are the only thing that grows.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from voxfuse.fusion._memory import empty, zeros
-from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, activated, result_dtype
+from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, result_dtype
 from voxfuse.fusion.orientations import turned
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
-from voxfuse.reference.overlap_add import accumulation_dtype
+from voxfuse.reference.overlap_add import ACTIVATIONS, accumulation_dtype, activated
 
 #: Predictions of the same patches: pairs of (batch, axes along which it is mirrored).
 Predictions = Sequence[tuple[Tensor, tuple[int, ...]]]
@@ -238,9 +238,10 @@ class Composed:
             share = share.to(self._device, self._exact)
             for prediction, turn in predictions:
                 patch = turned(prediction[position : position + 1], turn)
-                if self._wish.voting == "soft" and self._wish.activation != "none":
-                    patch = activated(patch, self._wish.activation)
-                term = share * patch[0][part].to(self._exact)
+                block = patch[0][part].to(self._exact)
+                if self._wish.voting == "soft":
+                    block = activated(block, ACTIVATIONS[self._wish.activation], 0)
+                term = share * block
                 if self._wish.accumulate is None:
                     self._sums[box] += term
                 else:

@@ -92,8 +92,8 @@ class PatchFuser:
             there is no background) or "entropy" (in nats).
         activation: "none", "sigmoid" or "softmax", which makes probabilities of predictions.
         voting: "soft" (activate every patch, then average; the default) or "logit" (average, then
-            activate; the default, and the only way, with ``head``). Soft voting keeps one activated
-            copy of the batch that is being added.
+            activate; the default, and the only way, with ``head``). Soft voting activates patches
+            as they are added, without a copy of them.
         threshold: for "mask".
         head: (weight (C, channels), bias (C,)) of the network's last, linear layer: features are
             fused, and the layer applied to finished slices only. Exact up to rounding, because the
@@ -311,7 +311,7 @@ class PatchFuser:
         self._push([self._prepared(*prediction) for prediction in predictions], origins)
 
     def _prepared(self, patches: Tensor, flip: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """Check patches and the axes of a flip, and activate the patches for soft voting."""
+        """Check patches and the axes of a flip."""
         patches = _checks.require_tensor("patches", patches).detach()
         expected = (self.channels, *self.patch_size)
         if tuple(patches.shape[1:]) != expected:
@@ -327,8 +327,6 @@ class PatchFuser:
         axes = tuple(sorted({int(axis) for axis in flip}))
         if axes and not 0 <= axes[0] <= axes[-1] < len(self.patch_size):
             raise ValueError(f"flip: got {axes}, expected axes in [0, {len(self.patch_size)})")
-        if self.voting == "soft" and self.activation != "none":
-            patches = activated(patches, self.activation)
         return patches, axes
 
     def _push(self, predictions: list[tuple[Tensor, tuple[int, ...]]], origins: Any) -> None:
@@ -578,6 +576,7 @@ class PatchFuser:
             "start": start,
             "stop": extent if self._in_place else min(start + self._depth, extent),
             "flip": flip,
+            "activation": self.activation if self.voting == "soft" else "none",
             "backend": self.backend,
         }
         tables = self.origins[indices], self._rows[indices], self._weights
@@ -708,14 +707,6 @@ def result_dtype(output: str, classes: int, patches: torch.dtype) -> torch.dtype
                 return dtype
         return torch.int32
     return torch.uint8 if output == "mask" else patches
-
-
-def activated(patches: Tensor, activation: str) -> Tensor:
-    """Probabilities of patches (N, C, \\*patch), in the accumulator's dtype."""
-    dtype = accumulation_dtype(patches.dtype)
-    if activation == "softmax":
-        return torch.softmax(patches, 1, dtype=dtype)
-    return torch.sigmoid(patches.to(dtype))
 
 
 def checked_voting(voting: str | None, head: bool) -> str:

@@ -40,13 +40,15 @@ def add_rounded(
     members: int,
     dtype: torch.dtype,
     flip: Sequence[int],
+    activation: str,
     backend: str,
 ) -> None:
     """As :func:`voxfuse.ops.overlap_add.overlap_add_`, of the patches over ``members``.
 
-    The mean of the members is summed, not their sum, which might overflow float16. ``dtype`` is
-    that of the additions.
+    The mean of the members is summed, not their sum, which might overflow float16: their weights
+    are divided. ``dtype`` is that of the additions.
     """
+    shares = [weights[0] / members, *weights[1:]]
     for index, origin in enumerate(origins.tolist()):
         low = [max(first, 0) for first in origin]
         high = [
@@ -58,15 +60,15 @@ def add_rounded(
         if any(last <= first for first, last in zip(low, high, strict=True)):
             continue
         sums = widened(ring, low, high, ring_axis, dtype)
-        patch = patches[index : index + 1]
         overlap_add_(
             sums,
-            patch if members == 1 else patch.to(dtype) / members,
+            patches[index : index + 1],
             origins[index : index + 1] - torch.tensor(low),
             rows[index : index + 1],
-            weights,
+            shares,
             total=None if total is None else widened(total[None], low, high, ring_axis)[0],
             flip=flip,
+            activation=activation,
             backend=backend,
         )
         for part, target in _parts(ring, low, high, ring_axis):
