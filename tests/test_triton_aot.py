@@ -52,7 +52,7 @@ def test_every_kernel_has_a_case():
     operators = ("soft_confusion", "ratio_loss", "overlap_add", "finalize_slab", "head_confusion")
     for name in (*operators, "_partial_sums"):
         source = inspect.getsource(importlib.import_module(f"voxfuse.triton_kernels.{name}"))
-        jitted |= {f"{name}.{found}" for found in re.findall(r"\b(_\w+)\[", source)}
+        jitted |= {f"{name}.{found}" for found in re.findall(r"\b(_\w+)\[\(", source)}
         jitted |= {f"{name}.{found}" for found in re.findall(r"kernel = (_\w+) if", source)}
         jitted |= {f"{name}.{found}" for found in re.findall(r" if backward else (_\w+)", source)}
         jitted |= {f"{name}.{found}" for found in re.findall(r"Plan\((_\w+)", source)}

@@ -40,7 +40,7 @@ STACKS = {
     "head-250-forward": 80,
     "head-128x64-backward": 448,
     "online-full-backward-sm100": 16,
-    "probabilities-forward-sm100": 8,
+    "probabilities-forward-sm100": 16,
 }
 
 
