@@ -436,16 +436,13 @@ def _gather(
 
 
 @triton.jit
-def _scatter(
-    grad,
-    result,
+def _own_tile(
     origins,
     rows,
     table_z,
     table_y,
     table_x,
     total,
-    channels,
     size_z,
     size_y,
     size_x,
@@ -457,16 +454,16 @@ def _scatter(
     length_x,
     AXES: tl.constexpr,
     DENSE: tl.constexpr,
-    CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Gradient of a tile (HEIGHT, WIDTH) of one slice of one patch: ``w_i(t) grad(o_i + t)``."""
+    """The tile of one slice of one patch that a program of the backward pass writes: its patch,
+    voxels (z, y, x), which of them exist and which are in the volume, where, and their weights.
+    """
     tiles_x = tl.cdiv(patch_x, WIDTH)
     tiles_y = tl.cdiv(patch_y, HEIGHT)
     tile = tl.program_id(0)
-    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.zeros([1, 1], tl.int64)
     x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
     y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     z = (tile // tiles_x // tiles_y) % patch_z + tl.zeros([1, 1], tl.int32)
@@ -502,6 +499,60 @@ def _scatter(
         AXES,
         DENSE,
         total is None,
+        DTYPE,
+    )
+    return patch, z, y, x, written, inside, from_place, weight
+
+
+@triton.jit
+def _scatter(
+    grad,
+    result,
+    origins,
+    rows,
+    table_z,
+    table_y,
+    table_x,
+    total,
+    channels,
+    size_z,
+    size_y,
+    size_x,
+    patch_z,
+    patch_y,
+    patch_x,
+    length_z,
+    length_y,
+    length_x,
+    AXES: tl.constexpr,
+    DENSE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Gradient of a tile (HEIGHT, WIDTH) of one slice of one patch: ``w_i(t) grad(o_i + t)``."""
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.zeros([1, 1], tl.int64)
+    patch, z, y, x, written, inside, from_place, weight = _own_tile(
+        origins,
+        rows,
+        table_z,
+        table_y,
+        table_x,
+        total,
+        size_z,
+        size_y,
+        size_x,
+        patch_z,
+        patch_y,
+        patch_x,
+        length_z,
+        length_y,
+        length_x,
+        AXES,
+        DENSE,
+        HEIGHT,
+        WIDTH,
         DTYPE,
     )
     volume = tl.full([1, 1], 1, tl.int64) * size_z * size_y * size_x
@@ -551,44 +602,26 @@ def _scatter_activated(
     """As ``_scatter``, of activated patches and in all channels: with the probabilities p of the
     patch and its weighted gradient a, ``p_c (a_c - sum_k p_k a_k)`` or ``p (1 - p) a``.
     """
-    tiles_x = tl.cdiv(patch_x, WIDTH)
-    tiles_y = tl.cdiv(patch_y, HEIGHT)
-    tile = tl.program_id(0)
-    x = (tile % tiles_x) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    y = ((tile // tiles_x) % tiles_y) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
-    z = (tile // tiles_x // tiles_y) % patch_z + tl.zeros([1, 1], tl.int32)
-    patch = (tile // tiles_x // tiles_y // patch_z).to(tl.int64)
-    to_z = z + _origin(origins, patch, 0, AXES)
-    to_y = y + _origin(origins, patch, 1, AXES)
-    to_x = x + _origin(origins, patch, 2, AXES)
-    written = (y < patch_y) & (x < patch_x)
-    inside = written & (to_y >= 0) & (to_y < size_y) & (to_x >= 0) & (to_x < size_x)
-    inside = inside & (to_z >= 0) & (to_z < size_z)
-    from_place = (to_z.to(tl.int64) * size_y + to_y) * size_x + to_x
-    sums = tl.full([1, 1], 1.0, tl.float64)
-    if total is not None:
-        sums = tl.load(total + from_place, mask=inside, other=0.0)
-    weight = _weights(
+    patch, z, y, x, written, inside, from_place, weight = _own_tile(
+        origins,
+        rows,
         table_z,
         table_y,
         table_x,
-        rows,
-        patch,
-        z,
-        y,
-        x,
-        inside,
-        length_z,
-        length_y,
-        length_x,
+        total,
+        size_z,
+        size_y,
+        size_x,
         patch_z,
         patch_y,
         patch_x,
-        sums,
-        0.0,
+        length_z,
+        length_y,
+        length_x,
         AXES,
         DENSE,
-        total is None,
+        HEIGHT,
+        WIDTH,
         DTYPE,
     )
     volume = tl.full([1, 1], 1, tl.int64) * size_z * size_y * size_x

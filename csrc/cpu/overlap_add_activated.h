@@ -27,16 +27,12 @@ class Block {
 
   explicit Block(int64_t channels)
       : channels(channels),
-        most(std::clamp<int64_t>(kFar / std::max<int64_t>(channels, 1), 64, 512)),
-        room((std::max<int64_t>(most, kNear / std::max<int64_t>(channels, 1)) + width - 1) / width *
-                 width +
-             width),
+        most(voxels_for(std::max<int64_t>(channels, 1))),
+        room(most + width),
         values(channels * room),
         weights(room),
         greatest(room),
-        sums(room) {
-    most = room - width;
-  }
+        sums(room) {}
 
   R* row(int64_t channel) { return values.data() + channel * room; }
 
@@ -102,13 +98,18 @@ class Block {
 
   using V = Vec<R>;
   const int64_t channels;
-  int64_t most;  // voxels that it takes
-  const int64_t room;
+  const int64_t most;  // voxels that it takes
+  const int64_t room;  // and some that vectors reach beyond
   std::vector<R> values, weights, greatest, sums;
 
  private:
   static constexpr int64_t kFar = 65536, kNear = 4096;  // values in a block
   static constexpr int64_t kRegisters = 8;              // channels
+
+  static int64_t voxels_for(int64_t channels) {
+    const int64_t far = std::clamp<int64_t>(kFar / channels, 64, 512);
+    return (std::max(far, kNear / channels) + width - 1) / width * width;
+  }
 };
 
 // One task of the forward with activated patches: all channels of a tile, patch after patch.

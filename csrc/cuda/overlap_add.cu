@@ -158,6 +158,19 @@ __device__ inline void load_run(const T* run, int first, int last, Real (&value)
   }
 }
 
+/// Writes the first `width` values of a run.
+template <int kRun, class T>
+__device__ inline void store_run(T* run, int width, const T (&value)[kRun]) {
+  if (width == kRun && is_aligned<kRun>(run, sizeof(T))) {
+    store_vector<kRun>(run, value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (i < width) run[i] = value[i];
+    }
+  }
+}
+
 template <class Real, int kRun>
 __device__ inline void turn_run(Real (&value)[kRun]) {
 #pragma unroll
@@ -253,18 +266,8 @@ __global__ void __launch_bounds__(kThreads) normalise(const __grid_constant__ Fu
   const Softmax<Real, kRun> softmax =
       softmax_of<Real, kRun>(run, plane, q.channels, 0, width, Nothing{});
   Real* target = static_cast<Real*>(q.softmax) + 2 * patch * plane + voxel;
-  const auto write = [&](Real* out, const Real(&value)[kRun]) {
-    if (width == kRun && is_aligned<kRun>(out, sizeof(Real))) {
-      store_vector<kRun>(out, value);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < width) out[i] = value[i];
-      }
-    }
-  };
-  write(target, softmax.greatest);
-  write(target + plane, softmax.inverse);
+  store_run<kRun>(target, width, softmax.greatest);
+  store_run<kRun>(target + plane, width, softmax.inverse);
 }
 
 template <class T, Mode kMode>
@@ -282,9 +285,11 @@ __global__ void __launch_bounds__(kThreads, kActivated && sizeof(T) == 8 ? 1 : 2
   using Real = typename Compute<T>::Real;
   using Out = typename Output<T, kMode>::type;
   constexpr int kRun = 16 / sizeof(T);
-  // Half types activated into a ring take the registers of a second channel.
-  constexpr bool kOne = kMode == Mode::kRing && kActivated && sizeof(T) == 2;
-  constexpr int kCopies = kMode == Mode::kWeights || kOne ? 1 : kChannels<T>;
+  // Half types into a ring leave no registers for the values of two channels or, activated, for
+  // the sums of two.
+  constexpr bool kTight = kMode == Mode::kRing && sizeof(T) == 2;
+  constexpr bool kInTurn = kActivated || kTight;
+  constexpr int kCopies = kMode == Mode::kWeights || (kTight && kActivated) ? 1 : kChannels<T>;
   VOXFUSE_SHARED(Placed, list, [kListed]);
   VOXFUSE_SHARED(int, warp_counts, [kThreads / kWarp]);
 
@@ -429,14 +434,14 @@ __global__ void __launch_bounds__(kThreads, kActivated && sizeof(T) == 8 ? 1 : 2
               if (i >= first && i < last) sum[c][i] = sum[c][i] + weight[i] * value[i];
             }
           };
-          if constexpr (kActivated) {
+          if constexpr (kInTurn) {
 #pragma unroll
             for (int c = 0; c < kCopies; ++c) {
               if (c >= copies) continue;
               Real value[kRun];
               load(c, value);
 #pragma unroll
-              for (int i = 0; i < kRun; ++i) {
+              for (int i = 0; kActivated && i < kRun; ++i) {
                 value[i] = q.activation == math::kSoftmax
                                ? math::exp_negative(value[i] - greatest[i])
                                : sigmoid_of(value[i]);
@@ -477,55 +482,72 @@ __global__ void __launch_bounds__(kThreads, kActivated && sizeof(T) == 8 ? 1 : 2
   }
 }
 
+/// The run of voxels of one patch, in all channels, that a thread of a backward kernel makes.
+template <int kRun>
+struct PatchRun {
+  Placed at;
+  int tz, ty, tx;              // its first voxel in the patch
+  int width, first, last;      // voxels, and which of them may be in the volume
+  bool inside;                 // whether any is
+  int64_t line, place;         // its first voxel in the first channel of volume and patches
+  int64_t plane, patch_plane;  // voxels of a channel
+
+  /// Run `index` of all runs; `runs` are in a row of a patch, `per_patch` in a patch.
+  __device__ PatchRun(const Fusion& q, int64_t index, int runs, int64_t per_patch)
+      : at(q, index / per_patch) {
+    const int within = static_cast<int>(index % per_patch);
+    tx = within % runs * kRun;
+    ty = within / runs % q.patch[1];
+    tz = within / runs / q.patch[1];
+    const int z = at.origin[0] + tz, y = at.origin[1] + ty, x = at.origin[2] + tx;
+    inside = at.valid && z >= 0 && z < q.extent[0] && y >= 0 && y < q.extent[1];
+    width = q.patch[2] - tx < kRun ? q.patch[2] - tx : kRun;
+    first = -x;
+    last = q.extent[2] - x < width ? q.extent[2] - x : width;
+    line = (int64_t{z} * q.extent[1] + y) * q.extent[2] + x;
+    plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
+    patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
+    place = at.patch * q.channels * patch_plane + (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
+  }
+
+  __device__ bool has(int i) const { return inside && i >= first && i < last; }
+
+  template <class Real>
+  __device__ void weights(const Fusion& q, Real (&weight)[kRun]) const {
+    double total[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      total[i] = q.total != nullptr && has(i) ? q.total[line + i] : 0.0;
+    }
+    weights_of<Real, kRun>(q, at, tz, ty, tx, total, weight);
+  }
+};
+
 /// Gradient of the patches: every thread makes a run of voxels of one patch in all channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ Fusion q) {
   using Real = typename Compute<T>::Real;
   constexpr int kRun = 16 / sizeof(T);
-  const int runs = (q.patch[2] + kRun - 1) / kRun;  // in a row of a patch
+  const int runs = (q.patch[2] + kRun - 1) / kRun;
   const int64_t per_patch = int64_t{q.patch[0]} * q.patch[1] * runs;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= per_patch * q.patches) return;
-  const Placed at(q, index / per_patch);
-  const int within = static_cast<int>(index % per_patch);
-  const int tx = within % runs * kRun, ty = within / runs % q.patch[1];
-  const int tz = within / runs / q.patch[1];
-  const int z = at.origin[0] + tz, y = at.origin[1] + ty, x = at.origin[2] + tx;
-  const bool inside = at.valid && z >= 0 && z < q.extent[0] && y >= 0 && y < q.extent[1];
-  const int width = q.patch[2] - tx < kRun ? q.patch[2] - tx : kRun;
-  const int first = -x, last = q.extent[2] - x < width ? q.extent[2] - x : width;
-  const int64_t line = (int64_t{z} * q.extent[1] + y) * q.extent[2] + x;
+  const PatchRun<kRun> own(q, index, runs, per_patch);
   Real weight[kRun];
-  if (inside) {
-    double total[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      total[i] = q.total != nullptr && i >= first && i < last ? q.total[line + i] : 0.0;
-    }
-    weights_of<Real, kRun>(q, at, tz, ty, tx, total, weight);
-  }
-  const int64_t plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
-  const int64_t patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
-  const auto* gradient = static_cast<const T*>(q.source);
-  T* run = static_cast<T*>(q.target) + at.patch * q.channels * patch_plane +
-           (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
-  for (int64_t channel = 0; channel < q.channels; ++channel, run += patch_plane) {
+  if (own.inside) own.weights(q, weight);
+  const T* gradient = static_cast<const T*>(q.source) + own.line;
+  T* run = static_cast<T*>(q.target) + own.place;
+  for (int64_t channel = 0; channel < q.channels; ++channel, run += own.patch_plane) {
     T out[kRun];
     Real value[kRun] = {};
-    if (inside) load_run<Real, kRun>(gradient + (channel * plane + line), first, last, value);
+    if (own.inside) {
+      load_run<Real, kRun>(gradient + channel * own.plane, own.first, own.last, value);
+    }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const bool kept = inside && i >= first && i < last;
-      out[i] = Store<T>::from(kept ? weight[i] * value[i] : Real(0));
+      out[i] = Store<T>::from(own.has(i) ? weight[i] * value[i] : Real(0));
     }
-    if (width == kRun && is_aligned<kRun>(run, sizeof(T))) {
-      store_vector<kRun>(run, out);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < width) run[i] = out[i];
-      }
-    }
+    store_run<kRun>(run, own.width, out);
   }
 }
 
@@ -535,30 +557,18 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 1) scatter_activated(const __grid_constant__ Fusion q) {
   using Real = typename Compute<T>::Real;
   constexpr int kRun = 16 / sizeof(T);
-  const int runs = (q.patch[2] + kRun - 1) / kRun;  // in a row of a patch
+  const int runs = (q.patch[2] + kRun - 1) / kRun;
   const int64_t per_patch = int64_t{q.patch[0]} * q.patch[1] * runs;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= per_patch * q.patches) return;
-  const Placed at(q, index / per_patch);
-  const int within = static_cast<int>(index % per_patch);
-  const int tx = within % runs * kRun, ty = within / runs % q.patch[1];
-  const int tz = within / runs / q.patch[1];
-  const int z = at.origin[0] + tz, y = at.origin[1] + ty, x = at.origin[2] + tx;
-  const bool inside = at.valid && z >= 0 && z < q.extent[0] && y >= 0 && y < q.extent[1];
-  const int width = q.patch[2] - tx < kRun ? q.patch[2] - tx : kRun;
-  const int first = -x, last = q.extent[2] - x < width ? q.extent[2] - x : width;
-  const int64_t line = (int64_t{z} * q.extent[1] + y) * q.extent[2] + x;
-  const int64_t plane = int64_t{q.extent[0]} * q.extent[1] * q.extent[2];
-  const int64_t patch_plane = int64_t{q.patch[0]} * q.patch[1] * q.patch[2];
-  const int64_t offset =
-      at.patch * q.channels * patch_plane + (int64_t{tz} * q.patch[1] + ty) * q.patch[2] + tx;
-  const T* gradient = static_cast<const T*>(q.source) + line;
-  const T* patch = static_cast<const T*>(q.activated) + offset;
-  T* run = static_cast<T*>(q.target) + offset;
+  const PatchRun<kRun> own(q, index, runs, per_patch);
+  const T* gradient = static_cast<const T*>(q.source) + own.line;
+  const T* patch = static_cast<const T*>(q.activated) + own.place;
+  T* run = static_cast<T*>(q.target) + own.place;
 
   Real weight[kRun], greatest[kRun], mean[kRun];  // mean: sum_k p_k g_k
   const bool softmax = q.activation == math::kSoftmax;
-  if (inside) {
+  if (own.inside) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       greatest[i] = mean[i] = 0;
@@ -573,13 +583,13 @@ __global__ void __launch_bounds__(kThreads, 1) scatter_activated(const __grid_co
         for (int c = 0; c < kChannels<T>; ++c) {
           if (c >= copies) continue;
           Real slope[kRun];
-          load_run<Real, kRun>(gradient + (channel + c) * plane, first, last, slope);
+          load_run<Real, kRun>(gradient + (channel + c) * own.plane, own.first, own.last, slope);
 #pragma unroll
           for (int i = 0; i < kRun; ++i) mean[i] += e[c][i] * slope[i];
         }
       };
       const Softmax<Real, kRun> found =
-          softmax_of<Real, kRun>(patch, patch_plane, q.channels, 0, width, add);
+          softmax_of<Real, kRun>(patch, own.patch_plane, q.channels, 0, own.width, add);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         greatest[i] = found.greatest[i];
@@ -587,27 +597,22 @@ __global__ void __launch_bounds__(kThreads, 1) scatter_activated(const __grid_co
         weight[i] = found.inverse[i];
       }
     }
-    double total[kRun];
     Real window[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      total[i] = q.total != nullptr && i >= first && i < last ? q.total[line + i] : 0.0;
-    }
-    weights_of<Real, kRun>(q, at, tz, ty, tx, total, window);
+    own.weights(q, window);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) weight[i] *= window[i];
   }
   for (int64_t channel = 0; channel < q.channels; ++channel) {
     T out[kRun];
     Real value[kRun] = {}, slope[kRun] = {};
-    if (inside) {
-      load_run<Real, kRun>(patch + channel * patch_plane, 0, width, value);
-      load_run<Real, kRun>(gradient + channel * plane, first, last, slope);
+    if (own.inside) {
+      load_run<Real, kRun>(patch + channel * own.patch_plane, 0, own.width, value);
+      load_run<Real, kRun>(gradient + channel * own.plane, own.first, own.last, slope);
     }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       Real result = 0;
-      if (inside && i >= first && i < last) {
+      if (own.has(i)) {
         if (softmax) {
           const Real e = math::exp_negative(value[i] - greatest[i]);
           result = weight[i] * e * (slope[i] - mean[i]);
@@ -619,15 +624,7 @@ __global__ void __launch_bounds__(kThreads, 1) scatter_activated(const __grid_co
       }
       out[i] = Store<T>::from(result);
     }
-    T* to = run + channel * patch_plane;
-    if (width == kRun && is_aligned<kRun>(to, sizeof(T))) {
-      store_vector<kRun>(to, out);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < width) to[i] = out[i];
-      }
-    }
+    store_run<kRun>(run + channel * own.patch_plane, own.width, out);
   }
 }
 

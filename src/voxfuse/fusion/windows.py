@@ -98,8 +98,7 @@ def monai_gaussian_window(size: Sequence[int], sigma_scale: float = 0.125) -> Te
     Returns:
         float64 tensor of shape ``size``.
     """
-    dense = gaussian_window(list(size), sigma_scale)
-    return dense.clamp(min=max(float(dense.min()), 1e-3))
+    return torch.from_numpy(monai_gaussian(size, [sigma_scale] * len(size)).dense())
 
 
 def _size(value: object) -> int:
@@ -182,6 +181,8 @@ LEAST_WEIGHT = 1e-3
 
 def monai_gaussian(size: Sequence[int], sigma_scale: Sequence[float]) -> Raised:
     """:func:`monai_gaussian_window` in factors, one ``sigma_scale`` an axis."""
+    if len(size) == 0:
+        raise ValueError("size: got no axis, expected at least one")
     vectors = [_gaussian(_size(n), s) for n, s in zip(size, sigma_scale, strict=True)]
     least = math.prod(float(vector.min()) for vector in vectors)
     return Raised(vectors, max(least, LEAST_WEIGHT))
