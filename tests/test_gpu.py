@@ -506,8 +506,8 @@ def test_streams_and_graphs_add_rows_up_beside_each_other(operators, backend):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 96, 96, 96), (1, 16, 64, 64, 64), (1, 117, 48, 48, 48)])
-def test_launches_of_a_loss(shape, operators, backend):
-    """Two kernels forward (on Triton three, where several programs sum a sample), two backward."""
+def test_launches_of_a_loss(shape, operators):
+    """Two kernels forward, two backward."""
     logits = torch.randn(shape, device=DEVICE)
     labels = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=DEVICE, dtype=torch.uint8)
     options = (2, 2, 0, None, 0.0)
@@ -524,7 +524,7 @@ def test_launches_of_a_loss(shape, operators, backend):
         scaled = operators.ratio_loss_backward(grad, cotangents, 0, False, 0)
         operators.soft_confusion_backward(scaled, logits, labels, None, *options)
 
-    for call, most in ((forward, 2 if backend == "cuda" else 3), (backward, 2)):
+    for call in (forward, backward):
         for _ in range(2):  # what the first session of a process sees is not complete
             synchronize()
             activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -538,8 +538,8 @@ def test_launches_of_a_loss(shape, operators, backend):
             and not event.name.startswith(("Mem", "Activity"))
             and "Sync" not in event.name
         ]
-        if not 0 < len(kernels) <= most:  # no assertion: this says nothing of a result
-            pytest.fail(f"{len(kernels)} kernels, expected at most {most}: {kernels}")
+        if not 0 < len(kernels) <= 2:  # no assertion: this says nothing of a result
+            pytest.fail(f"{len(kernels)} kernels, expected one or two: {kernels}")
 
 
 @pytest.mark.slow
