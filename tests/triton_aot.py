@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,37 @@ TYPES = {
 }
 
 CAPABILITIES = (80, 90, 100)
+#: Bytes in memory that the largest launches may need on AMD's GPUs, whose threads have at most 256
+#: registers and which no limit was read off for.
+AMD_STACKS = {
+    "forward-249-float32-gfx942": 384,
+    "backward-185-float32-gfx942": 172,
+    "head-4-forward-gfx1100": 40,
+    "head-4-backward-gfx1100": 488,
+}
+#: GPUs of AMD's, a data centre's and a desktop's, and the lanes of their waves.
+AMD = {"gfx942": 64, "gfx1100": 32}
 
 #: Bytes that a thread may keep in memory, by the beginning of a case's name; 0 for all others. The
 #: heads hold a tile's logits, and backward the weight's gradient beside them, in registers: with
 #: 255 of those a thread, the largest that are admitted (in_registers) do not fit by some words.
-#: More warps make it worse, and through memory chunk by chunk all logits would be written. For
-#: sm_100 the assembler keeps up to four words of two kernels although it has registers to spare.
+#: More warps make it worse, and through memory chunk by chunk all logits would be written.
 STACKS = {
     "head-16-exact-backward": 16,
     "head-16-full-backward": 16,
     "head-117-backward": 32,
     "head-250-forward": 80,
     "head-128x64-backward": 448,
-    "online-full-backward-sm100": 16,
-    "probabilities-forward-sm100": 16,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel instance."""
+    """One kernel instance for NVIDIA's GPUs of a compute capability, or for one of AMD's."""
 
     name: str
     operator: str
-    capability: int = 90
+    capability: int | str = 90
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -70,21 +78,22 @@ def everywhere(operator: str, name: str, **options: Any) -> tuple[Case, ...]:
     )
 
 
-EXTRAS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("online", dict(classes=300)),
-    ("online-full", dict(classes=300, full=True)),
+EXTRAS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     (
         "binary-sigmoid",
+        (90,),
         dict(classes=1, target="binary", activation=1, full=True, gamma=2.0, weighted=True),
     ),
-    ("dense-min", dict(classes=3, target="dense", overlap=1)),
-    ("mixed-likelihood", dict(classes=3, likelihood=1, full=True, gamma=0.5)),
-    ("many-full", dict(classes=40, full=True, weighted=True, odd=True)),
-    ("focal-weighted", dict(classes=4, gamma=2.0, weighted=True, has_ignore=True)),
-    ("focal-background", dict(classes=4, gamma=0.5, focal=1)),
-    ("probabilities", dict(classes=4, activation=0, target="dense", full=True)),
-    ("channels-last", dict(classes=4, dtype="bfloat16", contiguous=False)),
-    ("one-voxel", dict(classes=3, tiny=True)),
+    ("dense-min", (90,), dict(classes=3, target="dense", overlap=1)),
+    ("mixed-likelihood", (90,), dict(classes=3, likelihood=1, full=True, has_ignore=True)),
+    ("focal-background", (90,), dict(classes=4, gamma=0.5, focal=1)),
+    ("many-odd", (90,), dict(classes=40, full=True, weighted=True, odd=True)),
+    (
+        "probabilities",
+        CAPABILITIES,
+        dict(classes=4, activation=0, target="dense", full=True),
+    ),
+    ("one-voxel", (90,), dict(classes=3, tiny=True)),
 )
 
 HEADS: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
@@ -110,118 +119,78 @@ HEADS: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
     ("250", False, CAPABILITIES, dict(classes=250, dtype="bfloat16")),
     ("128x64", True, CAPABILITIES, dict(classes=128, channels=64, dtype="bfloat16")),
 )
-CASES = (
-    *(
-        soft_confusion(
-            f"{'backward' if backward else 'forward'}-{classes}-{dtype}-sm{capability}",
-            capability,
-            classes=classes,
-            dtype=dtype,
-            backward=backward,
-        )
-        for backward in (False, True)
-        for classes, dtype, capability in (
-            (2, "float32", 90),
-            (2, "bfloat16", 90),
-            (2, "bfloat16", 80),
-            (2, "float16", 100),
-            (4, "float32", 90),
-            (4, "bfloat16", 80),
-            (4, "bfloat16", 100),
-            (8, "bfloat16", 90),
-            (16, "float32", 90),
-            (32, "bfloat16", 90),
-            (117, "float32", 90),
-            (117, "bfloat16", 80),
-            (2, "float64", 90),
-            # What takes the most registers, and a kernel of every other kind, everywhere.
-            (16, "bfloat16", 100),
-            (117, "float32", 80),
-            (117, "float32", 100),
-        )
-    ),
-    *(
-        soft_confusion(
-            f"{name}-{'backward' if backward else 'forward'}-sm{capability}",
-            capability,
-            **options,
-            backward=backward,
-        )
-        for backward in (False, True)
-        for name, capability, options in (
-            (name, capability, options)
-            for capability in CAPABILITIES
-            for name, options in EXTRAS
-            if capability == 90 or name in ("online-full", "probabilities")
-        )
-    ),
-    *(
-        Case(
-            f"head-{name}-{'backward' if backward else 'forward'}-sm{capability}",
-            "head_confusion",
-            capability,
-            (*options.items(), ("backward", backward)),
-        )
-        for name, backward, capabilities, options in HEADS
-        for capability in capabilities
-    ),
-    *everywhere("finish", "second-stage"),
-    *everywhere("ratio_loss", "ratio-loss", classes=4),
-    *everywhere(
-        "ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True
-    ),
-    *everywhere(
-        "ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True
-    ),
-    *everywhere("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
-    *everywhere("ratio_loss_backward", "ratio-loss-backward"),
-    *(
-        case
-        for name, options in (
-            ("gather", dict(dtype="float32")),
-            ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
-            ("gather-dense-total", dict(dense=True, total=True)),
-            ("gather-line", dict(axes=1)),
-            ("ring", dict(ring=0, channels=4)),
-            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
-            ("ring-floor", dict(ring=0, channels=4, floor=True)),
-            ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
-            ("backward", dict(backward=True, dtype="bfloat16")),
-            ("sigmoid", dict(channels=8, activation=1)),
-            ("softmax-few", dict(channels=8, activation=2)),
-            ("softmax-many-bfloat16", dict(channels=8, activation=2, many=True, dtype="bfloat16")),
-            ("ring-softmax-few-bfloat16", dict(ring=0, activation=2, dtype="bfloat16")),
-            ("ring-softmax-many", dict(ring=2, activation=2, many=True, total=True)),
-            ("softmax-normalise", dict(activation=2, normalise=True)),
-            ("softmax-normalise-bfloat16", dict(activation=2, normalise=True, dtype="bfloat16")),
-            ("softmax-backward", dict(activation=2, backward=True)),
-            ("softmax-backward-bfloat16", dict(activation=2, backward=True, dtype="bfloat16")),
-            ("sigmoid-backward", dict(activation=1, backward=True, total=True)),
-        )
-        for case in everywhere("overlap_add", f"fusion-{name}", **options)
-    ),
-    *(
-        Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
-        for capability in (80, 90, 100)
-        for name, options in (
-            ("labels-4", dict(mode=1, classes=4)),
-            ("labels-117", dict(mode=1, classes=117, total=True, divide=True)),
-            ("values-2", dict(mode=0, classes=2, activation=2, output="float16")),
-            ("values-117", dict(mode=0, classes=117, activation=2)),
-            ("mask", dict(mode=2, classes=3, activation=1, total=True)),
-            ("foreground", dict(mode=3, classes=16, activation=2, output="bfloat16")),
-            ("entropy", dict(mode=4, classes=16, activation=2)),
-            ("labels-head", dict(mode=1, classes=117, head=True)),
-            ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
-        )
-    ),
-)
 
-#: Kernels that the test of the atomics must refuse.
-REFUSED = tuple(
-    Case(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
-    for dtype in ("float32", "float16", "float64")
-)
+
+#: What a loss asks for beside its classes: the commonest case, labels with all else, and whatever
+#: takes registers, with 8 and with 4 sums. Earlier ones come first.
+FEATURES: dict[str, dict[str, Any]] = {
+    "": {},
+    "-weighted": dict(weighted=True, gamma=0.5),
+    "-full": dict(target="dense", likelihood=1, full=True, weighted=True, gamma=0.5),
+    "-dense": dict(target="dense", likelihood=1, weighted=True, gamma=0.5),
+}
+MOST_CLASSES = 300
+
+
+def launch_class(plan: Any) -> tuple[Any, ...]:
+    """What launches have in common of which the one with the most classes needs most registers.
+
+    The logits' type is no part of it: what is computed, and how many voxels a thread holds, is.
+    Nor are other strides, for which a thread may take more registers.
+    """
+    constants = plan.constants
+    path = "two" if constants.get("TWO") else "labels" if constants.get("FAST") else "general"
+    fold = constants.get("FOLD", 1) > 1
+    return (
+        plan.kernel.__name__,
+        path,
+        constants["CLASSES"],
+        constants["BLOCK"],
+        plan.num_warps,
+        str(constants["DTYPE"]),
+        constants.get("FULL", constants.get("SUMS") == 8),
+        constants.get("LOGS"),
+        fold,
+        fold and constants["CONTIGUOUS"],
+    )
+
+
+def confusion_problems() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every kind of problem that the losses' launches tell apart: its name, its options."""
+    for backward in (False, True):
+        for dtype in ("float32", "bfloat16", "float64"):
+            for feature, options in FEATURES.items():
+                for layout in ("", "-strided"):
+                    name = f"{'backward' if backward else 'forward'}-{{}}-{dtype}{layout}{feature}"
+                    more = {**options, "dtype": dtype, "backward": backward}
+                    yield name, {**more, "contiguous": not layout}
+
+
+def confusion_cases() -> tuple[Case, ...]:
+    """A case of every class of launches, the sets' configurations included, on every GPU.
+
+    It is the problem with the most classes, of all up to MOST_CLASSES.
+    """
+    from voxfuse.triton_kernels import soft_confusion as kernels
+
+    found: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
+    for name, options in confusion_problems():
+        for classes in range(2, MOST_CLASSES + 1):
+            problem = _confusion_problem(classes, **options)
+            backward = options["backward"]
+            for number, shape in enumerate(kernels.configurations(problem, backward)):
+                plan = kernels.plan(problem, backward, shape)
+                key = launch_class(plan)
+                tiles = plan.constants.get("TILES", 0)
+                if key not in found or found[key][0] < tiles:
+                    suffix = f"-{shape.num_warps}x{shape.voxels}" if number else ""
+                    more = {**options, "classes": classes, "shape": tuple(shape)}
+                    found[key] = tiles, name.format(classes) + suffix, more
+    return tuple(
+        case
+        for _, name, options in found.values()
+        for case in everywhere("soft_confusion", name, **options)
+    )
 
 
 @dataclasses.dataclass
@@ -236,7 +205,7 @@ class Instance:
     registers: int | None = None  # that the launch allows a thread, on NVIDIA
 
 
-def _soft_confusion_instance(
+def _confusion_problem(
     classes: int,
     dtype: str = "float32",
     backward: bool = False,
@@ -252,14 +221,13 @@ def _soft_confusion_instance(
     contiguous: bool = True,
     odd: bool = False,
     tiny: bool = False,
-) -> Instance:
+) -> Any:
     import torch
 
     from voxfuse.triton_kernels import soft_confusion as kernels
-    from voxfuse.triton_kernels._partial_sums import shape_of_rows
 
     kinds = {"labels": 0, "dense": 1, "indicator": 2, "binary": 3}
-    problem = kernels.Problem(
+    return kernels.Problem(
         dtype=getattr(torch, dtype),
         batch=1,
         classes=classes,
@@ -275,7 +243,35 @@ def _soft_confusion_instance(
         contiguous=contiguous,
         focal=focal,
     )
-    plan = kernels.plan(problem, backward)
+
+
+def _soft_confusion_instance(
+    classes: int,
+    dtype: str = "float32",
+    backward: bool = False,
+    target: str = "labels",
+    weighted: bool = False,
+    contiguous: bool = True,
+    odd: bool = False,
+    tiny: bool = False,
+    shape: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Instance:
+    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels._partial_sums import shape_of_rows
+
+    problem = _confusion_problem(
+        classes,
+        dtype=dtype,
+        backward=backward,
+        target=target,
+        weighted=weighted,
+        contiguous=contiguous,
+        odd=odd,
+        tiny=tiny,
+        **options,
+    )
+    plan = kernels.plan(problem, backward, shape)
     constants = dict(plan.constants)
     if not backward:
         constants |= shape_of_rows(classes * problem.sums, plan.num_warps)
@@ -303,6 +299,7 @@ def _soft_confusion_instance(
         types,
         plan.num_warps,
         () if odd else tuple(name for name in strides if types.get(name) != 1),
+        plan.registers,
     )
 
 
@@ -433,12 +430,20 @@ def _overlap_add_instance(
     activation: int = 0,
     many: bool = False,
     normalise: bool = False,
+    tile: int = 0,
 ) -> Instance:
     import torch
 
     from voxfuse.triton_kernels import overlap_add as kernels
 
-    height, width = kernels.tile_shape(1 if axes == 1 else 96, 96)
+    plain = not (dense or total or weights or floor or activation)
+    problem = kernels.Problem(
+        getattr(torch, dtype), channels, (96, 96, 96), (96, 96, 96), ring >= 0, plain
+    )
+    chosen = kernels.configurations(problem)[tile]
+    channels = chosen.channels
+    # Even with more than one tile a row.
+    height, width = kernels.tile_shape(1 if axes == 1 else 96, 192, chosen)
     constants: dict[str, Any] = {
         "AXES": axes,
         "DENSE": dense,
@@ -477,7 +482,7 @@ def _overlap_add_instance(
     if normalise:
         kernel, registers = kernels._normalise, None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return Instance(kernel, constants, types, 4, ("size_x",), registers)
+    return Instance(kernel, constants, types, chosen.num_warps, ("size_x",), registers)
 
 
 def _finalize_slab_instance(
@@ -489,12 +494,16 @@ def _finalize_slab_instance(
     head: bool = False,
     total: bool = False,
     divide: bool = False,
+    block: int = 0,
 ) -> Instance:
     import torch
 
     from voxfuse.triton_kernels import finalize_slab as kernels
     from voxfuse.triton_kernels import overlap_add
 
+    kind = getattr(torch, dtype)
+    problem = kernels.Problem(kind, kind, classes, classes, 128**3, mode, activation, total, True)
+    chosen = kernels.configurations(problem)[block]
     constants: dict[str, Any] = {
         "MODE": mode,
         "ACTIVATION": activation,
@@ -502,7 +511,7 @@ def _finalize_slab_instance(
         "DIVIDE": divide,
         "CLEAR": True,
         "DTYPE": overlap_add._accumulation(getattr(torch, dtype)),
-        **kernels.tiles(classes, 128**3),
+        **kernels.tiles(classes, 128**3, chosen),
     }
     pointer = TYPES[dtype]
     types: dict[str, Any] = {
@@ -515,7 +524,7 @@ def _finalize_slab_instance(
         **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
     }
     lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
-    return Instance(kernels._finalize, constants, types, multiples_of_16=lengths)
+    return Instance(kernels._finalize, constants, types, chosen.num_warps, lengths)
 
 
 def _floating_sum_instance(dtype: str) -> Instance:
@@ -543,13 +552,147 @@ INSTANCES = {
 }
 
 
-def compile_case(case: Case) -> dict[str, Any]:
-    """Compile one case; return its registers, stack and instructions that matter."""
-    return {"name": case.name, **_resources(compile_cubin(case))}
+CASES = (
+    *confusion_cases(),
+    *(
+        soft_confusion(
+            f"{name}-{'backward' if backward else 'forward'}-sm{capability}",
+            capability,
+            **options,
+            backward=backward,
+        )
+        for name, capabilities, options in EXTRAS
+        for backward in (False, True)
+        for capability in capabilities
+    ),
+    *(
+        Case(
+            f"head-{name}-{'backward' if backward else 'forward'}-sm{capability}",
+            "head_confusion",
+            capability,
+            (*options.items(), ("backward", backward)),
+        )
+        for name, backward, capabilities, options in HEADS
+        for capability in capabilities
+    ),
+    *everywhere("finish", "second-stage"),
+    *everywhere("ratio_loss", "ratio-loss", classes=4),
+    *everywhere(
+        "ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True
+    ),
+    *everywhere(
+        "ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True
+    ),
+    *everywhere("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
+    *everywhere("ratio_loss_backward", "ratio-loss-backward"),
+    *(
+        case
+        for name, options in (
+            ("gather", dict(channels=8)),
+            ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
+            ("gather-dense-total", dict(dense=True, total=True)),
+            ("gather-line", dict(axes=1)),
+            ("ring", dict(ring=0, channels=4)),
+            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
+            ("ring-floor", dict(ring=0, channels=4, floor=True)),
+            ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
+            ("backward", dict(backward=True, channels=8)),
+            ("backward-bfloat16", dict(backward=True, dtype="bfloat16")),
+            ("sigmoid", dict(channels=8, activation=1)),
+            ("softmax-few", dict(channels=8, activation=2)),
+            ("softmax-many-bfloat16", dict(channels=8, activation=2, many=True, dtype="bfloat16")),
+            ("ring-softmax-few-bfloat16", dict(ring=0, activation=2, dtype="bfloat16")),
+            ("ring-softmax-many", dict(ring=2, activation=2, many=True, total=True)),
+            ("softmax-normalise", dict(activation=2, normalise=True)),
+            ("softmax-normalise-bfloat16", dict(activation=2, normalise=True, dtype="bfloat16")),
+            ("softmax-backward", dict(activation=2, backward=True)),
+            ("softmax-backward-bfloat16", dict(activation=2, backward=True, dtype="bfloat16")),
+            ("sigmoid-backward", dict(activation=1, backward=True, total=True)),
+            *(
+                (f"{name}-tile-{tile}", dict(**options, tile=tile))
+                for name, options in (
+                    ("gather", dict(channels=8)),
+                    ("ring", dict(channels=4, ring=0)),
+                    ("backward", dict(channels=8, backward=True)),
+                )
+                for tile in range(1, 4)
+            ),
+        )
+        for case in everywhere("overlap_add", f"fusion-{name}", **options)
+    ),
+    *(
+        Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
+        for capability in (80, 90, 100)
+        for name, options in (
+            ("labels-4", dict(mode=1, classes=4)),
+            ("labels-117", dict(mode=1, classes=117, total=True, divide=True)),
+            ("values-2", dict(mode=0, classes=2, activation=2, output="float16")),
+            ("values-117", dict(mode=0, classes=117, activation=2)),
+            ("mask", dict(mode=2, classes=3, activation=1, total=True)),
+            ("foreground", dict(mode=3, classes=16, activation=2, output="bfloat16")),
+            ("entropy", dict(mode=4, classes=16, activation=2)),
+            ("labels-head", dict(mode=1, classes=117, head=True)),
+            *(
+                (f"{name}-block-{block}", dict(**options, block=block))
+                for name, options in (
+                    ("values-117", dict(mode=0, classes=117, activation=2)),
+                    ("entropy", dict(mode=4, classes=16, activation=2)),
+                )
+                for block in (1, 2)
+            ),
+            ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
+        )
+    ),
+)
+
+
+#: Kernels that the test of the atomics must refuse.
+REFUSED = tuple(
+    Case(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
+    for dtype in ("float32", "float16", "float64")
+)
+
+
+def on_amd() -> tuple[Case, ...]:
+    """Every kernel for AMD's GPUs, in the launches that take the most registers and in the
+    commonest ones.
+    """
+    names = (
+        *("forward-2-float32", "forward-249-float32", "forward-97-float32-full"),
+        *("backward-2-float32", "backward-185-float32", "backward-81-float32-full"),
+        *("second-stage", "ratio-loss", "ratio-loss-backward", "head-4-forward", "head-4-backward"),
+        *("fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather"),
+        *("fusion-backward", "finalize-values-117"),
+    )
+    cases = {case.name: case for case in CASES}
+    return tuple(
+        dataclasses.replace(cases[f"{name}-sm90"], name=f"{name}-{gpu}", capability=gpu)
+        for name in names
+        for gpu in AMD
+    )
+
+
+def compile_case(case: Case, disassemble: bool = True) -> dict[str, Any]:
+    """Compile one case; return its registers and stack, and instructions if they are asked for."""
+    compiled = compile_kernel(case)
+    if "amdgcn" in compiled:
+        return {"name": case.name, **_amd_resources(compiled["amdgcn"])}
+    return {
+        "name": case.name,
+        **_ptx_atomics(compiled["ptx"]),
+        **_resources(compiled["cubin"]),
+        **(_instructions(compiled["cubin"]) if disassemble else {}),
+    }
 
 
 def compile_cubin(case: Case) -> bytes:
     """The machine code of one case."""
+    cubin: bytes = compile_kernel(case)["cubin"]
+    return cubin
+
+
+def compile_kernel(case: Case) -> dict[str, Any]:
+    """What the compiler makes of one case, by the name of the stage."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -558,6 +701,11 @@ def compile_cubin(case: Case) -> bytes:
 
     instance = INSTANCES[case.operator](**dict(case.options))
     signature, constants, attributes = {}, dict(instance.constants), {}
+    if isinstance(case.capability, str):
+        # What head_confusion.precision says there.
+        for name in ("PRECISION", "GRADIENT_PRECISION"):
+            if name in constants:
+                constants[name] = "ieee"
     for position, name in enumerate(instance.kernel.arg_names):
         kind = instance.types.get(name, "i32")
         if name in instance.constants:
@@ -569,36 +717,70 @@ def compile_cubin(case: Case) -> bytes:
             signature[name] = kind
             if kind.startswith("*") or name in instance.multiples_of_16:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    limit = {} if instance.registers is None else {"maxnreg": instance.registers}
+    if isinstance(case.capability, str):
+        target, limit = GPUTarget("hip", case.capability, AMD[case.capability]), {}
+    else:
+        target = GPUTarget("cuda", case.capability, 32)
+        limit = {} if instance.registers is None else {"maxnreg": instance.registers}
     source = ASTSource(instance.kernel, signature, constants, attributes)
     compiled = triton.compile(
         source,
-        target=GPUTarget("cuda", case.capability, 32),
+        target=target,
         options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS, **limit},
     )
-    cubin: bytes = compiled.asm["cubin"]
-    return cubin
+    stages: dict[str, Any] = compiled.asm
+    return stages
 
 
-def _resources(cubin: bytes) -> dict[str, Any]:
+def _ptx_atomics(ptx: str) -> dict[str, int]:
+    """Integer additions that every GPU thread sees, which count, and all other atomics."""
+    found = re.findall(r"^\s*(?:@!?%\w+\s+)?((?:atom|red)\.[\w.:]+)", ptx, re.M)
+    counters = [name for name in found if re.fullmatch(r"atom\.[\w.:]*\.add\.[us]32", name)]
+    return {"counters": len(counters), "atomics": len(found) - len(counters)}
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What a tool of Triton's package says about machine code."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
+        command = [tool, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, Any]:
+    usage = _tool("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, f"cuobjdump reports no resources: {usage}"
     registers, stack, shared, local = map(int, found.groups())
+    return {"registers": registers, "stack": stack, "shared": shared, "local": local}
+
+
+def _amd_resources(assembly: str) -> dict[str, Any]:
+    """What the assembler's notes say; bytes in memory are those of a thread of its own."""
+
+    def note(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.M)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": note("vgpr_count"),
+        "stack": note("private_segment_fixed_size"),
+        "shared": note("group_segment_fixed_size"),
+        "atomics": len(re.findall(r"^\s*\w+_atomic_(?!add_u32|add )\w+", assembly, re.M)),
+        "counters": len(re.findall(r"^\s*\w+_atomic_add(?:_u32)? ", assembly, re.M)),
+    }
+
+
+def _instructions(cubin: bytes) -> dict[str, int]:
+    """Counts of the machine code; takes a third as long as compiling it."""
+    code = _tool("nvdisasm", "-c", cubin)
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9.]+)", code, re.M)
     counts = collections.Counter(instructions)
     return {
-        "registers": registers,
-        "stack": stack,
-        "shared": shared,
-        "local": local,
         "instructions": len(instructions),
         "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
         "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
@@ -609,22 +791,23 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 
 def _atomics(counts: dict[str, int]) -> dict[str, int]:
     """Integer additions that every GPU thread sees, which count, and all other atomics."""
-    found = {"counters": 0, "atomics": 0}
+    found = {"machine_counters": 0, "machine_atomics": 0}
     for name, n in counts.items():
         if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32)?\.STRONG\.GPU", name):
-            found["counters"] += n
+            found["machine_counters"] += n
         # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
         elif re.match(r"(RED|ATOM)[GS]?\.", name) and name not in ("ATOMS.OR", "ATOMS.AND"):
-            found["atomics"] += n
+            found["machine_atomics"] += n
     return found
 
 
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+def compile_in_parallel(
+    cases: tuple[Case, ...], directory: Path, disassemble: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Compile ``cases`` in two processes without the interpreter; results by name.
 
-
-def compile_in_parallel(cases: tuple[Case, ...], directory: Path) -> dict[str, dict[str, Any]]:
-    """Compile ``cases`` in two processes without the interpreter; results by name."""
+    Those named in ``disassemble`` have their instructions counted.
+    """
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -635,7 +818,7 @@ def compile_in_parallel(cases: tuple[Case, ...], directory: Path) -> dict[str, d
     root = Path(__file__).resolve().parent.parent
     workers = []
     for part in range(2):
-        names = json.dumps([case.name for case in cases[part::2]])
+        names = json.dumps({case.name: case.name in disassemble for case in cases[part::2]})
         output = directory / f"part{part}.json"
         command = [sys.executable, "-m", "tests.triton_aot", names, str(output)]
         process = subprocess.Popen(
@@ -660,18 +843,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     columns = ("registers", "stack", "shared", "instructions", "loads_128", "stores_128")
     lines = [f"{'kernel':36}" + "".join(f"{column:>13}" for column in columns)]
     for name, entry in results.items():
-        lines.append(f"{name:36}" + "".join(f"{entry[column]:>13}" for column in columns))
+        cells = (entry.get(column, "") for column in columns)
+        lines.append(f"{name:36}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
     if arguments:
-        names = set(json.loads(arguments[0]))
-        results = [compile_case(case) for case in (*CASES, *REFUSED) if case.name in names]
+        names = json.loads(arguments[0])
+        results = [
+            compile_case(case, names[case.name])
+            for case in (*CASES, *REFUSED, *on_amd())
+            if case.name in names
+        ]
         Path(arguments[1]).write_text(json.dumps(results))
         return
     with tempfile.TemporaryDirectory() as directory:
-        print(table(compile_in_parallel(CASES, Path(directory))))
+        everything = {case.name for case in CASES}
+        cases = (*CASES, *on_amd())
+        print(table(compile_in_parallel(cases, Path(directory), everything)))
 
 
 if __name__ == "__main__":

@@ -548,7 +548,12 @@ def padded(extent):
 
 
 def precision(dtype):
-    """Of float32 products; half types multiply exactly."""
+    """Of float32 products; half types multiply exactly.
+
+    Not every GPU of AMD's has something like tf32, and Triton refuses it for all types there.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
     if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
