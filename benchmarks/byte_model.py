@@ -277,11 +277,13 @@ def head_confusion(
     inputs = batch * voxels * (channels * dtype.itemsize + label_bytes)
     head = classes * (channels + 1) * dtype.itemsize
     sums = batch * classes * statistics * DOUBLE
-    block = 64 if kernels.padded(classes) == 16 else 32
+    fast = statistics == 4
+    exact = kernels.precision(dtype) == "ieee"
+    rows, columns = kernels.padded(classes), kernels.padded(channels)
     _, _, slots = kernels.reduction_shape(
         voxels,
         batch,
-        block,
+        kernels.launch_shape(rows, columns, dtype, fast, exact, False)[0],
         kernels.CHUNK_VOXELS,
         classes * statistics * DOUBLE,
         min(kernels.FORWARD_BYTES, chunk_bytes),
@@ -291,17 +293,17 @@ def head_confusion(
         slots * sums,
     )  # fmt: skip
     floor = inputs + head + sums + batch * voxels * channels * dtype.itemsize + head
-    if not kernels.in_registers(features, classes, backward=True):
+    if not kernels.in_registers(features, classes, fast, backward=True):
         # Chunk by chunk through memory: logits and their gradient written and read, the features
         # read again for the weight's gradient.
         logits = batch * voxels * classes * max(dtype.itemsize, 4)
         moved = floor + inputs + 5 * logits
         return [forward, Traffic("head_confusion_backward", backend, floor, moved, chunk_bytes)]
-    each = classes * (channels + 1) * DOUBLE
+    each = classes * (columns + 1) * DOUBLE
     _, chunks, slots = kernels.reduction_shape(
         voxels,
         batch,
-        block,
+        kernels.launch_shape(rows, columns, dtype, fast, exact, True)[0],
         kernels.BACKWARD_CHUNK_VOXELS,
         each,
         min(kernels.BACKWARD_BYTES, chunk_bytes),

@@ -72,6 +72,22 @@ def test_labels_with_softmax(gamma, weight):
         check(case, 6, OPERATORS, device=DEVICE)
 
 
+# The interpreter's products are exact, whichever precision the shape is chosen for.
+@pytest.mark.parametrize("precision", ["highest"] if DEVICE == "cuda" else ["highest", "high"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("channels", [6, 70])
+@pytest.mark.parametrize("classes", [3, 20, 70, 130])
+def test_every_launch_shape(classes, channels, full, precision):
+    """Of the forward pass, which multiplies some features at a time, and of the backward pass."""
+    case = Case(classes=classes, batch=1, spatial=(150,), gamma=0.5, full=full)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        check(case, channels, OPERATORS, device=DEVICE)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "permuted"])
 def test_any_layout(layout):
     check(Case(spatial=(4, 5, 6), layout=layout), 6, OPERATORS, device=DEVICE)
@@ -147,7 +163,7 @@ def test_tf32_only_where_torch_allows_it(setting):
         torch.set_float32_matmul_precision(setting)
         for dtype in DTYPES[:3]:
             chosen, _ = kernels.constants(
-                features.to(dtype), 117, target, OPTIONS, 4, interpreting=False
+                features.to(dtype), 117, target, OPTIONS, 4, backward=False, interpreting=False
             )
             # Half types lose nothing in TF32, which holds their numbers.
             exact = dtype == torch.float32 and setting == "highest"

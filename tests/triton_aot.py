@@ -33,23 +33,10 @@ CAPABILITIES = (80, 90, 100)
 AMD_STACKS = {
     "forward-249-float32-gfx942": 384,
     "backward-185-float32-gfx942": 172,
-    "head-4-forward-gfx1100": 40,
-    "head-4-backward-gfx1100": 488,
+    "head-64x32-ieee-backward-gfx1100": 276,
 }
 #: GPUs of AMD's, a data centre's and a desktop's, and the lanes of their waves.
 AMD = {"gfx942": 64, "gfx1100": 32}
-
-#: Bytes that a thread may keep in memory, by the beginning of a case's name; 0 for all others. The
-#: heads hold a tile's logits, and backward the weight's gradient beside them, in registers: with
-#: 255 of those a thread, the largest that are admitted (in_registers) do not fit by some words.
-#: More warps make it worse, and through memory chunk by chunk all logits would be written.
-STACKS = {
-    "head-16-exact-backward": 16,
-    "head-16-full-backward": 16,
-    "head-117-backward": 32,
-    "head-250-forward": 80,
-    "head-128x64-backward": 448,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +47,6 @@ class Case:
     operator: str
     capability: int | str = 90
     options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def stack(self) -> int:
-        """Bytes that a thread may keep in memory."""
-        return next((size for name, size in STACKS.items() if self.name.startswith(name)), 0)
 
 
 def soft_confusion(name: str, capability: int = 90, **options: Any) -> Case:
@@ -96,29 +78,36 @@ EXTRAS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     ("one-voxel", (90,), dict(classes=3, tiny=True)),
 )
 
-HEADS: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
-    ("2", False, (90,), dict(classes=2, dtype="bfloat16")),
-    ("2", True, (90,), dict(classes=2, dtype="bfloat16")),
-    ("4", False, CAPABILITIES, dict(classes=4)),
-    ("4", True, (90,), dict(classes=4)),
-    ("16-exact", False, (90,), dict(classes=16, exact=True)),
-    ("16-exact", True, CAPABILITIES, dict(classes=16, exact=True)),
-    ("16-full", False, (90,), dict(classes=16, full=True, gamma=2.0, weighted=True, odd=True)),
-    (
-        "16-full",
-        True,
-        CAPABILITIES,
-        dict(classes=16, full=True, gamma=2.0, weighted=True, odd=True),
-    ),
-    ("dense", False, (90,), dict(classes=3, dense=True, likelihood=1, full=True)),
-    ("dense", True, (90,), dict(classes=3, dense=True, likelihood=1, full=True)),
-    ("117", False, (90,), dict(classes=117, dtype="bfloat16")),
-    ("117", True, CAPABILITIES, dict(classes=117, dtype="bfloat16")),
-    ("117-float32", False, (90,), dict(classes=117)),
-    ("60-float16", True, (80, 90), dict(classes=60, dtype="float16")),
-    ("250", False, CAPABILITIES, dict(classes=250, dtype="bfloat16")),
-    ("128x64", True, CAPABILITIES, dict(classes=128, channels=64, dtype="bfloat16")),
+#: Of every launch shape of the heads (head_confusion.launch_shape) the ones with the most classes
+#: and features, by precision, for labels with softmax and for whatever takes registers.
+HEADS: tuple[tuple[bool, str, tuple[tuple[int, int], ...]], ...] = (
+    (False, "tf32", ((16, 128), (128, 128), (256, 128))),
+    (False, "ieee", ((16, 32), (64, 32), (256, 32), (16, 128), (128, 128))),
+    (False, "bfloat16", ((256, 128),)),
+    (False, "tf32-full", ((16, 32), (64, 32), (128, 32), (64, 128))),
+    (False, "ieee-full", ((16, 32), (64, 32), (128, 32), (64, 128))),
+    (True, "tf32", ((16, 64), (16, 128), (128, 32), (64, 64))),
+    (True, "ieee", ((16, 128), (32, 64), (64, 32), (128, 16))),
+    (True, "bfloat16", ((128, 32),)),
+    (True, "tf32-full", ((16, 64), (64, 32), (128, 16))),
+    (True, "ieee-full", ((16, 64), (64, 32), (128, 16))),
 )
+HEAD_FULL = dict(full=True, gamma=0.5, weighted=True, odd=True)
+
+
+def head_cases() -> Iterator[Case]:
+    for backward, kind, shapes in HEADS:
+        options: dict[str, Any] = {"backward": backward, "exact": kind.startswith("ieee")}
+        options["dtype"] = "bfloat16" if kind == "bfloat16" else "float32"
+        options |= HEAD_FULL if kind.endswith("full") else {}
+        name = f"head-{{}}x{{}}-{kind}-{'backward' if backward else 'forward'}"
+        for classes, channels in shapes:
+            more = {**options, "classes": classes, "channels": channels}
+            yield from everywhere("head_confusion", name.format(classes, channels), **more)
+    for backward in (False, True):
+        name = f"head-dense-{'backward' if backward else 'forward'}-sm90"
+        dense = dict(classes=3, dense=True, likelihood=1, full=True, backward=backward)
+        yield Case(name, "head_confusion", 90, tuple(dense.items()))
 
 
 #: What a loss asks for beside its classes: the commonest case, labels with all else, and whatever
@@ -333,16 +322,13 @@ def _head_confusion_instance(
     shape = (63, 63, 63) if odd else (64, 64, 64)
     features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
     target = torch.empty((1, classes if dense else 1, *shape), device="meta")
-    assert kernels.in_registers(features, classes, backward), "goes through memory chunk by chunk"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if exact else "high")
+    options, sums = (2, likelihood, 0, None, gamma), 8 if full else 4
+    fast = kernels.is_fast(features, classes, target, options, sums)
+    assert kernels.in_registers(features, classes, fast, backward), "goes through memory"
     constants, num_warps = kernels.constants(
-        features,
-        classes,
-        target,
-        (2, likelihood, 0, None, gamma),
-        8 if full else 4,
-        interpreting=False,
+        features, classes, target, options, sums, backward=backward, interpreting=False
     )
     torch.set_float32_matmul_precision(before)
     if not backward:
@@ -350,7 +336,6 @@ def _head_confusion_instance(
     else:
         constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
         constants["GRADIENT_PRECISION"] = constants["PRECISION"]
-        num_warps = kernels.backward_warps(num_warps, constants)
     pointer = TYPES[dtype]
     types: dict[str, Any] = {
         **dict.fromkeys(("features", "weight", "bias", "output"), pointer),
@@ -565,16 +550,7 @@ CASES = (
         for backward in (False, True)
         for capability in capabilities
     ),
-    *(
-        Case(
-            f"head-{name}-{'backward' if backward else 'forward'}-sm{capability}",
-            "head_confusion",
-            capability,
-            (*options.items(), ("backward", backward)),
-        )
-        for name, backward, capabilities, options in HEADS
-        for capability in capabilities
-    ),
+    *head_cases(),
     *everywhere("finish", "second-stage"),
     *everywhere("ratio_loss", "ratio-loss", classes=4),
     *everywhere(
@@ -660,7 +636,13 @@ def on_amd() -> tuple[Case, ...]:
     names = (
         *("forward-2-float32", "forward-249-float32", "forward-97-float32-full"),
         *("backward-2-float32", "backward-185-float32", "backward-81-float32-full"),
-        *("second-stage", "ratio-loss", "ratio-loss-backward", "head-4-forward", "head-4-backward"),
+        *(
+            "second-stage",
+            "ratio-loss",
+            "ratio-loss-backward",
+            "head-128x128-ieee-forward",
+            "head-64x32-ieee-backward",
+        ),
         *("fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather"),
         *("fusion-backward", "finalize-values-117"),
     )

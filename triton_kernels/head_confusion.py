@@ -50,13 +50,15 @@ from voxfuse.triton_kernels.soft_confusion import (
     _terms,
 )
 
-#: Most classes whose logits of a tile fit in registers, and with their gradient.
+#: Most classes whose logits of a tile fit in registers, and with their gradient; forward half as
+#: many but for labels, softmax and 4 sums, and half as many again of more than NARROW features.
 MOST_CLASSES, MOST_BACKWARD_CLASSES = 256, 128
 #: Most numbers in the padded weight whose gradient a program holds in registers, by precision of
 #: the products: full float32 leaves the tensor cores idle and takes several times the registers.
-MOST_NUMBERS = {"tf32": 1 << 13, "ieee": 1 << 11}
-#: Features multiplied at once.
-MOST_FEATURES = 128
+MOST_NUMBERS = {"tf32": 1 << 12, "ieee": 1 << 11}
+#: Most features of the backward pass, which multiplies all at once, and as many as every product
+#: may take at once.
+MOST_FEATURES, NARROW = 128, 32
 #: Registers that a thread may take: all there are.
 REGISTERS = 255
 #: Voxels in a chunk: so many are added up in float32.
@@ -365,7 +367,9 @@ def _head_backward(
     NEED_FEATURES: tl.constexpr,
     NEED_HEAD: tl.constexpr,
 ):
-    """The features' gradient, and partial[slot, sample, class, K + 1] sums for weight and bias."""
+    """The features' gradient, and sums for weight and bias in partial[slot, sample, class, feature]
+    and behind it partial[slot, sample, class]; features of the padding are left as they are.
+    """
     slot = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
@@ -383,7 +387,10 @@ def _head_backward(
         w_transposed = tl.trans(
             _load_weight(weight, 0, classes, channels, CLASSES, CHANNELS).to(tl.float32)
         )
-    place = partial + ((slot * samples + sample) * classes + index) * (channels + 1)
+    # A stride that the compiler knows: else it would keep every address in registers.
+    row = (slot * samples + sample) * classes
+    place = partial + row * CHANNELS + index * CHANNELS
+    bias_place = partial + slots * samples * classes * CHANNELS + row + index
     for chunk in range(slot, chunks, slots):
         weight_sum = tl.zeros([CLASSES, CHANNELS], tl.float32)
         bias_sum = tl.zeros([CLASSES, 1], tl.float32)
@@ -486,8 +493,8 @@ def _head_backward(
             inner = (index < classes) & (k[None, :] < channels)
             before = tl.load(place + k[None, :], mask=inner & later, other=0.0)
             tl.store(place + k[None, :], before + weight_sum.to(tl.float64), mask=inner)
-            before = tl.load(place + channels, mask=(index < classes) & later, other=0.0)
-            tl.store(place + channels, before + bias_sum.to(tl.float64), mask=index < classes)
+            before = tl.load(bias_place, mask=(index < classes) & later, other=0.0)
+            tl.store(bias_place, before + bias_sum.to(tl.float64), mask=index < classes)
             tl.debug_barrier()
 
 
@@ -527,19 +534,59 @@ def _label_gradient(
 # --- launches ------------------------------------------------------------------------------------
 
 
-def in_registers(features, classes, backward):
+def is_fast(features, classes, target, options, sums):
+    """Whether labels and softmax are all there is, with 4 sums."""
+    activation, likelihood, overlap, *_ = options
+    labels = classes > 1 and target_kind(features, classes, target) == int(LABELS.value)
+    return labels and activation == likelihood == 2 and overlap == 0 and sums == 4
+
+
+def target_kind(features, classes, target):
+    """What the target is, as the kernels count it."""
+    if classes == 1:
+        strict = not target.is_floating_point() and target.dtype != torch.bool
+        return logits_kernels._BINARY if strict else logits_kernels._INDICATOR
+    dense = target.ndim == features.ndim and target.shape[1] == classes
+    return int(DENSE.value) if dense else int(LABELS.value)
+
+
+def in_registers(features, classes, fast, backward):
     """Whether a tile's logits can stay in registers."""
     if features.dtype == torch.float64:
         return False
-    if not backward:
-        return classes <= MOST_CLASSES
     channels = features.shape[1]
-    numbers = padded(classes) * padded(channels)
+    rows, columns = padded(classes), padded(channels)
+    exact = precision(features.dtype) == "ieee"
+    heavy, wide = exact or not fast, columns > NARROW
+    if not backward:
+        most = MOST_CLASSES if fast else MOST_CLASSES // 2
+        return classes <= (most // 2 if heavy and wide else most)
     return (
         classes <= MOST_BACKWARD_CLASSES
         and channels <= MOST_FEATURES
-        and numbers <= MOST_NUMBERS[precision(features.dtype)]
+        and rows * columns <= MOST_NUMBERS["ieee" if heavy else "tf32"]
+        and (columns <= 64 or (fast and rows == 16))
+        and (fast or not wide or rows == 16)
     )
+
+
+def launch_shape(rows, columns, dtype, fast, exact, backward):
+    """Voxels of a tile, warps, and features multiplied at once.
+
+    The widest tiles that keep no word in memory, read off the compiler.
+    """
+    few, heavy, wide = rows == 16, exact or not fast, columns > NARROW
+    if backward:
+        if few and not heavy and columns <= 64:
+            return 64, 4, columns
+        if rows > 64 and not heavy and dtype.itemsize == 2:
+            return 16, 4, columns
+        return (16 if heavy or wide else 32), 8, columns
+    step = min(columns, 16 if heavy and wide else NARROW)
+    if few and not (heavy and wide) and (fast or not exact):
+        return 64, 4, step
+    narrow_tile = few or rows > 128 or (heavy and (rows > 64 or wide))
+    return (16 if narrow_tile else 32), 8, step
 
 
 def padded(extent):
@@ -559,23 +606,22 @@ def precision(dtype):
     return "ieee"
 
 
-def constants(features, classes, target, options, sums, focal_classes=None, *, interpreting):
+def constants(
+    features, classes, target, options, sums, focal_classes=None, *, backward, interpreting
+):
     """Compile-time parameters that forward and backward share, and the number of warps."""
     activation, likelihood, overlap, ignore_index, gamma = options
     channels = features.shape[1]
-    rows = padded(classes)
-    dense = classes > 1 and target.ndim == features.ndim and target.shape[1] == classes
-    if dense:
-        kind, has_ignore = int(DENSE.value), False
-    elif classes > 1:
-        kind = int(LABELS.value)
+    kind = target_kind(features, classes, target)
+    fast = is_fast(features, classes, target, options, sums)
+    has_ignore = ignore_index is not None
+    if kind == int(LABELS.value):
         # A label outside [0, C) is excluded anyway.
-        has_ignore = ignore_index is not None and 0 <= ignore_index < classes
-    else:
-        strict = not target.is_floating_point() and target.dtype != torch.bool
-        kind = logits_kernels._BINARY if strict else logits_kernels._INDICATOR
-        has_ignore = ignore_index is not None
-    block = 64 if rows == 16 else 32
+        has_ignore = has_ignore and 0 <= ignore_index < classes
+    exact = precision(features.dtype) == "ieee"
+    block, num_warps, step = launch_shape(
+        padded(classes), padded(channels), features.dtype, fast, exact, backward
+    )
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return {
         "ACTIVATION": activation,
@@ -584,26 +630,18 @@ def constants(features, classes, target, options, sums, focal_classes=None, *, i
         "GAMMA": int(gamma) if gamma in (0, 1, 2) else 3,
         "FOCAL": -1 if focal_classes is None else focal_classes,
         "TARGET": kind,
-        "HAS_IGNORE": has_ignore,
-        "FAST": kind == int(LABELS.value)
-        and activation == likelihood == 2
-        and overlap == 0
-        and sums == 4,
+        "HAS_IGNORE": has_ignore and kind != int(DENSE.value),
+        "FAST": fast,
         "SUMS": sums,
-        "CLASSES": rows,
-        "CHANNELS": min(padded(channels), MOST_FEATURES),
+        "CLASSES": padded(classes),
+        "CHANNELS": step,
         "BLOCK": block,
         "EVEN": math.prod(features.shape[2:]) % block == 0,
-        "ONE_STEP": channels <= MOST_FEATURES,
+        "ONE_STEP": channels <= step,
         # The interpreter multiplies float32 alone; products of half types are exact in it.
         "OPERAND": tl.float32 if interpreting else half.get(features.dtype, tl.float32),
         "PRECISION": precision(features.dtype),
-    }, 4 if rows == 16 else 8
-
-
-def backward_warps(num_warps, chosen):
-    """With 8 sums a class or full float32 products, registers for the gradients want more warps."""
-    return 8 if chosen["SUMS"] == 8 or chosen["PRECISION"] == "ieee" else num_warps
+    }, num_warps
 
 
 def reduction_shape(voxels, batch, block, chunk_voxels, bytes_each, most_bytes):
@@ -655,7 +693,8 @@ def head_confusion(
     if features.numel() == 0:
         shape = (batch, classes, sums)
         return torch.zeros(shape, dtype=torch.float64, device=features.device)
-    if not in_registers(features, classes, backward=False):
+    fast = is_fast(features, classes, target, options, sums)
+    if not in_registers(features, classes, fast, backward=False):
         return chunked.head_confusion(
             *arguments,
             *options,
@@ -672,6 +711,7 @@ def head_confusion(
         options,
         sums,
         focal_classes,
+        backward=False,
         interpreting=_interpreting(),
     )
     voxels = math.prod(features.shape[2:])
@@ -729,7 +769,8 @@ def head_confusion_backward(
     arguments = (features, weight, bias, target, voxel_weight)
     batch, channels = features.shape[:2]
     classes, sums = weight.shape[0], grad.shape[2]
-    if features.numel() == 0 or not in_registers(features, classes, backward=True):
+    fast = is_fast(features, classes, target, options, sums)
+    if features.numel() == 0 or not in_registers(features, classes, fast, backward=True):
         return chunked.head_confusion_backward(
             grad,
             *arguments,
@@ -755,6 +796,7 @@ def head_confusion_backward(
         options,
         sums,
         focal_classes,
+        backward=True,
         interpreting=_interpreting(),
     )
     voxels = math.prod(features.shape[2:])
@@ -763,11 +805,14 @@ def head_confusion_backward(
         batch,
         chosen["BLOCK"],
         BACKWARD_CHUNK_VOXELS if need_head else CHUNK_VOXELS,
-        classes * (channels + 1) * 8 if need_head else 1,
+        classes * (chosen["CHANNELS"] + 1) * 8 if need_head else 1,
         min(BACKWARD_BYTES, chunk_bytes),
     )
-    shape = (slots, batch, classes, channels + 1) if need_head else (0,)
-    partial = torch.empty(shape, dtype=torch.float64, device=features.device)
+    rows = (slots, batch, classes) if need_head else (0, 0, 0)
+    columns = chosen["CHANNELS"]
+    partial = torch.empty(
+        math.prod(rows) * (columns + 1), dtype=torch.float64, device=features.device
+    )
     with device_guard(features):
         _head_backward[(slots, batch)](
             grad.contiguous(),
@@ -787,7 +832,7 @@ def head_confusion_backward(
             GRADIENT_PRECISION=chosen["PRECISION"],
             NEED_FEATURES=need_features,
             NEED_HEAD=need_head,
-            num_warps=backward_warps(num_warps, chosen),
+            num_warps=num_warps,
             **LAUNCH_OPTIONS,
             **most_registers(REGISTERS),
         )
@@ -795,9 +840,8 @@ def head_confusion_backward(
         gradient.copy_(output)
     if not need_head:
         return gradient, weight.new_empty(0), weight.new_empty(0)
-    total = partial.sum((0, 1))
-    return (
-        gradient,
-        total[:, :channels].to(weight.dtype).contiguous(),
-        weight.new_empty(0) if bias is None else total[:, channels].to(bias.dtype).contiguous(),
-    )
+    weights, biases = partial.split([math.prod(rows) * columns, math.prod(rows)])
+    weights = weights.view(*rows, columns)[..., :channels].sum((0, 1)).to(weight.dtype)
+    if bias is None:
+        return gradient, weights, weight.new_empty(0)
+    return gradient, weights, biases.view(rows).sum((0, 1)).to(bias.dtype)
