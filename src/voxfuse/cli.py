@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -179,7 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.set_defaults(run=_info)
     _add_tune(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`voxfuse info | head -1`); what is left goes nowhere, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 
