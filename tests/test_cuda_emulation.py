@@ -747,6 +747,11 @@ def test_weights_with_a_floor(overlap_add, patch, volume, dtype):
     arguments = (grid.origins[:1] * 0, rows[:1], [*weights[: len(patch)], *least])
     overlap_add.overlap_add_(alone, patches[:1], *arguments, None, 0, 0, patch[0], 0, 0.3)
     assert torch.equal(alone.to(dtype), patches[0])
+    nothing = [*weights[: len(patch)], *(torch.full_like(table, -1) for table in least)]
+    overlap_add.overlap_add_(
+        alone, patches[:1], *arguments[:2], nothing, None, 0, 0, patch[0], 0, 0.3
+    )
+    assert torch.equal(alone.to(dtype), patches[0])
     for axis in range(len(patch)):
         extent = list(volume)
         extent[axis] = volume[axis] - 1

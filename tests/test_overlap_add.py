@@ -628,6 +628,20 @@ def test_a_voxel_under_one_patch_with_a_floor_keeps_its_bits(namespace, dtype):
     assert torch.equal(ring.to(dtype), factors[0][0])
 
 
+@pytest.mark.parametrize("namespace", ALL, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_patches_that_the_tables_do_not_name_weigh_nothing(namespace, dtype, axis):
+    (patches, origins, rows, weights), _ = floored_case((9, 10, 40), (5, 6, 21), 0.5, 0.2, dtype)
+    full, ring = torch.zeros(2, 2, 9, 10, 40, dtype=compute_dtype(dtype))
+    options = (None, 0, 0, 9, 0, 0.2)
+    namespace.overlap_add_(full, patches, origins, rows, weights, *options)
+    weights[3 + axis][:, 2:5] = -1.0
+    namespace.overlap_add_(ring, patches, origins, rows, weights, *options)
+    full.narrow(1 + axis, 2, 3).zero_()
+    assert torch.equal(ring, full)
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_floor_gives_the_same_bits_for_any_batches_and_threads(dtype):

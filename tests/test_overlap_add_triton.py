@@ -322,6 +322,21 @@ def test_a_floor_is_the_references(volume, dtype):
         )
 
 
+def test_patches_that_the_tables_do_not_name_weigh_nothing():
+    case = Case()
+    patches, origins, rows, weights, _ = case.tensors()
+    cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
+    cover[1][:, 2:4] = -1.0
+    tables = (origins, rows, [*weights, *cover], None, 0, 0, case.volume[0], 0, 0.3)
+    ring, expected = (torch.zeros(case.channels, *case.volume) for _ in range(2))
+    REFERENCE.overlap_add_(expected, patches, *tables)
+    ring = ring.to(DEVICE)
+    OPERATORS.overlap_add_(ring, *on_device(patches, *tables))
+    assert (expected[:, :, 2:4] == 0).all()
+    assert (expected[:, :, 4:] != 0).any()
+    torch.testing.assert_close(ring.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("volume", [(9,), (6, 7), (3, 6, 7)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mirrored_patches_are_turned_back(volume, layout):

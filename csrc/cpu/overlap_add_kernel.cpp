@@ -340,7 +340,8 @@ class Shares {
       for (int v = 0; v < vectors; ++v) sum[v] += across[v] < 0 ? V{} : part[v];
     }
     for (int v = 0; v < vectors; ++v) {
-      const V share = raised(scale, P::load(own + v * lanes)) / sum[v];
+      const V quotient = raised(scale, P::load(own + v * lanes)) / sum[v];
+      const V share = sum[v] == 0 ? V{} : quotient;
       using Rounded = typename VectorOf<R, lanes>::Type;
       const Rounded rounded = __builtin_convertvector(share, Rounded);
       std::memcpy(out + v * lanes, &rounded, sizeof(rounded));

@@ -117,7 +117,7 @@ def overlap_add_(
             grid. That sum is no product of axes, and is formed from ``cover`` on the fly.
         cover: with ``floor``, one float64 (m, volume_a) tensor an axis, which says for every
             coordinate what all patches over it weigh along the axis, and a negative number where
-            they are fewer than m.
+            they are fewer than m. A patch weighs 0 where they name none.
 
     Returns:
         ``ring``.

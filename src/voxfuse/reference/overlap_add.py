@@ -14,7 +14,7 @@ an axis (on a grid they are a partition of unity). With ``total``, a float64 vol
 On a grid the weights may have a lower bound: ``max(product, floor)`` divided by the sum of the same
 over all patches of the grid, which is no product of the axes. It comes in factors: one table
 (m_a, extent) an axis, whose rows hold the weights of all patches over a coordinate, and a negative
-number where there are fewer than m_a.
+number where there are fewer than m_a. Where the tables name no patch, the weight is 0.
 
 With an activation, P_i is the softmax of the patch over its channels, or its sigmoid, evaluated in
 the accumulation type; infinities and NaN mean what they mean to ``torch.softmax``.
@@ -125,7 +125,7 @@ def _raised(
     for vectors in product(*over):
         present = _outer([(v >= 0).to(own.dtype) for v in vectors])
         sums += present * _outer(vectors).clamp(min=floor)
-    return own.clamp(min=floor) / sums
+    return torch.where(sums == 0, 0.0, own.clamp(min=floor) / sums)
 
 
 def _weight(
