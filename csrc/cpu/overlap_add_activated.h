@@ -2,7 +2,8 @@
 // overlap_add_kernel.cpp.
 //
 // A block of voxels is activated in all its channels at once, in scratch memory that stays in the
-// caches: a patch is read once, as without an activation, and nothing of its size is kept.
+// caches: a patch is read once, as without an activation, and nothing of its size is kept. A
+// sigmoid, and a softmax of few channels, is added straight from registers.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,14 @@
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
-constexpr int kSoftmax = 2;  // else sigmoid
+constexpr int kSoftmax = 2;        // else sigmoid
+constexpr int64_t kRegisters = 8;  // channels whose softmax fits into them
+
+template <class R>
+VOXFUSE_INLINE Vec<R> sigmoid_of(Vec<R> z) {
+  const Vec<R> one = broadcast<R>(1), e = exponential(-absolute(z));
+  return (z < R(0) ? e : one) * reciprocal(one + e);
+}
 
 // Some voxels of a patch, (channels, room) values and what all channels share. With few channels
 // they stay in the first-level cache; with more, rows of a channel are long enough for streams of
@@ -78,13 +86,9 @@ class Block {
   }
 
   void sigmoid(int64_t n) {
-    const V one = broadcast<R>(1);
     for (int64_t c = 0; c < channels; ++c) {
       R* row_of = row(c);
-      for (int64_t j = 0; j < n; j += width) {
-        const V z = load(row_of + j), e = exponential(-absolute(z));
-        store(row_of + j, (z < R(0) ? e : one) / (one + e));
-      }
+      for (int64_t j = 0; j < n; j += width) store(row_of + j, sigmoid_of<R>(load(row_of + j)));
     }
   }
 
@@ -92,7 +96,7 @@ class Block {
   void divide_weights(int64_t n) {
     for (int64_t j = 0; j < n; j += width) {
       R* w = weights.data() + j;
-      store(w, load(w) * (R(1) / load(sums.data() + j)));
+      store(w, load(w) * reciprocal(load(sums.data() + j)));
     }
   }
 
@@ -104,13 +108,53 @@ class Block {
 
  private:
   static constexpr int64_t kFar = 65536, kNear = 4096;  // values in a block
-  static constexpr int64_t kRegisters = 8;              // channels
 
   static int64_t voxels_for(int64_t channels) {
     const int64_t far = std::clamp<int64_t>(kFar / channels, 64, 512);
     return (std::max(far, kNear / channels) + width - 1) / width * width;
   }
 };
+
+// Adds the weighted softmax of one vector of voxels, channels `step` apart, to sums `stride` apart.
+template <int C, class T, class R>
+VOXFUSE_INLINE void add_softmax(const T* source, int64_t step, Vec<R> weight, R* sums,
+                                int64_t stride) {
+  using P = Pack<R, Lanes<R>::width>;
+  using V = Vec<R>;
+  V z[C], top = broadcast<R>(-std::numeric_limits<R>::infinity()), sum{};
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) top = at_least(top, z[c] = P::load(source + c * step));
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) sum += z[c] = exponential(z[c] - top);
+  weight = weight * reciprocal(sum);
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    R* to = sums + c * stride;
+    store(to, load(to) + weight * z[c]);
+  }
+}
+
+// Calls f(source, step, weight, sums, stride) for the vectors of a row of C channels; its last
+// voxels as a vector, too, so that a voxel's bits do not depend on where rows are cut.
+template <int C, class T, class R, class F>
+VOXFUSE_INLINE void by_vectors(const T* source, int64_t step, const R* weights, int64_t n, R* sums,
+                               int64_t stride, const F& f) {
+  constexpr int width = Lanes<R>::width;
+  int64_t j = 0;
+  for (; j + width <= n; j += width) f(source + j, step, load(weights + j), sums + j, stride);
+  if (j == n) return;
+  T last[C * width] = {};
+  R last_sums[C * width] = {}, last_weights[width] = {};
+  std::copy(weights + j, weights + n, last_weights);
+  for (int c = 0; c < C; ++c) {
+    std::copy(source + c * step + j, source + c * step + n, last + c * width);
+    std::copy(sums + c * stride + j, sums + c * stride + n, last_sums + c * width);
+  }
+  f(last, width, load(last_weights), last_sums, width);
+  for (int c = 0; c < C; ++c) {
+    std::copy(last_sums + c * width, last_sums + c * width + (n - j), sums + c * stride + j);
+  }
+}
 
 // One task of the forward with activated patches: all channels of a tile, patch after patch.
 template <class T, class R>
@@ -119,8 +163,11 @@ class ActivatedGather {
   explicit ActivatedGather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
-        block(q.channels),
+        registers(!(q.flip & 4) && (q.activation != kSoftmax || q.channels <= kRegisters)),
+        block(registers ? 0 : q.channels),
+        most(registers ? kWeights : block.most),
         shares(q),
+        weights(registers ? kWeights : 0),
         scratch(in_place ? 0 : q.channels * q.task_rows * q.task_columns) {}
 
   void operator()(const Tile& tile) {
@@ -145,12 +192,16 @@ class ActivatedGather {
       }
     }
     for (const Shared& piece : pieces) {
-      for (int64_t x = 0; x < piece.size; x += block.most) {
-        const int64_t size = std::min(block.most, piece.size - x);
-        const int64_t rows = block.most / size;
+      for (int64_t x = 0; x < piece.size; x += most) {
+        const int64_t size = std::min(most, piece.size - x);
+        const int64_t rows = most / size;
         for (int64_t y = piece.y; y < piece.y_end; y += rows) {
           const int64_t y_end = std::min(y + rows, piece.y_end);
-          add(piece, x, size, y, y_end, stride, line, sums_of);
+          if (registers) {
+            add_from_registers(piece, x, size, y, y_end, stride, line, sums_of);
+          } else {
+            add(piece, x, size, y, y_end, stride, line, sums_of);
+          }
         }
       }
     }
@@ -209,10 +260,78 @@ class ActivatedGather {
     }
   }
 
+  // The same without a block. Rows are not mirrored, and a softmax has at most kRegisters channels.
+  template <class Line, class Sums>
+  void add_from_registers(const Shared& p, int64_t x, int64_t size, int64_t y, int64_t y_end,
+                          int64_t stride, const Line& line, const Sums& sums_of) {
+    const int64_t* origin = q.origins + 3 * p.i;
+    const int64_t ty = y - origin[1], tx = p.x + x - origin[2], rows = y_end - y;
+    const int64_t sz = q.flip & 1 ? q.patch[0] - 1 - p.tz : p.tz;
+    const int64_t step = q.patch[0] * q.patch[1] * q.patch[2];
+    const T* slice = static_cast<const T*>(q.source) + p.i * q.channels * step +
+                     sz * q.patch[1] * q.patch[2] + tx;
+    const auto row_of = [&](int64_t r) {
+      return slice + (q.flip & 2 ? q.patch[1] - 1 - (ty + r) : ty + r) * q.patch[2];
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      const double* total = q.total == nullptr ? nullptr : q.total + line(y + r) + p.slot + x;
+      make_weights(q, shares, p.i, p.tz, ty + r, tx, size, total, weights.data() + r * size);
+    }
+    if (q.activation == kSoftmax) {
+      for (int64_t r = 0; r < rows; ++r) {
+        add_row_of_softmax(row_of(r), step, weights.data() + r * size, size,
+                           sums_of(y + r) + p.slot + x, stride);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < q.channels; ++c) {
+      for (int64_t r = 0; r < rows; ++r) {
+        by_vectors<1>(row_of(r) + c * step, 0, weights.data() + r * size, size,
+                      sums_of(y + r) + p.slot + x + c * stride, 0,
+                      [](const T* from, int64_t, Vec<R> weight, R* to, int64_t) {
+                        using P = Pack<R, Lanes<R>::width>;
+                        store(to, load(to) + weight * sigmoid_of<R>(P::load(from)));
+                      });
+      }
+    }
+  }
+
+  void add_row_of_softmax(const T* source, int64_t step, const R* weight, int64_t n, R* sums,
+                          int64_t stride) {
+    const auto add = [&](auto channels) {
+      constexpr int C = decltype(channels)::value;
+      by_vectors<C>(source, step, weight, n, sums, stride,
+                    [](auto... vector) { add_softmax<C>(vector...); });
+    };
+    switch (q.channels) {
+      case 1:
+        return add(Count<1>{});
+      case 2:
+        return add(Count<2>{});
+      case 3:
+        return add(Count<3>{});
+      case 4:
+        return add(Count<4>{});
+      case 5:
+        return add(Count<5>{});
+      case 6:
+        return add(Count<6>{});
+      case 7:
+        return add(Count<7>{});
+      default:
+        return add(Count<8>{});
+    }
+  }
+
+  static constexpr int64_t kWeights = 4096;  // that stay in the first-level cache
+
   const Fusion& q;
-  const bool in_place;  // the result's memory holds the sums
+  const bool in_place;   // the result's memory holds the sums
+  const bool registers;  // where patches are activated, instead of in a block
   Block<R> block;
+  const int64_t most;  // voxels that are added at once
   Shares<R> shares;
+  std::vector<R> weights;
   std::vector<R> scratch;
   std::vector<Shared> pieces;
 };

@@ -197,6 +197,7 @@ VOXFUSE_INLINE Vec<float> reciprocal(Vec<float> x) {
   return 1.f / x;
 #endif
 }
+VOXFUSE_INLINE Vec<double> reciprocal(Vec<double> x) { return 1. / x; }
 
 // A logit with infinities replaced by the largest finite numbers; NaN stays NaN.
 template <class R>
