@@ -93,7 +93,8 @@ class PatchFuser:
         activation: "none", "sigmoid" or "softmax", which makes probabilities of predictions.
         voting: "soft" (activate every patch, then average; the default) or "logit" (average, then
             activate; the default, and the only way, with ``head``). Soft voting activates patches
-            as they are added, without a copy of them.
+            as they are added, without a copy of them. With ``activation="none"`` both average
+            predictions as they are.
         threshold: for "mask".
         head: (weight (C, channels), bias (C,)) of the network's last, linear layer: features are
             fused, and the layer applied to finished slices only. Exact up to rounding, because the
