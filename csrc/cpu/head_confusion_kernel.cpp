@@ -87,18 +87,6 @@ void correlate_block(const R* a, int64_t a_stride, const R* b, int64_t b_stride,
   }
 }
 
-// Calls f(integral_constant<int, n>) for a run-time n of 1 to Most.
-template <int Most, class F>
-VOXFUSE_INLINE void with_count(int64_t n, F&& f) {
-  if constexpr (Most > 0) {
-    if (n == Most) {
-      f(std::integral_constant<int, Most>{});
-    } else {
-      with_count<Most - 1>(n, f);
-    }
-  }
-}
-
 // A matrix (rows, depth) as multiply_block reads it: blocks of kRows rows, in each one all rows'
 // numbers of a column together.
 template <class R>

@@ -16,8 +16,8 @@
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
-constexpr int kSoftmax = 2;        // else sigmoid
-constexpr int64_t kRegisters = 8;  // channels whose softmax fits into them
+constexpr int kSoftmax = 2;    // else sigmoid
+constexpr int kRegisters = 8;  // channels whose softmax fits into them
 
 template <class R>
 VOXFUSE_INLINE Vec<R> sigmoid_of(Vec<R> z) {
@@ -164,10 +164,9 @@ class ActivatedGather {
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
         registers(!(q.flip & 4) && (q.activation != kSoftmax || q.channels <= kRegisters)),
+        patch_voxels(q.patch[0] * q.patch[1] * q.patch[2]),
         block(registers ? 0 : q.channels),
-        most(registers ? kWeights : block.most),
         shares(q),
-        weights(registers ? kWeights : 0),
         scratch(in_place ? 0 : q.channels * q.task_rows * q.task_columns) {}
 
   void operator()(const Tile& tile) {
@@ -192,16 +191,12 @@ class ActivatedGather {
       }
     }
     for (const Shared& piece : pieces) {
-      for (int64_t x = 0; x < piece.size; x += most) {
-        const int64_t size = std::min(most, piece.size - x);
-        const int64_t rows = most / size;
+      for (int64_t x = 0; x < piece.size; x += block.most) {
+        const int64_t size = std::min(block.most, piece.size - x);
+        const int64_t rows = block.most / size;
         for (int64_t y = piece.y; y < piece.y_end; y += rows) {
           const int64_t y_end = std::min(y + rows, piece.y_end);
-          if (registers) {
-            add_from_registers(piece, x, size, y, y_end, stride, line, sums_of);
-          } else {
-            add(piece, x, size, y, y_end, stride, line, sums_of);
-          }
+          add(piece, x, size, y, y_end, stride, line, sums_of);
         }
       }
     }
@@ -223,28 +218,42 @@ class ActivatedGather {
     const int64_t ty = y - origin[1], tx = p.x + x - origin[2], rows = y_end - y;
     const int64_t sz = q.flip & 1 ? q.patch[0] - 1 - p.tz : p.tz;
     const int64_t sx = q.flip & 4 ? q.patch[2] - tx - size : tx;
-    const int64_t patch_voxels = q.patch[0] * q.patch[1] * q.patch[2];
     const T* slice = static_cast<const T*>(q.source) + p.i * q.channels * patch_voxels +
                      sz * q.patch[1] * q.patch[2];
-    const bool dense = size == q.patch[2] && !(q.flip & 6);
-    for (int64_t c = 0; c < q.channels; ++c) {
-      const T* from = slice + c * patch_voxels;
-      R* to = block.row(c);
-      if (dense) {
-        convert_row<R>(from + ty * size, 1, rows * size, to);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r, to += size) {
-        const int64_t sy = q.flip & 2 ? q.patch[1] - 1 - (ty + r) : ty + r;
-        convert_row<R>(from + sy * q.patch[2] + sx, 1, size, to);
-        if (q.flip & 4) std::reverse(to, to + size);
-      }
-    }
-    const int64_t n = rows * size;
+    // Row r of the first channel, in the patch and in the sums.
+    const auto source = [&](int64_t r) {
+      return slice + (q.flip & 2 ? q.patch[1] - 1 - (ty + r) : ty + r) * q.patch[2] + sx;
+    };
+    const auto sums = [&](int64_t r) { return sums_of(y + r) + p.slot + x; };
     for (int64_t r = 0; r < rows; ++r) {
       const double* total = q.total == nullptr ? nullptr : q.total + line(y + r) + p.slot + x;
       make_weights(q, shares, p.i, p.tz, ty + r, tx, size, total, block.weights.data() + r * size);
     }
+    if (!registers) {
+      add_from_block(source, sums, rows, size, stride);
+    } else if (q.activation == kSoftmax) {
+      add_softmax_from_registers(source, sums, rows, size, stride);
+    } else {
+      add_sigmoid_from_registers(source, sums, rows, size, stride);
+    }
+  }
+
+  template <class Source, class Sums>
+  void add_from_block(const Source& source, const Sums& sums, int64_t rows, int64_t size,
+                      int64_t stride) {
+    const bool dense = size == q.patch[2] && !(q.flip & 6);
+    for (int64_t c = 0; c < q.channels; ++c) {
+      R* to = block.row(c);
+      if (dense) {
+        convert_row<R>(source(0) + c * patch_voxels, 1, rows * size, to);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r, to += size) {
+        convert_row<R>(source(r) + c * patch_voxels, 1, size, to);
+        if (q.flip & 4) std::reverse(to, to + size);
+      }
+    }
+    const int64_t n = rows * size;
     if (q.activation == kSoftmax) {
       block.softmax(n);
       block.divide_weights(n);
@@ -252,86 +261,47 @@ class ActivatedGather {
       block.sigmoid(n);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      R* sums = sums_of(y + r) + p.slot + x;
       const RowWeights<R> w{R(1), block.weights.data() + r * size};
       for (int64_t c = 0; c < q.channels; ++c) {
-        add_row(block.row(c) + r * size, w, size, sums + c * stride);
+        add_row(block.row(c) + r * size, w, size, sums(r) + c * stride);
       }
     }
   }
 
-  // The same without a block. Rows are not mirrored, and a softmax has at most kRegisters channels.
-  template <class Line, class Sums>
-  void add_from_registers(const Shared& p, int64_t x, int64_t size, int64_t y, int64_t y_end,
-                          int64_t stride, const Line& line, const Sums& sums_of) {
-    const int64_t* origin = q.origins + 3 * p.i;
-    const int64_t ty = y - origin[1], tx = p.x + x - origin[2], rows = y_end - y;
-    const int64_t sz = q.flip & 1 ? q.patch[0] - 1 - p.tz : p.tz;
-    const int64_t step = q.patch[0] * q.patch[1] * q.patch[2];
-    const T* slice = static_cast<const T*>(q.source) + p.i * q.channels * step +
-                     sz * q.patch[1] * q.patch[2] + tx;
-    const auto row_of = [&](int64_t r) {
-      return slice + (q.flip & 2 ? q.patch[1] - 1 - (ty + r) : ty + r) * q.patch[2];
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const double* total = q.total == nullptr ? nullptr : q.total + line(y + r) + p.slot + x;
-      make_weights(q, shares, p.i, p.tz, ty + r, tx, size, total, weights.data() + r * size);
-    }
-    if (q.activation == kSoftmax) {
+  // Inlined, so that what the lambdas hold need not be in memory for every row.
+  template <class Source, class Sums>
+  VOXFUSE_INLINE void add_softmax_from_registers(const Source& source, const Sums& sums,
+                                                 int64_t rows, int64_t size, int64_t stride) {
+    with_count<kRegisters>(q.channels, [&](auto channels) {
+      constexpr int C = channels();
       for (int64_t r = 0; r < rows; ++r) {
-        add_row_of_softmax(row_of(r), step, weights.data() + r * size, size,
-                           sums_of(y + r) + p.slot + x, stride);
+        by_vectors<C>(source(r), patch_voxels, block.weights.data() + r * size, size, sums(r),
+                      stride, [](auto... vector) { add_softmax<C>(vector...); });
       }
-      return;
-    }
+    });
+  }
+
+  template <class Source, class Sums>
+  VOXFUSE_INLINE void add_sigmoid_from_registers(const Source& source, const Sums& sums,
+                                                 int64_t rows, int64_t size, int64_t stride) {
+    using P = Pack<R, Lanes<R>::width>;
+    const auto add_one = [](const T* from, int64_t, Vec<R> weight, R* to, int64_t) {
+      store(to, load(to) + weight * sigmoid_of<R>(P::load(from)));
+    };
     for (int64_t c = 0; c < q.channels; ++c) {
       for (int64_t r = 0; r < rows; ++r) {
-        by_vectors<1>(row_of(r) + c * step, 0, weights.data() + r * size, size,
-                      sums_of(y + r) + p.slot + x + c * stride, 0,
-                      [](const T* from, int64_t, Vec<R> weight, R* to, int64_t) {
-                        using P = Pack<R, Lanes<R>::width>;
-                        store(to, load(to) + weight * sigmoid_of<R>(P::load(from)));
-                      });
+        by_vectors<1>(source(r) + c * patch_voxels, 0, block.weights.data() + r * size, size,
+                      sums(r) + c * stride, 0, add_one);
       }
     }
   }
-
-  void add_row_of_softmax(const T* source, int64_t step, const R* weight, int64_t n, R* sums,
-                          int64_t stride) {
-    const auto add = [&](auto channels) {
-      constexpr int C = decltype(channels)::value;
-      by_vectors<C>(source, step, weight, n, sums, stride,
-                    [](auto... vector) { add_softmax<C>(vector...); });
-    };
-    switch (q.channels) {
-      case 1:
-        return add(Count<1>{});
-      case 2:
-        return add(Count<2>{});
-      case 3:
-        return add(Count<3>{});
-      case 4:
-        return add(Count<4>{});
-      case 5:
-        return add(Count<5>{});
-      case 6:
-        return add(Count<6>{});
-      case 7:
-        return add(Count<7>{});
-      default:
-        return add(Count<8>{});
-    }
-  }
-
-  static constexpr int64_t kWeights = 4096;  // that stay in the first-level cache
 
   const Fusion& q;
   const bool in_place;   // the result's memory holds the sums
   const bool registers;  // where patches are activated, instead of in a block
-  Block<R> block;
-  const int64_t most;  // voxels that are added at once
+  const int64_t patch_voxels;
+  Block<R> block;  // from registers, its weights alone
   Shares<R> shares;
-  std::vector<R> weights;
   std::vector<R> scratch;
   std::vector<Shared> pieces;
 };

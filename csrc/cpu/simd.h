@@ -47,6 +47,18 @@ using Mask = typename Lanes<R>::I;
 
 #define VOXFUSE_INLINE inline __attribute__((always_inline))
 
+// Calls f(integral_constant<int, n>) for a run-time n of 1 to Most.
+template <int Most, class F>
+VOXFUSE_INLINE void with_count(int64_t n, F&& f) {
+  if constexpr (Most > 0) {
+    if (n == Most) {
+      f(std::integral_constant<int, Most>{});
+    } else {
+      with_count<Most - 1>(n, f);
+    }
+  }
+}
+
 template <class R>
 VOXFUSE_INLINE Vec<R> load(const R* p) {
   Vec<R> v;
