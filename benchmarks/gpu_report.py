@@ -691,7 +691,7 @@ def tune(report: Report) -> None:
         if "gives another result than" in tail(step, 400, 60000):
             step.wrong = "a launch configuration gives another result than the default"
 
-    command = [sys.executable, "-m", "voxfuse.cli", "tune", "--seconds", "45"]
+    command = [sys.executable, "-m", "voxfuse", "tune", "--seconds", "45"]
     environment = {"VOXFUSE_TUNE": "", "VOXFUSE_CACHE_DIR": str(cache)}
     report.run(Step("tuning", command, 70, environment, read))
 

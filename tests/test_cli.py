@@ -29,7 +29,7 @@ def test_a_reader_that_leaves_is_no_traceback():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     try:
         ended = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "voxfuse.cli", "info"],
+            [sys.executable, "-W", "ignore", "-m", "voxfuse", "info"],
             stdout=writer,
             stderr=subprocess.PIPE,
             env=environment,

@@ -659,13 +659,13 @@ def test_the_command(pretended_gpu, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "imaginary")
     assert tuning.information()["choices"] == 4
-    line = cli._tuning_line(tuning.information())
+    line = cli.info._tuning_line(tuning.information())
     assert line.startswith("yes: 4 launches measured, 4 not the default")
     monkeypatch.setenv("VOXFUSE_TUNE", "0")
-    assert cli._tuning_line(tuning.information()).startswith("no, by VOXFUSE_TUNE=0")
+    assert cli.info._tuning_line(tuning.information()).startswith("no, by VOXFUSE_TUNE=0")
     assert cli.main(["tune", "--clear"]) == 0
     assert "removed" in capsys.readouterr().out
-    assert cli._tuning_line(tuning.information()).startswith("no: nothing was measured")
+    assert cli.info._tuning_line(tuning.information()).startswith("no: nothing was measured")
     assert cli.main(["tune", "--clear"]) == 0
     assert "nothing to clear" in capsys.readouterr().out
     with pytest.raises(SystemExit):
