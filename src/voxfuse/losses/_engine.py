@@ -75,7 +75,7 @@ def evaluate(
 ) -> Tensor:
     """Return the loss of ``recipe``; differentiable in ``input``."""
     if type(input) is not Tensor:
-        input = _checks.require_tensor("input", input)
+        input = _checks.require_logits(input)
     if type(target) is not Tensor:
         target = _checks.require_tensor("target", target)
     if weight is not None and type(weight) is not Tensor:

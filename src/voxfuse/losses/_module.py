@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,22 @@ def option_defaults(recipe_from: Callable[..., Recipe]) -> dict[str, Any]:
     return defaults
 
 
-class LossModule(nn.Module):
+class HoldsGroup(nn.Module):
+    """A module with a ``process_group``, which a copy in this process shares."""
+
+    process_group: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        twin: Any = self.__new__(type(self))
+        memo[id(self)] = twin
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        result: HoldsGroup = twin
+        return result
+
+
+class LossModule(HoldsGroup):
     """A loss whose options are attributes; changing one takes effect at the next call."""
 
     #: Builds the recipe from the options.
@@ -40,7 +56,6 @@ class LossModule(nn.Module):
     class_weight: Tensor | None
     likelihood_weight: Tensor | None
     pos_weight: Tensor | None
-    process_group: Any
     ddp_average: bool
     backend: str
 

@@ -31,13 +31,78 @@ def resample_nearest(tensor: Tensor, size: Sequence[int]) -> Tensor:
     return tensor
 
 
+def sampled_down(name: str, tensor: Tensor, output: Tensor) -> Tensor:
+    r"""Sample (B, [k,] \*spatial) down to the voxels of ``output`` (B, C, \*spatial).
+
+    Raises:
+        ValueError: other samples or axes, or fewer voxels along an axis.
+    """
+    _checks.require_tensor(name, tensor)
+    if not _reaches(tensor, output):
+        batch, _, *size = output.shape
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected (B, [k,] *spatial) with B = "
+            f"{batch} and at least {tuple(size)} voxels, to go with an output of shape "
+            f"{tuple(output.shape)}; nothing is sampled up"
+        )
+    return resample_nearest(tensor, output.shape[2:])
+
+
+def _reaches(tensor: Tensor, output: Tensor) -> bool:
+    """Whether ``tensor`` has the axes of a target of ``output`` and no fewer voxels."""
+    size = output.shape[2:]
+    own = tensor.shape[tensor.ndim - len(size) :]
+    return (
+        tensor.ndim in (output.ndim - 1, output.ndim)
+        and tensor.shape[0] == output.shape[0]
+        and all(a >= b for a, b in zip(own, size, strict=True))
+    )
+
+
+def outputs_of(input: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    r"""The outputs as a list, finest first; ``target`` is the first one's.
+
+    One tensor is one output (B, C, \*spatial), or a stack of them (B, S, C, \*spatial) where the
+    target has one spatial axis less.
+
+    Raises:
+        ValueError: it could be either.
+    """
+    if not isinstance(input, Tensor):
+        return list(input)
+    if input.ndim < 4 or target.ndim not in (input.ndim - 1, input.ndim - 2):
+        return [input]
+    heads = list(input.unbind(1))
+    if not heads or not _reaches(target, heads[0]):
+        return [input]
+    channels = input.shape[2]
+    with_channel = target.ndim == input.ndim - 1
+    # One more than the classes: nnU-Net's regions with a channel of the ignored voxels.
+    if with_channel and target.shape[1] not in (1, channels, channels + 1):
+        return [input]
+    if not _reaches(target, input):
+        return heads
+    # Labels without a channel axis, whose first spatial axis is as long as a channel axis may be.
+    labels = target.shape[1] == channels > 1 and not target.is_floating_point()
+    if labels and input.ndim <= 5:
+        return [input]
+    raise ValueError(
+        f"input: got one tensor of shape {tuple(input.shape)} with a target of shape "
+        f"{tuple(target.shape)}, which may be one output (B, C, *spatial) with labels "
+        "(B, *spatial), or a stack of outputs (B, S, C, *spatial) with a target (B, k, *spatial); "
+        "pass [input] for the one, input.unbind(1) for the other"
+    )
+
+
 class DeepSupervisionLoss(nn.Module):
     r"""Weighted sum of one loss over the outputs of a deeply supervised network.
 
     .. math:: loss = \sum_i w_i\; L(output_i, target_i)
 
-    The target is given once, at any resolution, and sampled down to each output (nearest voxel
-    centre, in its own type; no logits are resampled), or as one target an output, as nnU-Net does.
+    The target is given once, at the finest resolution or above, and sampled down to each output
+    (nearest voxel centre, in its own type; no logits are resampled, no target is sampled up), or as
+    one target an output, as nnU-Net does. The outputs are a list, finest first, or a stack
+    (B, S, C, \*spatial), as MONAI's DynUNet returns it: a target with one spatial axis less tells.
     The defaults equal ``monai.losses.DeepSupervisionLoss``; ``weights=[1, 1/2, 1/4, ..., 0]`` with
     ``normalize`` are nnU-Net's. Ranks and the backend are options of the loss inside
     (``process_group``, ``ddp_average``, ``backend``) and hold at every output.
@@ -81,6 +146,8 @@ class DeepSupervisionLoss(nn.Module):
             if len(weights) < levels:
                 raise ValueError(f"weights: got {len(weights)} numbers for {levels} outputs")
         total = sum(weights) if self.normalize else 1.0
+        if total == 0:
+            raise ValueError(f"weights: got {weights}, which add up to 0 and cannot be normalized")
         return [weight / total for weight in weights]
 
     def forward(
@@ -89,21 +156,36 @@ class DeepSupervisionLoss(nn.Module):
         target: Tensor | Sequence[Tensor],
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the weighted sum; ``weight`` (voxel weights) is sampled like the target."""
-        outputs = [input] if isinstance(input, Tensor) else list(input)
+        r"""Return the weighted sum.
+
+        Args:
+            input: the outputs, (B, C, \*spatial) each, finest first; one of them; or all in a stack
+                (B, S, C, \*spatial), which is taken apart if the target has the axes and voxels of
+                one of its parts.
+            target: (B, [k,] \*spatial), or a list of one an output.
+            weight: voxel weights (B, [1,] \*spatial), sampled like the target.
+
+        Raises:
+            ValueError: a target or weight has other axes than an output, or fewer voxels along one;
+                or one tensor could be one output as well as a stack: pass a list then.
+        """
+        one_target = isinstance(target, Tensor)
+        if not one_target and not len(target):
+            raise ValueError("target: got no target at all")
+        outputs = outputs_of(input, target if isinstance(target, Tensor) else target[0])
         if not outputs:
             raise ValueError("input: got no output at all")
-        if not isinstance(target, Tensor) and len(target) < len(outputs):
+        if not one_target and len(target) < len(outputs):
             raise ValueError(f"target: got {len(target)} targets for {len(outputs)} outputs")
         total: Tensor | None = None
         for level, factor in enumerate(self.level_weights(len(outputs))):
             if factor == 0:
                 continue
-            size = outputs[level].shape[2:]
+            output = outputs[level]
             own = target if isinstance(target, Tensor) else target[level]
-            arguments = [outputs[level], resample_nearest(own, size)]
+            arguments = [output, sampled_down("target", own, output)]
             if weight is not None:
-                arguments.append(resample_nearest(weight, size))
+                arguments.append(sampled_down("weight", weight, output))
             term = factor * self.loss(*arguments)
             total = term if total is None else total + term
         if total is None:

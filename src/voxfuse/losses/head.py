@@ -13,7 +13,7 @@ from voxfuse.losses._engine import loss_of_sums, operators_of, weights_of
 from voxfuse.losses._module import LossModule
 from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
-from voxfuse.losses.deep_supervision import DeepSupervisionLoss, resample_nearest
+from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
 from voxfuse.losses.overlap import TverskyLoss
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
@@ -254,7 +254,20 @@ def _fusible_class(kind: type) -> type:
     """The fusible twin of a convolution class (a parametrised one makes its class at run time)."""
     if issubclass(kind, _Fusible):
         return kind
-    return _FUSIBLE.get(kind) or type(f"Fusible{kind.__name__}", (_Fusible, kind), {})
+    return _FUSIBLE.get(kind) or type(
+        f"Fusible{kind.__name__}", (_Fusible, kind), {"__reduce_ex__": _reduce_by_kind}
+    )
+
+
+def _reduce_by_kind(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a head of a class made here is pickled: by the class it was made from."""
+    state: Any = module.__getstate__()
+    return _fusible_of, (type(module).__bases__[1],), state
+
+
+def _fusible_of(kind: type) -> Any:
+    made: Any = _fusible_class(kind)
+    return made.__new__(made)
 
 
 def _why_not_a_head(module: nn.Module) -> str | None:
@@ -333,6 +346,8 @@ class FusedHead(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # copying must not find the network's own way
+                raise
             return getattr(super().__getattr__("model"), name)
 
     def forward(
@@ -358,14 +373,15 @@ class FusedHead(nn.Module):
         losses: list[Tensor] = []
 
         def loss_of(head: nn.Module, features: Tensor) -> Tensor:
-            size = features.shape[2:]
-            weight = None if voxel_weight is None else resample_nearest(voxel_weight, size)
+            weight = voxel_weight
+            if weight is not None:
+                weight = sampled_down("voxel_weight", weight, features)
             loss = head_loss(
                 inner,
                 features,
                 head.weight,  # type: ignore[arg-type]
                 head.bias,  # type: ignore[arg-type]
-                _target_of_level(target, size),
+                _target_of_level(target, features),
                 weight,
                 chunk_bytes=self.chunk_bytes,
             )
@@ -411,11 +427,12 @@ def _names(head: str | Sequence[str]) -> list[str]:
     return [head] if isinstance(head, str) else list(head)
 
 
-def _target_of_level(target: Tensor | Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def _target_of_level(target: Tensor | Sequence[Tensor], features: Tensor) -> Tensor:
     if isinstance(target, Tensor):
-        return resample_nearest(target, size)
+        return sampled_down("target", target, features)
+    size = features.shape[2:]
     for candidate in target:
-        if tuple(candidate.shape[-len(size) :]) == tuple(size):
+        if candidate.shape[candidate.ndim - len(size) :] == size:
             return candidate
     shapes = [tuple(candidate.shape) for candidate in target]
     raise ValueError(f"target: none of {shapes} has the resolution {tuple(size)} of a head")

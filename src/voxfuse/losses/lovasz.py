@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from voxfuse.losses._engine import ClassWeights, class_weights
+from voxfuse.losses._module import HoldsGroup
 from voxfuse.losses._ranks import Gathering, Ranks, ranks_of, refuse_tracing
 from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
@@ -327,7 +328,7 @@ def _lovasz(
     backend: str,
 ) -> Tensor:
     _checks.choice("backend", backend, _BACKENDS)
-    input = _checks.require_tensor("input", input)
+    input = _checks.require_logits(input)
     target = _checks.require_tensor("target", target)
     if weight is not None:
         weight = _checks.require_tensor("weight", weight)
@@ -396,7 +397,7 @@ def lovasz_hinge(
     return _lovasz(input, target, weight, ACTIVATIONS["none"], True, *how)
 
 
-class _LovaszModule(nn.Module):
+class _LovaszModule(HoldsGroup):
     """Options of both losses."""
 
     class_weight: Tensor | None

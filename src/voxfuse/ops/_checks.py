@@ -43,6 +43,16 @@ def require_tensor(name: str, value: object) -> Tensor:
     return plain(value)
 
 
+def require_logits(input: object) -> Tensor:
+    """``input`` as a plain tensor; a list of them is what a deeply supervised network returns."""
+    if isinstance(input, (list, tuple)):
+        raise TypeError(
+            f"input: expected a torch.Tensor, got a {type(input).__name__} of {len(input)}; for "
+            "the outputs of a deeply supervised network call voxfuse.DeepSupervisionLoss"
+        )
+    return require_tensor("input", input)
+
+
 FORWARD_MODE = (
     "voxfuse: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; use "
     "torch.func.grad or torch.autograd"

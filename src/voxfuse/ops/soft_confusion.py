@@ -98,7 +98,7 @@ def soft_confusion(
         >>> voxfuse.soft_confusion(logits, labels)[0, 1, :3].round(decimals=4)  # TP, FP, FN
         tensor([0.9820, 0.1192, 0.0180], dtype=torch.float64)
     """
-    input = _checks.require_tensor("input", input)
+    input = _checks.require_logits(input)
     target = _checks.require_tensor("target", target)
     if weight is not None:
         weight = _checks.require_tensor("weight", weight)
@@ -202,9 +202,24 @@ def _check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[i
             f"{name}: got shape {tuple(tensor.shape)}, expected "
             + " or ".join(str(form) for form in forms)
             + f" to go with input of shape {tuple(input.shape)}"
+            + _hint(shape, input)
         )
     if tensor.device != input.device:
         raise ValueError(f"{name}: is on {tensor.device}, but input is on {input.device}")
+
+
+def _hint(shape: list[int], input: Tensor) -> str:
+    """What ``input`` looks like beside a companion of ``shape``, if it is known."""
+    if input.ndim < 4:
+        return ""
+    batch, outputs, classes, *spatial = input.shape
+    if shape not in ([batch, *spatial], [batch, 1, *spatial]):
+        return ""
+    return (
+        f". The input looks like a stack (B, S, C, *spatial) of {outputs} outputs with {classes} "
+        "classes, as MONAI's DynUNet returns its deep supervision: call "
+        "voxfuse.DeepSupervisionLoss, or the loss of each of input.unbind(1)"
+    )
 
 
 def validate_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:

@@ -1,0 +1,229 @@
+"""Targets and weights that do not fit the outputs: taken as what they are, or an error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import voxfuse
+
+SIZE = (4, 6, 5)
+
+
+def problem(outputs=2, classes=2, size=SIZE, batch=2):
+    logits = torch.randn(batch, outputs, classes, *size)
+    labels = torch.randint(0, max(classes, 2), (batch, 1, *size), dtype=torch.uint8)
+    return logits, labels
+
+
+def one_hot(labels, classes):
+    return nn.functional.one_hot(labels[:, 0].long(), classes).movedim(-1, 1)
+
+
+# --- Stacked outputs of a deeply supervised network ----------------------------------------------
+
+
+@pytest.mark.parametrize(("outputs", "classes"), [(2, 2), (3, 2), (2, 3), (1, 4), (3, 3)])
+@pytest.mark.parametrize("size", [(6,), (4, 6), SIZE])
+@pytest.mark.parametrize("channel", [True, False])
+def test_a_stack_of_outputs_is_the_list_of_its_parts(outputs, classes, size, channel):
+    logits, labels = problem(outputs, classes, size)
+    if not channel:
+        labels = labels[:, 0]
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss())
+    inner = voxfuse.DiceCELoss()
+    expected = sum(0.5**i * inner(x, labels) for i, x in enumerate(logits.unbind(1)))
+    torch.testing.assert_close(loss(logits, labels), expected, rtol=1e-6, atol=0)
+    assert torch.equal(loss(logits, labels), loss(logits.unbind(1), labels))
+
+
+def test_a_stack_is_no_batch_of_classes():
+    """The stack of two outputs and two classes that was read as two classes of a volume."""
+    torch.manual_seed(0)
+    logits = torch.zeros(1, 2, 2, 16, 16, 16)
+    labels = torch.ones(1, 1, 16, 16, 16, dtype=torch.uint8)
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.CrossEntropyLoss())
+    assert math.isclose(float(loss(logits, labels)), 1.5 * math.log(2), rel_tol=1e-6)
+
+
+def test_a_stack_with_a_dense_target_of_three_axes_must_be_named():
+    """It could be two classes of four spatial axes, the first of them two long."""
+    logits, labels = problem()
+    target = one_hot(labels, 2)
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss())
+    with pytest.raises(ValueError, match=r"one tensor .* \[input\] .* input.unbind\(1\)"):
+        loss(logits, target.to(torch.uint8))
+    torch.testing.assert_close(
+        loss(logits.unbind(1), target.float()), loss(logits.unbind(1), labels)
+    )
+    # Four spatial axes, said so.
+    assert torch.equal(
+        loss([logits], target.to(torch.uint8)), voxfuse.DiceLoss()(logits, target.to(torch.uint8))
+    )
+
+
+@pytest.mark.parametrize("kind", ["one channel", "float one-hot", "one-hot with ignored voxels"])
+def test_a_stack_in_two_axes_must_be_named_where_it_may_be_a_volume(kind):
+    logits, labels = problem(3, 1 if kind == "one channel" else 2, (6, 5))
+    target = labels
+    if kind == "float one-hot":
+        target = one_hot(labels, 2).float()
+    elif kind == "one-hot with ignored voxels":
+        target = one_hot(labels, 3).to(torch.uint8)
+    with pytest.raises(ValueError, match="input: got one tensor"):
+        voxfuse.DeepSupervisionLoss(voxfuse.BCELoss())(logits, target)
+
+
+@pytest.mark.parametrize("channel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_one_output_is_still_one_output(channel, dtype):
+    logits, labels = problem(1, 3)
+    logits, labels = logits[:, 0], labels.to(dtype)
+    if not channel:
+        labels = labels[:, 0]
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss())
+    assert torch.equal(loss(logits, labels), voxfuse.DiceLoss()(logits, labels))
+    assert torch.equal(loss([logits], labels), voxfuse.DiceLoss()(logits, labels))
+
+
+def test_a_stack_takes_a_list_of_targets_and_voxel_weights():
+    logits, labels = problem()
+    weight = torch.rand(2, 1, *SIZE)
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), "same")
+    expected = sum(voxfuse.DiceLoss()(x, labels, weight) for x in logits.unbind(1))
+    torch.testing.assert_close(loss(logits, [labels, labels], weight), expected)
+
+
+def test_the_stack_of_monais_network():
+    nets = pytest.importorskip("monai.networks.nets")
+    losses = pytest.importorskip("monai.losses")
+    net = nets.DynUNet(
+        3, 1, 2, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 4, 4], deep_supervision=True
+    )
+    image, labels = torch.randn(1, 1, 16, 16, 16), torch.randint(0, 2, (1, 1, 16, 16, 16))
+    stack = net.train()(image)
+    peer = losses.DeepSupervisionLoss(losses.DiceCELoss(softmax=True, to_onehot_y=True))
+    torch.testing.assert_close(
+        voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss(smooth_nr=1e-5, smooth_dr=1e-5))(
+            stack, labels
+        ),
+        peer(list(stack.unbind(1)), labels),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+# --- Nothing is sampled up, or onto other axes ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 4, 6, 4),
+        (2, 1, 2, 3, 2),
+        (2, 6, 4, 4),
+        (1, 1, 4, 6, 5),
+        (2, 6, 5),
+        (2, 1, 1, 4, 6, 5),
+    ],
+    ids=["up", "up by two", "up without a channel", "other batch", "an axis less", "an axis more"],
+)
+def test_targets_and_weights_are_never_sampled_up_or_onto_other_axes(shape):
+    outputs = [torch.randn(2, 3, *SIZE), torch.randn(2, 3, 2, 3, 2)]
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss())
+    labels = torch.zeros(2, *SIZE, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"target: got shape .* nothing is sampled up"):
+        loss(outputs, torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"target: got shape"):
+        loss(outputs, [torch.zeros(shape, dtype=torch.uint8), labels])
+    with pytest.raises(ValueError, match=r"weight: got shape .* nothing is sampled up"):
+        loss(outputs, labels, torch.ones(shape))
+
+
+def test_targets_coarse_first_are_an_error():
+    outputs = [torch.randn(2, 3, *SIZE), torch.randn(2, 3, 2, 3, 2)]
+    targets = [torch.zeros(2, 1, *x.shape[2:], dtype=torch.uint8) for x in outputs]
+    with pytest.raises(ValueError, match="target: got shape"):
+        voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss())(outputs, targets[::-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 4, 4), (1, 4, 4), (1, 1, 1, 4, 4, 4)])
+def test_a_fused_head_samples_nothing_up(shape):
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 3, 1))
+    fused = voxfuse.fuse_head(network, voxfuse.DiceLoss())
+    image, labels = torch.randn(1, 1, 4, 4, 4), torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="target: got shape"):
+        fused(image, torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="voxel_weight: got shape"):
+        fused(image, labels, torch.ones(shape))
+
+
+def test_weights_that_add_up_to_nothing_are_not_normalized():
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), [0, 0], normalize=True)
+    with pytest.raises(ValueError, match="weights: got .* add up to 0"):
+        loss([torch.randn(1, 2, 4)] * 2, torch.zeros(1, 4, dtype=torch.uint8))
+
+
+# --- Plain losses --------------------------------------------------------------------------------
+
+PLAIN = [
+    voxfuse.DiceCELoss(),
+    voxfuse.CrossEntropyLoss(reduction="none"),
+    voxfuse.TopKLoss(),
+    voxfuse.LovaszLoss(),
+    voxfuse.BCELoss(),
+]
+
+
+@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("channel", [True, False])
+def test_a_plain_loss_says_that_its_input_looks_like_stacked_outputs(loss, channel):
+    logits, labels = problem(3, 2)
+    with pytest.raises(ValueError, match="target: got shape .* 3 outputs with 2 classes.*Deep"):
+        loss(logits, labels if channel else labels[:, 0])
+
+
+@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
+def test_a_plain_loss_given_a_list_names_the_loss_for_it(loss):
+    logits, labels = problem(3, 2)
+    with pytest.raises(TypeError, match="input: .*DeepSupervisionLoss"):
+        loss(list(logits.unbind(1)), labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes"),
+    [(loss, classes) for loss in PLAIN for classes in (2, 4)] + [(voxfuse.BCELoss(), 1)],
+    ids=lambda x: x if isinstance(x, int) else type(x).__name__,
+)
+def test_companions_of_a_plain_loss_are_never_broadcast(loss, classes):
+    """One axis too many or too few, lengths of 1, and sizes equal to the batch or the classes."""
+    size = (4, 2, 4)
+    logits = torch.randn(2, classes, *size)
+    labels = torch.zeros(2, *size, dtype=torch.uint8)
+    wrong = [
+        size,
+        (1, *size),
+        (1, 1, *size),
+        (2, 1, 1, *size),
+        (2, 2, 4),
+        (2, 4, 2, 1),
+        (2, 1, 4, 2, 1),
+        (2, 1, 1, 2, 4),
+        (2, 5, *size),
+        (4, 2, 2, 4),
+        (2, classes, 4, 2),
+    ]
+    for shape in wrong:
+        with pytest.raises(ValueError, match="target: got shape"):
+            loss(logits, torch.zeros(shape, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="weight: got shape"):
+            loss(logits, labels, torch.ones(shape))
+    if classes > 1:
+        with pytest.raises(ValueError, match="weight: got shape"):
+            loss(logits, labels, torch.ones(2, classes, *size))
+    torch.testing.assert_close(loss(logits, labels), loss(logits, labels[:, None]))
+    ones = torch.ones(2, 1, *size)
+    torch.testing.assert_close(loss(logits, labels, ones), loss(logits, labels, ones[:, 0]))
