@@ -23,7 +23,7 @@ class Case:
     classes: int = 3
     spatial: tuple[int, ...] = (5, 4, 3)
     dtype: torch.dtype = torch.float32
-    target: str = "labels"  # "labels", "labels_channel" or "dense"
+    target: str = "labels"  # "labels", "labels_channel", "dense" or "shares" (dense, sum 1)
     target_dtype: torch.dtype = torch.int64
     weight: torch.dtype | None = None
     activation: str = "softmax"
@@ -35,6 +35,7 @@ class Case:
     full: bool = False
     layout: str = "contiguous"  # "channels_last", "sliced" or "permuted"
     spread: float = 3.0
+    wrong: bool = False  # no label is the class with the greatest logit
     seed: int = 0
 
 
@@ -46,9 +47,14 @@ def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | N
     if "none" in (case.activation, case.likelihood):
         # Probabilities that a half type can hold without becoming 0 or 1.
         logits = logits.sigmoid() * 0.98 + 0.01
+    limit = torch.finfo(case.dtype).max
+    logits = logits.clamp(-limit, limit).to(case.dtype)
+    greatest = logits.argmax(1)
     # Moved first: a copy to another device fills the gaps of a layout.
-    logits = lay_out(logits.to(case.dtype).to(device), case.layout)
-    if case.target == "dense" or case.classes == 1:
+    logits = lay_out(logits.to(device), case.layout)
+    if case.target == "shares":
+        values = (torch.randn(shape, generator=generator) * case.spread).softmax(1)
+    elif case.target == "dense" or case.classes == 1:
         target_shape = shape
         hard = case.target_dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
         if hard:
@@ -58,7 +64,11 @@ def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | N
     else:
         channel = (1,) if case.target == "labels_channel" else ()
         target_shape = (case.batch, *channel, *case.spatial)
-        values = torch.randint(0, case.classes, target_shape, generator=generator)
+        if case.wrong:
+            away = torch.randint(1, case.classes, greatest.shape, generator=generator)
+            values = ((greatest + away) % case.classes).reshape(target_shape)
+        else:
+            values = torch.randint(0, case.classes, target_shape, generator=generator)
     if case.ignore_index is not None:
         ignored = torch.rand(values.shape, generator=generator) < 0.3
         values = values.masked_fill(ignored, case.ignore_index)
@@ -151,6 +161,93 @@ def check(case: Case, operators: Any, device: str = "cpu") -> None:
         dtype=compute if case.dtype == compute else case.dtype,
         allowance=16 if case.dtype == compute else 1,
         what=f"gradient of {case}",
+    )
+
+
+def _sure_and_wrong() -> dict[str, tuple[Case, str]]:
+    """Where the gradient is all small differences: by name, a case and its kind of cotangents."""
+    base = Case(batch=40, spatial=(6,), spread=10.0, wrong=True)
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    found = {}
+    for classes in (3, 4, 8, 17, 100, 300):
+        case = dataclasses.replace(base, classes=classes)
+        for kind in ("overlap", "equal"):
+            found[f"{classes} classes, {kind} cotangents"] = case, kind
+    for classes in (3, 17):
+        extreme = dataclasses.replace(base, classes=classes, spread=60.0)
+        found[f"{classes} classes, gradients near 1e-21"] = extreme, "overlap"
+        one = dataclasses.replace(base, classes=classes, spatial=(1,))
+        found[f"{classes} classes, one voxel"] = one, "overlap"
+        found[f"{classes} classes, likelihood too"] = one, "all"
+        right = dataclasses.replace(base, classes=classes, wrong=False)
+        found[f"{classes} classes, any label"] = right, "equal"
+        wide = dataclasses.replace(base, classes=classes, batch=8, spatial=(70,))
+        found[f"{classes} classes, ignored and weighted"] = (
+            dataclasses.replace(wide, ignore_index=255, weight=f32),
+            "equal",
+        )
+        found[f"{classes} classes, full"] = dataclasses.replace(wide, full=True), "overlap"
+        found[f"{classes} classes, overlap min"] = dataclasses.replace(wide, overlap="min"), "equal"
+        for dtype, name in ((f16, "float16"), (bf16, "bfloat16")):
+            saturated = dataclasses.replace(wide, dtype=dtype, spread=4e4)
+            found[f"{classes} classes, saturated {name}"] = saturated, "overlap"
+            sure = dataclasses.replace(wide, dtype=dtype)
+            found[f"{classes} classes, sure {name}"] = sure, "equal"
+    for classes in (4, 100):
+        for target in ("dense", "shares"):
+            soft = dataclasses.replace(
+                base, classes=classes, target=target, target_dtype=f32, wrong=False
+            )
+            for kind in ("overlap", "equal"):
+                found[f"{classes} classes, {target} target, {kind} cotangents"] = soft, kind
+    return found
+
+
+SURE_AND_WRONG = _sure_and_wrong()
+
+
+def cotangents(case: Case, kind: str) -> Tensor:
+    """Draw (B, C, 4 or 8) cotangents: "all", "overlap" (those of TP, FP and FN, and of P2 where
+    there is one) or "equal" (the same of TP, FP and FN for all classes of a sample)."""
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    classes = 1 if kind == "equal" else case.classes
+    shape = (case.batch, classes, 8 if case.full else 4)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind != "all":
+        grad[..., 3:5] = 0
+    return grad.expand(-1, case.classes, -1).contiguous()
+
+
+def check_gradient_of_sure(case: Case, kind: str, operators: Any, device: str = "cpu") -> None:
+    """The gradient of each sample may be wrong, relative to its largest element, by four times what
+    plain PyTorch in the kernel's compute type is at most wrong by, and 1e-6."""
+    given = tensors(case, device)
+    arguments = schema_arguments(case)
+    compute = compute_dtype(case.dtype)
+    on_cpu = [None if x is None else x.cpu() for x in given]
+    grad = cotangents(case, kind)
+
+    def reference_in(dtype: torch.dtype) -> Tensor:
+        gradient = reference.soft_confusion_backward(
+            grad, on_cpu[0].to(dtype), *on_cpu[1:], *arguments, case.focal_classes
+        )
+        return gradient.to(case.dtype).double() if dtype == compute else gradient
+
+    truth, plain = reference_in(torch.float64), reference_in(compute)
+    actual = operators.soft_confusion_backward(
+        grad.to(device), *given, *arguments, case.focal_classes
+    )
+
+    # What the gradient's type cannot hold, or an exponential in float32, is no error.
+    least = max(torch.finfo(case.dtype).tiny, 1e-30) * grad.abs().amax((1, 2)).clamp(min=1)
+    largest = torch.maximum(truth.flatten(1).abs().amax(1), least)
+    error = (actual.double().cpu() - truth).flatten(1).abs().amax(1) / largest
+    own = ((plain - truth).flatten(1).abs().amax(1) / largest).max()
+    rounding = 0.0 if case.dtype == compute else torch.finfo(case.dtype).eps
+    allowed = 4 * own + 1e-6 + rounding
+    assert bool((error <= allowed).all()), (
+        f"gradient off by {error.max():.3e} of its largest element, in sample "
+        f"{int(error.argmax())}; allowed {allowed:.3e} (plain PyTorch is off by {own:.3e}): {case}"
     )
 
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 import voxfuse
 from tests.confusion_cases import (
     ACTIVATIONS,
+    SURE_AND_WRONG,
     Case,
     certain_probabilities,
     check,
+    cotangents,
     schema_arguments,
     tensors,
 )
@@ -134,6 +136,22 @@ def test_reference_backward_equals_autograd_of_its_forward(
         grad, input.detach(), target, weight, *arguments, focal_classes
     )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SURE_AND_WRONG)
+def test_reference_in_float32_keeps_the_gradient_of_the_sure_and_wrong(name):
+    """It is what the kernels are measured against: a few roundings of the largest element."""
+    case, kind = SURE_AND_WRONG[name]
+    input, target, weight = tensors(case)
+    arguments = schema_arguments(case)
+    grad = cotangents(case, kind)
+    truth, plain = (
+        reference.soft_confusion_backward(grad, input.to(dtype), target, weight, *arguments)
+        for dtype in (torch.float64, torch.float32)
+    )
+    largest = truth.flatten(1).abs().amax(1).clamp(min=1e-30)
+    error = (plain - truth).flatten(1).abs().amax(1) / largest
+    assert float(error.max()) < 4e-6
 
 
 # --- The compiled kernels against the truth -------------------------------------------------------

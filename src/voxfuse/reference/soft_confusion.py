@@ -221,10 +221,17 @@ def soft_confusion_backward(
     r = probabilities(values, likelihood)
 
     a = (1 - torch.sign(p - g)) / 2 if overlap == MIN else g
-    h = a * (t - n) + (1 - a) * f
-    if s is not None:
-        h = h + 2 * p * s
-    gradient = _through_activation(h, p, complement, activation)
+    if activation == SOFTMAX:
+        best = p.argmax(1, keepdim=True)
+        h = _less_that_of(best, a, t - n, f)
+        if s is not None:
+            h = h + 2 * (p * s - (p * s).gather(1, best))
+        gradient = p * (h - (p * h).sum(1, keepdim=True))
+    else:
+        h = a * (t - n) + (1 - a) * f
+        if s is not None:
+            h = h + 2 * p * s
+        gradient = p * complement * h if activation == SIGMOID else h
 
     focal = _focal(p, focal_classes)
     q = torch.where(focal, _q(r, gamma), -1)
@@ -250,16 +257,22 @@ def soft_confusion_backward(
     return result
 
 
-def _through_activation(h: Tensor, p: Tensor, complement: Tensor, activation: int) -> Tensor:
-    """Pull the cotangent ``h`` of the probabilities back to the values."""
-    if activation == SOFTMAX:
-        # p_c (h_c - sum_k p_k h_k), with h measured from the most probable class's so that the
-        # small gradients of a nearly perfect prediction are not differences of large numbers.
-        h = h - h.gather(1, p.argmax(1, keepdim=True))
-        return p * (h - (p * h).sum(1, keepdim=True))
-    if activation == SIGMOID:
-        return p * complement * h
-    return h
+def _less_that_of(best: Tensor, a: Tensor, on: Tensor, off: Tensor) -> Tensor:
+    """``h_c - h_best`` of ``h = a on + (1 - a) off``, for every class c.
+
+    A softmax's gradient ``p_c (h_c - sum_k p_k h_k)`` does not change when a constant is taken off
+    every h. Measured from the most probable class's, nothing large is left to cancel, as long as
+    the difference is formed before anything is multiplied: of what the two classes share of ``on``
+    and of ``off``, and of what one has as ``on`` and the other as ``off``.
+    """
+    on, off = on.expand_as(a), off.expand_as(a)
+    a_best, on_best, off_best = (x.gather(1, best) for x in (a, on, off))
+    return (
+        torch.minimum(a, a_best) * (on - on_best)
+        + (1 - torch.maximum(a, a_best)) * (off - off_best)
+        + (a - a_best).clamp(min=0) * (on - off_best)
+        + (a_best - a).clamp(min=0) * (off - on_best)
+    )
 
 
 def _q(r: Probabilities, gamma: float) -> Tensor:
