@@ -338,3 +338,18 @@ def test_labels_of_a_metatensor_keep_its_affine():
             assert isinstance(labels, MetaTensor)
             assert labels.dtype == torch.uint8
             assert torch.equal(labels.affine, affine)
+
+
+@pytest.mark.parametrize(("order", "dtype"), [(5, torch.float16), (9, torch.float32)])
+def test_a_spline_with_a_floor_weights_monais_own_window(order, dtype):
+    volume = torch.rand(1, 1, 96, 96, 96).to(dtype)
+
+    def mean(floor):
+        window = voxfuse.bspline_window((64, 64, 64), order, floor=floor)
+        return inferers.sliding_window_inference(
+            volume, 64, 4, lambda x: x, 0.5, roi_weight_map=window
+        )
+
+    # MONAI's sums are of the volume's dtype.
+    torch.testing.assert_close(mean(1e-3), volume, rtol=0.01, atol=1e-4)
+    assert mean(0.0).isnan().any()

@@ -68,6 +68,23 @@ def test_hashemi_is_the_quadratic_spline_of_the_paper(size):
     np.testing.assert_allclose(actual, closed, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", [5, 9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_weight_above_a_floor_is_0_in_another_dtype(order, dtype):
+    window = voxfuse.bspline_window((96, 96, 96), order)
+    raised = voxfuse.bspline_window((96, 96, 96), order, floor=1e-3)
+    assert torch.equal(raised, window.clamp(min=1e-3))
+    assert (raised.to(dtype) > 0).all()
+    if order == 9 or dtype == torch.float16:
+        assert (window.to(dtype) == 0).any()
+
+
+@pytest.mark.parametrize("floor", [-0.1, 0.75, float("nan"), float("inf")])
+def test_a_floor_leaves_a_window(floor):
+    with pytest.raises(ValueError, match=f"floor: got {floor}, .* less than the greatest weight, "):
+        voxfuse.bspline_window(4, 1, floor=floor)
+
+
 def test_hashemi_is_a_partition_of_unity_at_half_a_patch():
     w = windows.hashemi_window(32)
     np.testing.assert_allclose(w[:16] + w[16:], 1, rtol=1e-14)
@@ -144,6 +161,8 @@ def test_arrays_are_taken_dense_or_an_axis():
         (np.full((3, 4), np.nan), ValueError, "window: weights must be finite, >= 0"),
         (3.5, TypeError, "window: got float, expected a name, an array of the patch's shape"),
         ([["a", "b", "c"], [1, 1, 1, 1]], TypeError, "expected real numbers"),
+        (np.ones((3, 4)) + 1j, TypeError, "expected real numbers"),
+        (torch.ones(3, 4) + 1j, TypeError, "expected real numbers"),
     ],
 )
 def test_bad_windows(window, error, message):

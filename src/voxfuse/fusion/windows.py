@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._host import host
+from voxfuse.ops import _checks
 
 Vector = NDArray[np.float64]
 
@@ -20,7 +21,7 @@ Vector = NDArray[np.float64]
 MAX_ORDER = 9
 
 
-def bspline_window(size: int | Sequence[int], order: int = 5) -> Tensor:
+def bspline_window(size: int | Sequence[int], order: int = 5, *, floor: float = 0.0) -> Tensor:
     r"""Centred cardinal B-spline of degree ``order`` on uniform knots stretched over the patch.
 
     .. math:: w(t) = B_n\!\left(\tfrac{n + 1}{N} (t + \tfrac12)\right), \quad t = 0 \dots N-1
@@ -32,20 +33,32 @@ def bspline_window(size: int | Sequence[int], order: int = 5) -> Tensor:
     Args:
         size: patch extent in voxels, or one extent an axis for the product of the axes' windows.
         order: degree, 0 (constant) to 9.
+        floor: no weight of the result is less: ``max(w, floor)``. Corners of a product are tiny
+            (1.8e-42 of the peak at order 7 and 128^3), which voxfuse's float64 weights take but
+            other dtypes turn to 0. Whoever casts the window, as MONAI does with a
+            ``roi_weight_map``, needs a floor: 1e-3 is MONAI's own, and suits float16 too.
 
     Returns:
         float64 tensor of shape (size,) or ``size``.
 
     Raises:
         TypeError: ``size`` or ``order`` is no integer.
-        ValueError: ``size`` is below 1 or ``order`` outside 0 to 9.
+        ValueError: ``size`` is below 1, ``order`` outside 0 to 9, or ``floor`` negative or not less
+            than the greatest weight.
 
     Example:
         >>> import voxfuse
         >>> voxfuse.bspline_window(4, order=1)
         tensor([0.2500, 0.7500, 0.7500, 0.2500], dtype=torch.float64)
     """
-    return _window(size, lambda n: _bspline(n, order))
+    window = _window(size, lambda n: _bspline(n, order))
+    peak = float(window.max())
+    if not 0 <= floor < peak:
+        raise ValueError(
+            f"floor: got {floor}, expected a number >= 0 and less than the greatest weight, "
+            f"{peak:.4g}"
+        )
+    return window.clamp(min=floor) if floor else window
 
 
 def hashemi_window(size: int | Sequence[int]) -> Tensor:
@@ -249,8 +262,12 @@ def resolve_window(window: WindowLike, patch: Sequence[int]) -> list[Vector]:
 
 def _real(values: Any) -> Vector:
     if isinstance(values, Tensor):
+        if values.is_complex():
+            raise TypeError(f"window: got {_checks.describe(values)}, expected real numbers")
         values = values.detach().to("cpu", torch.float64).numpy()
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers")
         return np.ascontiguousarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"window: got {values!r}, expected real numbers") from None
