@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis
 import pytest
 import torch
@@ -45,14 +47,14 @@ def test_the_kernel_equals_the_reference(data):
     stop = start + data.draw(st.integers(0, extent[axis]))
     channels = data.draw(st.integers(1, 9))
     mode = data.draw(st.sampled_from(MODES))
-    activation = data.draw(st.sampled_from(["none", "sigmoid", "softmax"]))
+    activation = data.draw(st.sampled_from(["identity", "sigmoid", "softmax"]))
     applied = data.draw(st.booleans())
     head = data.draw(st.booleans())
     real = data.draw(st.sampled_from([torch.float32, torch.float64]))
     dtype = data.draw(st.sampled_from([real, torch.float16, torch.bfloat16]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     ring = torch.randn(channels, *extent, generator=generator, dtype=real)
-    if mode == "entropy" and (applied or activation == "none"):
+    if mode == "entropy" and (applied or activation == "identity"):
         ring = ring.softmax(0) if activation != "sigmoid" else ring.sigmoid()
         head = False
     options = {
@@ -75,7 +77,7 @@ def test_the_kernel_equals_the_reference(data):
     actual, actual_ring = finalized("cpp", *arguments, **options)
     assert torch.equal(actual_ring, expected_ring)
     if mode in ("labels", "mask"):
-        if head or (activation != "none" and not applied and mode == "mask"):
+        if head or (activation != "identity" and not applied and mode == "mask"):
             # Values a rounding apart may fall on either side.
             assert (actual != expected).float().mean() <= 0.05 if actual.numel() > 50 else True
         else:
@@ -160,6 +162,11 @@ def test_passes_opcheck():
         ({"start": 1, "stop": 9}, "start, stop: got 1, 9"),
         ({"out": torch.empty(2, 4, 5)}, "out: got shape"),
         ({"divisor": 0}, "divisor: got 0"),
+        ({"threshold": math.nan}, "threshold: got nan"),
+        (
+            {"fill": 1e5, "out": torch.empty(3, 4, 5).half()},
+            "fill: got 100000.0, expected a number",
+        ),
         ({"weight": torch.empty(2, 3)}, "weight: given without bias"),
         ({"bias": torch.empty(3)}, "bias: given without weight"),
         ({"total": torch.ones(4, 5)}, "total: got float32"),
@@ -176,3 +183,21 @@ def test_labels_that_do_not_fit_the_type_are_refused():
         finalize_slab(torch.randn(300, 4), torch.empty(1, 4, dtype=torch.uint8), "labels")
     with pytest.raises(TypeError, match="out: got float32"):
         finalize_slab(torch.randn(3, 4), torch.empty(1, 4), "labels")
+
+
+@pytest.mark.parametrize("mode", ["mask", "foreground", "entropy"])
+def test_what_is_made_of_probabilities_is_not_made_of_logits(mode):
+    ring, out = torch.rand(3, 4, 5), torch.empty(3 if mode == "mask" else 1, 4, 5)
+    out = out.bool() if mode == "mask" else out
+    with pytest.raises(ValueError, match=f"activation: got 'none' with mode '{mode}'"):
+        finalize_slab(ring, out, mode)
+    given = finalize_slab(ring, out.clone(), mode, activation="identity")
+    assert torch.equal(given, finalize_slab(ring, out.clone(), mode, applied=True))
+
+
+@pytest.mark.parametrize(("mode", "fill"), [("labels", -1), ("labels", 300), ("mask", 2)])
+def test_a_fill_that_the_result_cannot_hold_is_an_error(mode, fill):
+    dtype = torch.uint8 if mode == "labels" else torch.bool
+    out = torch.empty(1 if mode == "labels" else 3, 4, 5, dtype=dtype)
+    with pytest.raises(ValueError, match=f"fill: got {fill}, expected an integer from 0 to "):
+        finalize_slab(torch.rand(3, 4, 5), out, mode, activation="softmax", fill=fill)

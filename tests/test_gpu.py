@@ -162,10 +162,10 @@ def test_rings(axis, operators):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["none", "softmax"])
+@pytest.mark.parametrize("activation", ["identity", "softmax"])
 @pytest.mark.parametrize("mode", MODES)
 def test_finalize_slab(mode, activation, backend):
-    if mode == "entropy" and activation == "none":
+    if mode == "entropy" and activation == "identity":
         ring = torch.randn(5, 12, 9, 17).softmax(0)
     else:
         ring = torch.randn(5, 12, 9, 17, generator=torch.Generator().manual_seed(0))

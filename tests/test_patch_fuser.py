@@ -106,7 +106,14 @@ def test_bits_do_not_depend_on_batches_or_threads(window, output):
 def test_constants_come_back_and_single_voxels_exactly(window, dtype):
     value = torch.tensor(1.7).to(dtype)
     for output in ("logits", "probabilities"):
-        fuser = voxfuse.PatchFuser((20, 33, 9), (8, 16, 9), 2, window=window, output=output)
+        fuser = voxfuse.PatchFuser(
+            (20, 33, 9),
+            (8, 16, 9),
+            2,
+            window=window,
+            output=output,
+            activation="none" if output == "logits" else "identity",
+        )
         patches = value.expand(len(fuser), 2, 8, 16, 9).contiguous()
         result = run(fuser, patches)
         rounding = max(torch.finfo(dtype).eps, ULPS)
@@ -356,6 +363,12 @@ def test_skipped_patches_leave_the_fill_value():
         ({"stream_axis": 3}, "stream_axis: got 3"),
         ({"output": "labels", "channels": 1}, "output: 'labels' of one channel"),
         ({"activation": "softmax"}, "use 'probabilities'"),
+        ({"threshold": math.nan}, "threshold: got nan"),
+        ({"output": "labels", "fill": -1}, "fill: got -1, expected an integer from 0 to 255"),
+        ({"output": "labels", "fill": 1.5}, "fill: got 1.5, expected an integer from 0 to 255"),
+        ({"output": "labels", "fill": math.nan}, "fill: got nan, expected an integer"),
+        ({"dtype": torch.float16, "fill": 1e5}, "fill: got 100000.0, expected a number of at most"),
+        ({"out": torch.zeros(2, 9, 9, 9).half(), "fill": 1e5}, "fill: got 100000.0, expected a"),
         ({"head": (torch.zeros(3, 5), None)}, "head: got weight"),
         ({"out": torch.zeros(1)}, "out: got shape"),
         ({"origins": [[0]]}, "origins: got starts along 1 axes"),
@@ -366,6 +379,65 @@ def test_bad_options_are_named(change, message):
     options = {"volume_shape": (9, 9, 9), "patch_size": (4, 4, 4), "channels": 2}
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         voxfuse.PatchFuser(**{**options, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"volume_shape": (9.7, 9, 9)},
+        {"patch_size": (4, 4.5, 4)},
+        {"origins": [[0, 4.9], [0], [0]]},
+        {"origins": torch.zeros(1, 3)},
+    ],
+)
+def test_places_that_are_no_integers_are_not_rounded(change):
+    options = {"volume_shape": (9, 9, 9), "patch_size": (4, 4, 4), "channels": 2}
+    with pytest.raises(TypeError, match=rf"{next(iter(change))}: got .*, expected integers"):
+        voxfuse.PatchFuser(**{**options, **change})
+
+
+@pytest.mark.parametrize("output", ["probabilities", "mask", "foreground", "entropy"])
+def test_logits_are_not_handed_out_as_probabilities(output):
+    message = f"activation: got 'none' with output {output!r}, which needs probabilities"
+    with pytest.raises(ValueError, match=message):
+        voxfuse.PatchFuser((9, 9), 4, 2, output=output)
+
+
+@pytest.mark.parametrize("voting", ["soft", "logit"])
+@pytest.mark.parametrize("output", ["probabilities", "mask", "foreground", "entropy"])
+def test_predictions_that_are_probabilities_stay_what_they_are(output, voting):
+    options = {"output": output, "voting": voting}
+    given = voxfuse.PatchFuser((9, 9), 4, 3, activation="identity", **options)
+    patches = predictions(given)
+    options = {"output": output, "voting": "soft", "activation": "softmax"}
+    expected = run(voxfuse.PatchFuser((9, 9), 4, 3, **options), patches)
+    torch.testing.assert_close(run(given, patches.softmax(1)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_batches_and_patches_without_origins_go_on_where_patches_lack(members):
+    fuser = voxfuse.PatchFuser((20, 16, 8), 8, 2, stream_axis=0, members=members)
+    patches = predictions(fuser)
+    for _ in range(members):
+        fuser.add(patches[1:3], fuser.origins[1:3])
+    for _ in range(members - 1):
+        fuser.add(patches[:1], fuser.origins[:1])
+    rest = [i for i in range(len(fuser)) if i not in (1, 2)]
+    batches = list(fuser.batches(2))
+    assert [len(origins) for origins in batches[:-1]] == [2] * (len(batches) - 1)
+    assert torch.equal(torch.cat(batches), fuser.origins[rest])
+    fuser.add(patches[:1])
+    for i in rest[1:]:
+        for _ in range(members):
+            fuser.add(patches[i : i + 1])
+    assert list(fuser.batches(2)) == []
+    torch.testing.assert_close(fuser.result().double(), truth(fuser, patches), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_batches_of_no_patches_are_an_error(size):
+    with pytest.raises(ValueError, match=f"size: got {size}, expected an integer >= 1"):
+        voxfuse.PatchFuser((9, 9), 4, 2).batches(size)
 
 
 def test_bad_patches_are_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import weakref
 
 import hypothesis
@@ -493,3 +494,72 @@ def test_results_go_where_the_caller_says(tmp_path):
     assert torch.equal(torch.cat(slabs, 1), expected[0])
     with pytest.raises(ValueError, match="out: got a function and 2 samples"):
         voxfuse.sliding_window_inference(volume, 8, 7, twice, out=slabs.append, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_a_half_precision_volume_loses_no_voxel_to_the_weights_of_process_fn(dtype):
+    volume = torch.ones(1, 1, 40, 40, 40).to(dtype)
+
+    def process(outputs, batch, weight):
+        assert weight.dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
+        assert (weight > 0).all()
+        return outputs, weight
+
+    result = voxfuse.sliding_window_inference(
+        volume, 32, 2, lambda x: x.float(), process_fn=process, fill=-1
+    )
+    torch.testing.assert_close(result, torch.ones_like(result), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"output": "probabilities"}, ValueError, "activation: got 'none' with output 'probabil"),
+        ({"output": "entropy"}, ValueError, "activation: got 'none' with output 'entropy'"),
+        ({"roi_weight_map": torch.zeros(8, 8)}, ValueError, "roi_weight_map: weights must be"),
+        ({"roi_weight_map": torch.ones(8)}, ValueError, "roi_weight_map: got shape (8,)"),
+        ({"roi_weight_map": torch.ones(1, 1, 1, 8, 8)}, ValueError, "roi_weight_map: got shape"),
+        ({"roi_weight_map": torch.ones(8, 8) + 1j}, TypeError, "roi_weight_map: got complex64"),
+        ({"roi_weight_map": torch.rand(1, 3, 8, 8)}, ValueError, "got weights of 3 channels"),
+        ({"process_fn": lambda p, b, w: (p, w[0])}, ValueError, "process_fn: returned weights of"),
+        ({"process_fn": lambda p, b, w: (p, w.expand(2, 1, 8, 8))}, ValueError, "process_fn: ret"),
+        ({"process_fn": lambda p, b, w: (p, 1.0)}, TypeError, "process_fn's weights: expected a"),
+        ({"threshold": math.nan}, ValueError, "threshold: got nan"),
+    ],
+)
+def test_what_would_be_fitted_without_a_word_is_an_error(options, error, message):
+    def predictor(patch):
+        return torch.cat([patch, 1 - patch], 1)
+
+    with pytest.raises(error) as caught:
+        voxfuse.sliding_window_inference(torch.rand(1, 1, 12, 12), 8, 2, predictor, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("cval", [-1000, 0.5])
+def test_padding_that_the_volume_cannot_hold_is_an_error(cval):
+    def padded(roi):
+        return voxfuse.sliding_window_inference(
+            torch.ones(1, 1, 9, 9, dtype=torch.uint8), roi, 1, lambda x: x.float(), cval=cval
+        )
+
+    with pytest.raises(ValueError, match=f"cval: got {cval}, expected an integer from 0 to 255"):
+        padded((16, 9))
+    assert (padded((9, 6)) == 1).all()
+
+
+@pytest.mark.parametrize("process", [None, lambda p, b, w: (p, w)])
+@pytest.mark.parametrize(("output", "dtype"), [("logits", torch.int32), ("labels", torch.float32)])
+def test_a_result_of_another_kind_is_not_converted(output, dtype, process):
+    channels = 2 if output == "logits" else 1
+    out = torch.zeros(1, channels, 12, 12, dtype=dtype)
+    with pytest.raises(TypeError, match="out: got"):
+        voxfuse.sliding_window_inference(
+            torch.rand(1, 1, 12, 12),
+            8,
+            2,
+            lambda x: torch.cat([x, 1 - x], 1),
+            output=output,
+            out=out,
+            process_fn=process,
+        )

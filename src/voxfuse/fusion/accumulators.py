@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -122,7 +122,17 @@ class Results:
         return result
 
 
-class Streamed:
+class _Accumulator:
+    """What has no copy in the middle of its work."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: cannot be copied in the middle of its work; pickle a "
+            "voxfuse.PatchFuser instead"
+        )
+
+
+class Streamed(_Accumulator):
     """Patches in the engine: sample by sample through a :class:`voxfuse.PatchFuser`."""
 
     def __init__(
@@ -194,7 +204,7 @@ class Streamed:
         return fuser
 
 
-class Composed:
+class Composed(_Accumulator):
     """Patches added by PyTorch, one sample's sums at a time: what the engine cannot take.
 
     That is four spatial axes, weights that differ by channel or from call to call, patches at the
@@ -214,7 +224,7 @@ class Composed:
         self._wish, self._placement, self._channels = wish, placement, channels
         self._device, self.results = device, results
         axes = len(placement.patch)
-        weight = _with_channels(importance, axes)
+        weight = _with_channels(importance, axes, channels)
         self._total = zeros((weight.shape[0], *placement.extent), torch.float64, "cpu")
         for index in range(len(placement.origins)):
             box, part = self._boxes(index)
@@ -225,7 +235,7 @@ class Composed:
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
         count = len(self._placement.origins)
-        weight = _with_channels(importance, len(self._placement.patch))
+        weight = _with_channels(importance, len(self._placement.patch), self._channels)
         for position, item in enumerate(items):
             sample, index = divmod(item, count)
             if self._sums is None:
@@ -239,7 +249,7 @@ class Composed:
             for prediction, turn in predictions:
                 patch = turned(prediction[position : position + 1], turn)
                 block = patch[0][part].to(self._exact)
-                if self._wish.voting == "soft":
+                if self._wish.voting == "soft" and self._wish.activation != "identity":
                     block = activated(block, ACTIVATIONS[self._wish.activation], 0)
                 term = share * block
                 if self._wish.accumulate is None:
@@ -270,6 +280,9 @@ class Composed:
         uncovered = (self._total == 0).all(0).to(sums.device)
         classes = self._channels if wish.head is None else wish.head[0].shape[0]
         dtype = wish.allocated_dtype() or result_dtype(wish.output, classes, wish.dtype)
+        place = self._target(sample)
+        if place is not None:
+            dtype = place.dtype
         if wish.output == "logits" and wish.head is None:
             # Only this one carries a gradient.
             slab = (sums / divisor if divisor > 1 else sums).to(dtype)
@@ -294,23 +307,32 @@ class Composed:
                 backend=wish.backend,
             )
             slab = slab.reshape(-1, *extent)
-        self._deliver(sample, slab)
+        self._deliver(sample, slab, place)
 
-    def _deliver(self, sample: int, slab: Tensor) -> None:
-        fresh = self.results.allocate(sample, slab.shape, slab.dtype, self._device)
-        if fresh is not None:
-            fresh.copy_(slab)
-            return
+    def _target(self, sample: int) -> Tensor | None:
+        """The tensor that the caller wants a sample's result in, if it is to be one."""
         place = self.results.place(sample)
-        if callable(place) and not isinstance(place, Tensor):
-            place(slab, 0, self._placement.extent[0])
-            return
+        if place is None or (callable(place) and not isinstance(place, Tensor)):
+            return None
         target = torch.from_numpy(place) if isinstance(place, np.ndarray) else place
         if not isinstance(target, Tensor):
             raise TypeError(
                 f"out: got {type(place).__name__}, expected a tensor, a NumPy array or a function"
             )
-        target = _checks.plain(target)
+        if OUTPUTS[self._wish.output] == "values" and target.dtype not in _checks.LOGIT_DTYPES:
+            raise TypeError(
+                f"out: got {_checks.describe(target)}, expected float32, float16, bfloat16, float64"
+            )
+        return _checks.plain(target)
+
+    def _deliver(self, sample: int, slab: Tensor, target: Tensor | None) -> None:
+        fresh = self.results.allocate(sample, slab.shape, slab.dtype, self._device)
+        if fresh is not None:
+            fresh.copy_(slab)
+            return
+        if target is None:
+            self.results.place(sample)(slab, 0, self._placement.extent[0])
+            return
         shapes = [tuple(slab.shape), tuple(slab.shape[1:])][: 2 if slab.shape[0] == 1 else 1]
         if tuple(target.shape) not in shapes:
             raise ValueError(f"out: got shape {tuple(target.shape)}, expected {shapes[-1]}")
@@ -352,10 +374,16 @@ def with_dtype(wish: Wish, dtype: torch.dtype) -> Wish:
     return replace(wish, dtype=dtype)
 
 
-def _with_channels(importance: Importance, axes: int) -> Tensor:
+def _with_channels(importance: Importance, axes: int, channels: int) -> Tensor:
     """The weights as (1 or C, \\*patch)."""
     weight = dense(importance)
-    return weight.reshape(-1, *weight.shape[weight.ndim - axes :])
+    weight = weight.reshape(-1, *weight.shape[weight.ndim - axes :])
+    if weight.shape[0] not in (1, channels):
+        raise ValueError(
+            f"roi_weight_map, process_fn: got weights of {weight.shape[0]} channels, expected 1 or "
+            f"the predictor's {channels}"
+        )
+    return weight
 
 
 def dense(importance: Importance) -> Tensor:

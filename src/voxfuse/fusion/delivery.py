@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class Delivery:
         self._transfer = transfer
         self._free: list[Tensor] = []
         self._under_way: deque[tuple[Ticket, Tensor, Tensor, Tensor]] = deque()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Delivery: what is under way cannot be copied; flush it and make another, or copy a "
+            "voxfuse.PatchFuser"
+        )
 
     def __len__(self) -> int:
         """How many slabs are under way."""

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,8 @@ from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
 from voxfuse.fusion.half_ring import ACCUMULATORS, add_rounded, slots, widened
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
-from voxfuse.ops.finalize_slab import finalize_slab
+from voxfuse.ops.finalize_slab import ACTIVATIONS, check_threshold, finalize_slab
 from voxfuse.ops.overlap_add import overlap_add_, overlap_weights_
-from voxfuse.reference.finalize_slab import ACTIVATIONS
 from voxfuse.reference.overlap_add import accumulation_dtype
 
 #: What comes out, and what it is called by the finalisation.
@@ -90,7 +90,9 @@ class PatchFuser:
             greatest channel), "mask" (probability > ``threshold``), "foreground" (greatest
             probability of all channels but the background, channel 0; with "sigmoid" or one channel
             there is no background) or "entropy" (in nats).
-        activation: "none", "sigmoid" or "softmax", which makes probabilities of predictions.
+        activation: "sigmoid" or "softmax", which makes probabilities of predictions; "identity",
+            where they are probabilities already; or "none". Probabilities, a mask, the foreground
+            and the entropy need one of the first three.
         voting: "soft" (activate every patch, then average; the default) or "logit" (average, then
             activate; the default, and the only way, with ``head``). Soft voting activates patches
             as they are added, without a copy of them. With ``activation="none"`` both average
@@ -103,7 +105,7 @@ class PatchFuser:
             counts.
         skip: a function of an origin (tuple of integers); patches for which it is true are left
             out. It is asked once, here.
-        fill: the result where no patch lies.
+        fill: the result where no patch lies; labels and masks take integers that their dtype holds.
         stream_axis: "auto" or an axis.
         out: where the result goes: a tensor on any device, a NumPy array such as a memmap, or a
             function ``out(slab, start, stop)`` called for every finished slab (a fresh tensor with
@@ -118,6 +120,11 @@ class PatchFuser:
             for float16 (and n 2^-25: its smallest numbers), 2^-8 for bfloat16. Predictions beyond
             65504 overflow float16. Slower: see :mod:`voxfuse.fusion.half_ring`.
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
+
+    A fuser can be copied in the middle of its work, by pickle, ``copy.deepcopy`` or ``torch.save``:
+    the copy has a result of its own (of ``out`` too) and goes on to the same bits;
+    :meth:`batches` yields what it lacks. One that writes to a memory-mapped file refuses, as does
+    ``copy.copy``.
 
     Sums are float32 (float64 for float64 patches) in the order in which patches are added, so that
     the bits do not depend on how they are distributed over batches. A voxel under one patch gets
@@ -167,10 +174,10 @@ class PatchFuser:
                 f"accumulate: got {accumulate}, expected None, torch.float16 or torch.bfloat16"
             )
         self.accumulate = accumulate
-        self.volume_shape = tuple(int(size) for size in volume_shape)
+        self.volume_shape = _checks.integers("volume_shape", volume_shape)
         if isinstance(patch_size, int):
             patch_size = (patch_size,) * len(self.volume_shape)
-        self.patch_size = tuple(int(size) for size in patch_size)
+        self.patch_size = _checks.integers("patch_size", patch_size)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels: got {channels!r}, expected an integer >= 1")
         if isinstance(members, bool) or not isinstance(members, int) or members < 1:
@@ -186,6 +193,8 @@ class PatchFuser:
         self.classes = channels if self._head is None else self._head[0].shape[0]
         self.voting = checked_voting(voting, self._head is not None)
         self._check_output()
+        # What the operators compute.
+        self._activation = "none" if activation == "identity" else activation
 
         table = _origins(self.volume_shape, self.patch_size, overlap, grid, origins)
         if skip is not None:
@@ -240,6 +249,8 @@ class PatchFuser:
         self._delivery = Delivery()
         if out is not None and self._callback is None:
             self._take(out)
+        else:
+            _checks.require_held("fill", self.fill, self._result_dtype(torch.float32))
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -267,9 +278,18 @@ class PatchFuser:
         )
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the origins in streaming order, ``size`` at a time."""
-        for first in range(0, len(self.origins), size):
-            yield self.origins[first : first + size]
+        """Yield the origins in streaming order, ``size`` at a time.
+
+        Patches that had all their predictions when the iteration began are left out.
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size: got {size!r}, expected an integer >= 1")
+        return self._batches(size)
+
+    def _batches(self, size: int) -> Iterator[Tensor]:
+        lacking = [i for i, count in enumerate(self._added) if count < self.members]
+        for first in range(0, len(lacking), size):
+            yield self.origins[lacking[first : first + size]]
 
     def add(
         self,
@@ -286,7 +306,8 @@ class PatchFuser:
             origins: (N, n) first voxels, each one of :attr:`origins`, in any order that keeps to
                 the ring: no patch reaches further than a patch's depth from the first slice that
                 is not final. (Means of the accumulator's dtype on a grid are summed in the result
-                itself, in any order.) None takes the next N of :attr:`origins`.
+                itself, in any order.) None takes the next N of :attr:`origins` that lack
+                predictions.
             flip: spatial axes along which these predictions are mirrored; they are turned back.
 
         Raises:
@@ -385,6 +406,34 @@ class PatchFuser:
         """Write the result into ``fresh``, of :meth:`result_layout`, whatever it holds."""
         self._take(fresh)
 
+    # --- copies in the middle of the work ------------------------------------------------------
+
+    def __copy__(self) -> PatchFuser:
+        raise TypeError(
+            "PatchFuser: two shallow copies would add to the same sums; use copy.deepcopy"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but views of the result, which pickle would tear from it."""
+        if _is_mapped(self._returned):
+            raise TypeError(
+                "PatchFuser: its result goes to a memory-mapped file, which a copy would write to "
+                "as well; use out=None, or an array in memory, and write result() to the file"
+            )
+        self.flush()
+        state = self.__dict__ | {"_result": None, "_delivery": None}
+        if self._in_place:
+            state["_ring"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._delivery = Delivery()
+        if self._returned is not None:
+            self._take(self._returned)
+        if self._in_place:
+            self._ring = self._result
+
     # --- what is asked for --------------------------------------------------------------------
 
     def _check_output(self) -> None:
@@ -392,7 +441,14 @@ class PatchFuser:
             listed = ", ".join(repr(name) for name in OUTPUTS)
             raise ValueError(f"output: got {self.output!r}, expected one of {listed}")
         _checks.choice("activation", self.activation, ACTIVATIONS)
-        if self._head is not None and self.voting == "soft" and self.activation != "none":
+        check_threshold(self.threshold)
+        if self.output not in ("logits", "labels") and self.activation == "none":
+            raise ValueError(
+                f"activation: got 'none' with output {self.output!r}, which needs probabilities; "
+                "use 'softmax' or 'sigmoid', or 'identity' where predictions are probabilities"
+            )
+        unactivated = self.activation in ("none", "identity")
+        if self._head is not None and self.voting == "soft" and not unactivated:
             raise ValueError("voting: got 'soft', expected 'logit' with head")
         if self.output == "labels" and self.classes == 1:
             raise ValueError("output: 'labels' of one channel are all 0; use 'mask'")
@@ -430,6 +486,7 @@ class PatchFuser:
             raise TypeError(
                 f"out: got {type(out).__name__}, expected a tensor, a NumPy array or a function"
             )
+        _checks.require_held("fill", self.fill, tensor.dtype)
         shape = self._result_shape()
         allowed = [shape]
         if shape in (self.volume_shape, (1, *self.volume_shape)):
@@ -470,7 +527,7 @@ class PatchFuser:
             and result.device == patches.device
             and result.is_contiguous()
             and OUTPUTS[self.output] == "values"
-            and (self.activation == "none" or self.voting == "soft")
+            and (self._activation == "none" or self.voting == "soft")
             and self._head is None
             and self.members == 1
             and self._normalised
@@ -500,12 +557,11 @@ class PatchFuser:
         if origins is None:
             while self._cursor < len(self._added) and self._added[self._cursor] >= self.members:
                 self._cursor += 1
-            first = self._cursor
-            if first + count > len(self._added):
-                raise ValueError(
-                    f"patches: are {count}, but only {len(self._added) - first} are to come"
-                )
-            indices = list(range(first, first + count))
+            coming = range(self._cursor, len(self._added))
+            lacking = (i for i in coming if self._added[i] < self.members)
+            indices = list(islice(lacking, count))
+            if len(indices) < count:
+                raise ValueError(f"patches: are {count}, but only {len(indices)} are to come")
         else:
             table = torch.as_tensor(origins)
             if table.ndim != 2 or tuple(table.shape) != (count, len(self.volume_shape)):
@@ -577,7 +633,7 @@ class PatchFuser:
             "start": start,
             "stop": extent if self._in_place else min(start + self._depth, extent),
             "flip": flip,
-            "activation": self.activation if self.voting == "soft" else "none",
+            "activation": self._activation if self.voting == "soft" else "none",
             "backend": self.backend,
         }
         tables = self.origins[indices], self._rows[indices], self._weights
@@ -689,6 +745,15 @@ class PatchFuser:
         )
 
 
+def _is_mapped(out: Any) -> bool:
+    """Whether an array's memory is a file's."""
+    while isinstance(out, np.ndarray):
+        if isinstance(out, np.memmap):
+            return True
+        out = out.base
+    return False
+
+
 def chosen_axis(stream_axis: str | int, volume: Sequence[int], patch: Sequence[int]) -> int:
     """The axis to stream along: the given one, or that with the smallest ring."""
     if stream_axis == "auto":
@@ -764,7 +829,7 @@ def _origins(
         return table.to("cpu", torch.int64)
     if len(origins) != len(patch):
         raise ValueError(f"origins: got starts along {len(origins)} axes, expected {len(patch)}")
-    return Grid(volume, patch, tuple(tuple(int(s) for s in axis) for axis in origins)).origins
+    return Grid(volume, patch, tuple(_checks.integers("origins", axis) for axis in origins)).origins
 
 
 def _once(grid: Grid) -> Grid:

@@ -14,6 +14,7 @@ from torch import Tensor
 from voxfuse.fusion._host import host
 from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.windows import Vector, WindowLike, raised_window, resolve_window
+from voxfuse.ops import _checks
 from voxfuse.ops.overlap_add import overlap_weights_
 
 RULES = ("shifted", "even", "half_patch")
@@ -29,6 +30,14 @@ class Grid:
     volume_shape: tuple[int, ...]
     patch_shape: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        axes = len(self.volume_shape)
+        if not axes == len(self.patch_shape) == len(self.starts):
+            raise ValueError(
+                f"patch_shape, starts: are of {len(self.patch_shape)} and {len(self.starts)} axes, "
+                f"expected {axes}, as volume_shape {self.volume_shape}"
+            )
 
     def __len__(self) -> int:
         return math.prod(len(axis) for axis in self.starts)
@@ -90,8 +99,8 @@ def plan_grid(
         >>> plan_grid((10,), (4,), 0.25).starts, plan_grid((10,), (4,), 0.25, "even").starts
         (((0, 3, 6),), ((0, 3, 6),))
     """
-    volume = tuple(int(size) for size in volume_shape)
-    patch = tuple(int(size) for size in patch_shape)
+    volume = _checks.integers("volume_shape", volume_shape)
+    patch = _checks.integers("patch_shape", patch_shape)
     if not 1 <= len(volume) <= 3 or min(volume) < 1:
         raise ValueError(f"volume_shape: got {volume}, expected 1 to 3 sizes >= 1")
     if len(patch) != len(volume) or min(patch) < 1:

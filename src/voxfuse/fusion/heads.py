@@ -40,7 +40,7 @@ class Heads:
         #: Classes of the layers; None without them.
         self.classes = self._layers[0][0].shape[0] if self._layers else None
         features = sum(weight.shape[1] for weight, _ in self._layers)
-        logits = self.voting == "logit" or activation == "none"
+        logits = self.voting == "logit" or activation in ("none", "identity")
         #: Whether features are fused.
         self.late = self.classes is not None and logits and features < self.classes
         #: The dtype of the features, once there were any.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,8 @@ def overlap_add(
             f"volume_shape: got {tuple(volume_shape)}, expected {patches.ndim - 2} sizes to go "
             f"with patches of shape {tuple(patches.shape)}"
         )
-    tables = _tables(patches, origins, tuple(volume_shape), window)
+    volume_shape = _checks.integers("volume_shape", volume_shape)
+    tables = _tables(patches, origins, volume_shape, window)
     total = None if tables.total is None else tables.total.to(patches.device)
     return operators.overlap_add(
         patches,
@@ -129,7 +131,7 @@ def _starts(starts: object, axes: int) -> tuple[tuple[int, ...], ...]:
     if len(starts) != axes:
         raise ValueError(f"origins: got starts along {len(starts)} axes, expected {expected}")
     try:
-        return tuple(tuple(int(start) for start in axis) for axis in starts)
+        return tuple(tuple(map(operator.index, axis)) for axis in starts)
     except TypeError:
         raise TypeError(f"origins: got {starts!r}, expected {expected}") from None
 

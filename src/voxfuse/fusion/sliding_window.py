@@ -109,7 +109,9 @@ def sliding_window_inference(
         roi_weight_map: weights of a patch's voxels (\*roi_size), or (1, C, \*roi_size), in place of
             ``window`` and before ``mode``.
         process_fn: a function of (predictions, batch, weights) that returns predictions and the
-            weights for them; see MONAI. With ``tta`` it is given the predictions turned back.
+            weights for them, (\*roi_size) or (1, C, \*roi_size); see MONAI. It is given weights of
+            the volume's dtype (float32 for integers), at least that dtype's smallest normal number
+            where they are not 0. With ``tta`` it is given the predictions turned back.
         buffer_steps, buffer_dim: checked, and without effect: predictions are added where the
             result is.
         with_coord: give the predictor a second argument, for every patch of the batch its slices of
@@ -301,6 +303,8 @@ def infer(
         max(max(axis) + size - extent, 0)
         for axis, size, extent in zip(starts, roi, spatial, strict=True)
     ]
+    if padding == "constant" and any((*before, *after)):
+        _checks.require_held("cval", cval, volume.dtype)
     table = np.array(list(product(*starts)), np.int64)
     if skip is not None:
         table = table[[not skip(cut(volume, 0, origin)) for origin in table.tolist()]]
@@ -346,11 +350,11 @@ def infer(
             for number, predict in enumerate(predictors):
                 keys, tensors = _flat(predict(view, *coordinates, *args, **named))
                 if process_fn is not None:
-                    weight = dense(importance).to(network_place, volume.dtype)
+                    weight = _held(dense(importance), volume.dtype).to(network_place)
                     tensors = [turned(tensor, turn) for tensor in tensors]
                     tensors, processed = process_fn(tuple(tensors), batch, weight)
                     tensors = [turned(tensor, turn) for tensor in tensors]
-                    weights = Importance([processed.detach().to("cpu", torch.float64)])
+                    weights = Importance([_processed(processed, roi)])
                 tensors = [_prediction(t, len(items), axes).to(place) for t in tensors]
                 returned.append([heads.apply(number, tensor) for tensor in tensors])
             members += [(turn, keys, tensors) for tensors in heads.joined(returned)]
@@ -482,7 +486,12 @@ def _importance(
         return Importance([torch.from_numpy(vector) for vector in vectors], floor)
     everywhere = Importance([torch.ones(size, dtype=torch.float64) for size in roi])
     if given is not None:
-        weight = _checks.plain(torch.as_tensor(given)).detach().to("cpu", torch.float64)
+        weight = _checks.plain(torch.as_tensor(given)).detach()
+        if weight.is_complex():
+            raise TypeError(
+                f"roi_weight_map: got {_checks.describe(weight)}, expected real numbers"
+            )
+        weight = weight.to("cpu", torch.float64)
         axes = len(roi)
         lead = tuple(weight.shape[: max(weight.ndim - axes, 0)])
         if (
@@ -494,8 +503,9 @@ def _importance(
                 f"roi_weight_map: got shape {tuple(weight.shape)}, expected {roi}, or that after "
                 "(1, C)"
             )
-        if not bool((weight >= 0).all()) or not bool(weight.isfinite().all()):
-            raise ValueError("roi_weight_map: weights must be finite and >= 0")
+        valid = bool((weight >= 0).all()) and bool(weight.isfinite().all())
+        if not valid or not bool(weight.any()):
+            raise ValueError("roi_weight_map: weights must be finite, >= 0 and not all 0")
         if all(size == 1 for size in lead):
             weight = weight.reshape(roi)
         constant = weight.ndim == axes and bool((weight == weight.reshape(-1)[0]).all())
@@ -512,6 +522,26 @@ def _importance(
     if len(roi) == 1:
         return Importance([torch.from_numpy(gaussian.dense())])
     return Importance([torch.from_numpy(vector) for vector in gaussian.vectors], gaussian.floor)
+
+
+def _held(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in the dtype of a volume, none of which becomes 0 by that."""
+    if not dtype.is_floating_point:
+        dtype = torch.float32
+    least = torch.finfo(dtype).tiny
+    return torch.where(weight == 0, weight, weight.clamp(min=least)).to(dtype)
+
+
+def _processed(weight: object, roi: tuple[int, ...]) -> Tensor:
+    """The weights that ``process_fn`` returned, float64 on the CPU."""
+    weight = _checks.require_tensor("process_fn's weights", weight)
+    lead = tuple(weight.shape[: max(weight.ndim - len(roi), 0)])
+    if weight.ndim < len(roi) or len(lead) > 2 or lead[:-1] not in ((), (1,)):
+        raise ValueError(
+            f"process_fn: returned weights of shape {tuple(weight.shape)}, expected {roi}, or that "
+            "after (1, C)"
+        )
+    return weight.detach().to("cpu", torch.float64)
 
 
 def _destinations(out: Any, keys: list[Any] | None, count: int) -> list[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NoReturn
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -74,6 +76,35 @@ def choice(name: str, value: str, allowed: Mapping[str, int]) -> int:
     except (KeyError, TypeError):
         listed = ", ".join(repr(key) for key in allowed)
         raise ValueError(f"{name}: got {value!r}, expected one of {listed}") from None
+
+
+def integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
+    """Return ``values`` as integers; a number that would have to be rounded is an error."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(f"{name}: got {values!r}, expected integers") from None
+
+
+def require_held(name: str, value: float, dtype: torch.dtype) -> None:
+    """Raise unless ``dtype`` holds ``value``: whole and in range for integers, no overflow."""
+    if dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        if not math.isfinite(value) or abs(value) <= most:
+            return
+        expected = f"a number of at most {most:g} in size"
+    else:
+        low, high = (0, 1) if dtype == torch.bool else _range(dtype)
+        if low <= value <= high and float(value).is_integer():
+            return
+        expected = f"an integer from {low} to {high}"
+    given = str(dtype).removeprefix("torch.")
+    raise ValueError(f"{name}: got {value}, expected {expected}, for {given}")
+
+
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
 
 
 #: Prefixes of messages that the kernels raise for bad values (RuntimeError under the stable ABI).

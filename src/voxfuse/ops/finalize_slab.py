@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.finalize_slab import ACTIVATIONS, MODES
+from voxfuse.reference.finalize_slab import ACTIVATIONS as CODES
+from voxfuse.reference.finalize_slab import MODES
+
+#: "identity" says that the values are probabilities already.
+ACTIVATIONS = {**CODES, "identity": CODES["none"]}
+#: What can only be made of probabilities.
+_OF_PROBABILITIES = ("mask", "foreground", "entropy")
 
 _LABEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
@@ -55,11 +62,13 @@ def finalize_slab(
             mask bool or uint8. May be slices of a contiguous tensor along the ring's axis; other
             layouts are copied once.
         ring_axis, start, stop: the slices; ``stop`` defaults to ``start`` plus the number of slots.
-        activation: "none", "sigmoid" or "softmax" (over the channels).
+        activation: "none", "sigmoid", "softmax" (over the channels), or "identity": the values are
+            probabilities. A mask, the foreground and the entropy need probabilities.
         applied: p = z: the patches went through the activation before they were added.
         divisor: predictions that every patch was added with.
         weight, bias: head (C, K) and (C,) of the ring's dtype.
-        total: float64 (\*extent), 0 where no patch lies, where the result becomes ``fill``.
+        total: float64 (\*extent), 0 where no patch lies, where the result becomes ``fill``, which
+            ``out`` must be able to hold.
         clear: leave zeros in the ring's slices that were read.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
 
@@ -81,6 +90,11 @@ def finalize_slab(
     out = _checks.require_tensor("out", out)
     number = _checks.choice("mode", mode, MODES)
     kind = _checks.choice("activation", activation, ACTIVATIONS)
+    if mode in _OF_PROBABILITIES and activation == "none" and not applied:
+        raise ValueError(
+            f"activation: got 'none' with mode {mode!r}, which needs probabilities; use 'softmax' "
+            "or 'sigmoid', or 'identity' where the ring holds probabilities"
+        )
     if ring.dtype not in (torch.float32, torch.float64) or ring.ndim < 2 or ring.shape[0] < 1:
         raise TypeError(
             f"ring: got {_checks.describe(ring)}, expected float32 or float64 (C, *extent), C >= 1"
@@ -102,6 +116,8 @@ def finalize_slab(
     if tuple(out.shape) != expected:
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected {expected}")
     _check_out(out, mode, classes, ring)
+    check_threshold(threshold)
+    _checks.require_held("fill", fill, out.dtype)
     if not divisor > 0:
         raise ValueError(f"divisor: got {divisor}, expected a number > 0")
     if total is not None:
@@ -137,6 +153,12 @@ def finalize_slab(
     except RuntimeError as error:
         _checks.reraise(error)
     return out if target is out else out.copy_(target)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise for a threshold to which nothing compares."""
+    if math.isnan(threshold):
+        raise ValueError(f"threshold: got {threshold}, expected a number")
 
 
 def _check_head(ring: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
