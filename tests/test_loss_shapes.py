@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import voxfuse
+from voxfuse.integrations import nnunet, smp, torchio
 
 SIZE = (4, 6, 5)
 
@@ -227,3 +230,86 @@ def test_companions_of_a_plain_loss_are_never_broadcast(loss, classes):
     torch.testing.assert_close(loss(logits, labels), loss(logits, labels[:, None]))
     ones = torch.ones(2, 1, *size)
     torch.testing.assert_close(loss(logits, labels, ones), loss(logits, labels, ones[:, 0]))
+
+
+# --- Adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dice", [nnunet.SoftDiceLoss, nnunet.MemoryEfficientSoftDiceLoss])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 2, 3), (1, 1, 4, 6), (2, 2, 4, 6), (2, 4, 3), (2, 1, 1, 4, 6), (2, 4, 4, 6)],
+)
+def test_nnunets_dice_scatters_no_target_of_another_shape(dice, shape):
+    """nnU-Net's one-hot encoding takes every target that is no larger."""
+    loss = dice(nnunet.softmax_helper_dim1, ddp=False)
+    with pytest.raises(ValueError, match="gt: got shape"):
+        loss(torch.randn(2, 3, 4, 6), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (4, 6), (2, 1, 4, 1), (3, 4, 6), (2, 2, 4, 6)])
+def test_nnunets_mask_is_not_broadcast(shape):
+    x, y = torch.randn(2, 3, 4, 6).softmax(1), torch.zeros(2, 1, 4, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="mask: got shape"):
+        nnunet.get_tp_fp_fn_tn(x, y, mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nnunet.TopKLoss(k=50),
+        nnunet.DC_and_CE_loss({"ddp": False}, {}),
+        nnunet.DC_and_topk_loss({"ddp": False}, {"k": 50}),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 4, 4, 6), (2, 1, 1, 4, 6)])
+def test_nnunets_first_channel_of_a_dense_target_is_not_taken_for_labels(loss, shape):
+    with pytest.raises(ValueError, match="target: got shape"):
+        loss(torch.randn(2, 3, 4, 6), torch.zeros(shape, dtype=torch.int64))
+
+
+SMP = ["DiceLoss", "TverskyLoss", "JaccardLoss", "FocalLoss", "LovaszLoss"]
+
+
+@pytest.mark.parametrize("name", SMP)
+@pytest.mark.parametrize(
+    ("mode", "predicted", "shape"),
+    [
+        ("binary", (2, 1, 4, 6), (2, 1, 6, 4)),
+        ("binary", (2, 1, 4, 6), (2, 6, 4)),
+        ("multilabel", (2, 3, 4, 6), (2, 4, 6, 3)),
+        ("multilabel", (2, 3, 4, 6), (2, 3, 6, 4)),
+        ("multiclass", (2, 3, 4, 6), (2, 6, 4)),
+    ],
+)
+def test_as_many_voxels_in_another_order_are_no_target(name, mode, predicted, shape):
+    """smp counts voxels: images transposed, and channels that come last, pass."""
+    dtype = torch.int64 if mode == "multiclass" else torch.float32
+    with pytest.raises(ValueError, match=r"y_true|Target size"):
+        getattr(smp, name)(mode)(torch.randn(predicted), torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", SMP)
+def test_targets_may_be_flattened_and_have_axes_of_one(name):
+    logits, target = torch.randn(2, 1, 4, 6), torch.randint(0, 2, (2, 4, 6)).float()
+    loss = getattr(smp, name)("binary")
+    expected = loss(logits, target)
+    for same in (target[:, None], target[..., None], target.flatten(1)):
+        assert torch.equal(loss(logits, same), expected)
+
+
+def test_torchios_crops_have_one_number_of_channels():
+    sampler = SimpleNamespace(
+        padding_mode=None,
+        patch_overlap=(0, 0, 0),
+        subject=SimpleNamespace(spatial_shape=(4, 4, 4)),
+        locations=np.array([[0, 0, 0, 4, 4, 2], [0, 0, 2, 4, 4, 4]]),
+    )
+    aggregator = torchio.GridAggregator(sampler)
+    places = torch.tensor(sampler.locations)
+    aggregator.add_batch(torch.ones(1, 3, 4, 4, 2), places[:1])
+    with pytest.raises(ValueError, match="batch_tensor: got 1 channels, expected 3"):
+        aggregator.add_batch(torch.ones(1, 1, 4, 4, 2), places[1:])
+    with pytest.raises(ValueError, match="locations: got 2 for 1 patches"):
+        aggregator.add_batch(torch.ones(1, 3, 4, 4, 2), places)

@@ -7,7 +7,8 @@ both terms come from one pass over the voxels; a ``dc`` wrapped by ``torch.compi
 loss it wraps, and one that was replaced by something else is called as it is. What the kernels
 cannot do (another ``apply_nonlin``, ``square``, sums over some axes only) is left to PyTorch, in
 part or in whole. Where the numbers differ: statistics and loss are float64 inside (nnU-Net: float32
-sums of products that may be half), a cross-entropy without a single voxel is 0 (PyTorch: NaN), and
+sums of products that may be half), targets and masks that fit only by being scattered or broadcast
+are errors, as are targets with several channels where the first would be taken for labels, a cross-entropy without a single voxel is 0 (PyTorch: NaN), and
 no host synchronisation asks whether there is one.
 """
 
@@ -91,7 +92,24 @@ def _readable_as_voxels(input: Tensor, target: Tensor, mask: Tensor | None) -> b
 def _products(
     input: Tensor, target: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """TP, FP, FN and TN voxel by voxel, where PyTorch has to do it."""
+    """TP, FP, FN and TN voxel by voxel, where PyTorch has to do it.
+
+    nnU-Net scatters into, and multiplies by, whatever fits into the predictions' shape; here every
+    voxel must have its own label, and the mask one value for it.
+    """
+    batch, classes, *spatial = input.shape
+    if target.shape not in (input.shape, torch.Size((batch, 1, *spatial))):
+        raise ValueError(
+            f"gt: got shape {tuple(target.shape)}, expected {(batch, 1, *spatial)} or "
+            f"{(batch, classes, *spatial)} to go with net_output of shape {tuple(input.shape)}"
+        )
+    if mask is not None:
+        leading = [(b, c) for b in (batch, 1) for c in (1, classes)]
+        if tuple(mask.shape) not in [(*axes, *spatial) for axes in leading]:
+            raise ValueError(
+                f"mask: got shape {tuple(mask.shape)}, expected {(batch, 1, *spatial)} to go with "
+                f"net_output of shape {tuple(input.shape)}"
+            )
     if target.shape == input.shape:
         g = target.to(torch.float32)
     else:
@@ -404,8 +422,19 @@ class TopKLoss(RobustCrossEntropyLoss):
 
     def forward(self, inp: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits (b, c, x, y(, z)) and labels (b, 1, x, y(, z))."""
+        _check_labels(inp, target)
         losses = super().forward(inp, target[:, 0]).reshape(-1)
         return losses.topk(int(losses.numel() * self.k / 100), sorted=False).values.mean()
+
+
+def _check_labels(input: Tensor, target: Tensor) -> None:
+    """nnU-Net takes the first channel for labels, whatever the others hold."""
+    if target.ndim != input.ndim or target.shape[1] != 1:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected labels "
+            f"{(input.shape[0], 1, *input.shape[2:])} to go with input of shape "
+            f"{tuple(input.shape)}"
+        )
 
 
 def _unwrapped(module: Any) -> Any:
@@ -441,12 +470,13 @@ class _LabelCompound(_Compound):
 
     ignore_label: int | None
 
-    def _check_target(self, target: Tensor) -> None:
+    def _check_target(self, net_output: Tensor, target: Tensor) -> None:
         if self.ignore_label is not None:
             assert target.shape[1] == 1, (
                 "ignore label is not implemented for one hot encoded target variables "
                 "(DC_and_CE_loss)"
             )
+        _check_labels(net_output, target)
 
     def _dice_term(self, net_output: Tensor, target: Tensor) -> Tensor | float:
         if self.weight_dice == 0:
@@ -510,7 +540,7 @@ class DC_and_CE_loss(_LabelCompound):
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits (b, c, x, y(, z)) and labels (b, 1, x, y(, z))."""
-        self._check_target(target)
+        self._check_target(net_output, target)
         dice = self._dice("softmax")
         likelihood = self._likelihood(net_output, target)
         if dice is not None and likelihood is not None:
@@ -648,6 +678,6 @@ class DC_and_topk_loss(_LabelCompound):
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits (b, c, x, y(, z)) and labels (b, 1, x, y(, z))."""
-        self._check_target(target)
+        self._check_target(net_output, target)
         entropy = self._entropy_term(net_output, target)
         return entropy + self._dice_term(net_output, target)  # type: ignore[return-value]

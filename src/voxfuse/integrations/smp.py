@@ -8,6 +8,7 @@ computed by PyTorch. Where the numbers or errors differ, and why:
 
 - labels may have any dtype (smp's one-hot encoding wants int64), and layouts that smp's ``view``
   refuses are read;
+- a target with as many voxels in another order (transposed, channels last) is an error;
 - a label without a class is an error in the focal and Lovász losses too, as it is in the others
   (on a GPU such a voxel counts as ignored);
 - without a single voxel that counts the focal loss is 0 (smp: NaN);
@@ -17,7 +18,9 @@ computed by PyTorch. Where the numbers or errors differ, and why:
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -52,6 +55,27 @@ MODES = {BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE}
 def _predictions(y_pred: Tensor) -> Tensor:
     y_pred = plain(y_pred)
     return y_pred if y_pred.is_floating_point() else y_pred.float()
+
+
+def _check_layout(y_pred: Tensor, y_true: Tensor, channels: bool) -> None:
+    """Raise unless both hold the same voxels in the same order, possibly flattened.
+
+    smp compares how many there are, and so takes transposed images and channels that come last.
+    """
+    if y_true.shape == y_pred.shape or y_true.shape == y_pred.shape[:1] + y_pred.shape[2:]:
+        return
+    if torch.compiler.is_compiling():
+        return
+    predicted = y_pred.shape if channels else y_pred.shape[:1] + y_pred.shape[2:]
+    ends, own = (set(itertools.accumulate(x, operator.mul)) for x in (predicted, y_true.shape))
+    # Joining neighbouring axes takes ends away and moves none.
+    same_order = own <= ends | {1} or (y_pred.ndim <= 3 and ends <= own | {1})
+    same_batch = y_true.ndim < 2 or y_true.shape[0] == y_pred.shape[0]
+    if y_true.numel() == math.prod(predicted) and not (same_order and same_batch):
+        raise ValueError(
+            f"y_true: got shape {tuple(y_true.shape)}, expected {tuple(predicted)} to go with "
+            f"y_pred of shape {tuple(y_pred.shape)}; it has as many voxels in another order"
+        )
 
 
 def _excluding(target: Tensor, ignore_index: int | None) -> tuple[Tensor | None, int | None]:
@@ -99,6 +123,7 @@ class _OverlapLoss(_Loss):
         """
         assert y_true.size(0) == y_pred.size(0)
         y_pred, y_true = _predictions(y_pred), plain(y_true)
+        _check_layout(y_pred, y_true, self.mode != MULTICLASS_MODE)
         activation = "none"
         if self.from_logits:
             activation = "softmax" if self.mode == MULTICLASS_MODE else "sigmoid"
@@ -327,6 +352,7 @@ class FocalLoss(_Loss):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
         y_pred, y_true = _predictions(y_pred), plain(y_true)
+        _check_layout(y_pred, y_true, self.mode != MULTICLASS_MODE)
         if self.mode == MULTICLASS_MODE:
             return self._multiclass(y_pred, y_true)
         self._check_sizes(torch.Size([y_pred.numel()]), torch.Size([y_true.numel()]))
@@ -457,6 +483,7 @@ class LovaszLoss(_Loss):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
         y_pred, y_true = _predictions(y_pred), plain(y_true)
+        _check_layout(y_pred, y_true, self.mode != MULTICLASS_MODE)
         if self.mode == MULTICLASS_MODE:
             if y_true.ndim < y_pred.ndim or y_true.shape[1] != 1 or y_pred.shape[1] == 1:
                 y_true = y_true.reshape(y_pred.shape[0], *y_pred.shape[2:])

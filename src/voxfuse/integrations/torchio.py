@@ -87,6 +87,8 @@ class GridAggregator:
                 f"batch_tensor: got patches of {tuple(batch.shape[2:])}, expected {shapes}, the "
                 "shapes of the locations"
             )
+        if len(batch) != len(places):
+            raise ValueError(f"locations: got {len(places)} for {len(batch)} patches")
         if self.overlap_mode == "crop":
             self._copy(batch, places)
         else:
@@ -125,6 +127,11 @@ class GridAggregator:
     def _copy(self, batch: Tensor, places: np.ndarray[Any, Any]) -> None:
         if self._volume is None:
             self._volume = batch.new_zeros((batch.shape[1], *self.spatial_shape))
+        elif batch.shape[1] != self._volume.shape[0]:
+            raise ValueError(
+                f"batch_tensor: got {batch.shape[1]} channels, expected {self._volume.shape[0]} as "
+                "before"
+            )
         half = self.patch_overlap // 2
         for patch, place in zip(batch, places, strict=True):
             first, last = place[:3], place[3:]
