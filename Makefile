@@ -61,7 +61,7 @@ $(VENV)/.installed: $(VENV)/.requirements constraints.txt pyproject.toml setup.p
 	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
 	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
 	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
-	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch
+	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
 	@$(BIN)/voxfuse info
 	@touch $@
 
