@@ -461,3 +461,35 @@ def test_backends_agree(output):
         )
         results.append(run(fuser, predictions(fuser)).double())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(1, 20, 8, 8).expand(3, 20, 8, 8),
+        torch.zeros(3, 20, 1, 8).expand(3, 20, 8, 8),
+        torch.zeros(3 * 20 * 64).as_strided((3, 20, 8, 8), (20 * 64, 64, 7, 1)),
+        np.lib.stride_tricks.as_strided(
+            np.zeros((20, 8, 8), np.float32), (3, 20, 8, 8), (0, 256, 32, 4)
+        ),
+    ],
+)
+def test_a_result_whose_voxels_share_memory_is_an_error(out):
+    with pytest.raises(ValueError, match="out: got strides .* share one place in memory"):
+        voxfuse.PatchFuser((20, 8, 8), 8, 3, out=out)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(20, 8, 8, 3).permute(3, 0, 1, 2),
+        torch.zeros(6, 40, 8, 9)[::2, 1::2, :, :8],
+        torch.zeros(8, 20, 8, 3).transpose(0, 3),
+    ],
+)
+def test_a_result_in_any_layout_gets_the_same_values(out):
+    wanted = voxfuse.PatchFuser((20, 8, 8), 8, 3)
+    fuser = voxfuse.PatchFuser((20, 8, 8), 8, 3, out=out)
+    patches = predictions(fuser)
+    assert run(fuser, patches) is out
+    torch.testing.assert_close(out, run(wanted, patches), rtol=1e-6, atol=1e-6)

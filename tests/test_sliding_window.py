@@ -563,3 +563,70 @@ def test_a_result_of_another_kind_is_not_converted(output, dtype, process):
             out=out,
             process_fn=process,
         )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("tta", [None, "mirror"])
+@pytest.mark.parametrize("networks", [1, 2])
+@pytest.mark.parametrize("process", [None, lambda p, b, w: (tuple(x + b for x in p), w)])
+def test_a_network_that_works_in_its_input_changes_nothing_else(size, tta, networks, process):
+    def in_place(patch, condition):
+        condition.add_(1)
+        return patch.mul_(2) - condition
+
+    def fused(predictor):
+        given = [predictor] * networks if networks > 1 else predictor
+        return voxfuse.sliding_window_inference(
+            volume, 8, size, given, tta=tta, process_fn=process, condition=condition
+        )
+
+    volume, condition = torch.randn(2, 1, 12, 8), torch.randn(2, 1, 12, 8)
+    before = volume.clone(), condition.clone()
+    result = fused(in_place)
+    assert torch.equal(volume, before[0])
+    assert torch.equal(condition, before[1])
+    assert torch.equal(result, fused(lambda patch, condition: patch * 2 - (condition + 1)))
+
+
+def test_a_network_with_one_output_buffer_is_an_error_where_members_are_averaged():
+    class Static:
+        """As networks compiled ahead of time are: every call writes to the same memory."""
+
+        def __init__(self):
+            self.buffer = torch.empty(2, 2, 8, 8)
+
+        def __call__(self, patch):
+            self.buffer[: len(patch)] = twice(patch)
+            return self.buffer[: len(patch)]
+
+    volume = torch.randn(1, 1, 12, 12)
+    fused = voxfuse.sliding_window_inference
+    assert torch.equal(fused(volume, 8, 2, Static()), fused(volume, 8, 2, twice))
+    for predictor, tta in ((Static(), "mirror"), ([Static()] * 2, None)):
+        with pytest.raises(ValueError, match="predictor: returned memory that holds an earlier"):
+            fused(volume, 8, 2, predictor, tta=tta)
+    static = Static()
+    with_clones = fused(volume, 8, 2, lambda patch: static(patch).clone(), tta="mirror")
+    assert torch.equal(with_clones, fused(volume, 8, 2, twice, tta="mirror"))
+    two = fused(volume, 8, 2, [Static(), Static()])
+    assert torch.equal(two, fused(volume, 8, 2, [twice, twice]))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "tuple", "condition"])
+def test_a_result_over_the_input_is_an_error(kind):
+    both = torch.randn(2, 1, 1, 12, 12)
+    volume, other = both
+    out = {
+        "tensor": volume,
+        "array": volume.numpy()[0, 0],
+        "tuple": (other, volume),
+        "condition": other,
+    }[kind]
+    condition = {"condition": other} if kind == "condition" else {}
+    name = "condition" if kind == "condition" else "inputs"
+    with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+        voxfuse.sliding_window_inference(
+            volume, 8, 2, lambda x, condition=0: x + condition, out=out, **condition
+        )
+    result = voxfuse.sliding_window_inference(volume, 8, 2, lambda x: x, out=other)
+    torch.testing.assert_close(result, volume)

@@ -37,3 +37,33 @@ def joined(patches: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(patches))
     shape = (sum(patch.shape[0] for patch in patches), *first.shape[1:])
     return torch.cat(list(patches), out=empty(shape, first.dtype, first.device))
+
+
+#: Device, first byte and the byte after the last.
+Span = tuple[torch.device, int, int]
+
+
+def span(tensor: Tensor) -> Span:
+    """The memory between a tensor's first and last element."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return tensor.device, 0, 0
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr()
+    return tensor.device, first, first + (reach + 1) * tensor.element_size()
+
+
+def overlapping(one: Span, other: Span) -> bool:
+    """Whether two spans have bytes in common."""
+    return one[0] == other[0] and max(one[1], other[1]) < min(one[2], other[2])
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements lie at one place, or strides are such that they might."""
+    reach = 0
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    for size, step in sorted(axes, key=lambda axis: axis[1]):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxfuse.fusion._memory import empty, zeros
+from voxfuse.fusion._memory import empty, overlaps_itself, zeros
 from voxfuse.fusion.delivery import Delivery
 from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
 from voxfuse.fusion.half_ring import ACCUMULATORS, add_rounded, slots, widened
@@ -493,6 +493,11 @@ class PatchFuser:
             allowed = [self.volume_shape, (1, *self.volume_shape)]
         if tuple(tensor.shape) not in allowed:
             raise ValueError(f"out: got shape {tuple(tensor.shape)}, expected {shape}")
+        if overlaps_itself(tensor):
+            raise ValueError(
+                f"out: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, of which "
+                "several voxels share one place in memory"
+            )
         self._result = (
             tensor.reshape(-1, *self.volume_shape)
             if tensor.ndim == len(self.volume_shape) + 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.fusion._memory import joined
+from voxfuse.fusion._memory import joined, overlapping, span
 from voxfuse.fusion.accumulators import (
     Accumulator,
     Importance,
@@ -97,6 +97,8 @@ def sliding_window_inference(
         predictor: maps (b, channels, \*roi_size) to (b, C, \*size) of a floating dtype, or to a
             tuple or dict of such tensors; where size is not roi_size, the output has another
             resolution. A list of predictors is an ensemble, whose mean counts.
+            It may change the patches it is given. One that returns the same memory at every call has
+            to clone it where flips are averaged (ValueError otherwise).
         overlap: part of a patch that it shares with the next, in [0, 1), one number or one an axis.
         mode: MONAI's windows, "constant" or "gaussian", in place of ``window``.
         sigma_scale: standard deviation over extent of the Gaussian of ``mode``.
@@ -329,6 +331,7 @@ def infer(
         accumulate=accumulate,
     )
 
+    _check_apart(out, inputs=volume, condition=condition)
     outputs = _Outputs(wish, placement, (before, after), heads, out, dtype, process_fn is not None)
 
     def predicted(items: range) -> tuple[list[_Member], Importance]:
@@ -342,13 +345,20 @@ def infer(
         coordinates = ([_slices(*where, before, roi) for where in places],) if with_coord else ()
         members: list[_Member] = []
         weights = importance
+        # Joined patches are a copy that one call may do with as it likes.
+        alone = len(places) > 1 and len(turns) * len(predictors) == 1 and process_fn is None
         for turn in turns:
             view, named = turned(batch, turn), dict(extras)
             if condition is not None:
                 named["condition"] = turned(extras["condition"], turn)
             returned: list[list[Tensor]] = []
             for number, predict in enumerate(predictors):
-                keys, tensors = _flat(predict(view, *coordinates, *args, **named))
+                # A network that works in its input changes no other's, nor the volume.
+                given, own = (view if alone else view.clone()), dict(named)
+                if condition is not None and not alone:
+                    own["condition"] = named["condition"].clone()
+                keys, tensors = _flat(predict(given, *coordinates, *args, **own))
+                _check_kept(tensors, chain(*(m[2] for m in members), *returned))
                 if process_fn is not None:
                     weight = _held(dense(importance), volume.dtype).to(network_place)
                     tensors = [turned(tensor, turn) for tensor in tensors]
@@ -592,6 +602,32 @@ def _prediction(prediction: object, size: int, axes: int) -> Tensor:
             f"predictor: returned {_checks.describe(prediction)}, expected real numbers"
         )
     return prediction if prediction.is_floating_point() else prediction.to(torch.float32)
+
+
+def _check_kept(tensors: Sequence[object], kept: Iterable[Tensor]) -> None:
+    """Raise ValueError if a prediction lies where one that is still to be added does."""
+    spans = [span(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(overlapping(span(earlier), each) for earlier in kept for each in spans):
+        raise ValueError(
+            "predictor: returned memory that holds an earlier prediction of the same patches, "
+            "which is overwritten by that; return a copy (.clone())"
+        )
+
+
+def _check_apart(out: Any, **inputs: Tensor | None) -> None:
+    """Raise ValueError if results would be written over what is still to be read."""
+    for each in _flat(out)[1]:
+        if isinstance(each, np.ndarray) and each.flags.writeable and min(each.strides) >= 0:
+            each = torch.from_numpy(each)
+        for name, tensor in inputs.items():
+            if (
+                isinstance(each, Tensor)
+                and tensor is not None
+                and overlapping(span(each), span(tensor))
+            ):
+                raise ValueError(
+                    f"out: shares memory with {name}, which would be overwritten while it is read"
+                )
 
 
 def _kind(prediction: Tensor) -> tuple[Any, ...]:
