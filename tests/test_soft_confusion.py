@@ -18,11 +18,13 @@ from tests.confusion_cases import (
     Case,
     certain_probabilities,
     check,
+    check_gradient_of_sure,
     cotangents,
     schema_arguments,
     tensors,
 )
 from voxfuse import _library
+from voxfuse.ops.soft_confusion import validate_labels
 from voxfuse.reference import soft_confusion as reference
 
 needs_library = pytest.mark.skipif(
@@ -259,6 +261,43 @@ def test_layouts_are_read_in_place_and_the_gradient_keeps_them(layout, dtype):
 @hypothesis.settings(max_examples=200)
 def test_any_combination(case):
     check(case, torch.ops.voxfuse)
+
+
+@needs_library
+@pytest.mark.parametrize("name", SURE_AND_WRONG)
+def test_gradient_where_the_network_is_sure_and_wrong(name):
+    check_gradient_of_sure(*SURE_AND_WRONG[name], torch.ops.voxfuse)
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+def test_overlap_min_keeps_what_a_probability_rounded_to_one_misses(operators):
+    """1 - p is 7.7e-9 for a gap of log(1.3e8) or so, and p itself 1 in float32."""
+    logits = torch.tensor([[[18.68], [0.0]]])
+    labels = torch.tensor([[0]])
+    p = float(logits.double().softmax(1)[0, 1, 0])
+    sums = operators.soft_confusion(logits, labels, None, 2, 2, 1, None, 0.0, False)
+    assert sums[0, 0, 2].item() == pytest.approx(p, rel=1e-6)
+    grad = torch.ones(1, 2, 4, dtype=torch.float64)
+    grad[..., 0] = -1
+    gradient = operators.soft_confusion_backward(grad, logits, labels, None, 2, 2, 1, None, 0.0)
+    # d/dz of (FP - TP + FN + NLL) of both classes: h = -2 and 1, and p - 1 of the likelihood.
+    assert gradient[0, 0, 0].item() == pytest.approx(-4 * p, rel=1e-6)
+    assert gradient[0, 1, 0].item() == pytest.approx(4 * p, rel=1e-6)
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+def test_overlap_min_counts_a_tiny_target_that_is_missed(operators):
+    p, g = torch.zeros(1, 2, 1), torch.full((1, 2, 1), 1e-9)
+    sums = operators.soft_confusion(p, g, None, 0, 2, 1, None, 0.0, False)
+    torch.testing.assert_close(sums[0, :, :3], torch.tensor([[0, 0, 1e-9]] * 2).double())
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+def test_overlap_min_of_no_probability_has_no_slope(operators):
+    p, g = torch.full((1, 2, 1), float("nan")), torch.ones(1, 2, 1)
+    grad = torch.ones(1, 2, 4, dtype=torch.float64)
+    gradient = operators.soft_confusion_backward(grad, p, g, None, 0, 0, 1, None, 0.0)
+    assert gradient.isnan().all()
 
 
 @needs_library
@@ -512,7 +551,7 @@ BAD = [
     ),
     (dict(input=torch.zeros(2, 0, 3)), ValueError, r"input: got shape \(2, 0, 3\)"),
     (dict(input=torch.zeros(1, 2, 4, dtype=torch.int64)), TypeError, "input: got int64 of shape"),
-    (dict(input=[1.0]), TypeError, "input: expected a torch.Tensor, got list"),
+    (dict(input=[1.0]), TypeError, "input: expected a torch.Tensor, got a list of 1; for the"),
     (
         dict(target=torch.zeros(1, 5, dtype=torch.int64)),
         ValueError,
@@ -564,6 +603,77 @@ def test_bad_input_names_the_argument(change, error, message):
     arguments |= copy.copy(change)
     with pytest.raises(error, match=message):
         voxfuse.soft_confusion(arguments.pop("input"), arguments.pop("target"), **arguments)
+
+
+WRONG_LABELS = [
+    (0.5, "label 0.5 is no integer"),
+    (float("nan"), "label nan is no integer"),
+    (float("inf"), "label inf is no integer"),
+    (-0.25, "label -0.25 is no integer"),
+    (3.0, r"label 3 is outside \[0, 3\)"),
+    (-1.0, r"label -1 is outside \[0, 3\)"),
+]
+
+
+def wrong_labels(value, dtype, shape=(2, 30, 9), place=(1, 17, 4)):
+    """Labels of which one, and a later one, are no class."""
+    labels = torch.zeros(shape, dtype=dtype)
+    labels[place] = value
+    labels[-1, -1, -1] = -7
+    return labels
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("ignore_index", [None, 255, 2**40])
+@pytest.mark.parametrize(("value", "complaint"), WRONG_LABELS)
+def test_a_label_that_is_no_class_is_named_with_its_place(
+    backend, dtype, gamma, ignore_index, value, complaint
+):
+    labels = wrong_labels(value, dtype)
+    logits = torch.zeros(2, 3, 30, 9)
+    for target, place in ((labels, r"\[1, 17, 4\]"), (labels[:, None], r"\[1, 0, 17, 4\]")):
+        with pytest.raises(ValueError, match=f"target: {complaint}.*, first at target{place}"):
+            voxfuse.soft_confusion(
+                logits, target, gamma=gamma, ignore_index=ignore_index, backend=backend
+            )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_an_integer_label_that_is_no_class_is_named_with_its_place(backend, dtype):
+    labels = torch.zeros(2, 30, 9, dtype=dtype)
+    labels[1, 17, 4], labels[-1, -1, -1] = 3, 4
+    message = r"target: label 3 is outside \[0, 3\), first at target\[1, 17, 4\]"
+    for input in (torch.zeros(2, 3, 30, 9), torch.zeros(2, 30, 9, 3).movedim(-1, 1)):
+        with pytest.raises(ValueError, match=message):
+            voxfuse.soft_confusion(input, labels, backend=backend)
+    message = r"target: label 3 is outside \[0, 2\), first at target\[1, 17, 4\]"
+    with pytest.raises(ValueError, match=message):
+        voxfuse.soft_confusion(
+            torch.zeros(2, 1, 30, 9), labels, activation="sigmoid", backend=backend
+        )
+
+
+@pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
+def test_a_fraction_is_not_ignored_for_its_integer_part(operators):
+    """255.5 is no 255; of one class, 0.5 is a soft indicator even where 0 is ignored."""
+    with pytest.raises(RuntimeError, match="target: label 255.5 is no integer"):
+        operators.soft_confusion(
+            torch.zeros(1, 2, 2), torch.tensor([[0, 255.5]]), None, 2, 2, 0, 255, 0.0, False
+        )
+    sums = operators.soft_confusion(
+        torch.zeros(1, 1, 2), torch.tensor([[0, 0.5]]), None, 1, 1, 0, 0, 0.0, False
+    )
+    torch.testing.assert_close(sums[0, 0, :3], torch.full((3,), 0.25, dtype=torch.float64))
+
+
+def test_validation_elsewhere_uses_the_same_words():
+    for value, complaint in WRONG_LABELS:
+        with pytest.raises(ValueError, match=f"{complaint}.*, first at target"):
+            validate_labels(wrong_labels(value, torch.float32), 3, None)
+    validate_labels(torch.tensor([[0.0, 2.0, 255.0]]), 3, 255)
 
 
 def test_the_operator_itself_raises_the_same_words():

@@ -102,7 +102,7 @@ Ranges ranges_of(const Head& head, int64_t sums) {
 
 // Runs kernel(b, begin, end, task) for every range of every sample.
 template <class Kernel>
-void run(const Confusion& q, const Ranges& ranges, Kernel kernel) {
+void run(const Confusion& q, const Tensor& target, const Ranges& ranges, Kernel kernel) {
   std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, q.batch * ranges.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last && !wrong.load(std::memory_order_relaxed); ++task) {
@@ -113,7 +113,7 @@ void run(const Confusion& q, const Ranges& ranges, Kernel kernel) {
       }
     }
   });
-  if (wrong) raise_wrong_label(q);
+  if (wrong) raise_wrong_label(q, target);
 }
 
 Tensor head_confusion(const Tensor& features, const Tensor& weight,
@@ -133,7 +133,7 @@ Tensor head_confusion(const Tensor& features, const Tensor& weight,
       torch::stable::new_empty(features, {q.batch, q.classes, statistics}, ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
   std::vector<double> partial(q.batch * ranges.count * rows);
-  run(q, ranges, [&](int64_t b, int64_t begin, int64_t end, int64_t task) {
+  run(q, target, ranges, [&](int64_t b, int64_t begin, int64_t end, int64_t task) {
     return VOXFUSE_DISPATCH(head_forward, a.head, b, begin, end, partial.data() + task * rows);
   });
   std::fill(out, out + q.batch * rows, 0.0);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> head_confusion_backward(
   const int64_t sums = need_head ? q.classes * columns : 0;
   const Ranges ranges = ranges_of(head, std::max<int64_t>(sums, 1));
   std::vector<double> partial(q.batch * ranges.count * sums);
-  run(q, ranges, [&](int64_t b, int64_t begin, int64_t end, int64_t task) {
+  run(q, target, ranges, [&](int64_t b, int64_t begin, int64_t end, int64_t task) {
     return VOXFUSE_DISPATCH(head_backward, head, b, begin, end, partial.data() + task * sums);
   });
   if (need_features && !own) torch::stable::copy_(result, written);

@@ -234,15 +234,16 @@ const T* element(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
 }
 
-// The label as an integer, or INT64_MIN if it has none (NaN, beyond 64 bits).
+// The label as an integer, or INT64_MIN if it is none (a fraction, NaN) or beyond 64 bits.
 template <class T>
 VOXFUSE_INLINE int64_t integer_label(T value) {
   if constexpr (std::is_integral_v<T>) {
     return static_cast<int64_t>(value);
   } else {
     const double x = static_cast<double>(to_real<double>(value));
-    return x > -9.2e18 && x < 9.2e18 ? static_cast<int64_t>(x)
-                                     : std::numeric_limits<int64_t>::min();
+    const int64_t label =
+        x > -9.2e18 && x < 9.2e18 ? static_cast<int64_t>(x) : std::numeric_limits<int64_t>::min();
+    return static_cast<double>(label) == x ? label : std::numeric_limits<int64_t>::min();
   }
 }
 

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -29,9 +31,13 @@ double value_at(const void* base, Element type, int64_t offset) {
       return static_cast<const double*>(base)[offset];
     case Element::f16: {
       const uint16_t h = static_cast<const uint16_t*>(base)[offset];
-      const double magnitude = (h & 0x7c00) == 0
-                                   ? std::ldexp(h & 0x3ff, -24)
-                                   : std::ldexp((h & 0x3ff) | 0x400, ((h >> 10) & 31) - 25);
+      const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
+      double magnitude = std::ldexp(exponent == 0 ? fraction : fraction | 0x400,
+                                    exponent == 0 ? -24 : exponent - 25);
+      if (exponent == 31) {
+        magnitude = fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
+                                  : std::numeric_limits<double>::infinity();
+      }
       return (h & 0x8000) != 0 ? -magnitude : magnitude;
     }
     case Element::boolean:
@@ -48,23 +54,40 @@ double value_at(const void* base, Element type, int64_t offset) {
   }
 }
 
+// The place of voxel v of sample b in the target, as Python writes it.
+std::string place_of(const Tensor& target, int64_t b, int64_t v) {
+  std::string place;
+  for (int64_t axis = target.dim() - 1; axis > 0; --axis) {
+    place = ", " + std::to_string(v % target.size(axis)) + place;
+    v /= target.size(axis);
+  }
+  return "target[" + std::to_string(b) + place + "]";
+}
+
+std::string written(double x) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.9g", x);
+  return text;
+}
+
 }  // namespace
 
-void raise_wrong_label(const Confusion& q) {
+void raise_wrong_label(const Confusion& q, const Tensor& target) {
   const int64_t classes = q.classes == 1 ? 2 : q.classes;
   for (int64_t b = 0; b < q.batch; ++b) {
     for (int64_t v = 0; v < q.voxels; ++v) {
       const int64_t offset = b * q.target_stride.batch + v * q.target_stride.voxel;
       const double x = value_at(q.target, q.target_type, offset);
-      const bool number = x > -9.2e18 && x < 9.2e18;
-      const int64_t label =
-          q.target_type == Element::i64
-              ? static_cast<const int64_t*>(q.target)[offset]
-              : (number ? static_cast<int64_t>(x) : std::numeric_limits<int64_t>::min());
+      STD_TORCH_CHECK(std::trunc(x) == x && std::isfinite(x), "target: label ", written(x),
+                      " is no integer, first at ", place_of(target, b, v));
+      const int64_t label = q.target_type == Element::i64
+                                ? static_cast<const int64_t*>(q.target)[offset]
+                                : static_cast<int64_t>(std::clamp(x, -9.2e18, 9.2e18));
       if (q.has_ignore && label == q.ignore_index) continue;
       if (label >= 0 && label < classes) continue;
       STD_TORCH_CHECK(false, "target: label ", label, " is outside [0, ", classes, ")",
-                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "");
+                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "",
+                      ", first at ", place_of(target, b, v));
     }
   }
   STD_TORCH_CHECK(false, "target: a label is outside [0, ", classes, ")");
@@ -148,7 +171,7 @@ Tensor soft_confusion(const Tensor& input, const Tensor& target,
       }
     }
   });
-  if (wrong) raise_wrong_label(q);
+  if (wrong) raise_wrong_label(q, target);
   for (int64_t b = 0; b < q.batch; ++b) {
     double* row = out + b * rows;
     std::fill(row, row + rows, 0.0);
@@ -194,7 +217,7 @@ Tensor soft_confusion_backward(const Tensor& grad, const Tensor& input, const Te
       }
     }
   });
-  if (wrong) raise_wrong_label(q);
+  if (wrong) raise_wrong_label(q, target);
   if (!own) torch::stable::copy_(result, written);
   return result;
 }

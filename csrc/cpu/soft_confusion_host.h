@@ -35,6 +35,6 @@ struct Ranges {
 };
 
 // Finds the first label that no class has, and raises. Only called when a kernel met one.
-[[noreturn]] void raise_wrong_label(const Confusion& q);
+[[noreturn]] void raise_wrong_label(const Confusion& q, const Tensor& target);
 
 }  // namespace voxfuse

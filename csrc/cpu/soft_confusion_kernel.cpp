@@ -152,7 +152,7 @@ void stage_logits(const Confusion& q, int64_t b, int64_t begin, int64_t n, Works
   logits_stride = room;
 }
 
-// A label as 32 bits, or the least number if it has more or is none (NaN).
+// A label as 32 bits, or the least number if it has more or is no integer.
 inline constexpr int32_t kNoLabel = std::numeric_limits<int32_t>::min();
 
 template <class T>
@@ -163,7 +163,9 @@ VOXFUSE_INLINE int32_t short_label(T value) {
     return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : kNoLabel;
   } else {
     const auto x = to_real<float>(value);
-    return x > -2147483648.f && x < 2147483648.f ? static_cast<int32_t>(x) : kNoLabel;
+    const int32_t label =
+        x > -2147483648.f && x < 2147483648.f ? static_cast<int32_t>(x) : kNoLabel;
+    return static_cast<float>(label) == x ? label : kNoLabel;
   }
 }
 
@@ -502,6 +504,12 @@ struct Scratch {
   }
 };
 
+// g - p, from the complements where both are close to 1 and p may have rounded to it.
+template <class R>
+VOXFUSE_INLINE Vec<R> missed_of(Vec<R> p, Vec<R> complement, Vec<R> g) {
+  return g >= R(0.5) ? complement - (1 - g) : g - p;
+}
+
 template <class R>
 void general_forward(const Confusion& q, const Block<R>& block, Workspace<R>& work, R* sums) {
   using V = Vec<R>;
@@ -522,9 +530,10 @@ void general_forward(const Confusion& q, const Block<R>& block, Workspace<R>& wo
       const V g = target_of(block, c, v);
       const V p = load(rows.overlap.p + c * width);
       if (q.overlap == Overlap::min) {
+        const V missed = missed_of<R>(p, load(rows.overlap.complement + c * width), g);
         add(0, at_most(p, g));
-        add(1, at_least(p - g, V{}));
-        add(2, at_least(g - p, V{}));
+        add(1, at_least(-missed, V{}));
+        add(2, at_least(missed, V{}));
       } else {
         add(0, p * g);
         add(1, p * (1 - g));
@@ -563,30 +572,46 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
     probabilities(block, q.classes, v, w, q.activation, same && logs, rows.overlap);
     if (!same) probabilities(block, q.classes, v, w, q.likelihood, logs, rows.likelihood);
 
-    // h, measured from the most probable class's, so that the small gradients of a nearly perfect
-    // prediction are not differences of large numbers; u of the likelihood.
-    V best = broadcast<R>(-1), reference{}, mean_u{};
+    // h = a on + (1 - a) off, a the overlap's slope. A softmax takes that of the most probable
+    // class off every h, which leaves nothing large to cancel, and forms the differences before it
+    // multiplies: of what a class and that one share of `on` and of `off`, and of what one has as
+    // `on` and the other as `off`.
+    const auto on = [&](int64_t c) { return cotangent[c * S] - cotangent[c * S + 2]; };
+    const auto off = [&](int64_t c) { return cotangent[c * S + 1]; };
+    const auto square = [&](int64_t c) { return S == 8 ? 2 * cotangent[c * S + 5] : R{0}; };
+    const bool softmax = q.activation == Activation::softmax;
+    V most = broadcast<R>(-1), best_a{}, best_on{}, best_off{}, best_square{}, mean_u{};
     for (int64_t c = 0; c < q.classes; ++c) {
-      const R* t = cotangent + c * S;
       const V g = target_of(block, c, v);
       const V p = load(rows.overlap.p + c * width);
       V a = g;
       if (q.overlap == Overlap::min) {
-        a = p < g ? broadcast<R>(1) : (p > g ? V{} : broadcast<R>(0.5));
+        const V missed = missed_of<R>(p, load(rows.overlap.complement + c * width), g);
+        a = missed > 0 ? broadcast<R>(1) : (missed < 0 ? V{} : missed + R(0.5));  // NaN stays
       }
-      V h = a * (t[0] - t[2]) + (1 - a) * t[1];
-      if (S == 8) h += 2 * p * t[5];
-      store(rows.h + c * width, h);
-      if (q.activation == Activation::softmax) {
-        reference = p > best ? h : reference;
-        best = p > best ? p : best;
+      if (!softmax) {
+        store(rows.h + c * width, a * on(c) + (1 - a) * off(c) + p * square(c));
+        continue;
       }
+      store(rows.h + c * width, a);
+      const Mask<R> more = p > most;
+      most = more ? p : most;
+      best_a = more ? a : best_a;
+      best_on = more ? broadcast<R>(on(c)) : best_on;
+      best_off = more ? broadcast<R>(off(c)) : best_off;
+      best_square = more ? p * square(c) : best_square;
     }
     V mean_h{};
-    if (q.activation == Activation::softmax) {
-      for (int64_t c = 0; c < q.classes; ++c) {
-        mean_h += load(rows.overlap.p + c * width) * (load(rows.h + c * width) - reference);
-      }
+    for (int64_t c = 0; softmax && c < q.classes; ++c) {
+      const V p = load(rows.overlap.p + c * width);
+      const V a = load(rows.h + c * width);
+      V h =
+          at_most(a, best_a) * (on(c) - best_on) + (1 - at_least(a, best_a)) * (off(c) - best_off);
+      h += at_least(a - best_a, V{}) * (on(c) - best_off);
+      h += at_least(best_a - a, V{}) * (off(c) - best_on);
+      h += p * square(c) - best_square;
+      mean_h += p * h;
+      store(rows.h + c * width, h);
     }
     const auto focal = [&](int64_t c) { return c < q.focal_classes ? gamma : R{0}; };
     const auto slope_u = [&](int64_t c) {
@@ -607,8 +632,8 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
       const V p = load(rows.overlap.p + c * width);
       const V h = load(rows.h + c * width);
       V d;
-      if (q.activation == Activation::softmax) {
-        d = p * ((h - reference) - mean_h);
+      if (softmax) {
+        d = p * (h - mean_h);
       } else if (q.activation == Activation::sigmoid) {
         d = p * load(rows.overlap.complement + c * width) * h;
       } else {

@@ -205,6 +205,13 @@ struct Softmax {
   }
 
   VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label) {
+    compute(block, classes, v, label, [](int64_t, V) {});
+  }
+
+  // Calls seen(class, its exponential) for every class on the way.
+  template <class Seen>
+  VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label,
+                              Seen seen) {
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
     if constexpr (F == Form::interleaved) logits_of<C, F, Weighted>(block, v, excluded, e);
     // The logits wait where the exponentials will be: a second look at as many rows of the volume
@@ -230,6 +237,7 @@ struct Softmax {
       own = select(is, x, own);
       own_logit = select(is, z, own_logit);
       rest = add_where(~is, rest, x);
+      seen(c, x);
       keep(c, x);
     }
     inverse = reciprocal(own + rest);
@@ -451,10 +459,12 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
   }
 }
 
-// With h_c = f_c off the label and A = t - n on it, K = -l of the label, and sums taken relative to
-// the label's own h (so that nothing large cancels when the label is nearly certain):
-// D = sum_{k != label} p_k (f_k - A),
-//   dz_c = p_c (f_c - A - D - K)  off the label,   K (1 - p) - p D  on it.
+// With h_c = f_c off the label and A = t - n on it, K = -l of the label, and every h less that of
+// the class with the greatest logit, which the gradient does not see: D = sum_k p_k h_k,
+//   dz_c = p_c (h_c - D - K)  off the label,   K (1 - p) + p (h - D)  on it.
+// Where that class is nearly certain, whether it is the label or not, D is as small as the other
+// probabilities, and nothing large is left to cancel. Added back, the greatest one's h would round
+// the differences away.
 template <int C, bool Weighted, Form F>
 void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
                       const Cotangents& cotangent, const BlockGradient& gradient) {
@@ -465,25 +475,30 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
   x.rows = scratch;
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
-    x.compute(block, classes, v, label);
+    V best{};  // h of the greatest: of several, the last one's
+    x.compute(block, classes, v, label, [&](int64_t c, V e) __attribute__((always_inline)) {
+      best = select(equal(e, 1.f), broadcast(cotangent.off[c]), best);
+    });
     // Whatever an excluded voxel finds: its scale is 0.
-    const V a = look_up<C>(cotangent.own.data() + 1, label);
+    const V own = look_up<C>(cotangent.own.data() + 1, label);
     const V k = look_up<C>(cotangent.likelihood.data() + 1, label);
-    V f{};
+    best = select(equal(x.own, 1.f), own, best);
+    const V a = own - best;
+    V d = x.own * a;
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
-      f = add_product_where(~is, f, x.exponential_of(c), broadcast(cotangent.off[c]));
+      d = add_product_where(~is, d, x.exponential_of(c), broadcast(cotangent.off[c]) - best);
     }
-    const V d = (f - a * x.rest) * x.inverse;
-    const V base = a + d + k;
+    d *= x.inverse;
+    const V base = d + k;
     V scale = x.inverse;
     if constexpr (Weighted) scale *= load(block.weight + v);
-    const V on_label = (k * x.rest - x.own * d) * scale;
+    const V on_label = (k * x.rest + x.own * (a - d)) * scale;
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
-      const V off_label = x.exponential_of(c) * scale * (cotangent.off[c] - base);
+      const V off_label = x.exponential_of(c) * scale * ((cotangent.off[c] - best) - base);
       if constexpr (F == Form::interleaved) {
         x.keep(c, select(is, on_label, off_label));
       } else {

@@ -151,21 +151,27 @@ struct Overlap {
   Real tp, fp, fn;
 };
 
+/// g - p, from the complements where both are close to 1 and p may have rounded to it.
+template <class Real>
+VOXFUSE_HOST_DEVICE inline Real missed(const Probability<Real>& q, Real g) {
+  return g >= Real(0.5) ? q.complement - (Real(1) - g) : g - q.p;
+}
+
 template <class Real>
 VOXFUSE_HOST_DEVICE inline Overlap<Real> overlap(const Probability<Real>& q, Real g, bool use_min) {
   if (!use_min) return {q.p * g, q.p * (Real(1) - g), q.complement * g};
   // A comparison with NaN would choose a plausible number.
   if (q.p != q.p || g != g) return {q.p + g, q.p + g, q.p + g};
-  const Real missed = q.complement - (Real(1) - g);  // g - p, exact where g = 1
-  return {q.p < g ? q.p : g, q.p > g ? q.p - g : Real(0), missed > Real(0) ? missed : Real(0)};
+  const Real fn = missed(q, g);
+  return {q.p < g ? q.p : g, fn < Real(0) ? -fn : Real(0), fn > Real(0) ? fn : Real(0)};
 }
 
 /// d TP / d p with overlap min, g with the product.
 template <class Real>
 VOXFUSE_HOST_DEVICE inline Real overlap_slope(const Probability<Real>& q, Real g, bool use_min) {
   if (!use_min) return g;
-  const Real missed = g >= Real(0.5) ? q.complement - (Real(1) - g) : g - q.p;
-  return missed > Real(0) ? Real(1) : (missed < Real(0) ? Real(0) : Real(0.5));
+  const Real fn = missed(q, g);
+  return fn > Real(0) ? Real(1) : (fn < Real(0) ? Real(0) : Real(0.5) + fn);  // NaN stays
 }
 
 /// (1 - r)^gamma (-log r).

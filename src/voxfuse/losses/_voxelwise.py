@@ -15,7 +15,14 @@ from voxfuse.losses._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
-from voxfuse.reference.soft_confusion import SOFTMAX, finite, label_error, probabilities, voxels
+from voxfuse.reference.soft_confusion import (
+    SOFTMAX,
+    check_labels,
+    classes_of,
+    finite,
+    probabilities,
+    voxels,
+)
 
 #: Elements (voxels x classes) of a block.
 BLOCK_ELEMENTS = 1 << 16
@@ -58,6 +65,8 @@ def likelihood_map(
         for x in (on, off)
     )
     dense = is_dense(input, target)
+    if not dense:
+        check_labels(target, classes, ignore_index)  # whole, to know the place
     plain = likelihood == SOFTMAX and gamma == 0 and off_scale == 0 and not dense
     for block in blocks(count, classes):
         x, t = values[..., block], g[..., block]
@@ -92,16 +101,11 @@ def _cross_entropy(
 ) -> Tensor:
     """The common case, (B, C, n) logits and labels, at the speed of PyTorch's own."""
     classes = values.shape[1]
-    labels = labels.reshape(values.shape[0], values.shape[2]).to(torch.int64)
-    valid = (labels >= 0) & (labels < classes)
-    excluded = ~valid if ignore_index is None else ~valid | (labels == ignore_index)
-    if labels.device.type == "cpu":
-        wrong = ~valid if ignore_index is None else ~valid & (labels != ignore_index)
-        if bool(wrong.any()):
-            raise RuntimeError(label_error(int(labels[wrong][0]), classes, ignore_index))
+    labels = labels.reshape(values.shape[0], values.shape[2])
+    labels, known = classes_of(labels, classes, ignore_index)
     result = torch.nn.functional.cross_entropy(
         finite(values.to(class_weight.dtype)),
-        labels.masked_fill(excluded, -100),
+        labels.masked_fill(~known, -100),
         weight=class_weight,
         ignore_index=-100,
         reduction="none",

@@ -20,7 +20,7 @@ from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import ACTIVATIONS, check_inputs, is_dense
-from voxfuse.reference.soft_confusion import finite, label_error
+from voxfuse.reference.soft_confusion import classes_of, finite, is_ignored, label_complaint
 
 SOFTMAX = ACTIVATIONS["softmax"]
 SIGMOID = ACTIVATIONS["sigmoid"]
@@ -50,17 +50,15 @@ def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     included = torch.ones((), dtype=torch.bool, device=input.device).expand(batch, count)
     if ignore_index is not None:
         labels = flattened[:, 0] if dense else flattened
-        included = included & (labels.to(torch.int64) != ignore_index)
+        included = included & ~is_ignored(labels, ignore_index)
     if weight is not None:
         included = included & (weight.reshape(batch, count) != 0)
     if not dense:
-        labels = flattened.to(torch.int64) if flattened.is_floating_point() else flattened
-        inside = (labels >= 0) & (labels < classes)
-        if input.device.type == "cpu" and not bool((inside | ~included).all()):
-            wrong = int(labels[included & ~inside][0])
-            raise ValueError(label_error(wrong, classes, ignore_index))
-        included = included & inside
-        flattened = labels
+        labels, known = classes_of(flattened, classes, ignore_index)
+        if input.device.type == "cpu" and not bool((known | ~included).all()):
+            raise ValueError(label_complaint(target, classes, ignore_index, included))
+        included = included & known
+        flattened = labels if flattened.is_floating_point() else flattened
     return _Rows(values, flattened, dense, included)
 
 

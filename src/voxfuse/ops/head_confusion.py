@@ -66,8 +66,9 @@ def head_confusion(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is outside
-            [0, C). On a GPU such a voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
+        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is
+            outside [0, C) or no integer; the first one is named, and its place. On a GPU such a
+            voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
 
     Example:
         >>> import torch, voxfuse

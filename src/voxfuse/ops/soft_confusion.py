@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.soft_confusion import label_error
+from voxfuse.reference.soft_confusion import label_complaint
 
 ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
 OVERLAPS = {"product": 0, "min": 1}
@@ -88,8 +88,9 @@ def soft_confusion(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is outside
-            [0, C). On a GPU such a voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
+        ValueError: shapes, devices or options do not fit, or (on the CPU) a label is
+            outside [0, C) or no integer; the first one is named, and its place. On a GPU such a
+            voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
 
     Example:
         >>> import torch, voxfuse
@@ -183,12 +184,14 @@ def check_inputs(
         if weight.requires_grad:
             raise ValueError("weight: requires grad, but no gradient flows to it; detach it")
     if (
-        not dense
-        and input.device.type != "cpu"
+        input.device.type != "cpu"
         and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"
         and not torch.compiler.is_compiling()
     ):
-        validate_labels(target, classes, ignore_index)
+        if not dense:
+            validate_labels(target, classes, ignore_index)
+        elif classes == 1 and not target.is_floating_point():
+            validate_labels(target, 2, ignore_index)
 
 
 def _check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[int, ...]) -> None:
@@ -223,13 +226,10 @@ def _hint(shape: list[int], input: Tensor) -> str:
 
 
 def validate_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    """Raise ValueError if a label is outside [0, C). Synchronises with the device."""
-    labels = target.to(torch.int64)
-    valid = (labels >= 0) & (labels < classes)
-    if ignore_index is not None:
-        valid |= labels == ignore_index
-    if not bool(valid.all()):
-        raise ValueError(label_error(int(labels[~valid][0]), classes, ignore_index))
+    """Raise ValueError if a label is no class. Synchronises with the device."""
+    complaint = label_complaint(target, classes, ignore_index)
+    if complaint is not None:
+        raise ValueError(complaint)
 
 
 def _fake(

@@ -53,6 +53,8 @@ def chunks(
     offset = None if bias is None else bias.to(dtype).unsqueeze(1)
     flat = features.flatten(2) if features.ndim > 2 else features.unsqueeze(2)
     dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
+    if not dense:
+        reference.check_labels(target, classes, ignore_index)  # whole, to know the place
     companions = [
         None if x is None else x.reshape(batch, k, flat.shape[2])
         for x, k in ((target, classes if dense else 1), (voxel_weight, 1))
@@ -67,10 +69,9 @@ def chunks(
             if w is not None:
                 included = w != 0
             if ignore_index is not None:
-                included = included & (g[:, :1].to(torch.int64) != ignore_index)
+                included = included & ~reference.is_ignored(g[:, :1], ignore_index)
             if not dense:
-                # Raises on the CPU, when the chunk is reduced; elsewhere such labels are ignored.
-                included = included & (g >= 0) & (g < classes)
+                included = included & reference.classes_of(g, classes, ignore_index)[1]
             f = flat[sample, :, part].to(dtype).masked_fill(~included[0], 0)
             z = matrix @ f if offset is None else torch.addmm(offset, matrix, f)
             yield Chunk(sample, part, f, z.unsqueeze(0), g, w, included)

@@ -107,19 +107,14 @@ def voxels(
     if dense:
         g = target.reshape(batch, classes, count)
         if ignore_index is not None:
-            included = g.to(torch.int64) == ignore_index
-            included = ~included[:, :1]
+            included = ~is_ignored(g[:, :1], ignore_index)
         if classes == 1 and not g.is_floating_point() and g.dtype != torch.bool:
-            valid = (g[:, :1] == 0) | (g[:, :1] == 1) | ~included
-            included = included & _check_labels(valid, g, 2, ignore_index)
+            check_labels(target, 2, ignore_index)
+            included = included & ((g == 0) | (g == 1))
         g = g.to(dtype)
     else:
-        labels = target.reshape(batch, 1, count).to(torch.int64)
-        valid = (labels >= 0) & (labels < classes)
-        if ignore_index is not None:
-            ignored = labels == ignore_index
-            included, valid = ~ignored, valid | ignored
-        included = included & _check_labels(valid, labels, classes, ignore_index)
+        check_labels(target, classes, ignore_index)
+        labels, included = classes_of(target.reshape(batch, 1, count), classes, ignore_index)
         index = torch.arange(classes, device=input.device).reshape(1, classes, 1)
         g = (labels == index).to(dtype)
     if weight is None:
@@ -132,19 +127,50 @@ def voxels(
     )
 
 
-def _check_labels(valid: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+def classes_of(labels: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Labels as integers, and which of them are a class that is not ignored."""
+    index = labels.to(torch.int64)
+    known = (index >= 0) & (index < classes)
+    if labels.is_floating_point():
+        known = known & (index == labels)
+    if ignore_index is not None:
+        known = known & (index != ignore_index)
+    return index, known
+
+
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    # In a type that holds the index: a byte is no -1, 255.5 no 255, infinity no float16 beyond it.
+    wide = torch.float64 if labels.is_floating_point() else torch.int64
+    return labels.to(wide) == ignore_index
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise for a label without a class on the CPU; elsewhere such voxels count as ignored."""
-    on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and not bool(valid.all()):
-        wrong = int(labels[~valid][0])
-        raise RuntimeError(label_error(wrong, classes, ignore_index))
-    return valid
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        complaint = label_complaint(target, classes, ignore_index)
+        if complaint is not None:
+            raise RuntimeError(complaint)
 
 
-def label_error(label: int, classes: int, ignore_index: int | None) -> str:
-    """The message for a label that no class has; the same on every backend."""
+def label_complaint(
+    target: Tensor, classes: int, ignore_index: int | None, included: Tensor | None = None
+) -> str | None:
+    """What is wrong with the first label that is neither a class nor ignored, and where it stands;
+    None if there is none (among ``included``). The same words on every backend."""
+    labels, known = classes_of(target, classes, ignore_index)
+    wrong = ~known
+    if ignore_index is not None:
+        wrong &= ~is_ignored(target, ignore_index)
+    if included is not None:
+        wrong &= included.reshape(wrong.shape)
+    if not bool(wrong.any()):
+        return None
+    place = tuple(wrong.nonzero()[0].tolist())
+    where = f"first at target[{', '.join(map(str, place))}]"
+    if target.is_floating_point() and not float(target[place]).is_integer():
+        return f"target: label {float(target[place]):.9g} is no integer, {where}"
     allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-    return f"target: label {label} is outside [0, {classes}){allowed}"
+    return f"target: label {int(labels[place])} is outside [0, {classes}){allowed}, {where}"
 
 
 def soft_confusion(
@@ -170,7 +196,8 @@ def soft_confusion(
     p, complement, _, _ = probabilities(values, activation)
     r = probabilities(values, likelihood)
     if overlap == MIN:
-        tp, fp, fn = torch.minimum(p, g), (p - g).clamp(min=0), (g - p).clamp(min=0)
+        missed = _missed(p, complement, g)
+        tp, fp, fn = torch.minimum(p, g), (-missed).clamp(min=0), missed.clamp(min=0)
     else:
         tp, fp, fn = p * g, p * (1 - g), complement * g
     nll = torch.where(
@@ -220,7 +247,7 @@ def soft_confusion_backward(
     p, complement, _, _ = probabilities(values, activation)
     r = probabilities(values, likelihood)
 
-    a = (1 - torch.sign(p - g)) / 2 if overlap == MIN else g
+    a = _overlap_slope(p, complement, g) if overlap == MIN else g
     if activation == SOFTMAX:
         best = p.argmax(1, keepdim=True)
         h = _less_that_of(best, a, t - n, f)
@@ -255,6 +282,16 @@ def soft_confusion_backward(
     result = torch.empty_like(input)
     result.copy_(gradient.reshape(input.shape))
     return result
+
+
+def _overlap_slope(p: Tensor, complement: Tensor, g: Tensor) -> Tensor:
+    """The slope of ``min(p, g)`` in p: 1 below g, 0 above it, 1/2 at it."""
+    return (1 + torch.sign(_missed(p, complement, g))) / 2
+
+
+def _missed(p: Tensor, complement: Tensor, g: Tensor) -> Tensor:
+    """``g - p``, from the complements where both are close to 1 and p may have rounded to it."""
+    return torch.where(g >= 0.5, complement - (1 - g), g - p)
 
 
 def _less_that_of(best: Tensor, a: Tensor, on: Tensor, off: Tensor) -> Tensor:
