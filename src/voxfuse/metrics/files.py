@@ -1,0 +1,185 @@
+"""Masks and probabilities in files: found, paired by name, and compared by grid."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxfuse.metrics._arrays import Floats, optional
+
+#: Endings of the files that are looked for in folders; nibabel reads them.
+ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
+
+
+class GridError(ValueError):
+    """Two images that should lie on one grid do not."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume (\\*spatial) or (\\*spatial, C), and where its voxels are in mm."""
+
+    array: NDArray[Any]
+    affine: Floats
+    path: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The extents of the three spatial axes."""
+        return self.array.shape[:3]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel sizes in mm."""
+        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        return float(sizes[0]), float(sizes[1]), float(sizes[2])
+
+
+def load_scan(path: str | Path) -> Scan:
+    """Read a NIfTI or MGH file by nibabel.
+
+    Raises:
+        ValueError: the file cannot be read, or has fewer than three axes.
+        ModuleNotFoundError: nibabel is not installed.
+    """
+    nibabel = optional("nibabel", f"Reading {path}")
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if array.ndim < 3:
+        raise ValueError(f"{path}: got {array.ndim} axes, expected three spatial ones")
+    array = array.reshape(array.shape[:3] + tuple(n for n in array.shape[3:] if n != 1))
+    if array.ndim > 4:
+        raise ValueError(f"{path}: got shape {array.shape}, expected (x, y, z) or (x, y, z, C)")
+    return Scan(array, np.asarray(image.affine, dtype=np.float64), Path(path))
+
+
+def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
+    """The files of a folder, by subject; of a file, that one.
+
+    Args:
+        path: a folder, or one file.
+        pattern: where a subject's file lies below the folder, ``{}`` standing for the subject:
+            ``"{}/lesions.nii.gz"``. Default: every image; the subject is its path without the
+            ending.
+
+    Raises:
+        FileNotFoundError: no such path, or no image in it.
+        ValueError: the pattern has no ``{}``, or two files are one subject's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    if path.is_file():
+        return {_without_ending(path.name): path}
+    if pattern is not None and pattern.count("{}") != 1:
+        raise ValueError(f"pattern: got {pattern!r}, expected one {{}} for the subject's name")
+    found: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if pattern is None:
+            subject = _without_ending(name) if name.endswith(ENDINGS) else None
+        else:
+            before, after = (re.escape(part) for part in pattern.split("{}"))
+            match = re.fullmatch(f"{before}([^/]+){after}", name)
+            subject = match[1] if match else None
+        if subject is None or not file.is_file():
+            continue
+        if subject in found:
+            raise ValueError(f"{path}: {found[subject].name} and {file.name} are both {subject}")
+        found[subject] = file
+    if not found:
+        looked_for = pattern.replace("{}", "*") if pattern else ", ".join("*" + e for e in ENDINGS)
+        raise FileNotFoundError(f"{path}: there is no file {looked_for}")
+    return found
+
+
+def _without_ending(name: str) -> str:
+    for ending in ENDINGS:
+        if name.endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def pair_scans(
+    predictions: dict[str, Path], truths: dict[str, Path]
+) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Pair files of the same subject; a file on each side is a pair whatever its name.
+
+    Returns:
+        The pairs, and the subjects that have a prediction and no truth.
+
+    Raises:
+        FileNotFoundError: subjects without a prediction. Leaving them out would reward a method for
+            the subjects on which it failed.
+    """
+    if len(predictions) == len(truths) == 1:
+        (subject, truth), prediction = next(iter(truths.items())), next(iter(predictions.values()))
+        return {subject: (prediction, truth)}, []
+    missing = [subject for subject in truths if subject not in predictions]
+    extra = [subject for subject in predictions if subject not in truths]
+    if missing:
+        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        near = difflib.get_close_matches(missing[0], extra or list(predictions), 1, 0.0)
+        raise FileNotFoundError(
+            f"no prediction for {len(missing)} of {len(truths)} subjects: {named} "
+            f"(a prediction's name is, for instance, {near[0]}; files are matched by their names "
+            "without the ending: --prediction-pattern and --truth-pattern say which part counts)"
+        )
+    return {subject: (predictions[subject], truths[subject]) for subject in truths}, extra
+
+
+def on_grid_of(scan: Scan, truth: Scan, resample: bool = False) -> Scan:
+    """The scan on the truth's grid: as it is, or by the nearest voxel.
+
+    Args:
+        scan, truth: see :func:`load_scan`.
+        resample: look up the voxel nearest to each voxel of the truth, 0 outside. Labels stay
+            labels.
+
+    Raises:
+        GridError: shapes or affines differ, and ``resample`` is False.
+    """
+    gap = float(np.abs(scan.affine - truth.affine).max())
+    if scan.shape == truth.shape and gap <= 1e-3:
+        return scan
+    if not resample:
+        if scan.shape != truth.shape:
+            what = f"has shape {scan.shape}, the truth {truth.path} has {truth.shape}"
+        else:
+            what = (
+                f"lies elsewhere than the truth {truth.path}: their affines differ by up to {gap:g}"
+                f" (voxels {_sizes(scan)} and {_sizes(truth)} mm, first voxel at"
+                f" {_corner(scan)} and {_corner(truth)} mm)"
+            )
+        raise GridError(f"{scan.path} {what}; --resample takes the nearest voxels")
+    forward = np.linalg.inv(scan.affine) @ truth.affine
+    out: NDArray[Any] = np.zeros(truth.shape + scan.array.shape[3:], scan.array.dtype)
+    x, y, z = (np.arange(n, dtype=np.float64) for n in truth.shape)
+    for k in z:  # slice by slice: positions of a whole volume would be several times its size
+        place = [
+            np.rint(row[0] * x[:, None] + row[1] * y + row[2] * k + row[3]).astype(np.int64)
+            for row in forward[:3]
+        ]
+        inside = np.ones(place[0].shape, bool)
+        for index, extent in zip(place, scan.shape, strict=True):
+            inside &= (index >= 0) & (index < extent)
+        slab = out[:, :, int(k)]
+        slab[inside] = scan.array[tuple(index[inside] for index in place)]
+    return Scan(out, truth.affine, scan.path)
+
+
+def _sizes(scan: Scan) -> str:
+    return " x ".join(f"{size:.4g}" for size in scan.spacing)
+
+
+def _corner(scan: Scan) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in scan.affine[:3, 3]) + ")"
