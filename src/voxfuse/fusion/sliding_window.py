@@ -97,8 +97,8 @@ def sliding_window_inference(
         predictor: maps (b, channels, \*roi_size) to (b, C, \*size) of a floating dtype, or to a
             tuple or dict of such tensors; where size is not roi_size, the output has another
             resolution. A list of predictors is an ensemble, whose mean counts.
-            It may change the patches it is given. One that returns the same memory at every call has
-            to clone it where flips are averaged (ValueError otherwise).
+            It may change the patches it is given. One that returns the same memory at every call
+            has to clone it where flips are averaged (ValueError otherwise).
         overlap: part of a patch that it shares with the next, in [0, 1), one number or one an axis.
         mode: MONAI's windows, "constant" or "gaussian", in place of ``window``.
         sigma_scale: standard deviation over extent of the Gaussian of ``mode``.
