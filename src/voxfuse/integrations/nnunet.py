@@ -8,8 +8,9 @@ loss it wraps, and one that was replaced by something else is called as it is. W
 cannot do (another ``apply_nonlin``, ``square``, sums over some axes only) is left to PyTorch, in
 part or in whole. Where the numbers differ: statistics and loss are float64 inside (nnU-Net: float32
 sums of products that may be half), targets and masks that fit only by being scattered or broadcast
-are errors, as are targets with several channels where the first would be taken for labels, a cross-entropy without a single voxel is 0 (PyTorch: NaN), and
-no host synchronisation asks whether there is one.
+are errors, as are targets with several channels where the first would be taken for labels, a
+cross-entropy without a single voxel is 0 (PyTorch: NaN), and no host synchronisation asks whether
+there is one.
 """
 
 from __future__ import annotations
