@@ -98,14 +98,12 @@ class Running:
         step.log = scratch / (re.sub(r"\W+", "-", step.name) + ".log")
         self.started = time.monotonic()
         self.asked = False
-        # What somebody has tuned on this machine is not what a report is about.
-        fixed = {"PYTHONPATH": python_path(), "VOXFUSE_TUNE": "0"}
         with step.log.open("wb") as log:
             try:
                 self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     step.command,
                     cwd=ROOT,
-                    env={**os.environ, **fixed, **step.environment},
+                    env={**os.environ, "PYTHONPATH": python_path(), **step.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -178,7 +176,6 @@ class Report:
             "bars": [],
             "byte_model": [],
             "measurements": {},
-            "tuning": [],
             "profile": {},
             "counters": [],
         }
@@ -325,13 +322,6 @@ def markdown(data: dict[str, Any]) -> str:
     if data["counters"]:
         names = list(data["counters"][0])
         lines += rows(names, [[row.get(name, "") for name in names] for row in data["counters"]])
-    lines += ["## Launch configurations of Triton", ""]
-    if data["tuning"]:
-        names = ["launch", "default, us", "best, us", "best configuration"]
-        lines += rows(
-            names,
-            [[row[name] for name in ("key", "default_us", "us", "best")] for row in data["tuning"]],
-        )
     lines += ["## Bytes", ""]
     if data["byte_model"]:
         names = list(data["byte_model"][0])
@@ -659,43 +649,6 @@ def head_benchmark(report: Report) -> None:
     report.run(Step("head benchmark", command, 60, read=read))
 
 
-def tune(report: Report) -> None:
-    """Every launch configuration of the Triton kernels against the default, by shape.
-
-    Into a cache of its own: nothing else that is measured here uses what this finds.
-    """
-    if not report.cuda:
-        report.absent("tuning", "there is no GPU")
-        return
-    cache = report.scratch / "cache"
-
-    def read(step: Step) -> None:
-        path = cache / "tuned.json"
-        tables = json.loads(path.read_text())["devices"] if path.exists() else {}
-        for choices in tables.values():
-            for key, choice in choices.items():
-                best = choice["configuration"]
-                changed = best != choice["default"]
-                named = ", ".join(f"{name} {value}" for name, value in best.items())
-                report.data["tuning"].append(
-                    {
-                        "key": key,
-                        "default_us": choice["default_us"],
-                        "us": choice["us"],
-                        "best": named if changed else "the default",
-                        "speedup": round(choice["default_us"] / choice["us"], 3),
-                    }
-                )
-        changed = sum(row["best"] != "the default" for row in report.data["tuning"])
-        step.note = f"{len(report.data['tuning'])} launches, {changed} faster than by default"
-        if "gives another result than" in tail(step, 400, 60000):
-            step.wrong = "a launch configuration gives another result than the default"
-
-    command = [sys.executable, "-m", "voxfuse", "tune", "--seconds", "45"]
-    environment = {"VOXFUSE_TUNE": "", "VOXFUSE_CACHE_DIR": str(cache)}
-    report.run(Step("tuning", command, 70, environment, read))
-
-
 def profile(report: Report) -> None:
     path = report.out / "profile.json"
 
@@ -766,7 +719,6 @@ def run_all(report: Report) -> None:
     if report.cuda:
         fusion_against_monai(report, 117, 192)
         head_benchmark(report)
-    tune(report)
     profile(report)
     counters(report)
     other_tests(report)

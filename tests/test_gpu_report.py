@@ -24,7 +24,6 @@ SECTIONS = {
     "bars",
     "byte_model",
     "measurements",
-    "tuning",
     "profile",
     "counters",
     "steps",
@@ -55,7 +54,7 @@ def test_a_dry_run_fills_every_section(tmp_path):
     assert report["tests"]["gpu"]["skipped"] > 100
     assert report["tests"]["rest"]["passed"] > 0
     # What is not there is said to be absent, with the reason.
-    for name in ("build", "sanitizer", "tuning", "counters", "fusion benchmark, 4 classes"):
+    for name in ("build", "sanitizer", "counters", "fusion benchmark, 4 classes"):
         assert steps[name]["status"] == "absent", name
         assert report["missing"][name]
     kinds = {"loss", "small", "large", "fusion", "head"}
@@ -267,41 +266,3 @@ def test_nothing_moves_less_than_its_floor():
     assert all(row["moved"] >= row["floor"] > 0 for row in rows)
     losses = [row for row in rows if row["kernel"].startswith("soft_confusion")]
     assert all(row["moved_over_floor"] < 1.01 and row["workspace"] <= 1 << 20 for row in losses)
-
-
-def test_what_the_tuner_found_is_in_the_report(tmp_path, monkeypatch):
-    """Read from the cache that the step leaves, here by a command that stands in for the tuner."""
-    report = gpu_report.Report(options(tmp_path))
-    report.cuda = True
-    choice = {"default": {"num_warps": 4}, "default_us": 20.0, "us": 16.0}
-    table = {
-        "format": 1,
-        "devices": {
-            "a GPU": {
-                "one": {**choice, "configuration": {"num_warps": 8}},
-                "two": {**choice, "configuration": {"num_warps": 4}, "us": 20.0},
-            }
-        },
-    }
-    code = (
-        "import os, pathlib; folder = pathlib.Path(os.environ['VOXFUSE_CACHE_DIR']);"
-        f"folder.mkdir(); (folder / 'tuned.json').write_text({json.dumps(table)!r});"
-        "assert os.environ['VOXFUSE_TUNE'] == '';"
-    )
-    step = gpu_report.Step
-    for said, wrong in (("", False), ("Forward() gives another result than Forward()", True)):
-
-        def stand_in(name, command, *more, said=said):
-            return step(name, python(f"{code} print({said!r})"), *more)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu_report, "Step", stand_in)
-            gpu_report.tune(report)
-        found = json.loads((tmp_path / "report.json").read_text())
-        assert [row["best"] for row in found["tuning"]] == ["num_warps 8", "the default"]
-        assert found["tuning"][0]["speedup"] == 1.25
-        assert (found["wrong"] is not None) == wrong
-        assert "| one | 20 | 16 | num_warps 8 |" in (tmp_path / "report.md").read_text()
-        report.data["tuning"].clear()
-        (report.scratch / "cache" / "tuned.json").unlink()
-        (report.scratch / "cache").rmdir()

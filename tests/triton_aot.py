@@ -156,7 +156,7 @@ def confusion_problems() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def confusion_cases() -> tuple[Case, ...]:
-    """A case of every class of launches, the sets' configurations included, on every GPU.
+    """A case of every class of launches, on every GPU.
 
     It is the problem with the most classes, of all up to MOST_CLASSES.
     """
@@ -167,14 +167,11 @@ def confusion_cases() -> tuple[Case, ...]:
         for classes in range(2, MOST_CLASSES + 1):
             problem = _confusion_problem(classes, **options)
             backward = options["backward"]
-            for number, shape in enumerate(kernels.configurations(problem, backward)):
-                plan = kernels.plan(problem, backward, shape)
-                key = launch_class(plan)
-                tiles = plan.constants.get("TILES", 0)
-                if key not in found or found[key][0] < tiles:
-                    suffix = f"-{shape.num_warps}x{shape.voxels}" if number else ""
-                    more = {**options, "classes": classes, "shape": tuple(shape)}
-                    found[key] = tiles, name.format(classes) + suffix, more
+            plan = kernels.plan(problem, backward)
+            key = launch_class(plan)
+            tiles = plan.constants.get("TILES", 0)
+            if key not in found or found[key][0] < tiles:
+                found[key] = tiles, name.format(classes), {**options, "classes": classes}
     return tuple(
         case
         for _, name, options in found.values()
@@ -243,7 +240,6 @@ def _soft_confusion_instance(
     contiguous: bool = True,
     odd: bool = False,
     tiny: bool = False,
-    shape: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Instance:
     from voxfuse.triton_kernels import soft_confusion as kernels
@@ -260,7 +256,7 @@ def _soft_confusion_instance(
         tiny=tiny,
         **options,
     )
-    plan = kernels.plan(problem, backward, shape)
+    plan = kernels.plan(problem, backward)
     constants = dict(plan.constants)
     if not backward:
         constants |= shape_of_rows(classes * problem.sums, plan.num_warps)
@@ -415,20 +411,14 @@ def _overlap_add_instance(
     activation: int = 0,
     many: bool = False,
     normalise: bool = False,
-    tile: int = 0,
 ) -> Instance:
     import torch
 
     from voxfuse.triton_kernels import overlap_add as kernels
 
-    plain = not (dense or total or weights or floor or activation)
-    problem = kernels.Problem(
-        getattr(torch, dtype), channels, (96, 96, 96), (96, 96, 96), ring >= 0, plain
-    )
-    chosen = kernels.configurations(problem)[tile]
-    channels = chosen.channels
+    channels = kernels.channels_a_program(channels, ring >= 0)
     # Even with more than one tile a row.
-    height, width = kernels.tile_shape(1 if axes == 1 else 96, 192, chosen)
+    height, width = kernels.tile_shape(1 if axes == 1 else 96, 192)
     constants: dict[str, Any] = {
         "AXES": axes,
         "DENSE": dense,
@@ -467,7 +457,7 @@ def _overlap_add_instance(
     if normalise:
         kernel, registers = kernels._normalise, None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return Instance(kernel, constants, types, chosen.num_warps, ("size_x",), registers)
+    return Instance(kernel, constants, types, 4, ("size_x",), registers)
 
 
 def _finalize_slab_instance(
@@ -479,16 +469,12 @@ def _finalize_slab_instance(
     head: bool = False,
     total: bool = False,
     divide: bool = False,
-    block: int = 0,
 ) -> Instance:
     import torch
 
     from voxfuse.triton_kernels import finalize_slab as kernels
     from voxfuse.triton_kernels import overlap_add
 
-    kind = getattr(torch, dtype)
-    problem = kernels.Problem(kind, kind, classes, classes, 128**3, mode, activation, total, True)
-    chosen = kernels.configurations(problem)[block]
     constants: dict[str, Any] = {
         "MODE": mode,
         "ACTIVATION": activation,
@@ -496,7 +482,7 @@ def _finalize_slab_instance(
         "DIVIDE": divide,
         "CLEAR": True,
         "DTYPE": overlap_add._accumulation(getattr(torch, dtype)),
-        **kernels.tiles(classes, 128**3, chosen),
+        **kernels.tiles(classes, 128**3),
     }
     pointer = TYPES[dtype]
     types: dict[str, Any] = {
@@ -509,7 +495,7 @@ def _finalize_slab_instance(
         **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
     }
     lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
-    return Instance(kernels._finalize, constants, types, chosen.num_warps, lengths)
+    return Instance(kernels._finalize, constants, types, kernels.WARPS, lengths)
 
 
 def _floating_sum_instance(dtype: str) -> Instance:
@@ -584,15 +570,6 @@ CASES = (
             ("softmax-backward", dict(activation=2, backward=True)),
             ("softmax-backward-bfloat16", dict(activation=2, backward=True, dtype="bfloat16")),
             ("sigmoid-backward", dict(activation=1, backward=True, total=True)),
-            *(
-                (f"{name}-tile-{tile}", dict(**options, tile=tile))
-                for name, options in (
-                    ("gather", dict(channels=8)),
-                    ("ring", dict(channels=4, ring=0)),
-                    ("backward", dict(channels=8, backward=True)),
-                )
-                for tile in range(1, 4)
-            ),
         )
         for case in everywhere("overlap_add", f"fusion-{name}", **options)
     ),
@@ -608,14 +585,6 @@ CASES = (
             ("foreground", dict(mode=3, classes=16, activation=2, output="bfloat16")),
             ("entropy", dict(mode=4, classes=16, activation=2)),
             ("labels-head", dict(mode=1, classes=117, head=True)),
-            *(
-                (f"{name}-block-{block}", dict(**options, block=block))
-                for name, options in (
-                    ("values-117", dict(mode=0, classes=117, activation=2)),
-                    ("entropy", dict(mode=4, classes=16, activation=2)),
-                )
-                for block in (1, 2)
-            ),
             ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
         )
     ),

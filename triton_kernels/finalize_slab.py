@@ -11,13 +11,10 @@ one axis of length ``turn`` that the slab enters at ``first``. Where it wraps ar
 begins, so that the voxels of a block are neighbours in memory.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from voxfuse.triton_kernels import _tuning
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
@@ -37,8 +34,9 @@ SOFTMAX: tl.constexpr = tl.constexpr(2)
 
 #: Classes that a program holds in registers at once.
 TILE = 8
-#: Voxels of a program: 16 bytes of float32 a thread.
+#: Voxels and warps of a program: 16 bytes of float32 a thread.
 BLOCK = 512
+WARPS = 4
 
 
 @triton.jit
@@ -424,72 +422,14 @@ def _finalize(
 # --- launches ------------------------------------------------------------------------------------
 
 
-class Problem(NamedTuple):
-    """What the choice of a launch configuration depends on."""
-
-    dtype: torch.dtype
-    output: torch.dtype
-    channels: int
-    classes: int
-    voxels: int
-    mode: int
-    activation: int
-    total: bool
-    clear: bool
-
-
-class Block(NamedTuple):
-    """A launch configuration: warps and voxels of a program.
-
-    Which one it is changes no bit: a voxel's classes are walked over alone, TILE at a time.
-    """
-
-    num_warps: int
-    voxels: int
-
-
-def configurations(problem: Problem) -> list[Block]:
-    """The launch configurations that ``problem`` may have, the default first; a thread holds as
-    many voxels in all of them, or half of them. In float64 there is the default alone.
-    """
-    blocks = [Block(4, BLOCK)]
-    if problem.dtype != torch.float64:
-        blocks += [Block(2, BLOCK // 2), Block(4, BLOCK // 2)]
-    return blocks
-
-
-def _key(problem: Problem) -> str:
-    """What a tuned choice depends on."""
-    modes = ("values", "labels", "mask", "foreground", "entropy")
-    activations = ("none", "sigmoid", "softmax")
-    source, target = (str(x).removeprefix("torch.") for x in (problem.dtype, problem.output))
-    names = [
-        f"{source} to {target}",
-        f"{problem.channels} channels",
-        modes[problem.mode],
-        activations[problem.activation],
-    ]
-    if problem.classes != problem.channels:
-        names.append(f"a head of {problem.classes} classes")
-    if problem.total:
-        names.append("summed weights")
-    if problem.clear:
-        names.append("cleared")
-    return ", ".join((*names, _tuning.up_to(problem.voxels, "voxels")))
-
-
-FAMILY = _tuning.Family("finalize_slab", configurations, _key, exact=True)
-
-
-def tiles(classes: int, voxels: int, block: Block | None = None) -> dict[str, int | bool]:
+def tiles(classes: int, voxels: int) -> dict[str, int | bool]:
     """Classes and voxels of a program, as compile-time values of the kernel."""
     tile = min(power_of_two(classes), TILE)
-    size = BLOCK if block is None else block.voxels
     return {
         "SINGLE": classes <= tile,
         "TILE": tile,
-        "WIDTH": min(power_of_two(voxels), size),
-        "BLOCK": size,
+        "WIDTH": min(power_of_two(voxels), BLOCK),
+        "BLOCK": BLOCK,
     }
 
 
@@ -528,53 +468,38 @@ def finalize_slab(
         out = out.view(torch.uint8)
     total, weight, bias = (None if x is None else x.contiguous() for x in (total, weight, bias))
     kept = 0 if applied or mode == LABELS.value else activation
-    problem = Problem(
-        ring.dtype,
-        out.dtype,
-        channels,
-        classes,
-        outer * voxels,
-        mode,
-        kept,
-        total is not None,
-        clear,
-    )
-
-    def launch(chosen: Block | None, ring: torch.Tensor, out: torch.Tensor) -> None:
-        constants = tiles(classes, voxels, chosen)
-        width, block = constants["WIDTH"], constants["BLOCK"]
-        columns = triton.cdiv(before, width) + triton.cdiv(voxels - before, width)
-        with device_guard(ring):
-            _finalize[(columns * triton.cdiv(outer, block // width),)](
-                ring,
-                out,
-                total,
-                weight,
-                bias,
-                channels,
-                classes,
-                outer,
-                turn,
-                first,
-                before,
-                voxels,
-                out.stride(0),
-                _outer_stride(out, ring_axis),
-                float(divisor),
-                float(threshold),
-                float(fill != 0) if mode == MASK.value else float(fill),
-                MODE=mode,
-                ACTIVATION=kept,
-                BINARY=activation == SIGMOID.value or classes == 1,
-                DIVIDE=divisor != 1,
-                CLEAR=clear,
-                DTYPE=tl.float64 if ring.dtype == torch.float64 else tl.float32,
-                num_warps=4 if chosen is None else chosen.num_warps,
-                **constants,
-                **LAUNCH_OPTIONS,
-            )
-
-    FAMILY.run(problem, (ring, out), launch)
+    constants = tiles(classes, voxels)
+    width, block = constants["WIDTH"], constants["BLOCK"]
+    columns = triton.cdiv(before, width) + triton.cdiv(voxels - before, width)
+    with device_guard(ring):
+        _finalize[(columns * triton.cdiv(outer, block // width),)](
+            ring,
+            out,
+            total,
+            weight,
+            bias,
+            channels,
+            classes,
+            outer,
+            turn,
+            first,
+            before,
+            voxels,
+            out.stride(0),
+            _outer_stride(out, ring_axis),
+            float(divisor),
+            float(threshold),
+            float(fill != 0) if mode == MASK.value else float(fill),
+            MODE=mode,
+            ACTIVATION=kept,
+            BINARY=activation == SIGMOID.value or classes == 1,
+            DIVIDE=divisor != 1,
+            CLEAR=clear,
+            DTYPE=tl.float64 if ring.dtype == torch.float64 else tl.float32,
+            num_warps=WARPS,
+            **constants,
+            **LAUNCH_OPTIONS,
+        )
 
 
 def _outer_stride(out: torch.Tensor, ring_axis: int) -> int:

@@ -13,16 +13,13 @@ it; with more they are two numbers a voxel, which a launch before works out.
 Volumes of one or two axes have leading axes of extent 1.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from voxfuse.reference.overlap_add import ACTIVATIONS, checked_activation
-from voxfuse.triton_kernels import _tuning
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
@@ -694,68 +691,15 @@ def _accumulation(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-class Problem(NamedTuple):
-    """What the choice of a launch configuration depends on."""
-
-    dtype: torch.dtype  # of patches, or of the volume's gradient
-    channels: int
-    slices: tuple[int, ...]  # extent of what is written: a volume, a ring, or all patches
-    patch: tuple[int, ...]
-    ring: bool
-    #: Separable weights that sum to 1, and patches to weight with them as they are.
-    plain: bool
+def channels_a_program(channels: int, ring: bool) -> int:
+    """Channels that a program fuses at a time."""
+    return min(power_of_two(channels), MAX_CHANNELS // 2 if ring else MAX_CHANNELS)
 
 
-class Tile(NamedTuple):
-    """A launch configuration: a program's voxels, most of them along the last axis, and channels.
-
-    Which one it is changes no bit: every voxel is summed alone, in patch order.
-    """
-
-    num_warps: int
-    voxels: int
-    width: int
-    channels: int
-
-
-def configurations(problem: Problem) -> list[Tile]:
-    """The launch configurations that ``problem`` may have, the default first.
-
-    Dense windows, summed weights, activations and float64, which take more registers, have the
-    default alone.
-    """
-    most = MAX_CHANNELS // 2 if problem.ring else MAX_CHANNELS
-    channels = min(power_of_two(problem.channels), most)
-    tiles = [Tile(4, TILE, MAX_WIDTH, channels)]
-    if problem.plain and problem.dtype != torch.float64:
-        tiles.append(Tile(8, 2 * TILE, MAX_WIDTH, channels))
-        tiles.append(Tile(4, TILE, MAX_WIDTH // 2, channels))
-        if channels > 1:
-            tiles.append(Tile(4, TILE, MAX_WIDTH, channels // 2))
-    return tiles
-
-
-def _key(problem: Problem) -> str:
-    """What a tuned choice depends on."""
-    names = [
-        str(problem.dtype).removeprefix("torch."),
-        f"{problem.channels} channels",
-        f"patches of {'x'.join(map(str, problem.patch))}",
-    ]
-    if problem.ring:
-        names.append("into a ring")
-    return ", ".join((*names, _tuning.up_to(math.prod(problem.slices), "voxels")))
-
-
-GATHER = _tuning.Family("overlap_add", configurations, _key, exact=True)
-SCATTER = _tuning.Family("overlap_add_backward", configurations, _key, exact=True)
-
-
-def tile_shape(height: int, width: int, tile: Tile | None = None) -> tuple[int, int]:
-    """Extent of a tile of a slice; ``tile`` is by default the first of ``configurations``."""
-    voxels, most = (TILE, MAX_WIDTH) if tile is None else (tile.voxels, tile.width)
-    block_x = min(power_of_two(width), most)
-    return min(power_of_two(height), voxels // block_x), block_x
+def tile_shape(height: int, width: int) -> tuple[int, int]:
+    """Extent of a program's tile of a slice, long along the last axis."""
+    block_x = min(power_of_two(width), MAX_WIDTH)
+    return min(power_of_two(height), TILE // block_x), block_x
 
 
 def _normalised(
@@ -822,10 +766,7 @@ def _add(
         weights = weights[:axes]
     tables, lengths, dense = _tables(weights, axes, device)
     ring_axis, start, stop = (-1, 0, 0) if ring is None else ring
-    dtype = output.dtype if patches is None else patches.dtype
     extent = _three(patch_shape)
-    plain = patches is not None and total is None and not (dense or floor > 0 or activation)
-    problem = Problem(dtype, channels, size, extent, ring is not None, plain)
     strides = (0, 0, 0, 0, 0)
     if patches is not None:
         spatial = list(patches.stride()[2:])
@@ -837,51 +778,47 @@ def _add(
         strides = (patches.stride(0), patches.stride(1), *[0] * (3 - axes), *spatial)
     softmax = _normalised(patches, channels, patch_shape, strides, activation)
     origins, rows = origins.to(device).contiguous(), rows.to(device).contiguous()
-
-    def launch(tile: Tile | None, output: torch.Tensor) -> None:
-        tile = tile or configurations(problem)[0]
-        height, width = tile_shape(*size[1:], tile)
-        tiles = size[0] * triton.cdiv(size[1], height) * triton.cdiv(size[2], width)
-        with device_guard(output):
-            _gather[(tiles, triton.cdiv(channels, tile.channels))](
-                patches,
-                output,
-                origins,
-                rows,
-                *tables,
-                total,
-                least,
-                *cover,
-                *covers,
-                *cover_sizes,
-                softmax,
-                origins.shape[0],
-                channels,
-                *size,
-                *extent,
-                *lengths,
-                *strides,
-                start,
-                stop,
-                start % output.shape[1 + ring_axis] if ring_axis >= 0 else 0,
-                AXES=axes,
-                DENSE=dense,
-                RING=ring_axis + 3 - axes if ring_axis >= 0 else -1,
-                ADD=ring is not None,
-                WEIGHTS=patches is None,
-                ACTIVATION=activation,
-                STEP=STEP,
-                CHANNELS=tile.channels,
-                HEIGHT=height,
-                WIDTH=width,
-                ORIGINS=ORIGINS,
-                DTYPE=_accumulation(output.dtype),
-                num_warps=tile.num_warps,
-                **most_registers(REGISTERS),
-                **LAUNCH_OPTIONS,
-            )
-
-    GATHER.run(problem, (output,), launch)
+    together = channels_a_program(channels, ring is not None)
+    height, width = tile_shape(*size[1:])
+    tiles = size[0] * triton.cdiv(size[1], height) * triton.cdiv(size[2], width)
+    with device_guard(output):
+        _gather[(tiles, triton.cdiv(channels, together))](
+            patches,
+            output,
+            origins,
+            rows,
+            *tables,
+            total,
+            least,
+            *cover,
+            *covers,
+            *cover_sizes,
+            softmax,
+            origins.shape[0],
+            channels,
+            *size,
+            *extent,
+            *lengths,
+            *strides,
+            start,
+            stop,
+            start % output.shape[1 + ring_axis] if ring_axis >= 0 else 0,
+            AXES=axes,
+            DENSE=dense,
+            RING=ring_axis + 3 - axes if ring_axis >= 0 else -1,
+            ADD=ring is not None,
+            WEIGHTS=patches is None,
+            ACTIVATION=activation,
+            STEP=STEP,
+            CHANNELS=together,
+            HEIGHT=height,
+            WIDTH=width,
+            ORIGINS=ORIGINS,
+            DTYPE=_accumulation(output.dtype),
+            num_warps=4,
+            **most_registers(REGISTERS),
+            **LAUNCH_OPTIONS,
+        )
 
 
 def overlap_add(
@@ -998,34 +935,28 @@ def overlap_add_backward(
                 **LAUNCH_OPTIONS,
             )
         return result
-    plain = total is None and not dense
-    problem = Problem(grad.dtype, channels, (shape[0], *patch), patch, False, plain)
-
-    def launch(tile: Tile | None, result: torch.Tensor) -> None:
-        tile = tile or configurations(problem)[0]
-        height, width = tile_shape(*patch[1:], tile)
-        tiles = shape[0] * patch[0] * triton.cdiv(patch[1], height) * triton.cdiv(patch[2], width)
-        with device_guard(grad):
-            _scatter[(tiles, triton.cdiv(channels, tile.channels))](
-                grad,
-                result,
-                origins,
-                rows,
-                *tables,
-                total,
-                channels,
-                *size,
-                *patch,
-                *lengths,
-                AXES=axes,
-                DENSE=dense,
-                CHANNELS=tile.channels,
-                HEIGHT=height,
-                WIDTH=width,
-                DTYPE=_accumulation(grad.dtype),
-                num_warps=tile.num_warps,
-                **LAUNCH_OPTIONS,
-            )
-
-    SCATTER.run(problem, (result,), launch)
+    together = channels_a_program(channels, ring=False)
+    height, width = tile_shape(*patch[1:])
+    tiles = shape[0] * patch[0] * triton.cdiv(patch[1], height) * triton.cdiv(patch[2], width)
+    with device_guard(grad):
+        _scatter[(tiles, triton.cdiv(channels, together))](
+            grad,
+            result,
+            origins,
+            rows,
+            *tables,
+            total,
+            channels,
+            *size,
+            *patch,
+            *lengths,
+            AXES=axes,
+            DENSE=dense,
+            CHANNELS=together,
+            HEIGHT=height,
+            WIDTH=width,
+            DTYPE=_accumulation(grad.dtype),
+            num_warps=4,
+            **LAUNCH_OPTIONS,
+        )
     return result

@@ -12,9 +12,8 @@ the programs that come last add up the rows, in an order that does not depend on
 _partial_sums). All of it is fixed by the shape alone, so the bits depend neither on the number of
 multiprocessors nor on their timing.
 
-Launch parameters come from a table that depends on the shape and the dtype only, unless tuning was
-asked for (see _tuning): another block shape is another order of summation, that is other bits of
-the sums. The gradient's bits are the same in every configuration of its set.
+Launch parameters come from a table that depends on the shape and the dtype only: another block
+shape is another order of summation, that is other bits of the sums.
 """
 
 import math
@@ -25,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-from voxfuse.triton_kernels import _tuning
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
@@ -55,8 +53,6 @@ WORKSPACE_BYTES = 1 << 20
 ONLINE_WORKSPACE_BYTES = 8 << 20
 #: Most programs that reduce one sample. Enough to fill any GPU several times over.
 MAX_SLOTS = 31 * 132
-#: The other number of programs that tuning tries: what an H200 holds at a time.
-FEW_SLOTS = 8 * 132
 #: Programs come in multiples of this where there are so many: the multiprocessors of the H200,
 #: which then finish together. On another GPU the bits are the same and the last round less even.
 SLOT_MULTIPLE = 132
@@ -68,9 +64,8 @@ MAX_SAMPLES = 65535
 REGISTERS, REGISTERS_A_PROGRAM = 255, 1 << 16
 #: Most tiles in a chunk: so many float32 additions follow each other in a thread.
 MAX_TILES = 16
-#: Most tiles that a program of the backward pass walks over, and what else tuning tries.
+#: Most tiles that a program of the backward pass walks over.
 TILES_A_PROGRAM = 8
-OTHER_TILES_A_PROGRAM = (2, 32)
 
 _LABELS, _DENSE, _INDICATOR, _BINARY = 0, 1, 2, 3
 
@@ -1570,8 +1565,6 @@ class Plan(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     num_warps: int
-    #: Most programs that sum a sample, or most tiles that a program of the backward pass takes.
-    most: int
     #: Registers that a thread may take on an NVIDIA GPU; None: as many as the assembler likes.
     registers: int | None = None
 
@@ -1580,51 +1573,6 @@ class Plan(NamedTuple):
         """Options of the launch."""
         limit = {} if self.registers is None else most_registers(self.registers)
         return {"num_warps": self.num_warps, **LAUNCH_OPTIONS, **limit}
-
-
-class Forward(NamedTuple):
-    """A launch configuration of the sums; ``voxels`` of every class are held by a thread."""
-
-    num_warps: int
-    voxels: int
-    programs: int
-
-
-class Backward(NamedTuple):
-    """A launch configuration of the gradient."""
-
-    num_warps: int
-    voxels: int
-    tiles: int
-
-
-def configurations(problem: Problem, backward: bool) -> list[Forward] | list[Backward]:
-    """The launch configurations that ``problem`` may have, the default first.
-
-    How long a program runs may vary everywhere; the block only for contiguous logits of float32
-    or less with labels and softmax. No configuration needs more registers than the default: a
-    thread holds as many voxels or half of them, of as many classes or fewer. Backward, all give
-    the same bits: the order in which a voxel's classes are added up depends on the number of
-    warps where these share the classes, and so it stays.
-    """
-    warps, voxels, few = _default_shape(problem, backward)
-    shapes = [(warps, voxels)]
-    if (
-        problem.contiguous
-        and problem.dtype != torch.float64
-        and _labels_only(problem)
-        and not _is_online(problem, backward)
-    ):
-        if few or (not backward and problem.classes <= 128):
-            shapes.append((2 * warps, voxels))
-        if voxels > 2 or (voxels == 2 and backward and not few):
-            shapes.append((warps, voxels // 2))
-    if backward:
-        lengths = [Backward(warps, voxels, tiles) for tiles in OTHER_TILES_A_PROGRAM]
-        first, *others = (Backward(*shape, TILES_A_PROGRAM) for shape in shapes)
-        return [first, *lengths, *others]
-    first, *others = (Forward(*shape, MAX_SLOTS) for shape in shapes)
-    return [first, Forward(warps, voxels, FEW_SLOTS), *others]
 
 
 def _labels_only(problem: Problem) -> bool:
@@ -1647,7 +1595,7 @@ def _is_online(problem: Problem, backward: bool) -> bool:
     return problem.classes > most
 
 
-def _default_shape(problem: Problem, backward: bool) -> tuple[int, int, bool]:
+def _block_shape(problem: Problem, backward: bool) -> tuple[int, int, bool]:
     """Warps, voxels a thread, and whether every thread holds all classes of its voxels."""
     itemsize = problem.dtype.itemsize
     if _is_online(problem, backward):
@@ -1664,17 +1612,11 @@ def _default_shape(problem: Problem, backward: bool) -> tuple[int, int, bool]:
     )
 
 
-def plan(problem: Problem, backward: bool, shape: Forward | Backward | None = None) -> Plan:
-    """Choose the kernel and its block shapes, from the shape and the dtype alone.
-
-    ``shape`` is one of the problem's ``configurations``; None: the first.
-    """
+def plan(problem: Problem, backward: bool) -> Plan:
+    """Choose the kernel and its block shapes, from the shape and the dtype alone."""
     classes = problem.classes
     labels_only = _labels_only(problem)
-    num_warps, vector, few = _default_shape(problem, backward)
-    most = TILES_A_PROGRAM if backward else MAX_SLOTS
-    if shape is not None:
-        num_warps, vector, most = shape
+    num_warps, vector, few = _block_shape(problem, backward)
     constants: dict[str, Any] = {
         "ACTIVATION": problem.activation,
         "LIKELIHOOD": problem.likelihood,
@@ -1694,12 +1636,11 @@ def plan(problem: Problem, backward: bool, shape: Forward | Backward | None = No
         block = 16 * vector
         constants |= {"CLASSES": CLASS_BLOCK, "BLOCK": block}
         constants["EVEN"] = problem.voxels % block == 0
-        return Plan(kernel, constants, num_warps, most, _registers(num_warps))
+        return Plan(kernel, constants, num_warps, _registers(num_warps))
 
     two = labels_only and classes == 2
-    # In the commonest cases, as they are by default, the assembler takes what it needs by itself.
+    # In the commonest cases the assembler takes what it needs by itself.
     common = labels_only and problem.contiguous and problem.dtype != torch.float64
-    common = common and num_warps == _default_shape(problem, backward)[0]
     registers = None if common else _registers(num_warps)
     block_classes = 1 if few else num_warps
     tiles = triton.cdiv(classes, block_classes)
@@ -1713,7 +1654,7 @@ def plan(problem: Problem, backward: bool, shape: Forward | Backward | None = No
         "EVEN": problem.voxels % block == 0,
     }
     if backward:
-        return Plan(_backward_resident, constants, num_warps, most, registers)
+        return Plan(_backward_resident, constants, num_warps, registers)
     # Voxels of a class that lie in one thread are added up before they are accumulated, unless
     # there are registers enough to keep them apart, which saves selections.
     sums = 3 if two else problem.sums
@@ -1726,7 +1667,7 @@ def plan(problem: Problem, backward: bool, shape: Forward | Backward | None = No
         "SUMS": sums + 1 if logs else sums,
         "LEVELS": 3 if two else power_of_two(tiles * sums).bit_length() - 1,
     }
-    return Plan(_forward_resident, constants, num_warps, most, registers)
+    return Plan(_forward_resident, constants, num_warps, registers)
 
 
 def _registers(num_warps: int) -> int:
@@ -1776,50 +1717,11 @@ def reduction_shape(problem: Problem, chosen: Plan) -> tuple[int, int, int]:
     chunks = triton.cdiv(tiles, tiles_a_chunk)
     allowed = ONLINE_WORKSPACE_BYTES if online else WORKSPACE_BYTES
     slots = allowed // (problem.batch * problem.classes * problem.sums * 8)
-    slots = max(1, min(chunks, chosen.most, slots))
+    slots = max(1, min(chunks, MAX_SLOTS, slots))
     if slots < chunks and slots > SLOT_MULTIPLE:
         slots -= slots % SLOT_MULTIPLE
     # The same number of chunks for every slot, but for the last round.
     return tiles_a_chunk, chunks, triton.cdiv(chunks, triton.cdiv(chunks, slots))
-
-
-def _key(problem: Problem) -> str:
-    """What a tuned choice depends on: problems of twice the voxels may share one."""
-    targets = ("labels", "dense", "indicator", "binary")
-    activations = ("none", "sigmoid", "softmax")
-    names = [
-        str(problem.dtype).removeprefix("torch."),
-        f"{problem.classes} classes",
-        targets[problem.target_kind],
-        activations[problem.activation],
-    ]
-    if problem.likelihood != problem.activation:
-        names.append(f"likelihood {activations[problem.likelihood]}")
-    if problem.overlap == 1:
-        names.append("min")
-    if problem.sums == 8:
-        names.append("full")
-    if problem.gamma != 0:
-        names.append("gamma")
-    if problem.has_weight:
-        names.append("weighted")
-    if not problem.contiguous:
-        names.append("strided")
-    return ", ".join((*names, _tuning.up_to(problem.batch * problem.voxels, "voxels")))
-
-
-FORWARD = _tuning.Family(
-    "soft_confusion",
-    lambda problem: configurations(problem, backward=False),
-    _key,
-    exact=False,
-)
-BACKWARD = _tuning.Family(
-    "soft_confusion_backward",
-    lambda problem: configurations(problem, backward=True),
-    _key,
-    exact=True,
-)
 
 
 def _describe(
@@ -1922,31 +1824,27 @@ def soft_confusion(
         focal_classes,
     )
     result = torch.empty(shape, dtype=torch.float64, device=input.device)
-
-    def launch(configuration: Forward | None, result: torch.Tensor) -> None:
-        chosen = plan(problem, False, configuration)
-        tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
-        work = (chunks,) if chosen.kernel is _forward_online else (tiles_a_chunk, chunks)
-        with device_guard(input):
-            rows = Rows(result, slots, chosen.num_warps)
-            chosen.kernel[(slots, problem.batch)](
-                flat,
-                flat_target,
-                flat_weight,
-                *rows.arguments,
-                problem.voxels,
-                problem.classes,
-                *strides,
-                *work,
-                ignore_index if problem.has_ignore else 0,
-                gamma,
-                **chosen.constants,
-                **rows.constants,
-                **chosen.options,
-            )
-            rows.finish()
-
-    FORWARD.run(problem, (result,), launch)
+    chosen = plan(problem, backward=False)
+    tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
+    work = (chunks,) if chosen.kernel is _forward_online else (tiles_a_chunk, chunks)
+    with device_guard(input):
+        rows = Rows(result, slots, chosen.num_warps)
+        chosen.kernel[(slots, problem.batch)](
+            flat,
+            flat_target,
+            flat_weight,
+            *rows.arguments,
+            problem.voxels,
+            problem.classes,
+            *strides,
+            *work,
+            ignore_index if problem.has_ignore else 0,
+            gamma,
+            **chosen.constants,
+            **rows.constants,
+            **chosen.options,
+        )
+        rows.finish()
     return result
 
 
@@ -1992,32 +1890,27 @@ def soft_confusion_backward(
         strides[2] == 1,
         focal_classes,
     )
-
-    def launch(configuration: Backward | None, output: torch.Tensor) -> None:
-        chosen = plan(problem, True, configuration)
-        tiles = triton.cdiv(problem.voxels, chosen.constants["BLOCK"])
-        # Several tiles a program share the reading of the cotangents.
-        tiles_a_program = max(1, min(chosen.most, tiles * problem.batch // TILES_TO_FILL))
-        with device_guard(input):
-            chosen.kernel[(triton.cdiv(tiles, tiles_a_program), problem.batch)](
-                grad,
-                flat,
-                flat_target,
-                flat_weight,
-                output,
-                problem.voxels,
-                problem.classes,
-                *strides,
-                *output_strides,
-                tiles_a_program,
-                ignore_index if problem.has_ignore else 0,
-                gamma,
-                **chosen.constants,
-                **chosen.options,
-            )
-
-    grad = grad.contiguous()
-    BACKWARD.run(problem, (output,), launch)
+    chosen = plan(problem, backward=True)
+    tiles = triton.cdiv(problem.voxels, chosen.constants["BLOCK"])
+    # Several tiles a program share the reading of the cotangents.
+    tiles_a_program = max(1, min(TILES_A_PROGRAM, tiles * problem.batch // TILES_TO_FILL))
+    with device_guard(input):
+        chosen.kernel[(triton.cdiv(tiles, tiles_a_program), problem.batch)](
+            grad.contiguous(),
+            flat,
+            flat_target,
+            flat_weight,
+            output,
+            problem.voxels,
+            problem.classes,
+            *strides,
+            *output_strides,
+            tiles_a_program,
+            ignore_index if problem.has_ignore else 0,
+            gamma,
+            **chosen.constants,
+            **chosen.options,
+        )
     if output is not gradient:
         gradient.copy_(output)
     return gradient

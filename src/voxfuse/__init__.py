@@ -36,7 +36,6 @@ from voxfuse.losses import (  # noqa: E402
     head_loss,
 )
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
-from voxfuse.tuning import tune  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -72,5 +71,4 @@ __all__ = [
     "overlap_add",
     "sliding_window_inference",
     "soft_confusion",
-    "tune",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from voxfuse import _backends, _library, tuning
+from voxfuse import _backends, _library
 
 
 def information() -> dict[str, Any]:
@@ -33,7 +33,6 @@ def information() -> dict[str, Any]:
             "gpu": gpu,
             "torch_cuda": torch.version.cuda,
         },
-        "tuning": tuning.information(),
     }
 
 
@@ -55,25 +54,11 @@ def _print_information(found: dict[str, Any]) -> None:
         print(f"  compiled    CUDA {build['cuda']} for {architectures}")
     else:
         print("  compiled    no CUDA kernels")
-    print(f"  tuned       {_tuning_line(found['tuning'])}")
     print("\nVersions")
     for name in ("python", "torch", "triton", "numpy"):
         print(f"  {name:<11} {versions[name]}")
     if build:
         print(f"  built with  torch {build['torch']}")
-
-
-def _tuning_line(found: dict[str, Any]) -> str:
-    """Whether a tuned table is in use."""
-    if found["error"] is not None:
-        return f"no: {found['file']} is damaged or not voxfuse's ({found['error']})"
-    if not found["choices"]:
-        measured = "; VOXFUSE_TUNE=1 measures" if found["mode"] == "1" else ""
-        return f"no: nothing was measured for this GPU and version (`voxfuse tune`){measured}"
-    table = f"{found['choices']} launches measured, {found['changed']} not the default"
-    if found["mode"] == "0":
-        return f"no, by VOXFUSE_TUNE=0 ({table} in {found['file']})"
-    return f"yes: {table} ({found['file']})"
 
 
 def _info(options: argparse.Namespace) -> int:
