@@ -611,16 +611,60 @@ def test_weights_are_buffers_and_survive_a_state_dict():
     torch.testing.assert_close(other.class_weight, loss.class_weight)
 
 
+def module_of(function):
+    modules = {name.lower(): getattr(voxfuse, name) for name in voxfuse.losses.__all__}
+    return modules[function.replace("_", "").replace("lovaszsoftmax", "lovasz")]
+
+
 @pytest.mark.parametrize("function", voxfuse.functional.__all__)
 def test_functions_have_the_options_and_defaults_of_their_modules(function):
-    module = {name.lower(): getattr(voxfuse, name) for name in voxfuse.losses.__all__}[
-        function.replace("_", "").replace("lovaszsoftmax", "lovasz")
+    own = list(inspect.signature(getattr(voxfuse.functional, function)).parameters.values())
+    theirs = inspect.signature(module_of(function)).parameters
+    assert [(p.name, p.default) for p in own[:3]] == [
+        ("input", inspect.Parameter.empty),
+        ("target", inspect.Parameter.empty),
+        ("weight", None),
     ]
-    own = inspect.signature(getattr(voxfuse.functional, function)).parameters
-    theirs = inspect.signature(module).parameters
-    for name, parameter in own.items():
-        if name not in ("input", "target", "weight", "options"):
-            assert parameter.default == theirs[name].default, name
+    assert {p.name: p.default for p in own[3:]} == {n: p.default for n, p in theirs.items()}
+    assert all(p.kind is p.KEYWORD_ONLY for p in own[3:])
+
+
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
+def test_functions_go_by_their_names(function):
+    loss = getattr(voxfuse.functional, function)
+    assert (loss.__name__, loss.__module__) == (function, "voxfuse.losses.functional")
+    assert f"see :class:`voxfuse.{module_of(function).__name__}`." in loss.__doc__
+    assert pickle.loads(pickle.dumps(loss)) is loss
+    logits, labels = batch()
+    with pytest.raises(TypeError, match=rf"{function}\(\) takes from 2 to 3 positional arguments"):
+        loss(logits, labels, None, 0.3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alfa'"):
+        loss(logits, labels, alfa=0.3)
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_options_of_functions(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    uses = tmp_path / "uses.py"
+    uses.write_text(
+        "import torch\n"
+        "from voxfuse import functional as F\n"
+        "x = torch.zeros(1)\n"
+        "reveal_type(F.tversky_loss(x, x, alpha=0.3, smooth_nr=0.0, class_weight=[1.0]))\n"
+        "reveal_type(F.bce_loss(x, x, x, pos_weight=2.0))\n"
+        "reveal_type(F.lovasz_softmax_loss(x, x, classes=[1]))\n"
+        "reveal_type(F.dice_ce_loss)\n"
+        "F.tversky_loss(x, x, alfa=0.3)\n"
+        "F.tversky_loss(x, x, alpha='a')\n"
+        "F.tversky_loss(x)\n"
+    )
+    told, _, _ = api.run([str(uses), "--no-error-summary"])
+    lines = [line.split("uses.py:")[1] for line in told.splitlines() if "defined in" not in line]
+    for number, line in zip((4, 5, 6), lines, strict=False):
+        assert line == f'{number}: note: Revealed type is "torch._tensor.Tensor"'
+    assert "lambda_dice: float =" in lines[3]
+    assert "likelihood_weight:" in lines[3]
+    assert [line[:9] for line in lines[4:]] == ["8: error:", "9: error:", "10: error"]
 
 
 @everyone

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from voxfuse.losses._engine import evaluate
+from voxfuse.losses._engine import ClassWeights, evaluate
 from voxfuse.losses._options import CALL_DEFAULTS, OVERLAP_DEFAULTS, WEIGHT_NAMES
 from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses._recipe import Recipe
@@ -42,6 +42,17 @@ class HoldsGroup(nn.Module):
         return result
 
 
+def with_keywords(signature: inspect.Signature, options: Mapping[str, Any]) -> inspect.Signature:
+    """``signature`` with every option in the place of ``**options``, for help() and editors."""
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    rest = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in options.items()
+        if name not in signature.parameters
+    ]
+    return signature.replace(parameters=[*own, *rest])
+
+
 class LossModule(HoldsGroup):
     """A loss whose options are attributes; changing one takes effect at the next call."""
 
@@ -64,16 +75,11 @@ class LossModule(HoldsGroup):
         if "recipe_from" not in vars(cls):
             return
         cls._defaults = {**option_defaults(cls.recipe_from), **CALL_DEFAULTS}
-        # help() and editors show every option instead of **options.
-        own = inspect.signature(cls.__init__).parameters.values()
-        parameters = [p for p in own if p.name != "self" and p.kind is not p.VAR_KEYWORD]
-        known = {p.name for p in parameters}
-        for name, default in {**cls._defaults, **dict.fromkeys(cls.weight_names)}.items():
-            if name not in known:
-                parameters.append(
-                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-                )
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        bound = inspect.signature(cls.__init__.__get__(cls))
+        options = {**cls._defaults, **dict.fromkeys(cls.weight_names)}
+        cls.__signature__ = with_keywords(  # type: ignore[attr-defined]
+            bound.replace(return_annotation=inspect.Signature.empty), options
+        )
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -128,6 +134,34 @@ class LossModule(HoldsGroup):
             self.pos_weight,
             None if group is None else ranks_of(group, self.ddp_average),
             self.backend,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        *,
+        class_weight: ClassWeights = None,
+        likelihood_weight: ClassWeights = None,
+        pos_weight: ClassWeights = None,
+        process_group: Any = None,
+        ddp_average: bool = False,
+        backend: str = "auto",
+        **options: Any,
+    ) -> Tensor:
+        """The loss with these options, without a module."""
+        return evaluate(
+            cls.recipe_from(**options),
+            input,
+            target,
+            weight,
+            class_weight,
+            likelihood_weight,
+            pos_weight,
+            ranks_of(process_group, ddp_average),
+            backend,
         )
 
     def extra_repr(self) -> str:

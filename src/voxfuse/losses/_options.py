@@ -41,6 +41,10 @@ class CallOptions(TypedDict, total=False):
     backend: str
 
 
+class BinaryOptions(CallOptions, total=False):
+    pos_weight: ClassWeights
+
+
 class OverlapOptions(CallOptions, total=False):
     activation: str
     include_background: bool
@@ -54,6 +58,5 @@ class OverlapOptions(CallOptions, total=False):
     overlap: str
 
 
-class CompoundOptions(OverlapOptions, total=False):
+class CompoundOptions(OverlapOptions, BinaryOptions, total=False):
     likelihood_weight: ClassWeights
-    pos_weight: ClassWeights

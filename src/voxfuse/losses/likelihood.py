@@ -10,7 +10,7 @@ from voxfuse.losses._module import LossModule
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from voxfuse.losses._options import CallOptions
+    from voxfuse.losses._options import BinaryOptions, CallOptions
 
 
 class CrossEntropyLoss(LossModule):
@@ -94,7 +94,7 @@ class BCELoss(LossModule):
         include_background: bool = True,
         reduction: str = "mean",
         ignore_index: int | None = None,
-        **options: Unpack[CallOptions],
+        **options: Unpack[BinaryOptions],
     ) -> None:
         super().__init__(
             include_background=include_background,

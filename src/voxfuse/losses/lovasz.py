@@ -488,6 +488,7 @@ class LovaszLoss(_LovaszModule):
     """
 
     shown = ("classes", "per_image", "activation", "ignore_index")
+    of = staticmethod(lovasz_softmax)
 
     def __init__(
         self,
@@ -528,6 +529,8 @@ class LovaszHingeLoss(_LovaszModule):
         >>> voxfuse.LovaszHingeLoss()(torch.tensor([[[2.0, -2.0]]]), torch.tensor([[[1, 0]]]))
         tensor(0.)
     """
+
+    of = staticmethod(lovasz_hinge)
 
     def __init__(
         self,
