@@ -38,6 +38,7 @@ from voxfuse.triton_kernels.soft_confusion import (
     _combine,
     _finite,
     _inside,
+    _is_largest,
     _load_cotangents,
     _load_target,
     _load_voxels,
@@ -121,7 +122,7 @@ def _logits(
 
 @triton.jit
 def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
-    """exp(z - largest), and of the label's class z - largest and the sum over the others."""
+    """z - largest, its exponential, and of the label: where, its gap, the other exponentials."""
     z = _finite(z, tl.float32)
     index = _class_index(0, CLASSES)
     z = tl.where(index < classes, z, float("-inf"))
@@ -130,7 +131,7 @@ def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
     hit = label == index
     d_label = tl.sum(tl.where(hit, d, 0.0), axis=0, keep_dims=True)
     others = tl.sum(tl.where(hit, 0.0, e), axis=0, keep_dims=True)
-    return e, hit, d_label, others
+    return d, e, hit, d_label, others
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -231,7 +232,7 @@ def _head_forward(
                 PRECISION,
             )
             if FAST:
-                e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
+                _, e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
                 e_label = tl.exp(d_label)
                 total = e_label + others
                 scale = 1.0 / total
@@ -467,11 +468,43 @@ def _head_backward(
                     SUMS,
                     tl.float32,
                 )
-                top, low, share = _shares(
-                    z, m, p, h, u, index < classes, ACTIVATION, LIKELIHOOD, CLASSES, tl.float32
+                best = m
+                if ACTIVATION == SOFTMAX:
+                    largest = _is_largest(z, m, tl.float32) & (index < classes)
+                    best = tl.max(tl.where(largest, h, float("-inf")), axis=0, keep_dims=True)
+                mean, top, low = _shares(
+                    z,
+                    m,
+                    p,
+                    h,
+                    u,
+                    best,
+                    index < classes,
+                    ACTIVATION,
+                    LIKELIHOOD,
+                    True,
+                    tl.float32,
                 )
+                if ACTIVATION == SOFTMAX:
+                    mean = tl.sum(mean, axis=0, keep_dims=True)
+                if LIKELIHOOD == SOFTMAX:
+                    top = tl.sum(top, axis=0, keep_dims=True)
+                    low = tl.sum(low, axis=0, keep_dims=True)
                 dz = _combine(
-                    p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
+                    z,
+                    m,
+                    p,
+                    h,
+                    r,
+                    u,
+                    direct,
+                    best,
+                    mean,
+                    top,
+                    low,
+                    ACTIVATION,
+                    LIKELIHOOD,
+                    tl.float32,
                 )
             if voxel_weight is not None:
                 dz = dz * w
@@ -511,24 +544,26 @@ def _label_gradient(
 ):
     """Labels with softmax throughout.
 
-    With A the label's own slope and f the others', D = sum of p (f - A) over the others and K the
-    likelihood's slope: p (f - A - D + K) off the label and -(1 - p) K - p D on it. Nothing large
-    cancels where the label is nearly certain.
+    With h measured from that of a class with the largest logit, D = sum of p h and K the
+    likelihood's slope: p (h - D + K) off the label and p (h - D) - (1 - p) K on it. Nothing large
+    cancels where the prediction is nearly certain, right or wrong.
     """
-    e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
+    d, e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
     e_label = tl.exp(d_label)
     total = e_label + others
     scale = 1.0 / total
-    p_label = e_label * scale
     other = others * scale
-    own = tl.sum(tl.where(hit, cotangents[0], 0.0), axis=0, keep_dims=True)
     slope = tl.sum(tl.where(hit, cotangents[2], 0.0), axis=0, keep_dims=True)
     if GAMMA != 0:
         minus_log = _log_of_sum(e_label, others, total) - d_label
-        slope = -slope * _slope(p_label, other, minus_log, gamma, label, GAMMA, FOCAL, tl.float32)
-    mean = tl.sum(tl.where(hit, 0.0, e * (cotangents[1] - own)), axis=0, keep_dims=True) * scale
-    off_label = e * scale * (cotangents[1] - own - mean + slope)
-    return tl.where(hit, -other * slope - p_label * mean, off_label)
+        slope = -slope * _slope(
+            e_label * scale, other, minus_log, gamma, label, GAMMA, FOCAL, tl.float32
+        )
+    h = tl.where(hit, cotangents[0], cotangents[1])
+    # Classes of the padding have a gap of infinity.
+    near = h - tl.max(tl.where(d == 0, h, float("-inf")), axis=0, keep_dims=True)
+    mean = tl.sum(e * near, axis=0, keep_dims=True) * scale
+    return e * scale * (near - mean + tl.where(hit, 0.0, slope)) - tl.where(hit, other * slope, 0.0)
 
 
 # --- launches ------------------------------------------------------------------------------------

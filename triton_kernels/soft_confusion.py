@@ -148,8 +148,8 @@ def _load_voxels(
 ):
     """Return (label, target value, weight, included), each (1, BLOCK).
 
-    Labels of excluded voxels are -1, so that no class matches them: ignored, out of range, of
-    weight 0 or past the end.
+    Labels of excluded voxels are -1, so that no class matches them: ignored, out of range, not
+    whole, of weight 0 or past the end.
     """
     included = inside
     label = tl.full([1, 1], -1, tl.int32)
@@ -161,9 +161,10 @@ def _load_voxels(
     if TARGET == LABELS:
         raw = tl.load(target + target_offset, mask=inside, other=0)
         if raw.dtype.is_floating():
-            # Truncation towards zero makes the labels of (-1, 0) class 0.
-            number = raw.to(tl.float32)
-            included = included & (number > -1.0) & (number < classes)
+            number = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
+            # No class has a label that is not whole, and none has NaN.
+            included = included & (number >= 0) & (number < classes)
+            included = included & (number == tl.floor(number))
         elif raw.dtype == tl.int64:
             number = raw
             included = included & (number >= 0) & (number < classes)
@@ -336,6 +337,12 @@ def _slope(
     return result
 
 
+@triton.jit
+def _missed(p, complement, g):
+    """``g - p``, of which nothing is lost where p is almost 1."""
+    return tl.where(g >= 0.5, complement - (1.0 - g), g - p)
+
+
 # --- forward -------------------------------------------------------------------------------------
 
 
@@ -405,7 +412,7 @@ def _terms(
     if MIN:
         tp = tl.minimum(p, g, propagate_nan=NAN)
         fp = tl.maximum(p - g, 0.0, propagate_nan=NAN)
-        fn = tl.maximum(g - p, 0.0, propagate_nan=NAN)
+        fn = tl.maximum(_missed(p, complement, g), 0.0, propagate_nan=NAN)
     else:
         tp = p * g
         fp = p * (1.0 - g)
@@ -844,8 +851,18 @@ def _forward_online(
             HAS_IGNORE,
             DTYPE,
         )
-        m, rest, count = _online_state(
-            input, offset, input_c, inside, classes, ACTIVATION, LIKELIHOOD, CLASSES, BLOCK, DTYPE
+        m, rest, count, _ = _online_state(
+            input,
+            offset,
+            input_c,
+            inside,
+            classes,
+            ACTIVATION,
+            LIKELIHOOD,
+            False,
+            CLASSES,
+            BLOCK,
+            DTYPE,
         )
         for c in range(0, classes, CLASSES):
             index = _class_index(c, CLASSES)
@@ -916,14 +933,19 @@ def _online_state(
     classes,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
+    FIND: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """``_softmax_state`` of voxels whose classes are read block by block."""
+    """``_softmax_state`` of voxels whose classes are read block by block.
+
+    With FIND also a class with the largest logit; 0 without, or if no logit is a number.
+    """
     m = tl.full([1, BLOCK], float("-inf"), DTYPE)
     rest = tl.full([1, BLOCK], 0.0, DTYPE)
     count = tl.full([1, BLOCK], 0.0, DTYPE)
+    largest = tl.full([1, BLOCK], 0, tl.int32)
     if ACTIVATION == SOFTMAX or LIKELIHOOD == SOFTMAX:
         for c in range(0, classes, CLASSES):
             index = _class_index(c, CLASSES)
@@ -936,10 +958,13 @@ def _online_state(
             moved = tl.where(m == new, 0.0, count * shrunk)
             rest = rest * shrunk + moved
             count = tl.where(m == new, count, 0.0)
+            if FIND:
+                found = tl.max(tl.where(d == 0, index, 0), axis=0, keep_dims=True)
+                largest = tl.where(m == new, largest, found)
             rest += tl.sum(tl.where(d == 0, 0.0, exponential(d, DTYPE)), axis=0, keep_dims=True)
             count += tl.sum(tl.where(d == 0, 1.0, 0.0), axis=0, keep_dims=True)
             m = new
-    return m, rest, count
+    return m, rest, count, largest
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -966,6 +991,30 @@ def _load_cotangents(
 
 
 @triton.jit
+def _overlap_slope(p, complement, g, cotangents, MIN: tl.constexpr, SUMS: tl.constexpr):
+    """h, the slope of the overlap and P2 at p."""
+    hit, f = cotangents[0], cotangents[1]
+    if MIN:
+        missed = _missed(p, complement, g)
+        a = tl.where(missed > 0, 1.0, tl.where(missed < 0, 0.0, 0.5))
+        h = tl.where(p == p, a * hit + (1.0 - a) * f, p)
+    else:
+        h = g * hit + (1.0 - g) * f
+    if SUMS == 8:
+        h = h + p * cotangents[4]
+    return h
+
+
+@triton.jit
+def _slope_of_largest(
+    rest, count, g, cotangents, MIN: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """h of a class with the largest logit, whose target and cotangents are given."""
+    scale = reciprocal(rest + count, DTYPE)
+    return _overlap_slope(scale, (rest + (count - 1.0)) * scale, g, cotangents, MIN, SUMS)
+
+
+@triton.jit
 def _slopes(
     z,
     m,
@@ -988,17 +1037,11 @@ def _slopes(
     h is the slope at p, u the softmax likelihood's slope before its share over the classes, and
     direct the part of the gradient that needs no other class.
     """
-    hit, f, nll = cotangents[0], cotangents[1], cotangents[2]
+    nll = cotangents[2]
     p, complement, minus_log, minus_log_complement = _probability(
         z, m, rest, count, ACTIVATION, DTYPE
     )
-    if MIN:
-        a = tl.where(p < g, 1.0, tl.where(p > g, 0.0, 0.5))
-        h = tl.where(p == p, a * hit + (1.0 - a) * f, p)
-    else:
-        h = g * hit + (1.0 - g) * f
-    if SUMS == 8:
-        h = h + p * cotangents[4]
+    h = _overlap_slope(p, complement, g, cotangents, MIN, SUMS)
     if ACTIVATION == SIGMOID:
         direct = p * complement * h
     elif ACTIVATION == NONE:
@@ -1160,7 +1203,21 @@ def _backward_resident(
                     DTYPE,
                 )
                 gs = gs + (g,)
-            top, low, share = m, m, m
+            zero = tl.full([1, 1], 0.0, DTYPE)
+            best, mean, top, low = zero, zero, zero, zero
+            if ACTIVATION == SOFTMAX:
+                for t in tl.static_range(TILES):
+                    largest = _is_largest(zs[t], m, DTYPE)
+                    h = _slope_of_largest(rest, count, gs[t], cotangents[t], MIN, SUMS, DTYPE)
+                    if CLASSES > 1:
+                        if t == TILES - 1:
+                            largest = largest & (_class_index(t * CLASSES, CLASSES) < classes)
+                        h = tl.where(largest, h, float("-inf"))
+                        best = h if t == 0 else tl.maximum(best, h)
+                    else:
+                        best = tl.where(largest, h, best)
+                if CLASSES > 1:
+                    best = tl.max(best, axis=0, keep_dims=True)
             for t in tl.static_range(TILES):
                 index = _class_index(t * CLASSES, CLASSES)
                 p, h, r, u, direct = _slopes(
@@ -1180,13 +1237,26 @@ def _backward_resident(
                     SUMS,
                     DTYPE,
                 )
-                a, b, c = _shares(
-                    zs[t], m, p, h, u, index < classes, ACTIVATION, LIKELIHOOD, CLASSES, DTYPE
+                shares = _shares(
+                    zs[t],
+                    m,
+                    p,
+                    h,
+                    u,
+                    best,
+                    index < classes,
+                    ACTIVATION,
+                    LIKELIHOOD,
+                    CLASSES > 1 and t == TILES - 1,
+                    DTYPE,
                 )
-                if t == 0:
-                    top, low, share = a, b, c
-                else:
-                    top, low, share = top + a, low + b, share + c
+                mean, top, low = mean + shares[0], top + shares[1], low + shares[2]
+            if CLASSES > 1:
+                if ACTIVATION == SOFTMAX:
+                    mean = tl.sum(mean, axis=0, keep_dims=True)
+                if LIKELIHOOD == SOFTMAX:
+                    top = tl.sum(top, axis=0, keep_dims=True)
+                    low = tl.sum(low, axis=0, keep_dims=True)
             results = ()
             for t in tl.static_range(TILES):
                 index = _class_index(t * CLASSES, CLASSES)
@@ -1208,7 +1278,20 @@ def _backward_resident(
                     DTYPE,
                 )
                 result = _combine(
-                    p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
+                    zs[t],
+                    m,
+                    p,
+                    h,
+                    r,
+                    u,
+                    direct,
+                    best,
+                    mean,
+                    top,
+                    low,
+                    ACTIVATION,
+                    LIKELIHOOD,
+                    DTYPE,
                 )
                 results = results + (tl.where(included, result * w, 0.0),)
         for t in tl.static_range(TILES):
@@ -1223,64 +1306,73 @@ def _backward_resident(
 
 
 @triton.jit
+def _is_largest(z, m, DTYPE: tl.constexpr):
+    """Whether a class has its voxel's largest logit ``m``."""
+    return _finite(z, DTYPE) - m == 0
+
+
+@triton.jit
 def _shares(
     z,
     m,
     p,
     h,
     u,
+    best,
     valid,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
-    CLASSES: tl.constexpr,
+    PADDED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """What the softmax of every class needs of this block, (1, BLOCK) each.
+    """What the softmax of every class needs of this block, to be added up over the classes.
 
-    The sum of h over the classes with the largest logit, the sum of p h over all others, and the
-    sum of u.
+    p (h - best), where ``best`` is h of a class with the largest logit, and u of the classes with
+    the largest logit and of the others. The difference is taken first: it is 0 where p is not
+    small, so that nothing cancels, neither where a prediction is nearly perfect nor where it is
+    sure and wrong.
     """
-    top = tl.full([1, 1], 0.0, DTYPE)
-    low, share = top, top
+    mean = tl.full([1, 1], 0.0, DTYPE)
+    top, low = mean, mean
     if ACTIVATION == SOFTMAX:
-        d = _finite(z, DTYPE) - m
-        top = tl.where(d == 0, h, 0.0)
-        low = tl.where(d == 0, 0.0, p * h)
-        if CLASSES > 1:
-            top = tl.sum(tl.where(valid, top, 0.0), axis=0, keep_dims=True)
-            low = tl.sum(tl.where(valid, low, 0.0), axis=0, keep_dims=True)
+        mean = p * (h - best)
+        if PADDED:
+            mean = tl.where(valid, mean, 0.0)
     if LIKELIHOOD == SOFTMAX:
-        share = u
-        if CLASSES > 1:
-            share = tl.sum(tl.where(valid, u, 0.0), axis=0, keep_dims=True)
-    return top, low, share
+        largest = _is_largest(z, m, DTYPE)
+        top = tl.where(largest, u, 0.0)
+        low = tl.where(largest, 0.0, u)
+        if PADDED:
+            top = tl.where(valid, top, 0.0)
+            low = tl.where(valid, low, 0.0)
+    return mean, top, low
 
 
 @triton.jit
 def _combine(
+    z,
+    m,
     p,
     h,
     r,
     u,
     direct,
+    best,
+    mean,
     top,
     low,
-    share,
-    rest,
-    count,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """The gradient of a block of classes, without the voxel weight."""
     result = direct
     if ACTIVATION == SOFTMAX:
-        # p (h - sum p h) with h measured from the most probable class's, so that the gradient of
-        # a nearly perfect prediction is not a difference of large numbers.
-        best = top / count
-        mean = low - best * (rest / (rest + count))
         result = result + p * ((h - best) - mean)
     if LIKELIHOOD == SOFTMAX:
-        result = result - r * (share - u)
+        # u of the other classes. Of a class that is almost certain it must not be a difference.
+        largest = _is_largest(z, m, DTYPE)
+        result = result - r * tl.where(largest, low + (top - u), top + (low - u))
     return result
 
 
@@ -1328,7 +1420,7 @@ def _label_gradient(
     """Labels with softmax throughout."""
     gaps, m = _gaps_to_largest(zs, classes, TILES, CLASSES, DTYPE)
     zero = tl.full([1, 1], 0.0, DTYPE)
-    total, best, nll, d_label, others = zero, zero, zero, zero, zero
+    best, nll, d_label, e_label, others = zero, zero, zero, zero, zero
     es = ()
     for t in tl.static_range(TILES):
         index = _class_index(t * CLASSES, CLASSES)
@@ -1336,28 +1428,30 @@ def _label_gradient(
         h = tl.where(hit, cotangents[t][0], cotangents[t][1])
         e = exponential(gaps[t], DTYPE)
         es = es + (e,)
-        total = total + e
+        others = others + tl.where(hit, 0.0, e)
         largest = gaps[t] == 0
         if CLASSES > 1:
             h = tl.where(largest, h, float("-inf"))
             best = h if t == 0 else tl.maximum(best, h)
             nll = nll + tl.where(hit, cotangents[t][2], 0.0)
+            e_label = e_label + tl.where(hit, e, 0.0)
         else:
             best = tl.where(largest, h, best)
             nll = tl.where(hit, cotangents[t][2], nll)
+            e_label = tl.where(hit, e, e_label)
         if GAMMA != 0:
             d_label = d_label + tl.where(hit, gaps[t], 0.0)
-            others = others + tl.where(hit, 0.0, e)
     if CLASSES > 1:
-        total = tl.sum(total, axis=0, keep_dims=True)
         best = tl.max(best, axis=0, keep_dims=True)
         nll = tl.sum(nll, axis=0, keep_dims=True)
+        e_label = tl.sum(e_label, axis=0, keep_dims=True)
+        others = tl.sum(others, axis=0, keep_dims=True)
         if GAMMA != 0:
             d_label = tl.sum(d_label, axis=0, keep_dims=True)
-            others = tl.sum(others, axis=0, keep_dims=True)
+    total = e_label + others
     scale = reciprocal(total, DTYPE)
-    # h is measured from a most probable class's, so that the gradient of a nearly perfect
-    # prediction is not a difference of large numbers.
+    # h is measured from a most probable class's, as in _shares; the label's own part of the
+    # likelihood is its slope times 1 - p.
     low = zero
     for t in tl.static_range(TILES):
         hit = label == _class_index(t * CLASSES, CLASSES)
@@ -1366,21 +1460,22 @@ def _label_gradient(
         low = tl.sum(low, axis=0, keep_dims=True)
     slope = -nll
     if GAMMA != 0:
-        e_label = exponential(d_label, DTYPE)
         minus_log = log_of_sum(e_label, others, total, DTYPE) + _at_most_finite(-d_label, DTYPE)
         slope = nll * _slope(
             e_label * scale, others * scale, minus_log, gamma, label, GAMMA, FOCAL, DTYPE
         )
-    shift = low * scale + slope
+    mean = low * scale
     included = label >= 0
     scale = tl.where(included, tl.where(m == m, scale, m), 0.0)
     if WEIGHTED:
-        scale, slope = scale * w, slope * w
+        scale = scale * w
+    of_label = slope * (others * scale)
     results = ()
     for t in tl.static_range(TILES):
         hit = label == _class_index(t * CLASSES, CLASSES)
         near = tl.where(hit, cotangents[t][0], cotangents[t][1]) - best
-        result = (es[t] * scale) * (near - shift) + tl.where(hit, slope, 0.0)
+        near = tl.where(hit, near - mean, near - (mean + slope))
+        result = (es[t] * scale) * near + tl.where(hit, of_label, 0.0)
         results = results + (result,)
     return results
 
@@ -1448,12 +1543,39 @@ def _backward_online(
             HAS_IGNORE,
             DTYPE,
         )
-        m, rest, count = _online_state(
-            input, offset, input_c, inside, classes, ACTIVATION, LIKELIHOOD, CLASSES, BLOCK, DTYPE
+        m, rest, count, largest = _online_state(
+            input,
+            offset,
+            input_c,
+            inside,
+            classes,
+            ACTIVATION,
+            LIKELIHOOD,
+            ACTIVATION == SOFTMAX,
+            CLASSES,
+            BLOCK,
+            DTYPE,
         )
+        best = tl.full([1, BLOCK], 0.0, DTYPE)
+        mean = tl.full([1, BLOCK], 0.0, DTYPE)
         top = tl.full([1, BLOCK], 0.0, DTYPE)
         low = tl.full([1, BLOCK], 0.0, DTYPE)
-        share = tl.full([1, BLOCK], 0.0, DTYPE)
+        if ACTIVATION == SOFTMAX:
+            g = _load_target(
+                target,
+                largest,
+                target_c,
+                target_offset,
+                included,
+                classes,
+                label,
+                value,
+                TARGET,
+                False,
+                DTYPE,
+            )
+            cotangents = _load_cotangents(grad, largest, classes, SUMS, False, DTYPE)
+            best = _slope_of_largest(rest, count, g, cotangents, MIN, SUMS, DTYPE)
         if ACTIVATION == SOFTMAX or LIKELIHOOD == SOFTMAX:
             for c in range(0, classes, CLASSES):
                 index = _class_index(c, CLASSES)
@@ -1490,11 +1612,13 @@ def _backward_online(
                     DTYPE,
                 )
                 shares = _shares(
-                    z, m, p, h, u, index < classes, ACTIVATION, LIKELIHOOD, CLASSES, DTYPE
+                    z, m, p, h, u, best, index < classes, ACTIVATION, LIKELIHOOD, True, DTYPE
                 )
-                top += shares[0]
-                low += shares[1]
-                share += shares[2]
+                if ACTIVATION == SOFTMAX:
+                    mean += tl.sum(shares[0], axis=0, keep_dims=True)
+                if LIKELIHOOD == SOFTMAX:
+                    top += tl.sum(shares[1], axis=0, keep_dims=True)
+                    low += tl.sum(shares[2], axis=0, keep_dims=True)
         for c in range(0, classes, CLASSES):
             index = _class_index(c, CLASSES)
             z = _load_values(input, index, input_c, offset, inside, classes, True, DTYPE)
@@ -1530,7 +1654,20 @@ def _backward_online(
                 DTYPE,
             )
             result = _combine(
-                p, h, r, u, direct, top, low, share, rest, count, ACTIVATION, LIKELIHOOD
+                z,
+                m,
+                p,
+                h,
+                r,
+                u,
+                direct,
+                best,
+                mean,
+                top,
+                low,
+                ACTIVATION,
+                LIKELIHOOD,
+                DTYPE,
             )
             result = tl.where(included, result * w, 0.0).to(output.dtype.element_ty)
             place = output + index.to(tl.int64) * output_c + start * output_v + lane * output_v
