@@ -34,15 +34,18 @@ from voxfuse.triton_kernels.soft_confusion import (
     DENSE,
     LABELS,
     SOFTMAX,
+    _choose,
     _class_index,
     _combine,
     _finite,
+    _greatest,
     _inside,
     _is_largest,
     _load_cotangents,
     _load_target,
     _load_voxels,
     _modulated,
+    _parts_of_largest,
     _shares,
     _slope,
     _slopes,
@@ -451,6 +454,13 @@ def _head_backward(
                     True,
                     tl.float32,
                 )
+                best = (m, m, m, m)
+                if ACTIVATION == SOFTMAX:
+                    largest = _is_largest(z, m, tl.float32) & (index < classes)
+                    parts = _parts_of_largest(
+                        rest, count, g, cotangents, MIN, TARGET, SUMS, tl.float32
+                    )
+                    best = _greatest(_choose(best, parts, largest, True, CLASSES))
                 p, h, r, u, direct = _slopes(
                     z,
                     m,
@@ -458,6 +468,7 @@ def _head_backward(
                     count,
                     g,
                     cotangents,
+                    best,
                     gamma,
                     index,
                     ACTIVATION,
@@ -465,20 +476,16 @@ def _head_backward(
                     MIN,
                     GAMMA,
                     FOCAL,
+                    TARGET,
                     SUMS,
                     tl.float32,
                 )
-                best = m
-                if ACTIVATION == SOFTMAX:
-                    largest = _is_largest(z, m, tl.float32) & (index < classes)
-                    best = tl.max(tl.where(largest, h, float("-inf")), axis=0, keep_dims=True)
                 mean, top, low = _shares(
                     z,
                     m,
                     p,
                     h,
                     u,
-                    best,
                     index < classes,
                     ACTIVATION,
                     LIKELIHOOD,
@@ -498,7 +505,6 @@ def _head_backward(
                     r,
                     u,
                     direct,
-                    best,
                     mean,
                     top,
                     low,

@@ -991,27 +991,61 @@ def _load_cotangents(
 
 
 @triton.jit
-def _overlap_slope(p, complement, g, cotangents, MIN: tl.constexpr, SUMS: tl.constexpr):
-    """h, the slope of the overlap and P2 at p."""
-    hit, f = cotangents[0], cotangents[1]
+def _overlap_share(p, complement, g, MIN: tl.constexpr):
+    """a in h = a hit + (1 - a) f, the slope of the overlap at p."""
     if MIN:
         missed = _missed(p, complement, g)
-        a = tl.where(missed > 0, 1.0, tl.where(missed < 0, 0.0, 0.5))
-        h = tl.where(p == p, a * hit + (1.0 - a) * f, p)
+        share = tl.where(missed > 0, 1.0, tl.where(missed < 0, 0.0, 0.5))
+        share = tl.where(missed == missed, share, missed)
     else:
-        h = g * hit + (1.0 - g) * f
-    if SUMS == 8:
-        h = h + p * cotangents[4]
-    return h
+        share = g
+    return share
 
 
 @triton.jit
-def _slope_of_largest(
-    rest, count, g, cotangents, MIN: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr
+def _parts_of_largest(
+    rest,
+    count,
+    g,
+    cotangents,
+    MIN: tl.constexpr,
+    TARGET: tl.constexpr,
+    SUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """h of a class with the largest logit, whose target and cotangents are given."""
+    """What h of a class with the largest logit is made of, from its target and cotangents.
+
+    (a, hit, f, slope of P2) for a dense target; else (h without P2, 0, 0, slope of P2).
+    """
     scale = reciprocal(rest + count, DTYPE)
-    return _overlap_slope(scale, (rest + (count - 1.0)) * scale, g, cotangents, MIN, SUMS)
+    a = _overlap_share(scale, (rest + (count - 1.0)) * scale, g, MIN)
+    zero = tl.full([1, 1], 0.0, DTYPE)
+    square = scale * cotangents[4] if SUMS == 8 else zero
+    if TARGET == DENSE:
+        parts = (a, cotangents[0], cotangents[1], square)
+    else:
+        parts = (a * cotangents[0] + (1.0 - a) * cotangents[1], zero, zero, square)
+    return parts
+
+
+@triton.jit
+def _less_that_of_largest(p, a, cotangents, best, TARGET: tl.constexpr, SUMS: tl.constexpr):
+    """h less that of the class with the largest logit, whose ``_parts_of_largest`` are ``best``.
+
+    Of a dense target, nothing is multiplied before the difference is formed: of what the two
+    classes share of hit and of f, and of what one has as hit and the other as f.
+    """
+    hit, f = cotangents[0], cotangents[1]
+    if TARGET == DENSE:
+        h = tl.minimum(a, best[0]) * (hit - best[1])
+        h = h + (1.0 - tl.maximum(a, best[0])) * (f - best[2])
+        h = h + tl.maximum(a - best[0], 0.0, propagate_nan=NAN) * (hit - best[2])
+        h = h + tl.maximum(best[0] - a, 0.0, propagate_nan=NAN) * (f - best[1])
+    else:
+        h = (a * hit + (1.0 - a) * f) - best[0]
+    if SUMS == 8:
+        h = h + (p * cotangents[4] - best[3])
+    return h
 
 
 @triton.jit
@@ -1022,6 +1056,7 @@ def _slopes(
     count,
     g,
     cotangents,
+    best,
     gamma,
     index,
     ACTIVATION: tl.constexpr,
@@ -1029,19 +1064,27 @@ def _slopes(
     MIN: tl.constexpr,
     GAMMA: tl.constexpr,
     FOCAL: tl.constexpr,
+    TARGET: tl.constexpr,
     SUMS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Return (p, h, r, u, direct) of a block of classes.
 
-    h is the slope at p, u the softmax likelihood's slope before its share over the classes, and
+    h is the slope at p, with softmax less that of the class with the largest logit, whose parts are
+    ``best``; u is the softmax likelihood's slope before its share over the classes, and
     direct the part of the gradient that needs no other class.
     """
     nll = cotangents[2]
     p, complement, minus_log, minus_log_complement = _probability(
         z, m, rest, count, ACTIVATION, DTYPE
     )
-    h = _overlap_slope(p, complement, g, cotangents, MIN, SUMS)
+    a = _overlap_share(p, complement, g, MIN)
+    if ACTIVATION == SOFTMAX:
+        h = _less_that_of_largest(p, a, cotangents, best, TARGET, SUMS)
+    else:
+        h = a * cotangents[0] + (1.0 - a) * cotangents[1]
+        if SUMS == 8:
+            h = h + p * cotangents[4]
     if ACTIVATION == SIGMOID:
         direct = p * complement * h
     elif ACTIVATION == NONE:
@@ -1204,20 +1247,19 @@ def _backward_resident(
                 )
                 gs = gs + (g,)
             zero = tl.full([1, 1], 0.0, DTYPE)
-            best, mean, top, low = zero, zero, zero, zero
+            mean, top, low = zero, zero, zero
+            best = (zero, zero, zero, zero)
             if ACTIVATION == SOFTMAX:
                 for t in tl.static_range(TILES):
                     largest = _is_largest(zs[t], m, DTYPE)
-                    h = _slope_of_largest(rest, count, gs[t], cotangents[t], MIN, SUMS, DTYPE)
-                    if CLASSES > 1:
-                        if t == TILES - 1:
-                            largest = largest & (_class_index(t * CLASSES, CLASSES) < classes)
-                        h = tl.where(largest, h, float("-inf"))
-                        best = h if t == 0 else tl.maximum(best, h)
-                    else:
-                        best = tl.where(largest, h, best)
+                    if CLASSES > 1 and t == TILES - 1:
+                        largest = largest & (_class_index(t * CLASSES, CLASSES) < classes)
+                    parts = _parts_of_largest(
+                        rest, count, gs[t], cotangents[t], MIN, TARGET, SUMS, DTYPE
+                    )
+                    best = _choose(best, parts, largest, t == 0, CLASSES)
                 if CLASSES > 1:
-                    best = tl.max(best, axis=0, keep_dims=True)
+                    best = _greatest(best)
             for t in tl.static_range(TILES):
                 index = _class_index(t * CLASSES, CLASSES)
                 p, h, r, u, direct = _slopes(
@@ -1227,6 +1269,7 @@ def _backward_resident(
                     count,
                     gs[t],
                     cotangents[t],
+                    best,
                     gamma,
                     index,
                     ACTIVATION,
@@ -1234,6 +1277,7 @@ def _backward_resident(
                     MIN,
                     GAMMA,
                     FOCAL,
+                    TARGET,
                     SUMS,
                     DTYPE,
                 )
@@ -1243,7 +1287,6 @@ def _backward_resident(
                     p,
                     h,
                     u,
-                    best,
                     index < classes,
                     ACTIVATION,
                     LIKELIHOOD,
@@ -1267,6 +1310,7 @@ def _backward_resident(
                     count,
                     gs[t],
                     cotangents[t],
+                    best,
                     gamma,
                     index,
                     ACTIVATION,
@@ -1274,6 +1318,7 @@ def _backward_resident(
                     MIN,
                     GAMMA,
                     FOCAL,
+                    TARGET,
                     SUMS,
                     DTYPE,
                 )
@@ -1285,7 +1330,6 @@ def _backward_resident(
                     r,
                     u,
                     direct,
-                    best,
                     mean,
                     top,
                     low,
@@ -1312,13 +1356,37 @@ def _is_largest(z, m, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _choose(best, parts, largest, FIRST: tl.constexpr, CLASSES: tl.constexpr):
+    """``best`` with the ``parts`` of a block's class with the largest logit, if it has one.
+
+    Of several classes with it, any, and any mixture of their parts, serves.
+    """
+    result = ()
+    for i in tl.static_range(4):
+        if CLASSES > 1:
+            part = tl.where(largest, parts[i], float("-inf"))
+            result = result + (part if FIRST else tl.maximum(best[i], part),)
+        else:
+            result = result + (tl.where(largest, parts[i], best[i]),)
+    return result
+
+
+@triton.jit
+def _greatest(parts):
+    """The parts of a block's class with the largest logit from those of all of its rows."""
+    result = ()
+    for i in tl.static_range(4):
+        result = result + (tl.max(parts[i], axis=0, keep_dims=True),)
+    return result
+
+
+@triton.jit
 def _shares(
     z,
     m,
     p,
     h,
     u,
-    best,
     valid,
     ACTIVATION: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
@@ -1327,15 +1395,14 @@ def _shares(
 ):
     """What the softmax of every class needs of this block, to be added up over the classes.
 
-    p (h - best), where ``best`` is h of a class with the largest logit, and u of the classes with
-    the largest logit and of the others. The difference is taken first: it is 0 where p is not
-    small, so that nothing cancels, neither where a prediction is nearly perfect nor where it is
-    sure and wrong.
+    p h, and u of the classes with the largest logit and of the others. As h is measured from the
+    largest logit's, it is 0 where p is not small, so that nothing cancels, neither where a
+    prediction is nearly perfect nor where it is sure and wrong.
     """
     mean = tl.full([1, 1], 0.0, DTYPE)
     top, low = mean, mean
     if ACTIVATION == SOFTMAX:
-        mean = p * (h - best)
+        mean = p * h
         if PADDED:
             mean = tl.where(valid, mean, 0.0)
     if LIKELIHOOD == SOFTMAX:
@@ -1357,7 +1424,6 @@ def _combine(
     r,
     u,
     direct,
-    best,
     mean,
     top,
     low,
@@ -1368,7 +1434,7 @@ def _combine(
     """The gradient of a block of classes, without the voxel weight."""
     result = direct
     if ACTIVATION == SOFTMAX:
-        result = result + p * ((h - best) - mean)
+        result = result + p * (h - mean)
     if LIKELIHOOD == SOFTMAX:
         # u of the other classes. Of a class that is almost certain it must not be a difference.
         largest = _is_largest(z, m, DTYPE)
@@ -1556,7 +1622,8 @@ def _backward_online(
             BLOCK,
             DTYPE,
         )
-        best = tl.full([1, BLOCK], 0.0, DTYPE)
+        zero = tl.full([1, 1], 0.0, DTYPE)
+        best = (zero, zero, zero, zero)
         mean = tl.full([1, BLOCK], 0.0, DTYPE)
         top = tl.full([1, BLOCK], 0.0, DTYPE)
         low = tl.full([1, BLOCK], 0.0, DTYPE)
@@ -1575,7 +1642,7 @@ def _backward_online(
                 DTYPE,
             )
             cotangents = _load_cotangents(grad, largest, classes, SUMS, False, DTYPE)
-            best = _slope_of_largest(rest, count, g, cotangents, MIN, SUMS, DTYPE)
+            best = _parts_of_largest(rest, count, g, cotangents, MIN, TARGET, SUMS, DTYPE)
         if ACTIVATION == SOFTMAX or LIKELIHOOD == SOFTMAX:
             for c in range(0, classes, CLASSES):
                 index = _class_index(c, CLASSES)
@@ -1601,6 +1668,7 @@ def _backward_online(
                     count,
                     g,
                     cotangents,
+                    best,
                     gamma,
                     index,
                     ACTIVATION,
@@ -1608,11 +1676,12 @@ def _backward_online(
                     MIN,
                     GAMMA,
                     FOCAL,
+                    TARGET,
                     SUMS,
                     DTYPE,
                 )
                 shares = _shares(
-                    z, m, p, h, u, best, index < classes, ACTIVATION, LIKELIHOOD, True, DTYPE
+                    z, m, p, h, u, index < classes, ACTIVATION, LIKELIHOOD, True, DTYPE
                 )
                 if ACTIVATION == SOFTMAX:
                     mean += tl.sum(shares[0], axis=0, keep_dims=True)
@@ -1643,6 +1712,7 @@ def _backward_online(
                 count,
                 g,
                 cotangents,
+                best,
                 gamma,
                 index,
                 ACTIVATION,
@@ -1650,6 +1720,7 @@ def _backward_online(
                 MIN,
                 GAMMA,
                 FOCAL,
+                TARGET,
                 SUMS,
                 DTYPE,
             )
@@ -1661,7 +1732,6 @@ def _backward_online(
                 r,
                 u,
                 direct,
-                best,
                 mean,
                 top,
                 low,
