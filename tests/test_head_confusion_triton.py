@@ -7,7 +7,12 @@ import itertools
 import pytest
 import torch
 
-from tests.confusion_cases import ACTIVATIONS, Case
+from tests.confusion_cases import (
+    ACTIVATIONS,
+    SURE_AND_WRONG,
+    Case,
+    check_gradient_of_sure,
+)
 from tests.head_cases import CHUNK_BYTES, check, head_tensors
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -54,6 +59,47 @@ def test_any_option(activation, likelihood, gamma, target):
         full=True,
     )
     check(case, 6, OPERATORS, device=DEVICE)
+
+
+class LogitsAsFeatures:
+    """soft_confusion_backward as the gradient of the features of a head that hands them on."""
+
+    @staticmethod
+    def soft_confusion_backward(grad, logits, target, weight, *options):
+        *options, focal_classes = options
+        head = torch.eye(logits.shape[1], device=logits.device)
+        gradient, _, _ = OPERATORS.head_confusion_backward(
+            grad,
+            logits,
+            head,
+            None,
+            target,
+            weight,
+            *options,
+            CHUNK_BYTES,
+            True,
+            False,
+            focal_classes,
+        )
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "3 classes, overlap cotangents",
+        "8 classes, equal cotangents",
+        "17 classes, overlap cotangents",
+        "17 classes, likelihood too",
+        "17 classes, full",
+        "17 classes, overlap min",
+        "4 classes, shares target, equal cotangents",
+    ],
+)
+def test_the_gradient_of_the_sure_and_wrong(name):
+    case, kind = SURE_AND_WRONG[name]
+    assert kernels.in_registers(torch.empty(1, case.classes, 1), case.classes, not case.full, True)
+    check_gradient_of_sure(case, kind, LogitsAsFeatures, DEVICE)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])

@@ -125,7 +125,7 @@ def _logits(
 
 @triton.jit
 def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
-    """z - largest, its exponential, and of the label: where, its gap, the other exponentials."""
+    """exp(z - largest), and of the label's class z - largest and the sum over the others."""
     z = _finite(z, tl.float32)
     index = _class_index(0, CLASSES)
     z = tl.where(index < classes, z, float("-inf"))
@@ -134,7 +134,7 @@ def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
     hit = label == index
     d_label = tl.sum(tl.where(hit, d, 0.0), axis=0, keep_dims=True)
     others = tl.sum(tl.where(hit, 0.0, e), axis=0, keep_dims=True)
-    return d, e, hit, d_label, others
+    return e, hit, d_label, others
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -235,7 +235,7 @@ def _head_forward(
                 PRECISION,
             )
             if FAST:
-                _, e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
+                e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
                 e_label = tl.exp(d_label)
                 total = e_label + others
                 scale = 1.0 / total
@@ -434,7 +434,9 @@ def _head_backward(
                 PRECISION,
             )
             if FAST:
-                dz = _label_gradient(z, label, cotangents, classes, gamma, GAMMA, FOCAL, CLASSES)
+                dz = _label_gradient(
+                    grad, z, label, cotangents, classes, gamma, GAMMA, FOCAL, CLASSES
+                )
             else:
                 m = tl.full([1, 1], 0.0, tl.float32)
                 rest, count = m, m
@@ -539,6 +541,7 @@ def _head_backward(
 
 @triton.jit
 def _label_gradient(
+    grad,
     z,
     label,
     cotangents,
@@ -554,20 +557,22 @@ def _label_gradient(
     likelihood's slope: p (h - D + K) off the label and p (h - D) - (1 - p) K on it. Nothing large
     cancels where the prediction is nearly certain, right or wrong.
     """
-    d, e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
+    e, hit, d_label, others = _label_softmax(z, label, classes, CLASSES)
     e_label = tl.exp(d_label)
     total = e_label + others
     scale = 1.0 / total
     other = others * scale
-    slope = tl.sum(tl.where(hit, cotangents[2], 0.0), axis=0, keep_dims=True)
+    # Read again, one a voxel: of all classes they would take registers.
+    place = grad + label.to(tl.int64) * 4 + 3
+    slope = tl.load(place, mask=label >= 0, other=0.0).to(tl.float32)
     if GAMMA != 0:
         minus_log = _log_of_sum(e_label, others, total) - d_label
         slope = -slope * _slope(
             e_label * scale, other, minus_log, gamma, label, GAMMA, FOCAL, tl.float32
         )
     h = tl.where(hit, cotangents[0], cotangents[1])
-    # Classes of the padding have a gap of infinity.
-    near = h - tl.max(tl.where(d == 0, h, float("-inf")), axis=0, keep_dims=True)
+    # A class whose exponential cannot be told from the largest one's serves as well.
+    near = h - tl.max(tl.where(e == 1.0, h, float("-inf")), axis=0, keep_dims=True)
     mean = tl.sum(e * near, axis=0, keep_dims=True) * scale
     return e * scale * (near - mean + tl.where(hit, 0.0, slope)) - tl.where(hit, other * slope, 0.0)
 

@@ -1210,6 +1210,7 @@ def _backward_resident(
             )
         elif FAST:
             results = _label_gradient(
+                grad,
                 zs,
                 label,
                 w,
@@ -1470,6 +1471,7 @@ def _two_class_gradient(
 
 @triton.jit
 def _label_gradient(
+    grad,
     zs,
     label,
     w,
@@ -1499,7 +1501,6 @@ def _label_gradient(
         if CLASSES > 1:
             h = tl.where(largest, h, float("-inf"))
             best = h if t == 0 else tl.maximum(best, h)
-            nll = nll + tl.where(hit, cotangents[t][2], 0.0)
             e_label = e_label + tl.where(hit, e, 0.0)
         else:
             best = tl.where(largest, h, best)
@@ -1509,7 +1510,8 @@ def _label_gradient(
             d_label = d_label + tl.where(hit, gaps[t], 0.0)
     if CLASSES > 1:
         best = tl.max(best, axis=0, keep_dims=True)
-        nll = tl.sum(nll, axis=0, keep_dims=True)
+        # Read again, one a voxel: of all classes they would take registers.
+        nll = tl.load(grad + label.to(tl.int64) * 4 + 3, mask=label >= 0, other=0.0).to(DTYPE)
         e_label = tl.sum(e_label, axis=0, keep_dims=True)
         others = tl.sum(others, axis=0, keep_dims=True)
         if GAMMA != 0:
@@ -1628,21 +1630,28 @@ def _backward_online(
         top = tl.full([1, BLOCK], 0.0, DTYPE)
         low = tl.full([1, BLOCK], 0.0, DTYPE)
         if ACTIVATION == SOFTMAX:
-            g = _load_target(
-                target,
-                largest,
-                target_c,
-                target_offset,
-                included,
-                classes,
-                label,
-                value,
+            best = _parts_of_largest(
+                rest,
+                count,
+                _load_target(
+                    target,
+                    largest,
+                    target_c,
+                    target_offset,
+                    included,
+                    classes,
+                    label,
+                    value,
+                    TARGET,
+                    False,
+                    DTYPE,
+                ),
+                _load_cotangents(grad, largest, classes, SUMS, False, DTYPE),
+                MIN,
                 TARGET,
-                False,
+                SUMS,
                 DTYPE,
             )
-            cotangents = _load_cotangents(grad, largest, classes, SUMS, False, DTYPE)
-            best = _parts_of_largest(rest, count, g, cotangents, MIN, TARGET, SUMS, DTYPE)
         if ACTIVATION == SOFTMAX or LIKELIHOOD == SOFTMAX:
             for c in range(0, classes, CLASSES):
                 index = _class_index(c, CLASSES)
