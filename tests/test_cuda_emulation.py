@@ -23,9 +23,11 @@ from tests.accuracy import assert_accurate
 from tests.activated_cases import CHANNELS, gradient_scale, special_patches
 from tests.confusion_cases import (
     ACTIVATIONS,
+    SURE_AND_WRONG,
     Case,
     certain_probabilities,
     check,
+    check_gradient_of_sure,
     schema_arguments,
     tensors,
 )
@@ -275,6 +277,36 @@ def test_certain_probabilities_have_the_slope_of_the_overlap_alone(soft_confusio
     certain_probabilities(soft_confusion, gamma, "cpu")
 
 
+@pytest.mark.parametrize("name", SURE_AND_WRONG)
+def test_the_gradient_of_the_sure_and_wrong_keeps_its_digits(soft_confusion, name):
+    case, kind = SURE_AND_WRONG[name]
+    check_gradient_of_sure(case, kind, soft_confusion)
+
+
+@pytest.mark.parametrize("classes", [3, 5, 16])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_a_likelihood_of_one_class_alone_keeps_its_digits(soft_confusion, classes, gamma):
+    """OFF of the class that the network is sure of: small beside its own cotangent."""
+    case = Case(batch=40, classes=classes, spatial=(6,), spread=10.0, wrong=True, full=True)
+    case = dataclasses.replace(case, gamma=gamma)
+    input, target, _ = tensors(case)
+    for best in range(classes):
+        chosen = input.argmax(1) == best
+        left_out = torch.where(chosen, target, -1)
+        grad = torch.zeros(40, classes, 8, dtype=torch.float64)
+        grad[:, best, 4] = 1.0
+        arguments = (input, left_out, None, *schema_arguments(case))
+        actual = soft_confusion.soft_confusion_backward(grad, *arguments).double()
+        others = input.double().clone()
+        others[:, best] = -math.inf
+        # p_c - [c = best], the gradient of -log p_best, with 1 - p_best as the sum of the others.
+        truth = input.double().softmax(1)
+        truth[:, best] = -(others.logsumexp(1) - input.double().logsumexp(1)).exp()
+        truth = truth * chosen.unsqueeze(1)
+        largest = truth.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        assert float(((actual - truth).abs() / largest).max()) < 1e-5
+
+
 CLASS_PATHS = (2, 3, 8, 9, 20, 140, 300)
 
 
@@ -284,6 +316,8 @@ def test_labels_without_a_class_count_as_ignored(soft_confusion, classes):
         (torch.int64, (-1, 2**40, -(2**62), classes)),
         (torch.int32, (-1, 2**31 - 1, -(2**31), classes)),
         (torch.float32, (float("nan"), float("inf"), -1e30, 1e30)),
+        (torch.float32, (0.5, -0.5, 1e-30, classes - 0.5)),
+        (torch.float16, (float("nan"), 0.5, -0.5, 1.5)),
     ):
         input, target, _ = tensors(Case(classes=classes, spatial=(70,), target_dtype=dtype))
         arguments = schema_arguments(Case())

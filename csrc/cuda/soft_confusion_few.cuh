@@ -15,9 +15,9 @@ namespace {
 // chooses well for sm_90; for sm_80 it chooses so few registers that some spill. Where a number is
 // given, it spills with fewer registers than that number leaves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kAnyBlocks = 2, kSixBlocks = 2, kSixteenBlocks = 2;
+constexpr int kAnyBlocks = 2, kFiveOrSixBlocks = 2, kSixteenBlocks = 2;
 #else
-constexpr int kAnyBlocks = 0, kSixBlocks = 5, kSixteenBlocks = 4;
+constexpr int kAnyBlocks = 0, kFiveOrSixBlocks = 5, kSixteenBlocks = 4;
 #endif
 
 template <class T, int kClasses>
@@ -45,7 +45,7 @@ struct FewBackward : FewShape<T, kClasses> {
   static constexpr int kVoxels = kClasses == 2 ? 16 / sizeof(T) : kClasses <= 8 ? 4 : 2;
   static constexpr int blocks() {
     if (kClasses == 3 || kClasses == 4) return 3;
-    return kClasses == 6 && sizeof(T) == 2 ? kSixBlocks : kAnyBlocks;
+    return kClasses == 5 || (kClasses == 6 && sizeof(T) == 2) ? kFiveOrSixBlocks : kAnyBlocks;
   }
   static constexpr int kBlocks = blocks();
   static constexpr int kTiles = 4;  // by one block
@@ -400,6 +400,10 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
   finish_rows<3>(q, blockIdx.x, 1, partial);
 }
 
+/// A softmax's gradient p_c (h_c - sum p h) does not change when a constant is taken off every h:
+/// they are measured from the most probable class's, and h_c - base is formed before it is
+/// multiplied or summed. Otherwise the small gradients of a confident prediction, right or wrong,
+/// would be differences of large numbers.
 template <class T, int kClasses>
 __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
                                   FewBackward<T, kClasses>::kBlocks)
@@ -431,11 +435,6 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
   const bool full = q.statistics == 8;
   const float gamma = static_cast<float>(q.gamma);
   const bool can_be_plain = !full && gamma == 0.0f && q.weight.data == nullptr;
-  float off_total = 0;
-  if (full) {
-#pragma unroll
-    for (int c = 0; c < kClasses; ++c) off_total += off[c];
-  }
 
   const int64_t end = begin + kBlock < q.voxels ? begin + kBlock : q.voxels;
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -471,15 +470,17 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
             const int y = label[i];
             const float shift = maximum[i] * math::kLog2E;
             const float at_maximum = math::exp2_fast(fmaf(maximum[i], math::kLog2E, -shift));
-            float own = 0, others = 0, base = 0, sum = 0;
+            float own = 0, others = 0, sum = 0;
+            int best = 0;
 #pragma unroll
             for (int c = 0; c < kClasses; ++c) {
               const float e = math::exp2_fast(fmaf(z[c][i], math::kLog2E, -shift));
               own = c == y ? e : own;
               others += c == y ? 0.0f : e;
-              base = e == at_maximum ? (c == y ? hit[c] : miss[c]) : base;
+              best = e == at_maximum ? c : best;
               z[c][i] = e;
             }
+            const float base = best == y ? hit[best] : miss[best];
             const float inverse = math::reciprocal(own + others);
 #pragma unroll
             for (int c = 0; c < kClasses; ++c) {
@@ -488,10 +489,10 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
             const float p = own * inverse, complement = others * inverse, mean = sum * inverse;
             const float u = -nll[y];
             const float at_label = fmaf(p, hit[y] - base - mean, u * complement);
-            const float away = base + mean + u;
+            const float away = mean + u;
 #pragma unroll
             for (int c = 0; c < kClasses; ++c) {
-              const float value = z[c][i] * inverse * (miss[c] - away);
+              const float value = z[c][i] * inverse * ((miss[c] - base) - away);
               z[c][i] = c == y ? at_label : value;
             }
           }
@@ -528,9 +529,8 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
         const float maximum = maximum_of(z, i, q.classes);
         const float shift = maximum * math::kLog2E;
         const float at_maximum = math::exp2_fast(fmaf(maximum, math::kLog2E, -shift));
-        float own = 0, others = 0, exponent = 0, base = 0, sum = 0;
-        // The slopes are measured from the most probable class's: the small gradients of a nearly
-        // perfect prediction must not be differences of large numbers.
+        float own = 0, others = 0, exponent = 0, sum = 0;
+        int best = 0;
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
           const float t = fmaf(z[c][i], math::kLog2E, -shift);
@@ -538,40 +538,52 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
           own = c == y ? e : own;
           exponent = c == y ? t : exponent;
           others += c == y ? 0.0f : e;
-          base = e == at_maximum ? (c == y ? hit[c] : miss[c]) : base;
+          best = e == at_maximum ? c : best;
           z[c][i] = e;
         }
         const float inverse = math::reciprocal(own + others), scale = weight[i] * inverse;
+        const float base = best == y ? hit[best] : miss[best];
+        // Of the other classes than the most probable one: exponentials, and OFF's cotangents.
+        float below = 0, rest_of_best = 0, rest = 0, square_of_best = 0;
         if (full) {
 #pragma unroll
           for (int c = 0; c < kClasses; ++c) {
-            const float h = fmaf(square[c], z[c][i] * inverse, c == y ? hit[c] : miss[c]);
-            base = z[c][i] == at_maximum ? h : base;
+            below += c == best ? 0.0f : z[c][i];
+            rest_of_best += c == best || c == y ? 0.0f : off[c];
           }
+          rest = rest_of_best + (best == y ? 0.0f : off[best]);
+          square_of_best = square[best] * (at_maximum * inverse);
         }
+        const auto square_difference = [&](int c) {
+          return c == best ? 0.0f : fmaf(square[c], z[c][i] * inverse, -square_of_best);
+        };
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          float h = c == y ? hit[c] : miss[c];
-          if (full) h = fmaf(square[c], z[c][i] * inverse, h);
-          sum = fmaf(z[c][i], h - base, sum);
+          float h = (c == y ? hit[c] : miss[c]) - base;
+          if (full) h += square_difference(c);
+          sum = fmaf(z[c][i], h, sum);
         }
         const float p = own * inverse, complement = others * inverse, mean = sum * inverse;
-        float u = -nll[y], h = hit[y];
+        float u = -nll[y];
         if (gamma != 0.0f && y < q.focal_classes) {
           const float minus_log = label_minus_log(own, others, inverse, exponent);
           u = nll[y] * math::focal_slope(p, complement, minus_log, gamma);
         }
-        const float rest = full ? off_total - off[y] : 0.0f;
-        if (full) h = fmaf(square[y], p, h);
-        const float at_label = weight[i] * fmaf(p, h - base - mean + rest, u * complement);
-        const float away = base + mean + u - rest;
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          float slope = miss[c] - away;
-          if (full) slope = fmaf(square[c], z[c][i] * inverse, slope);
-          float value = z[c][i] * scale * slope;
-          if (full) value = fmaf(-weight[i], off[c], value);
-          z[c][i] = c == y ? at_label : value;
+          float h = (c == y ? hit[c] : miss[c]) - base;
+          if (full) h += square_difference(c);
+          h -= mean;
+          float value = 0;
+          if (c == y) {
+            value = weight[i] * fmaf(p, h + rest, u * complement);
+          } else {
+            // u_c (1 - p_c) - p_c times the others' u: the most probable class's own u must not
+            // be among the others'.
+            value = z[c][i] * scale * (h - (u - (c == best ? rest_of_best : rest)));
+            if (full) value = fmaf(-off[c], c == best ? below * scale : weight[i], value);
+          }
+          z[c][i] = value;
         }
       }
     }

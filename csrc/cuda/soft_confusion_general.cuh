@@ -155,6 +155,7 @@ template <class Real>
 struct GeneralSlope {
   Real hit, miss, nll, off, square;
 
+  GeneralSlope() = default;
   __device__ GeneralSlope(const SoftConfusion& q, int64_t b, int c) {
     const double* x = q.cotangents + (b * q.classes + c) * q.statistics;
     hit = static_cast<Real>(x[kTP] - x[kFN]);
@@ -167,6 +168,17 @@ struct GeneralSlope {
   __device__ Real overlap(const math::Probability<Real>& p, Real g, bool use_min) const {
     const Real a = math::overlap_slope(p, g, use_min);
     return a * hit + (Real(1) - a) * miss + square * p.p;
+  }
+
+  /// overlap() less that of the class `best`. The difference is formed before anything is
+  /// multiplied: of what the two share of hit and of miss, and of what one has as hit and the other
+  /// as miss. See few_backward.
+  __device__ Real difference(Real a, Real p, const GeneralSlope& best, Real a_best,
+                             Real p_best) const {
+    const Real both = a < a_best ? a : a_best, either = a > a_best ? a : a_best;
+    const Real h = both * (hit - best.hit) + (Real(1) - either) * (miss - best.miss) +
+                   (a - both) * (hit - best.miss) + (a_best - both) * (miss - best.hit);
+    return h + (square * p - best.square * p_best);
   }
 
   /// u of the softmax likelihood.
@@ -198,24 +210,33 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     return;
   }
   Softmax<Real> softmax{};
-  Real base = 0, mean = 0, total = 0;  // of the overlap's slopes; of the likelihood's
+  GeneralSlope<Real> best_slope{};
+  Real a_best = 0, p_best = 0, mean = 0;    // of the overlap's slopes
+  Real u_best = 0, total_without_best = 0;  // of the likelihood's
+  const auto difference = [&](int c, const GeneralSlope<Real>& slope,
+                              const math::Probability<Real>& p) {
+    if (c == softmax.at) return Real(0);
+    return slope.difference(math::overlap_slope(p, g, q.use_min), p.p, best_slope, a_best, p_best);
+  };
   if (q.activation == math::kSoftmax || q.likelihood == math::kSoftmax) {
     softmax.read(input, q.input.stride.channel, classes);
-    if (q.activation == math::kSoftmax) {
-      // Measured from the most probable class's slope: see few_backward.
-      load_one<Real>(q, b, softmax.at, voxel, g);
-      base = GeneralSlope<Real>(q, b, softmax.at)
-                 .overlap(softmax.of(logit(softmax.at), softmax.at), g, q.use_min);
-    }
+    load_one<Real>(q, b, softmax.at, voxel, g);
+    best_slope = GeneralSlope<Real>(q, b, softmax.at);
+    const auto best = softmax.of(logit(softmax.at), softmax.at);
+    a_best = math::overlap_slope(best, g, q.use_min);
+    p_best = best.p;
     for (int c = 0; c < classes; ++c) {
       load_one<Real>(q, b, c, voxel, g);
       const auto p = softmax.of(logit(c), c);
       const GeneralSlope<Real> slope(q, b, c);
-      if (q.activation == math::kSoftmax) {
-        mean += p.p * (slope.overlap(p, g, q.use_min) - base);
-      }
+      if (q.activation == math::kSoftmax) mean += p.p * difference(c, slope, p);
       if (q.likelihood == math::kSoftmax) {
-        total += slope.likelihood(p, g, gamma_of<Real>(q, c));
+        const Real u = slope.likelihood(p, g, gamma_of<Real>(q, c));
+        if (c == softmax.at) {
+          u_best = u;
+        } else {
+          total_without_best += u;
+        }
       }
     }
   }
@@ -224,16 +245,18 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     const GeneralSlope<Real> slope(q, b, c);
     const Real gamma = gamma_of<Real>(q, c);
     const auto p = evaluate<Real>(q.activation, softmax, z, c);
-    Real value = slope.overlap(p, g, q.use_min);
+    Real value;
     if (q.activation == math::kSoftmax) {
-      value = p.p * (value - base - mean);
-    } else if (q.activation == math::kSigmoid) {
-      value *= p.p * p.complement;
+      value = p.p * (difference(c, slope, p) - mean);
+    } else {
+      value = slope.overlap(p, g, q.use_min);
+      if (q.activation == math::kSigmoid) value *= p.p * p.complement;
     }
     const auto r = q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax, z, c);
     if (q.likelihood == math::kSoftmax) {
       const Real u = slope.likelihood(r, g, gamma);
-      value += u * r.complement - r.p * (total - u);
+      const Real others = c == softmax.at ? total_without_best : (total_without_best - u) + u_best;
+      value += u * r.complement - r.p * others;
     } else if (q.likelihood == math::kSigmoid) {
       value += separate_likelihood<math::kSigmoid>(r, g, slope.nll, slope.off, gamma, full);
     } else {

@@ -37,12 +37,14 @@ __device__ inline int slot_of(const Span& span, int lane, int i) {
 }
 
 /// Turns a warp's logits into exponentials from its own maximum and publishes what the other warps
-/// need. The label's own exponential is published and replaced by 0.
+/// need. The label's own exponential is published and replaced by 0. `best` is to receive, for each
+/// voxel, which of the warp's classes has that maximum.
 template <int kClasses, int kVoxels, int kTile>
 __device__ inline void many_exponentials(ManyShared<kTile>& shared, int64_t classes, int first,
                                          const Span& span, const int (&label)[kVoxels],
                                          const float (&weight)[kVoxels],
-                                         float (&z)[kClasses][kVoxels], float (&maximum)[kVoxels]) {
+                                         float (&z)[kClasses][kVoxels], float (&maximum)[kVoxels],
+                                         int* best = nullptr) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
@@ -59,6 +61,11 @@ __device__ inline void many_exponentials(ManyShared<kTile>& shared, int64_t clas
       maximum[i] = z[0][i];
 #pragma unroll
       for (int k = 1; k < kClasses; ++k) maximum[i] = fmaxf(maximum[i], z[k][i]);
+    }
+    if (best != nullptr) {
+      best[i] = 0;
+#pragma unroll
+      for (int k = 1; k < kClasses; ++k) best[i] = z[k][i] == maximum[i] ? k : best[i];
     }
     float others = 0;
 #pragma unroll
@@ -214,7 +221,9 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
   using Shape = ManyShape<kClasses>;
   constexpr int kVoxels = Shape::kVoxels, kTile = Shape::kTile;
   VOXFUSE_SHARED(ManyShared<kTile>, shared, );
-  VOXFUSE_SHARED(float, slopes, [kManyWarps][kTile]);  // sums of exponential times slope
+  VOXFUSE_SHARED(float, bases, [kManyWarps][kTile]);   // slope of the warp's most probable class
+  VOXFUSE_SHARED(float, slopes, [kManyWarps][kTile]);  // sums of exponential times slope - base
+  VOXFUSE_SHARED(float, total_base, [kTile]);
   VOXFUSE_SHARED(float, offset, [kTile]);
   VOXFUSE_SHARED(float, at_label, [kTile]);
   VOXFUSE_SHARED(float, hit, [kManyWarps * kClasses]);
@@ -243,11 +252,16 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
     load_logits<T, 0>(q, b, first, span, z);
     const bool excluded = load_voxels<kVoxels>(q, b, span, label, weight);
     if (excluded) clear_excluded(label, z);
-    many_exponentials(shared, q.classes, first, span, label, weight, z, maximum);
-    // The slopes are measured from the label's class, the most probable one when it matters.
+    int best[kVoxels];
+    many_exponentials(shared, q.classes, first, span, label, weight, z, maximum, best);
+    // The slopes are measured from the most probable class's: see few_backward. Here that is the
+    // warp's, as no warp knows the others yet.
     float sum[kVoxels] = {}, base[kVoxels];
 #pragma unroll
-    for (int i = 0; i < kVoxels; ++i) base[i] = hit[label[i] < 0 ? 0 : label[i]];
+    for (int i = 0; i < kVoxels; ++i) {
+      const int c = first + best[i];
+      base[i] = c == label[i] ? hit[c] : miss[c];
+    }
 #pragma unroll
     for (int k = 0; k < kClasses; ++k) {
       const float out = miss[first + k];
@@ -255,14 +269,23 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
       for (int i = 0; i < kVoxels; ++i) sum[i] = fmaf(z[k][i], out - base[i], sum[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kVoxels; ++i) slopes[warp][slot_of<kVoxels>(span, lane, i)] = sum[i];
+    for (int i = 0; i < kVoxels; ++i) {
+      const int slot = slot_of<kVoxels>(span, lane, i);
+      bases[warp][slot] = base[i];
+      slopes[warp][slot] = sum[i];
+    }
     __syncthreads();
     for (int slot = thread; slot < kTile; slot += threads) {
       const ManyVoxel voxel(shared, slot, warps);
       const int y = shared.label[slot] < 0 ? 0 : shared.label[slot];
-      float mean = 0;
+      float base = bases[0][slot];
+      for (int w = 1; w < warps; ++w) {
+        base = shared.maximum[w][slot] == voxel.maximum ? bases[w][slot] : base;
+      }
+      float mean = voxel.own * (hit[y] - base);
       for (int w = 0; w < warps; ++w) {
-        mean = fmaf(slopes[w][slot], exp_fast(shared.maximum[w][slot] - voxel.maximum), mean);
+        const float sum = fmaf(shared.others[w][slot], bases[w][slot] - base, slopes[w][slot]);
+        mean = fmaf(sum, exp_fast(shared.maximum[w][slot] - voxel.maximum), mean);
       }
       mean *= voxel.inverse;
       const float p = voxel.own * voxel.inverse;
@@ -270,18 +293,19 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
       const float u = nll[y] * math::focal_slope(p, voxel.complement, voxel.minus_log, gamma);
       shared.total_maximum[slot] = voxel.maximum;
       shared.scale[slot] = shared.weight[slot] * voxel.inverse;
-      offset[slot] = hit[y] + mean + u;
-      at_label[slot] = shared.weight[slot] * fmaf(u, voxel.complement, -p * mean);
+      total_base[slot] = base;
+      offset[slot] = mean + u;
+      at_label[slot] = shared.weight[slot] * fmaf(p, hit[y] - base - mean, u * voxel.complement);
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kVoxels; ++i) {
       const int slot = slot_of<kVoxels>(span, lane, i);
       const float scale = exp_fast(maximum[i] - shared.total_maximum[slot]) * shared.scale[slot];
-      const float away = offset[slot], own = at_label[slot];
+      const float from = total_base[slot], away = offset[slot], own = at_label[slot];
 #pragma unroll
       for (int k = 0; k < kClasses; ++k) {
-        const float value = z[k][i] * scale * (miss[first + k] - away);
+        const float value = z[k][i] * scale * ((miss[first + k] - from) - away);
         z[k][i] = first + k == label[i] ? own : value;
       }
     }

@@ -30,9 +30,10 @@ struct Labels {
     return raw >= 0 && raw < classes ? of(static_cast<int32_t>(raw)) : -1;
   }
   __device__ int of(float raw) const {
-    // Truncated towards zero, and in range before the conversion, for any bit pattern.
-    const bool inside = raw > -1.0f && raw < static_cast<float>(classes);
-    return inside ? of(static_cast<int32_t>(raw)) : -1;
+    // In range before the conversion, for any bit pattern; what is no integer is no class.
+    const bool inside = raw >= 0.0f && raw < static_cast<float>(classes);
+    const int32_t value = inside ? static_cast<int32_t>(raw) : -1;
+    return static_cast<float>(value) == raw ? of(value) : -1;
   }
   __device__ int of(__half raw) const { return of(__half2float(raw)); }
 };
