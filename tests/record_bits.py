@@ -4,8 +4,9 @@
     python -m tests.record_bits after.json --compare before.json --keep before.pt
 
 For a change that is to leave every result as it is. The corpus: three operators on the backends
-that run here, the public losses, sliding windows, and texts of errors; not the emulated CUDA kernels.
-Only public functions and ``torch.ops`` are used, so that it outlives a rebuild of what is inside. Digests depend on the machine and are not committed.
+that run here, the public losses, sliding windows, and texts of errors; not the emulated CUDA
+kernels. Only public functions and ``torch.ops`` are used, so that it outlives a rebuild of what is
+inside. Digests depend on the machine and are not committed.
 """
 
 from __future__ import annotations
