@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--ignore-label", type=int, metavar="N",
-        help="label of the truth whose voxels count as nothing (with --rule wmh: 2)",
+        help="label of the truth whose voxels count as nothing (with --rule wmh alone: 2)",
     )  # fmt: skip
     parser.add_argument(
         "--compare", type=Path, metavar="OTHER", help="another method's predictions, side by side"
