@@ -580,7 +580,7 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
     const auto off = [&](int64_t c) { return cotangent[c * S + 1]; };
     const auto square = [&](int64_t c) { return S == 8 ? 2 * cotangent[c * S + 5] : R{0}; };
     const bool softmax = q.activation == Activation::softmax;
-    V most = broadcast<R>(-1), best_a{}, best_on{}, best_off{}, best_square{}, mean_u{};
+    V most = broadcast<R>(-1), best_a{}, best_on{}, best_off{}, best_square{};
     for (int64_t c = 0; c < q.classes; ++c) {
       const V g = target_of(block, c, v);
       const V p = load(rows.overlap.p + c * width);
@@ -599,17 +599,17 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
       best_a = more ? a : best_a;
       best_on = more ? broadcast<R>(on(c)) : best_on;
       best_off = more ? broadcast<R>(off(c)) : best_off;
-      best_square = more ? p * square(c) : best_square;
+      if (S == 8) best_square = more ? p * square(c) : best_square;
     }
     V mean_h{};
     for (int64_t c = 0; softmax && c < q.classes; ++c) {
       const V p = load(rows.overlap.p + c * width);
       const V a = load(rows.h + c * width);
-      V h =
-          at_most(a, best_a) * (on(c) - best_on) + (1 - at_least(a, best_a)) * (off(c) - best_off);
-      h += at_least(a - best_a, V{}) * (on(c) - best_off);
-      h += at_least(best_a - a, V{}) * (off(c) - best_on);
-      h += p * square(c) - best_square;
+      const Mask<R> above = a > best_a;
+      V h = (above ? best_a : a) * (on(c) - best_on);
+      h += (1 - (above ? a : best_a)) * (off(c) - best_off);
+      h += (a - best_a) * (above ? on(c) - best_off : best_on - off(c));
+      if (S == 8) h += p * square(c) - best_square;
       mean_h += p * h;
       store(rows.h + c * width, h);
     }
@@ -624,8 +624,17 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
       if (S == 8) u -= t[4] * (1 - g);
       return u;
     };
+    // The sum of u without the likeliest class's, of which it may be all but a trace.
+    V likeliest = broadcast<R>(-1), u_likeliest{}, rest_u{};
     if (q.likelihood == Activation::softmax) {
-      for (int64_t c = 0; c < q.classes; ++c) mean_u += slope_u(c);
+      for (int64_t c = 0; c < q.classes; ++c) {
+        const V u = slope_u(c);
+        const V r = load(rows.likelihood.p + c * width);
+        const Mask<R> more = r > likeliest;
+        rest_u += more ? u_likeliest : u;
+        u_likeliest = more ? u : u_likeliest;
+        likeliest = more ? r : likeliest;
+      }
     }
     for (int64_t c = 0; c < q.classes; ++c) {
       const R* t = cotangent + c * S;
@@ -645,7 +654,8 @@ void general_backward(const Confusion& q, const Block<R>& block, Workspace<R>& w
       if (q.likelihood == Activation::softmax) {
         // u_c - r_c sum u, with the class's own part as u_c (1 - r_c).
         const V u = slope_u(c);
-        d += u * complement - r * (mean_u - u);
+        const Mask<R> certain = (r == likeliest) & (r > R(0.5));
+        d += u * complement - r * (certain ? rest_u : rest_u + u_likeliest - u);
       } else {
         const bool sigmoid = q.likelihood == Activation::sigmoid;
         const V one = broadcast<R>(1);
