@@ -106,7 +106,7 @@ check-torch-matrix: setup
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --quiet --no-deps --no-build-isolation \
 	  --wheel-dir $(MATRIX)/wheel .
 	@for torch in $(TORCH_MATRIX); do \
-	  sh tests/check_wheel.sh $(BIN)/python "$$torch" $(MATRIX) || exit 1; \
+	  sh tests/build/check_wheel.sh $(BIN)/python "$$torch" $(MATRIX) || exit 1; \
 	done
 
 clean:

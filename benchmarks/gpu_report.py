@@ -49,16 +49,7 @@ COUNTERS = {
     "launch__registers_per_thread": "registers",
 }
 # Tests whose failure says something about the surroundings, not about a result.
-NOT_RESULTS = (
-    "test_build",
-    "test_cuda_resources",
-    "test_documentation",
-    "test_examples",
-    "test_gpu_report",
-    "test_instructions",
-    "test_kernels_page",
-    "test_triton_aot",
-)
+NOT_RESULTS = ("tests.build.", "tests.examples.")
 
 
 @dataclasses.dataclass
@@ -511,7 +502,7 @@ def in_parallel(report: Report, most: int, share: str) -> list[str]:
 def gpu_tests(report: Report) -> Step:
     """Most of their time is Triton's compiler, one kernel after the other in a process."""
     junit = report.out / "junit-gpu.xml"
-    files = ["tests"] if report.cuda else ["tests/test_gpu.py"]
+    files = ["tests"] if report.cuda else ["tests/ops/test_gpu.py"]
     command = pytest_command(junit, ["-m", "gpu", *in_parallel(report, 6, "loadgroup"), *files])
     return Step("gpu tests", command, 200, read=read_junit(junit, report, "gpu"))
 

@@ -239,7 +239,7 @@ def cuda(library: Path) -> Iterable[dict[str, Any]]:
 def triton(architectures: Iterable[int]) -> Iterable[dict[str, Any]]:
     """Counts for the Triton kernels compiled ahead of time."""
     sys.path.insert(0, str(ROOT))
-    from tests import triton_aot
+    from tests.build import triton_aot
 
     for architecture in architectures:
         for classes in TRITON_CLASSES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -23,21 +24,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("voxfuse")
 
 
+TESTS = Path(__file__).resolve().parent
+
 #: Files that take minutes. Several workers begin with them, so that none is left alone at the end.
 LONGEST = (
-    "test_triton_aot",
-    "test_examples",
-    "test_soft_confusion_triton",
-    "test_head_confusion_triton",
-    "test_cuda_races",
-    "test_cuda_emulation",
-    "test_gpu_report",
+    "build/test_triton_aot.py",
+    "examples/test_skull_strip.py",
+    "ops/soft_confusion/test_triton.py",
+    "ops/head_confusion/test_triton.py",
+    "emulation/test_races.py",
+    "ops/soft_confusion/test_cuda.py",
+    "build/test_gpu_report.py",
 )
+
+
+def file_of(item: pytest.Item) -> str:
+    return os.path.relpath(item.path, TESTS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(file_of(item), len(LONGEST)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="PyTorch sees no CUDA device")
@@ -47,8 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Every test draws its own numbers, whatever ran before it in the same process."""
-    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+    """Every test draws its own numbers, whatever ran before it and wherever its file is."""
+    torch.manual_seed(zlib.crc32(item.name.encode()))
 
 
 @pytest.fixture

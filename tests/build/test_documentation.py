@@ -1,0 +1,127 @@
+"""Every example in the documentation runs: docstrings, README and the pages in docs/."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import voxfuse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), ROOT / "data/README.md"]
+)
+# Triton kernels need a GPU or the interpreter, and have tests of their own; the rest is no Python.
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(voxfuse.__path__, "voxfuse.")
+    if not re.match(r"voxfuse\.(triton_kernels|_host|libvoxfuse)", module.name)
+)
+OPTIONAL = {"monai", "nnunetv2", "torchio", "segmentation_models_pytorch", "tqdm"}
+
+
+def _import(name):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in OPTIONAL:
+            pytest.skip(f"{name} needs the package {error.name}")
+        raise
+
+
+@pytest.mark.parametrize("name", ["voxfuse", *MODULES])
+def test_docstring_examples(name):
+    module = _import(name)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    report: list[str] = []
+    for test in finder.find(module, name):
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", voxfuse.__all__)
+def test_public_names_have_a_docstring_with_an_example(name):
+    documented = getattr(voxfuse, name)
+    assert documented.__doc__, f"voxfuse.{name} has no docstring"
+    if callable(documented) and name != "Backend":
+        assert ">>>" in documented.__doc__, f"the docstring of voxfuse.{name} has no example"
+
+
+def _python_blocks(page):
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    """The blocks of a page run in order, in one namespace, as a reader would try them."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in _python_blocks(page):
+        if "import monai" in block or "from monai" in block:
+            pytest.importorskip("monai", reason="the example compares with MONAI")
+        if "import torchio" in block:
+            pytest.importorskip("torchio", reason="the example fills an aggregator of TorchIO's")
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_readme_has_examples_of_loss_and_inference():
+    blocks = "\n".join(_python_blocks("README.md"))
+    assert "TverskyLoss" in blocks
+    assert "sliding_window_inference" in blocks
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_files_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link or link.startswith("#"):
+            continue
+        assert (folder / link.split("#")[0]).exists(), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_code_spans_exist(page):
+    """`csrc/cpu/soft_confusion.cpp` in a page is a promise."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    folders = "csrc|src|tests|examples|benchmarks|triton_kernels|docs|data"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+# Column of the README's table -> label of the link and file, for an operator's stem.
+OPERATOR_FILES = {
+    "Python": {"wrapper": "src/voxfuse/ops/{}.py"},
+    "reference": {"PyTorch": "src/voxfuse/reference/{}.py"},
+    "schema": {"schema": "csrc/ops/{}.cpp"},
+    "CPU": {"driver": "csrc/cpu/{}.cpp", "kernel": "csrc/cpu/{}_kernel.cpp"},
+    "CUDA": {"kernel": "csrc/cuda/{}.cu", "binding": "csrc/cuda/{}_operator.cpp"},
+    "Triton": {"Triton": "triton_kernels/{}.py"},
+}
+
+
+@pytest.mark.parametrize(
+    "stem", sorted(path.stem for path in (ROOT / "src/voxfuse/ops").glob("[a-z]*.py"))
+)
+def test_readme_links_every_file_of_an_operator(stem):
+    """A new reader gets from an operator's name to each of its files in one step."""
+    cells = [
+        ", ".join(
+            f"[{label}]({pattern.format(stem)})"
+            for label, pattern in files.items()
+            if (ROOT / pattern.format(stem)).exists()
+        )
+        for files in OPERATOR_FILES.values()
+    ]
+    row = " | ".join(cells)
+    found = re.search(rf"^\| `{stem}` \| [^|]+ \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert found is not None, f"README.md: add a row | `{stem}` | what it computes | {row} |"
+    assert found[1].split(" | ") == cells, f"README.md: the row of `{stem}` should end with {row} |"

@@ -1,0 +1,221 @@
+"""Every Triton kernel compiled for NVIDIA GPUs, without one: resources and instructions."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import inspect
+import itertools
+import platform
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+from tests.build.triton_aot import (  # noqa: E402
+    AMD,
+    AMD_STACKS,
+    CAPABILITIES,
+    CASES,
+    INSTANCES,
+    REFUSED,
+    _confusion_problem,
+    compile_in_parallel,
+    confusion_problems,
+    launch_class,
+    on_amd,
+    table,
+)
+from voxfuse.triton_kernels import head_confusion as heads  # noqa: E402
+from voxfuse.triton_kernels import overlap_add, soft_confusion  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.system() != "Linux", reason="Triton's assembler for NVIDIA is on Linux only"
+    ),
+]
+
+
+#: 16-byte loads at least, and stores in the backward pass.
+VECTORS = {
+    "forward-2-float32-sm90": 2,
+    "forward-2-bfloat16-sm90": 2,
+    "forward-2-bfloat16-sm80": 2,
+    "forward-4-float32-sm90": 4,
+    "backward-2-float32-sm90": 2,
+    "backward-2-bfloat16-sm90": 2,
+    "backward-8-float32-sm90": 8,
+}
+
+
+def kernel_of(case):
+    return INSTANCES[case.operator](**dict(case.options)).kernel.fn
+
+
+def one_of_every_kernel():
+    """A case of every kernel for each of NVIDIA's generations, and those that must be refused."""
+    found = {(kernel_of(case), case.capability): case.name for case in CASES}
+    return {*found.values(), *(case.name for case in REFUSED)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    cases = (*CASES, *REFUSED, *on_amd())
+    directory = tmp_path_factory.mktemp("triton")
+    results = compile_in_parallel(cases, directory, {*VECTORS, *one_of_every_kernel()})
+    print("\n" + table(results))
+    return results
+
+
+def test_names_are_distinct():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_registers_hold_everything(compiled, case):
+    entry = compiled[case.name]
+    assert entry["registers"] <= 255
+    assert entry["shared"] <= 160 << 10  # of the 163 KiB that a program may have on sm_80
+    assert entry["local"] == 0
+    assert entry["stack"] == 0, f"{case.name} spills {entry['stack']} bytes a thread"
+
+
+def test_every_kernel_has_a_case():
+    """Every jitted function that a launch names, on every generation of GPUs."""
+    jitted = set()
+    operators = ("soft_confusion", "ratio_loss", "overlap_add", "finalize_slab", "head_confusion")
+    for name in (*operators, "_partial_sums"):
+        source = inspect.getsource(importlib.import_module(f"voxfuse.triton_kernels.{name}"))
+        jitted |= {f"{name}.{found}" for found in re.findall(r"\b(_\w+)\[\(", source)}
+        jitted |= {f"{name}.{found}" for found in re.findall(r"kernel = (_\w+) if", source)}
+        jitted |= {f"{name}.{found}" for found in re.findall(r" if backward else (_\w+)", source)}
+        jitted |= {f"{name}.{found}" for found in re.findall(r"Plan\((_\w+)", source)}
+    compiled = {}
+    for case in (*CASES, *on_amd()):
+        kernel = kernel_of(case)
+        name = f"{kernel.__module__.rsplit('.')[-1]}.{kernel.__name__}"
+        compiled.setdefault(name, set()).add(case.capability)
+    assert set(compiled) == jitted
+    assert all(found == {80, 90, 100, *AMD} for found in compiled.values()), compiled
+
+
+@pytest.mark.parametrize("case", [*CASES, *on_amd()], ids=lambda case: case.name)
+def test_atomics_only_count_programs(compiled, case):
+    """Sums in an order that the hardware chooses would differ from run to run.
+
+    A kernel whose programs leave rows of partial sums counts the programs that are done, in one
+    place. What the assembler makes of it is read from one case of every kernel and generation: a
+    fence makes the rows visible before.
+    """
+    entry = compiled[case.name]
+    leaves_rows = kernel_of(case).__name__ in (
+        "_forward_resident",
+        "_forward_online",
+        "_head_forward",
+    )
+    assert entry["atomics"] == 0
+    assert entry["counters"] == (1 if leaves_rows else 0)
+    if "machine_atomics" in entry:
+        assert entry["machine_atomics"] == 0
+        assert entry["machine_counters"] == entry["counters"]
+        assert entry["fences"] >= entry["counters"]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_floating_point_atomics_are_found(compiled, case):
+    entry = compiled[case.name]
+    assert entry["atomics"] > 0
+    assert entry["machine_atomics"] > 0
+    assert entry["counters"] == entry["machine_counters"] == 0
+
+
+@pytest.mark.parametrize("case", on_amd(), ids=lambda case: case.name)
+def test_amd_compiles_every_kernel(compiled, case):
+    """And its registers hold everything; none has run."""
+    entry = compiled[case.name]
+    assert 0 < entry["registers"] <= 512
+    assert entry["stack"] <= AMD_STACKS.get(case.name, 0), entry
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_logits_are_read_and_written_16_bytes_at_a_time(compiled, name):
+    entry = compiled[name]
+    assert entry["loads_128"] >= VECTORS[name]
+    if name.startswith("backward"):
+        assert entry["stores_128"] >= VECTORS[name]
+
+
+def test_every_launch_shape_of_the_losses_has_a_case():
+    """On all generations, with at least as many classes in registers."""
+    tiles: dict[tuple[object, ...], int] = {}
+    for case in CASES:
+        if case.operator == "soft_confusion":
+            options = dict(case.options)
+            backward = options.pop("backward")
+            plan = soft_confusion.plan(_confusion_problem(**options), backward)
+            key = (case.capability, *launch_class(plan))
+            tiles[key] = max(tiles.get(key, 0), plan.constants.get("TILES", 0))
+    more = {"target": "binary", "activation": 1, "likelihood": 0, "full": False}
+    for _, options in confusion_problems():
+        for change in ({}, {"full": True}, {"gamma": 2.0}, {"weighted": True}, more):
+            given = {**options, **change}
+            # A single class has no labels.
+            for classes in range(1 if change is more else 2, 301, 7):
+                backward = given["backward"]
+                problem = _confusion_problem(classes, **given)
+                plan = soft_confusion.plan(problem, backward)
+                for capability in CAPABILITIES:
+                    key = (capability, *launch_class(plan))
+                    assert tiles.get(key, -1) >= plan.constants.get("TILES", 0), (given, classes)
+
+
+def test_every_tile_of_the_fusion_has_a_case():
+    """At the most channels and with nothing else, everywhere."""
+    most = {False: overlap_add.MAX_CHANNELS, True: overlap_add.MAX_CHANNELS // 2}
+    for capability in CAPABILITIES:
+        options = [dict(c.options) for c in CASES if c.capability == capability]
+        for launch in ({}, {"ring": 0}, {"backward": True}):
+            assert {**launch, "channels": most["ring" in launch]} in options, launch
+        assert {"mode": 0, "classes": 117, "activation": 2} in options
+
+
+def test_every_launch_shape_of_the_heads_has_a_case():
+    """On all generations, with at least as many classes and features."""
+
+    def launch(classes, channels, dtype, fast, exact, backward):
+        rows, columns = heads.padded(classes), heads.padded(channels)
+        return (
+            fast,
+            exact,
+            backward,
+            *heads.launch_shape(rows, columns, dtype, fast, exact, backward)[:2],
+        )
+
+    compiled = collections.defaultdict(set)
+    for case in CASES:
+        given = dict(case.options)
+        if case.operator == "head_confusion" and "channels" in given:
+            size = given["classes"], given["channels"]
+            fast = not given.get("full", False)
+            kind = launch(
+                *size, getattr(torch, given["dtype"]), fast, given["exact"], given["backward"]
+            )
+            compiled[case.capability, kind].add(size)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for exact, fast, backward, half in itertools.product((False, True), repeat=4):
+            torch.set_float32_matmul_precision("highest" if exact else "high")
+            for classes, channels in itertools.product((16, 32, 64, 128, 256), (16, 32, 64, 128)):
+                dtype = torch.bfloat16 if half and not exact else torch.float32
+                features = torch.empty((1, channels, 8), dtype=dtype, device="meta")
+                if heads.in_registers(features, classes, fast, backward):
+                    kind = launch(classes, channels, dtype, fast, exact, backward)
+                    for capability in CAPABILITIES:
+                        sizes = compiled[capability, kind]
+                        assert any(
+                            most >= classes and columns >= channels for most, columns in sizes
+                        ), (classes, channels, kind)
+    finally:
+        torch.set_float32_matmul_precision(before)

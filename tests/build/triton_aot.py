@@ -1,0 +1,819 @@
+"""Compile the Triton kernels ahead of time and read their resources off the machine code.
+
+No GPU is needed. Triton's interpreter must be off in the process that compiles, so that the tests
+run this file as a program. ``python -m tests.build.triton_aot`` prints the table of all cases.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+TYPES = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float64": "*fp64",
+    "uint8": "*u8",
+    "int64": "*i64",
+}
+
+CAPABILITIES = (80, 90, 100)
+#: Bytes in memory that the largest launches may need on AMD's GPUs, whose threads have at most 256
+#: registers and which no limit was read off for.
+AMD_STACKS = {
+    "forward-249-float32-gfx942": 384,
+    "backward-185-float32-gfx942": 172,
+    "head-64x32-ieee-backward-gfx1100": 276,
+}
+#: GPUs of AMD's, a data centre's and a desktop's, and the lanes of their waves.
+AMD = {"gfx942": 64, "gfx1100": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel instance for NVIDIA's GPUs of a compute capability, or for one of AMD's."""
+
+    name: str
+    operator: str
+    capability: int | str = 90
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def soft_confusion(name: str, capability: int = 90, **options: Any) -> Case:
+    return Case(name, "soft_confusion", capability, tuple(options.items()))
+
+
+def everywhere(operator: str, name: str, **options: Any) -> tuple[Case, ...]:
+    return tuple(
+        Case(f"{name}-sm{capability}", operator, capability, tuple(options.items()))
+        for capability in CAPABILITIES
+    )
+
+
+EXTRAS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
+    (
+        "binary-sigmoid",
+        (90,),
+        dict(classes=1, target="binary", activation=1, full=True, gamma=2.0, weighted=True),
+    ),
+    ("dense-min", (90,), dict(classes=3, target="dense", overlap=1)),
+    ("mixed-likelihood", (90,), dict(classes=3, likelihood=1, full=True, has_ignore=True)),
+    ("focal-background", (90,), dict(classes=4, gamma=0.5, focal=1)),
+    ("many-odd", (90,), dict(classes=40, full=True, weighted=True, odd=True)),
+    (
+        "probabilities",
+        CAPABILITIES,
+        dict(classes=4, activation=0, target="dense", full=True),
+    ),
+    ("one-voxel", (90,), dict(classes=3, tiny=True)),
+)
+
+#: Of every launch shape of the heads (head_confusion.launch_shape) the ones with the most classes
+#: and features, by precision, for labels with softmax and for whatever takes registers.
+HEADS: tuple[tuple[bool, str, tuple[tuple[int, int], ...]], ...] = (
+    (False, "tf32", ((16, 128), (128, 128), (256, 128))),
+    (False, "ieee", ((16, 32), (64, 32), (256, 32), (16, 128), (128, 128))),
+    (False, "bfloat16", ((256, 128),)),
+    (False, "tf32-full", ((16, 32), (64, 32), (128, 32), (64, 128))),
+    (False, "ieee-full", ((16, 32), (64, 32), (128, 32), (64, 128))),
+    (True, "tf32", ((16, 64), (16, 128), (128, 32), (64, 64))),
+    (True, "ieee", ((16, 128), (32, 64), (64, 32), (128, 16))),
+    (True, "bfloat16", ((128, 32),)),
+    (True, "tf32-full", ((16, 64), (64, 32), (128, 16))),
+    (True, "ieee-full", ((16, 64), (64, 32), (128, 16))),
+)
+HEAD_FULL = dict(full=True, gamma=0.5, weighted=True, odd=True)
+
+
+def head_cases() -> Iterator[Case]:
+    for backward, kind, shapes in HEADS:
+        options: dict[str, Any] = {"backward": backward, "exact": kind.startswith("ieee")}
+        options["dtype"] = "bfloat16" if kind == "bfloat16" else "float32"
+        options |= HEAD_FULL if kind.endswith("full") else {}
+        name = f"head-{{}}x{{}}-{kind}-{'backward' if backward else 'forward'}"
+        for classes, channels in shapes:
+            more = {**options, "classes": classes, "channels": channels}
+            yield from everywhere("head_confusion", name.format(classes, channels), **more)
+    for backward in (False, True):
+        name = f"head-dense-{'backward' if backward else 'forward'}-sm90"
+        dense = dict(classes=3, dense=True, likelihood=1, full=True, backward=backward)
+        yield Case(name, "head_confusion", 90, tuple(dense.items()))
+
+
+#: What a loss asks for beside its classes: the commonest case, labels with all else, and whatever
+#: takes registers, with 8 and with 4 sums. Earlier ones come first.
+FEATURES: dict[str, dict[str, Any]] = {
+    "": {},
+    "-weighted": dict(weighted=True, gamma=0.5),
+    "-full": dict(target="dense", likelihood=1, full=True, weighted=True, gamma=0.5),
+    "-dense": dict(target="dense", likelihood=1, weighted=True, gamma=0.5),
+}
+MOST_CLASSES = 300
+
+
+def launch_class(plan: Any) -> tuple[Any, ...]:
+    """What launches have in common of which the one with the most classes needs most registers.
+
+    The logits' type is no part of it: what is computed, and how many voxels a thread holds, is.
+    Nor are other strides, for which a thread may take more registers.
+    """
+    constants = plan.constants
+    path = "two" if constants.get("TWO") else "labels" if constants.get("FAST") else "general"
+    fold = constants.get("FOLD", 1) > 1
+    return (
+        plan.kernel.__name__,
+        path,
+        constants["CLASSES"],
+        constants["BLOCK"],
+        plan.num_warps,
+        str(constants["DTYPE"]),
+        constants.get("FULL", constants.get("SUMS") == 8),
+        constants.get("LOGS"),
+        fold,
+        fold and constants["CONTIGUOUS"],
+    )
+
+
+def confusion_problems() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every kind of problem that the losses' launches tell apart: its name, its options."""
+    for backward in (False, True):
+        for dtype in ("float32", "bfloat16", "float64"):
+            for feature, options in FEATURES.items():
+                for layout in ("", "-strided"):
+                    name = f"{'backward' if backward else 'forward'}-{{}}-{dtype}{layout}{feature}"
+                    more = {**options, "dtype": dtype, "backward": backward}
+                    yield name, {**more, "contiguous": not layout}
+
+
+def confusion_cases() -> tuple[Case, ...]:
+    """A case of every class of launches, on every GPU.
+
+    It is the problem with the most classes, of all up to MOST_CLASSES.
+    """
+    from voxfuse.triton_kernels import soft_confusion as kernels
+
+    found: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
+    for name, options in confusion_problems():
+        for classes in range(2, MOST_CLASSES + 1):
+            problem = _confusion_problem(classes, **options)
+            backward = options["backward"]
+            plan = kernels.plan(problem, backward)
+            key = launch_class(plan)
+            tiles = plan.constants.get("TILES", 0)
+            if key not in found or found[key][0] < tiles:
+                found[key] = tiles, name.format(classes), {**options, "classes": classes}
+    return tuple(
+        case
+        for _, name, options in found.values()
+        for case in everywhere("soft_confusion", name, **options)
+    )
+
+
+@dataclasses.dataclass
+class Instance:
+    """A kernel with the types and compile-time values of its parameters."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, Any]
+    num_warps: int = 4
+    multiples_of_16: tuple[str, ...] = ()
+    registers: int | None = None  # that the launch allows a thread, on NVIDIA
+
+
+def _confusion_problem(
+    classes: int,
+    dtype: str = "float32",
+    backward: bool = False,
+    target: str = "labels",
+    activation: int = 2,
+    likelihood: int | None = None,
+    overlap: int = 0,
+    has_ignore: bool = False,
+    weighted: bool = False,
+    gamma: float = 0.0,
+    focal: int = -1,
+    full: bool = False,
+    contiguous: bool = True,
+    odd: bool = False,
+    tiny: bool = False,
+) -> Any:
+    import torch
+
+    from voxfuse.triton_kernels import soft_confusion as kernels
+
+    kinds = {"labels": 0, "dense": 1, "indicator": 2, "binary": 3}
+    return kernels.Problem(
+        dtype=getattr(torch, dtype),
+        batch=1,
+        classes=classes,
+        voxels=1 if tiny else 128**3 + odd,
+        target_kind=kinds[target],
+        activation=activation,
+        likelihood=activation if likelihood is None else likelihood,
+        overlap=overlap,
+        has_ignore=has_ignore,
+        has_weight=weighted,
+        gamma=gamma,
+        sums=8 if full else 4,
+        contiguous=contiguous,
+        focal=focal,
+    )
+
+
+def _soft_confusion_instance(
+    classes: int,
+    dtype: str = "float32",
+    backward: bool = False,
+    target: str = "labels",
+    weighted: bool = False,
+    contiguous: bool = True,
+    odd: bool = False,
+    tiny: bool = False,
+    **options: Any,
+) -> Instance:
+    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels._partial_sums import shape_of_rows
+
+    problem = _confusion_problem(
+        classes,
+        dtype=dtype,
+        backward=backward,
+        target=target,
+        weighted=weighted,
+        contiguous=contiguous,
+        odd=odd,
+        tiny=tiny,
+        **options,
+    )
+    plan = kernels.plan(problem, backward)
+    constants = dict(plan.constants)
+    if not backward:
+        constants |= shape_of_rows(classes * problem.sums, plan.num_warps)
+    pointer = TYPES[dtype]
+    unit = ("input_v", "output_v") if contiguous else ("input_c", "output_c")
+    types: dict[str, Any] = {
+        "input": pointer,
+        "output": pointer,
+        "target": TYPES["float32" if target == "dense" else "uint8"],
+        "weight": TYPES["float32"] if weighted else None,
+        "partial": "*fp64",
+        "result": "*fp64",
+        "counters": "*i32",
+        "grad": "*fp64",
+        "gamma": "fp64",
+        **dict.fromkeys((*unit, "target_v", "weight_v"), 1),
+    }
+    strides = ("voxels", "input_b", "input_c", "target_b", "target_c", "weight_b")
+    strides += ("output_b", "output_c")
+    if tiny:
+        types |= dict.fromkeys((*strides, "chunks", "tiles_a_chunk", "tiles_a_program"), 1)
+    return Instance(
+        plan.kernel,
+        constants,
+        types,
+        plan.num_warps,
+        () if odd else tuple(name for name in strides if types.get(name) != 1),
+        plan.registers,
+    )
+
+
+def _finish_instance() -> Instance:
+    from voxfuse.triton_kernels import _partial_sums as kernels
+
+    types = {"partial": "*fp64", "result": "*fp64"}
+    return Instance(kernels._finish, kernels.shape_of_rows(8, 4), types)
+
+
+def _head_confusion_instance(
+    classes: int,
+    channels: int = 32,
+    dtype: str = "float32",
+    backward: bool = False,
+    full: bool = False,
+    gamma: float = 0.0,
+    dense: bool = False,
+    weighted: bool = False,
+    likelihood: int = 2,
+    odd: bool = False,
+    exact: bool = False,
+    need_features: bool = True,
+    need_head: bool = True,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import head_confusion as kernels
+    from voxfuse.triton_kernels._partial_sums import shape_of_rows
+
+    shape = (63, 63, 63) if odd else (64, 64, 64)
+    features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
+    target = torch.empty((1, classes if dense else 1, *shape), device="meta")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    options, sums = (2, likelihood, 0, None, gamma), 8 if full else 4
+    fast = kernels.is_fast(features, classes, target, options, sums)
+    assert kernels.in_registers(features, classes, fast, backward), "goes through memory"
+    constants, num_warps = kernels.constants(
+        features, classes, target, options, sums, backward=backward, interpreting=False
+    )
+    torch.set_float32_matmul_precision(before)
+    if not backward:
+        constants |= shape_of_rows(classes * constants["SUMS"], num_warps)
+    else:
+        constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
+        constants["GRADIENT_PRECISION"] = constants["PRECISION"]
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        **dict.fromkeys(("features", "weight", "bias", "output"), pointer),
+        "target": TYPES["float32" if dense else "uint8"],
+        "voxel_weight": TYPES["float32"] if weighted else None,
+        "partial": "*fp64",
+        "result": "*fp64",
+        "counters": "*i32",
+        "grad": "*fp64",
+        "gamma": "fp64",
+        **dict.fromkeys(("features_v", "target_v", "weight_v", "output_v"), 1),
+    }
+    strides = ("voxels", "features_b", "features_c", "target_b", "target_c", "weight_b")
+    strides += ("output_b", "output_c", "channels")
+    kernel = kernels._head_backward if backward else kernels._head_forward
+    aligned = () if odd else strides
+    return Instance(kernel, constants, types, num_warps, aligned, kernels.REGISTERS)
+
+
+def _ratio_loss_instance(
+    classes: int,
+    rows: int = 1,
+    sums: int = 4,
+    nll: bool = False,
+    off: bool = False,
+    pooling: int = 0,
+    absent: int = 0,
+    log: bool = False,
+    tiny: bool = False,
+) -> Instance:
+    from voxfuse.triton_kernels import ratio_loss as kernels
+
+    constants = kernels.forward_constants(
+        sums,
+        rows,
+        classes,
+        True,
+        nll,
+        off,
+        False,
+        pooling,
+        absent,
+        1,
+        2 if off else 1,
+        log,
+        not log,
+    )
+    scalars = [f"{letter}{i}" for letter in "nd" for i in range(8)]
+    scalars += ["smooth_nr", "smooth_dr", "min_denominator", "exponent", "ratio_scale"]
+    scalars += ["nll_scale", "off_scale"]
+    weight = "*fp64" if nll else None
+    types: dict[str, Any] = {"stats": "*fp64", "loss": "*fp32", "cotangents": "*fp64"}
+    types |= dict.fromkeys(("class_weight", "nll_weight", "off_weight"), weight)
+    types |= dict.fromkeys(scalars, "fp64")
+    if tiny:
+        types |= dict.fromkeys(("samples", "rows", "classes", "first_class", "terms"), 1)
+    return Instance(kernels._forward, constants, types)
+
+
+def _ratio_loss_backward_instance() -> Instance:
+    from voxfuse.triton_kernels import ratio_loss as kernels
+
+    types = {"grad_loss": "*fp32", "cotangents": "*fp64", "result": "*fp64"}
+    return Instance(kernels._backward, {"SUMS": 4, "BY_CLASS": True, "BLOCK": 1024}, types)
+
+
+def _overlap_add_instance(
+    dtype: str = "float32",
+    axes: int = 3,
+    channels: int = 4,
+    dense: bool = False,
+    total: bool = False,
+    ring: int = -1,
+    weights: bool = False,
+    backward: bool = False,
+    floor: bool = False,
+    activation: int = 0,
+    many: bool = False,
+    normalise: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import overlap_add as kernels
+
+    channels = kernels.channels_a_program(channels, ring >= 0)
+    # Even with more than one tile a row.
+    height, width = kernels.tile_shape(1 if axes == 1 else 96, 192)
+    constants: dict[str, Any] = {
+        "AXES": axes,
+        "DENSE": dense,
+        "CHANNELS": channels,
+        "HEIGHT": height,
+        "WIDTH": width,
+        "DTYPE": kernels._accumulation(getattr(torch, dtype)),
+    }
+    if not backward:
+        constants |= {"RING": ring, "ADD": ring >= 0, "WEIGHTS": weights}
+        constants["ORIGINS"] = kernels.ORIGINS
+    if activation or not backward:
+        constants |= {"ACTIVATION": activation, "STEP": kernels.STEP}
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        "softmax": "*fp32" if many or normalise else None,
+        "patches": None if weights else pointer,
+        "output": "*fp32" if ring >= 0 and not weights else pointer,
+        "grad": pointer,
+        "result": pointer,
+        "origins": "*i64",
+        "rows": "*i64",
+        "table_z": "*fp64" if axes > 2 and not dense else None,
+        "table_y": "*fp64" if axes > 1 and not dense else None,
+        "table_x": "*fp64",
+        "total": "*fp64" if total else None,
+        **dict.fromkeys(("floor", "cover_z", "cover_y", "cover_x"), "*fp64" if floor else None),
+        "patches_x": 1,
+    }
+    if axes == 1:
+        ones = ("size_z", "size_y", "patch_z", "patch_y", "length_z", "length_y")
+        types |= dict.fromkeys(ones, 1)
+    kernel, registers = kernels._gather, kernels.REGISTERS
+    if backward:
+        kernel, registers = kernels._scatter_activated if activation else kernels._scatter, None
+    if normalise:
+        kernel, registers = kernels._normalise, None
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return Instance(kernel, constants, types, 4, ("size_x",), registers)
+
+
+def _finalize_slab_instance(
+    mode: int,
+    classes: int,
+    activation: int = 0,
+    dtype: str = "float32",
+    output: str | None = None,
+    head: bool = False,
+    total: bool = False,
+    divide: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import finalize_slab as kernels
+    from voxfuse.triton_kernels import overlap_add
+
+    constants: dict[str, Any] = {
+        "MODE": mode,
+        "ACTIVATION": activation,
+        "BINARY": activation == 1,
+        "DIVIDE": divide,
+        "CLEAR": True,
+        "DTYPE": overlap_add._accumulation(getattr(torch, dtype)),
+        **kernels.tiles(classes, 128**3),
+    }
+    pointer = TYPES[dtype]
+    types: dict[str, Any] = {
+        "ring": pointer,
+        "out": TYPES[output or ("uint8" if mode in (1, 2) else "float32")],
+        "total": "*fp64" if total else None,
+        "weight": pointer if head else None,
+        "bias": pointer if head else None,
+        "outer": 1,
+        **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
+    }
+    lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
+    return Instance(kernels._finalize, constants, types, kernels.WARPS, lengths)
+
+
+def _floating_sum_instance(dtype: str) -> Instance:
+    """What no kernel may do: sums in an order that the hardware chooses."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_in_any_order(values, total):
+        i = tl.program_id(0)
+        tl.atomic_add(total, tl.load(values + i))
+
+    return Instance(add_in_any_order, {}, {"values": TYPES[dtype], "total": TYPES[dtype]})
+
+
+INSTANCES = {
+    "soft_confusion": _soft_confusion_instance,
+    "finish": _finish_instance,
+    "head_confusion": _head_confusion_instance,
+    "ratio_loss": _ratio_loss_instance,
+    "ratio_loss_backward": _ratio_loss_backward_instance,
+    "overlap_add": _overlap_add_instance,
+    "finalize_slab": _finalize_slab_instance,
+    "floating_sum": _floating_sum_instance,
+}
+
+
+CASES = (
+    *confusion_cases(),
+    *(
+        soft_confusion(
+            f"{name}-{'backward' if backward else 'forward'}-sm{capability}",
+            capability,
+            **options,
+            backward=backward,
+        )
+        for name, capabilities, options in EXTRAS
+        for backward in (False, True)
+        for capability in capabilities
+    ),
+    *head_cases(),
+    *everywhere("finish", "second-stage"),
+    *everywhere("ratio_loss", "ratio-loss", classes=4),
+    *everywhere(
+        "ratio_loss", "ratio-loss-pooled", classes=16, rows=4, pooling=3, absent=1, log=True
+    ),
+    *everywhere(
+        "ratio_loss", "ratio-loss-likelihood", classes=16, rows=4, sums=8, nll=True, off=True
+    ),
+    *everywhere("ratio_loss", "ratio-loss-tiny", classes=1, tiny=True),
+    *everywhere("ratio_loss_backward", "ratio-loss-backward"),
+    *(
+        case
+        for name, options in (
+            ("gather", dict(channels=8)),
+            ("gather-8-bfloat16", dict(dtype="bfloat16", channels=8)),
+            ("gather-dense-total", dict(dense=True, total=True)),
+            ("gather-line", dict(axes=1)),
+            ("ring", dict(ring=0, channels=4)),
+            ("ring-weights", dict(ring=0, weights=True, channels=1, dtype="float64")),
+            ("ring-floor", dict(ring=0, channels=4, floor=True)),
+            ("ring-total", dict(ring=2, channels=4, dtype="bfloat16", total=True)),
+            ("backward", dict(backward=True, channels=8)),
+            ("backward-bfloat16", dict(backward=True, dtype="bfloat16")),
+            ("sigmoid", dict(channels=8, activation=1)),
+            ("softmax-few", dict(channels=8, activation=2)),
+            ("softmax-many-bfloat16", dict(channels=8, activation=2, many=True, dtype="bfloat16")),
+            ("ring-softmax-few-bfloat16", dict(ring=0, activation=2, dtype="bfloat16")),
+            ("ring-softmax-many", dict(ring=2, activation=2, many=True, total=True)),
+            ("softmax-normalise", dict(activation=2, normalise=True)),
+            ("softmax-normalise-bfloat16", dict(activation=2, normalise=True, dtype="bfloat16")),
+            ("softmax-backward", dict(activation=2, backward=True)),
+            ("softmax-backward-bfloat16", dict(activation=2, backward=True, dtype="bfloat16")),
+            ("sigmoid-backward", dict(activation=1, backward=True, total=True)),
+        )
+        for case in everywhere("overlap_add", f"fusion-{name}", **options)
+    ),
+    *(
+        Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
+        for capability in (80, 90, 100)
+        for name, options in (
+            ("labels-4", dict(mode=1, classes=4)),
+            ("labels-117", dict(mode=1, classes=117, total=True, divide=True)),
+            ("values-2", dict(mode=0, classes=2, activation=2, output="float16")),
+            ("values-117", dict(mode=0, classes=117, activation=2)),
+            ("mask", dict(mode=2, classes=3, activation=1, total=True)),
+            ("foreground", dict(mode=3, classes=16, activation=2, output="bfloat16")),
+            ("entropy", dict(mode=4, classes=16, activation=2)),
+            ("labels-head", dict(mode=1, classes=117, head=True)),
+            ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
+        )
+    ),
+)
+
+
+#: Kernels that the test of the atomics must refuse.
+REFUSED = tuple(
+    Case(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
+    for dtype in ("float32", "float16", "float64")
+)
+
+
+def on_amd() -> tuple[Case, ...]:
+    """Every kernel for AMD's GPUs, in the launches that take the most registers and in the
+    commonest ones.
+    """
+    names = (
+        *("forward-2-float32", "forward-249-float32", "forward-97-float32-full"),
+        *("backward-2-float32", "backward-185-float32", "backward-81-float32-full"),
+        *(
+            "second-stage",
+            "ratio-loss",
+            "ratio-loss-backward",
+            "head-128x128-ieee-forward",
+            "head-64x32-ieee-backward",
+        ),
+        *("fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather"),
+        *("fusion-backward", "finalize-values-117"),
+    )
+    cases = {case.name: case for case in CASES}
+    return tuple(
+        dataclasses.replace(cases[f"{name}-sm90"], name=f"{name}-{gpu}", capability=gpu)
+        for name in names
+        for gpu in AMD
+    )
+
+
+def compile_case(case: Case, disassemble: bool = True) -> dict[str, Any]:
+    """Compile one case; return its registers and stack, and instructions if they are asked for."""
+    compiled = compile_kernel(case)
+    if "amdgcn" in compiled:
+        return {"name": case.name, **_amd_resources(compiled["amdgcn"])}
+    return {
+        "name": case.name,
+        **_ptx_atomics(compiled["ptx"]),
+        **_resources(compiled["cubin"]),
+        **(_instructions(compiled["cubin"]) if disassemble else {}),
+    }
+
+
+def compile_cubin(case: Case) -> bytes:
+    """The machine code of one case."""
+    cubin: bytes = compile_kernel(case)["cubin"]
+    return cubin
+
+
+def compile_kernel(case: Case) -> dict[str, Any]:
+    """What the compiler makes of one case, by the name of the stage."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from voxfuse.triton_kernels._common import LAUNCH_OPTIONS
+
+    instance = INSTANCES[case.operator](**dict(case.options))
+    signature, constants, attributes = {}, dict(instance.constants), {}
+    if isinstance(case.capability, str):
+        # What head_confusion.precision says there.
+        for name in ("PRECISION", "GRADIENT_PRECISION"):
+            if name in constants:
+                constants[name] = "ieee"
+    for position, name in enumerate(instance.kernel.arg_names):
+        kind = instance.types.get(name, "i32")
+        if name in instance.constants:
+            signature[name] = "constexpr"
+        elif kind is None or kind == 1:
+            # What Triton does with None and with integers that are 1.
+            signature[name], constants[name] = "constexpr", kind
+        else:
+            signature[name] = kind
+            if kind.startswith("*") or name in instance.multiples_of_16:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    if isinstance(case.capability, str):
+        target, limit = GPUTarget("hip", case.capability, AMD[case.capability]), {}
+    else:
+        target = GPUTarget("cuda", case.capability, 32)
+        limit = {} if instance.registers is None else {"maxnreg": instance.registers}
+    source = ASTSource(instance.kernel, signature, constants, attributes)
+    compiled = triton.compile(
+        source,
+        target=target,
+        options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS, **limit},
+    )
+    stages: dict[str, Any] = compiled.asm
+    return stages
+
+
+def _ptx_atomics(ptx: str) -> dict[str, int]:
+    """Integer additions that every GPU thread sees, which count, and all other atomics."""
+    found = re.findall(r"^\s*(?:@!?%\w+\s+)?((?:atom|red)\.[\w.:]+)", ptx, re.M)
+    counters = [name for name in found if re.fullmatch(r"atom\.[\w.:]*\.add\.[us]32", name)]
+    return {"counters": len(counters), "atomics": len(found) - len(counters)}
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What a tool of Triton's package says about machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, Any]:
+    usage = _tool("cuobjdump", "-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, f"cuobjdump reports no resources: {usage}"
+    registers, stack, shared, local = map(int, found.groups())
+    return {"registers": registers, "stack": stack, "shared": shared, "local": local}
+
+
+def _amd_resources(assembly: str) -> dict[str, Any]:
+    """What the assembler's notes say; bytes in memory are those of a thread of its own."""
+
+    def note(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.M)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": note("vgpr_count"),
+        "stack": note("private_segment_fixed_size"),
+        "shared": note("group_segment_fixed_size"),
+        "atomics": len(re.findall(r"^\s*\w+_atomic_(?!add_u32|add )\w+", assembly, re.M)),
+        "counters": len(re.findall(r"^\s*\w+_atomic_add(?:_u32)? ", assembly, re.M)),
+    }
+
+
+def _instructions(cubin: bytes) -> dict[str, int]:
+    """Counts of the machine code; takes a third as long as compiling it."""
+    code = _tool("nvdisasm", "-c", cubin)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9.]+)", code, re.M)
+    counts = collections.Counter(instructions)
+    return {
+        "instructions": len(instructions),
+        "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
+        "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
+        **_atomics(counts),
+        "fences": sum(n for name, n in counts.items() if re.match(r"MEMBAR\..*GPU", name)),
+    }
+
+
+def _atomics(counts: dict[str, int]) -> dict[str, int]:
+    """Integer additions that every GPU thread sees, which count, and all other atomics."""
+    found = {"machine_counters": 0, "machine_atomics": 0}
+    for name, n in counts.items():
+        if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32)?\.STRONG\.GPU", name):
+            found["machine_counters"] += n
+        # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
+        elif re.match(r"(RED|ATOM)[GS]?\.", name) and name not in ("ATOMS.OR", "ATOMS.AND"):
+            found["machine_atomics"] += n
+    return found
+
+
+def compile_in_parallel(
+    cases: tuple[Case, ...], directory: Path, disassemble: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Compile ``cases`` in two processes without the interpreter; results by name.
+
+    Those named in ``disassemble`` have their instructions counted.
+    """
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(directory / "cache"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    root = Path(__file__).resolve().parents[2]
+    workers = []
+    for part in range(2):
+        names = json.dumps({case.name: case.name in disassemble for case in cases[part::2]})
+        output = directory / f"part{part}.json"
+        command = [sys.executable, "-m", "tests.build.triton_aot", names, str(output)]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        workers.append((process, output))
+    results: dict[str, dict[str, Any]] = {}
+    for process, output in workers:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        results |= {entry["name"]: entry for entry in json.loads(output.read_text())}
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The resources of every case, one a line."""
+    columns = ("registers", "stack", "shared", "instructions", "loads_128", "stores_128")
+    lines = [f"{'kernel':36}" + "".join(f"{column:>13}" for column in columns)]
+    for name, entry in results.items():
+        cells = (entry.get(column, "") for column in columns)
+        lines.append(f"{name:36}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        names = json.loads(arguments[0])
+        results = [
+            compile_case(case, names[case.name])
+            for case in (*CASES, *REFUSED, *on_amd())
+            if case.name in names
+        ]
+        Path(arguments[1]).write_text(json.dumps(results))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        everything = {case.name for case in CASES}
+        cases = (*CASES, *on_amd())
+        print(table(compile_in_parallel(cases, Path(directory), everything)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

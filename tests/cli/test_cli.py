@@ -1,0 +1,42 @@
+"""The command line: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from voxfuse import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_info_as_json_is_what_info_prints(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in found["backends"])
+    assert found["versions"]["torch"] in text
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    """`voxfuse info | head -1`: here the reader has left before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "voxfuse", "info"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=ROOT,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert ended.returncode == 1
+    assert ended.stderr == ""

@@ -1,0 +1,337 @@
+"""Every instance of every CUDA kernel that ships runs in the emulation, against the reference.
+
+What ships is read from what was compiled: the instances from the symbols of the emulation programs
+(the same dispatch, so the same instances as the library's, which is checked where it was built),
+the kinds of target, weight and result from the switches in csrc/cuda. A kernel, an instance or a
+type that is added there without a case below fails here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+import voxfuse
+from tests.emulation import emulator
+from tests.ops.finalize_slab import cases as finalize_cases
+from tests.ops.finalize_slab.cases import Case as Slab
+from tests.ops.soft_confusion.cases import Case, check
+from tests.ops.soft_confusion.test_cuda import (
+    FLOATS,
+    assert_fused,
+    check_ratio,
+    fusion_case,
+    fusion_reference,
+    statistics,
+)
+
+pytestmark = pytest.mark.skipif(
+    emulator.missing() is not None, reason=f"no CUDA emulation: {emulator.missing()}"
+)
+
+ELEMENT = ("f32", "f16", "bf16", "f64", "boolean", "u8", "i16", "i32", "i64")
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+LABELS = (torch.bool, *INTEGERS, torch.float16, torch.float32)
+DENSE = (*LABELS, torch.bfloat16, torch.float64)
+WEIGHTS = (None, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.float32)
+LAYOUTS = ("contiguous", "permuted", "channels_last", "sliced")
+SCALAR, PLANAR, INTERLEAVED = range(3)  # csrc/cuda/soft_confusion.h
+NONE = -1
+
+
+def handled(file: str, function: str, otherwise: str) -> set[int]:
+    """Codes of the element types that the switch of a function in csrc/cuda tells apart."""
+    source = (emulator.ROOT / "csrc" / "cuda" / file).read_text()
+    body = source[re.search(rf"\b{function}\(const \w+& q", source).start() :]  # type: ignore[union-attr]
+    names = re.findall(r"case Element::(\w+):", body[: body.index("\n}\n")])
+    assert names, f"{function} in {file} has no switch over element types"
+    return {ELEMENT.index(name) for name in (*names, otherwise)}
+
+
+def confusion_cases() -> Iterable[Case]:
+    """Soft confusion: class paths, types, activations; kinds of targets, weights and layouts."""
+    turn = itertools.count()
+
+    def rotated() -> dict[str, object]:
+        i = next(turn)
+        label = LABELS[1 + i % (len(LABELS) - 1)]
+        return {
+            "target_dtype": label,
+            "weight": WEIGHTS[i % len(WEIGHTS)],
+            "layout": LAYOUTS[i % len(LAYOUTS)],
+            "gamma": (0.0, 2.0)[i // 4 % 2],
+        }
+
+    # Multiples of 16 voxels, so that planes are aligned; the tile's end is not.
+    for dtype, full in itertools.product(FLOATS, (False, True)):
+        for classes in (*range(2, 17), 20, 140, 260):
+            yield Case(classes=classes, spatial=(5, 16), dtype=dtype, full=full, **rotated())
+        for activation in ("sigmoid", "none"):
+            yield Case(
+                spatial=(5, 4, 16), dtype=dtype, full=full, activation=activation, **rotated()
+            )
+        yield Case(spatial=(5, 4, 16), dtype=dtype, full=full, likelihood="sigmoid", **rotated())
+    paths = (
+        dict(classes=2),
+        dict(classes=4),
+        dict(classes=20),
+        dict(classes=2, activation="sigmoid"),
+        dict(classes=2, likelihood="sigmoid"),
+    )
+    for path, full in itertools.product(paths, (False, True)):
+        for dtype, layout in itertools.product(FLOATS[:3], LAYOUTS):
+            options = {**rotated(), "layout": layout, "dtype": dtype}
+            yield Case(spatial=(5, 4, 16), full=full, **path, **options)
+        for label in LABELS[1:]:
+            yield Case(spatial=(4, 16), full=full, **path, **{**rotated(), "target_dtype": label})
+        for weight in WEIGHTS:
+            yield Case(spatial=(4, 16), full=full, **path, **{**rotated(), "weight": weight})
+        if path["classes"] == 2:  # bool labels
+            yield Case(spatial=(4, 16), **path, target_dtype=torch.bool)
+    yield Case(batch=300, classes=2, spatial=(5,))  # more samples than there are counters
+    for activation, label in itertools.product(("sigmoid", "none", "softmax"), DENSE):
+        for classes in (1, 3):
+            if classes == 3 and label in (torch.int16, torch.int32, torch.int64):
+                continue  # not a dense target's type
+            options = {**rotated(), "target_dtype": label}
+            yield Case(
+                classes=classes,
+                spatial=(4, 16),
+                target="dense",
+                activation=activation,
+                full=True,
+                **options,
+            )
+
+
+def test_every_instance_of_soft_confusion_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = emulator.SoftConfusion(EMULATION_LOG=str(log))
+    for case in confusion_cases():
+        check(case, operators)
+    operators.close()
+    launched = operators.launched(log)
+    assert set(operators.instances().values()) - {name for name, _ in launched} == set()
+
+    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    layouts = defaultdict(set)
+    for name, features in launched:
+        kernel = re.split("[<(]", name)[0]
+        if kernel == "finish":
+            continue
+        kind = "dense" if features["dense"] else "labels"
+        met[kernel][kind].add(features["target"])
+        for feature in ("weight", "sums", "focal"):
+            met[kernel][feature].add(features[feature])
+        layouts[name.split(",")[0].rstrip(">"), "input"].add(features["layout"])
+        layouts[name.split(",")[0].rstrip(">"), "gradient"].add(features["gradient"])
+    labels = handled("soft_confusion_tile.cuh", "load_labels", "f32")
+    dense = handled("soft_confusion_separate.cuh", "load_dense", "f32")
+    weights = handled("soft_confusion_tile.cuh", "load_weights", "f32") | {NONE}
+    kernels = {name for name in emulator.kernel_names() if re.match("few|many|separate|gen", name)}
+    assert set(met) == kernels
+    for kernel, kinds in met.items():
+        assert kinds["labels"] >= labels - (
+            {ELEMENT.index("boolean")} if "many" in kernel else set()
+        )
+        assert kinds["weight"] == weights, kernel
+        assert kinds["focal"] == {0, 1}, kernel
+        assert kinds["sums"] == ({4} if kernel.startswith("many") else {4, 8}), kernel
+        if kernel.startswith(("separate", "general")):
+            assert kinds["dense"] == dense, kernel
+    for (kernel, tensor), found in layouts.items():
+        if kernel.startswith("general"):
+            continue  # reads element by element
+        expected = {SCALAR, PLANAR, INTERLEAVED} if kernel.startswith("few") else {SCALAR, PLANAR}
+        if tensor == "gradient":
+            expected = expected if "backward" in kernel else {NONE}
+        assert found == expected, (kernel, tensor)
+
+
+def test_every_instance_of_ratio_loss_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = emulator.RatioLoss(EMULATION_LOG=str(log))
+    for pooling, reduction in itertools.product(range(4), range(3)):
+        check_ratio(operators, statistics(2, 3, 8), class_pooling=pooling, reduction=reduction)
+    operators.close()
+    launched = {name for name, _ in operators.launched(log)}
+    assert launched == set(operators.instances().values())
+
+
+def test_every_instance_of_overlap_add_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = emulator.OverlapAdd(EMULATION_LOG=str(log))
+    for dtype, dense, divided in itertools.product(FLOATS, (False, True), (False, True)):
+        for patch, volume in (((5,), (23,)), ((4, 8), (12, 16)), ((3, 4, 16), (9, 9, 40))):
+            patches, origins, rows, tables, window = fusion_case(patch, volume, 9, 5, dtype)
+            rows = torch.zeros_like(rows) if dense else rows
+            weights = [window] if dense else tables
+            total = None
+            if divided:
+                total = torch.zeros(volume, dtype=torch.float64)
+                fusion_reference.overlap_weights_(total, origins, rows, weights, 0, 0, volume[0])
+            accumulator = torch.promote_types(dtype, torch.float32)
+            for axis in range(len(volume)):
+                place = (axis, 0, volume[axis])
+                ring = torch.zeros(5, *volume, dtype=accumulator)
+                operators.overlap_add_(ring, patches, origins, rows, weights, total, *place)
+
+                def added(p, ring=ring, place=place, o=origins, r=rows, w=weights, t=total):
+                    result = torch.zeros_like(ring, dtype=p.dtype)
+                    fusion_reference.overlap_add_(result, p, o, r, w, t, *place)
+                    return result
+
+                truth, plain, size = (
+                    added(p)
+                    for p in (patches.double(), patches.to(accumulator), patches.double().abs())
+                )
+                eps = torch.finfo(accumulator).eps
+                assert bool(((ring.double() - truth).abs() <= 8 * eps * size).all())
+                assert plain.dtype == ring.dtype
+                sums = torch.zeros(volume, dtype=torch.float64)
+                expected = sums.clone()
+                operators.overlap_weights_(sums, origins, rows, weights, *place)
+                fusion_reference.overlap_weights_(expected, origins, rows, weights, *place)
+                torch.testing.assert_close(sums, expected, rtol=1e-14, atol=0)
+            assert_fused(
+                operators.overlap_add(patches, origins, rows, weights, total, volume),
+                lambda p, o=origins, r=rows, w=weights, t=total, v=volume: (
+                    fusion_reference.overlap_add(p, o, r, w, t, v)
+                ),
+                patches,
+                dtype,
+                "overlap_add",
+            )
+            grad = torch.randn(5, *volume, dtype=torch.float64).to(dtype)
+            assert_fused(
+                operators.overlap_add_backward(grad, origins, rows, weights, total),
+                lambda g, o=origins, r=rows, w=weights, t=total: (
+                    fusion_reference.overlap_add_backward(g, o, r, w, t)
+                ),
+                grad,
+                dtype,
+                "overlap_add_backward",
+            )
+    for dtype, activation, channels in itertools.product(FLOATS, (1, 2), (3, 9)):
+        for dense, divided in itertools.product((False, True), (False, True)):
+            for patch, volume in (((5,), (23,)), ((4, 8), (12, 16)), ((3, 4, 16), (4, 5, 40))):
+                patches, origins, rows, tables, window = fusion_case(
+                    patch, volume, 4, channels, dtype
+                )
+                rows = torch.zeros_like(rows) if dense else rows
+                weights = (origins, rows, [window] if dense else tables)
+                total = torch.full(volume, 2.0, dtype=torch.float64) if divided else None
+                fused = operators.overlap_add(patches, *weights, total, volume, activation)
+                truth = fusion_reference.overlap_add(
+                    patches.double(), *weights, total, volume, activation
+                )
+                torch.testing.assert_close(
+                    fused, truth.to(dtype), rtol=8 * torch.finfo(dtype).eps, atol=1e-6
+                )
+                grad = torch.randn(channels, *volume).to(dtype)
+                torch.testing.assert_close(
+                    operators.overlap_add_backward(grad, *weights, total, patches, activation),
+                    fusion_reference.overlap_add_backward(
+                        grad.double(), *weights, total, patches.double(), activation
+                    ).to(dtype),
+                    rtol=8 * torch.finfo(dtype).eps,
+                    atol=1e-6 if dtype in (torch.float32, torch.float64) else 1e-2,
+                )
+                for axis in range(len(volume)):
+                    ring = torch.zeros_like(truth).to(torch.promote_types(dtype, torch.float32))
+                    place = (axis, 0, volume[axis], 0, 0.0, activation)
+                    operators.overlap_add_(ring, patches, *weights, total, *place)
+                    torch.testing.assert_close(ring.double(), truth, rtol=2e-6, atol=1e-6)
+    operators.close()
+    met: dict[str, set[tuple[tuple[str, int], ...]]] = defaultdict(set)
+    for name, features in operators.launched(log):
+        met[name].add(tuple(features.items()))
+    assert set(met) == set(operators.instances().values())
+    for name, found in met.items():
+        values = defaultdict(set)
+        for feature, value in itertools.chain.from_iterable(found):
+            values[feature].add(value)
+        assert values["axes"] == {1, 2, 3}, name
+        assert values["separable"] == {0, 1}, name
+        assert values["divided"] == ({0} if "Mode)2" in name else {0, 1}), name
+        in_ring = "Mode)1" in name or "Mode)2" in name
+        rings = {0, 1, 2} if in_ring else {NONE}
+        # What a softmax of many channels keeps is worked out for both.
+        rings = {NONE, 0, 1, 2} if name.startswith("normalise") else rings
+        assert values["ring"] == rings, name
+        kept, activations = {0}, {0}
+        if name.startswith("normalise"):
+            kept, activations = {1}, {2}
+        elif name.endswith("true>"):
+            kept, activations = {0, 1}, {1, 2}
+        elif name.startswith("scatter_activated"):
+            activations = {1, 2}
+        assert (values["kept"], values["activation"]) == (kept, activations), name
+
+
+def test_every_instance_of_finalize_slab_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = emulator.FinalizeSlab(EMULATION_LOG=str(log))
+    for mode, real in itertools.product(finalize_cases.MODES, (torch.float32, torch.float64)):
+        types = {"labels": finalize_cases.INTEGERS, "mask": (torch.bool, torch.uint8)}
+        for i, dtype in enumerate(types.get(mode, finalize_cases.FLOATS)):
+            for activation, applied in itertools.product(finalize_cases.ACTIVATIONS, (False, True)):
+                case = Slab(mode, activation, real=real, dtype=dtype, applied=applied)
+                finalize_cases.check(case, operators.finalize_slab)
+            case = Slab(
+                mode, "softmax", channels=9, real=real, dtype=dtype, total=True, clear=i % 2 == 0
+            )
+            finalize_cases.check(case, operators.finalize_slab)
+        if mode != "entropy":
+            case = Slab(mode, "softmax", channels=6, classes=9, real=real, clear=False)
+        else:
+            case = Slab(mode, "softmax", channels=9, real=real, clear=False)
+        finalize_cases.check(case, operators.finalize_slab)
+    operators.close()
+    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name, features in operators.launched(log):
+        for feature, value in features.items():
+            met[name][feature].add(value)
+    assert set(met) == set(operators.instances().values())
+    stored = handled("finalize_slab.cu", "store_run", "f32") | {ELEMENT.index("u8")}
+    every = set().union(*(values["type"] for values in met.values()))
+    assert every - {ELEMENT.index("boolean")} == stored
+    for name, values in met.items():
+        for feature in ("applied", "total", "clear"):
+            assert values[feature] == {0, 1}, (name, feature)
+        assert values["activation"] == {0, 1, 2}, name
+        assert values["head"] == ({0} if "Finish)4" in name else {0, 1}), name
+
+
+def test_the_library_has_the_instances_of_the_emulation():
+    library = Path(voxfuse.__file__).parent / "libvoxfuse_cuda.so"
+    carried = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin/cuobjdump"
+    tool = str(carried) if carried.exists() else shutil.which("cuobjdump")
+    if not library.exists():
+        pytest.skip("libvoxfuse_cuda.so was not built")
+    if tool is None or shutil.which("c++filt") is None:
+        pytest.skip("cuobjdump (Triton's package has one) or c++filt is not installed")
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = "\n".join(sorted(set(re.findall(r"Function (\S+):", usage))))
+    names = subprocess.run(
+        ["c++filt"], input=symbols, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    programs = (
+        emulator.SoftConfusion,
+        emulator.RatioLoss,
+        emulator.OverlapAdd,
+        emulator.FinalizeSlab,
+    )
+    emulated = {name for program in programs for name in program.instances().values()}
+    assert {emulator.readable(name) for name in names} == emulated
