@@ -121,6 +121,21 @@ def test_several_labels_and_channels(tmp_path):
     assert "Label 2" in (out / "report.html").read_text()
 
 
+def test_a_label_that_no_truth_has_is_named(study, capsys):
+    """Both masks are empty for it, so that its Dice is 1."""
+    assert run(study / "ours", study / "truth", "--labels", 1, 7) == 0
+    printed = capsys.readouterr()
+    assert "no truth has a voxel of label 7" in printed.err
+    assert "no truth has a voxel of label 7" in printed.out
+
+
+def test_an_image_is_not_shown_for_another_subject(study, capsys):
+    save(study / "images" / "p1.nii.gz", lesions((2, 2, 2)))
+    arguments = "--images", study / "images", "--out", study / "out"
+    assert run(study / "ours", study / "truth", *arguments) == 1
+    assert "--images: there is none for p2" in capsys.readouterr().err
+
+
 def test_label_2_of_wmh_counts_as_nothing(tmp_path, capsys):
     truth = lesions((2, 2, 2)) + lesions((10, 10, 5), label=2)
     save(tmp_path / "t.nii.gz", truth)

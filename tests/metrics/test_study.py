@@ -137,3 +137,12 @@ def test_a_rater_s_mask_of_real_lesions(ms_lesions):
         assert match.detected.sum() == (shared > 0).sum()
         assert one.values["hd95"] > 1
         assert 0 < one.values["dice"] < 1
+
+
+def test_what_is_ignored_does_not_make_a_small_lesion_large():
+    """A lesion of 2 voxels beside 4 ignored ones is as small in the score as in the tuning."""
+    prediction, ignore = np.zeros((14, 14, 14), bool), np.zeros((14, 14, 14), bool)
+    prediction[3, 3, 3:9] = ignore[3, 3, 5:9] = True
+    options = study.Options(minimum_volume=2.0)
+    one = study.score_subject(prediction, cube(8), 1.0, options, ignore=ignore)
+    assert one.counts.prediction == 0

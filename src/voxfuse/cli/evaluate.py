@@ -137,16 +137,20 @@ class _Evaluation:
             files.find_scans(options.images, options.image_pattern) if options.images else {}
         )
         self.misses: list[Any] = []
+        self.seen: set[int] = set()
 
     def _pairs(self, predictions: Path) -> dict[str, tuple[Path, Path]]:
         found = self.files.find_scans(predictions, self.options.prediction_pattern)
         pairs, extra = self.files.pair_scans(found, self.truths)
         if extra:
             names = ", ".join(extra[:5]) + (", ..." if extra[5:] else "")
-            note = f"{predictions}: {len(extra)} predictions have no truth: {names}"
-            self.notes.append(note)
-            print(f"voxfuse evaluate: {note}", file=sys.stderr)
+            self._note(f"{predictions}: {len(extra)} predictions have no truth: {names}")
         return pairs
+
+    def _note(self, note: str) -> None:
+        """Say it now, and on the page."""
+        self.notes.append(note)
+        print(f"voxfuse evaluate: {note}", file=sys.stderr)
 
     def run(self) -> int:
         """Score, print or write; return the exit status."""
@@ -157,6 +161,9 @@ class _Evaluation:
         if self.ignore is not None:
             self.notes.append(f"voxels of label {self.ignore} in the truth count as nothing")
         studies = self._studies(self.pairs, with_misses=self.options.out is not None)
+        unseen = [label for label in self.options.labels or [] if label not in self.seen]
+        if unseen:
+            self._note(f"no truth has a voxel of label {', '.join(map(str, unseen))}")
         others = self._studies(self.other) if self.other else []
         comparisons = {
             ours.label: self.study.compare(ours, theirs)
@@ -215,6 +222,8 @@ class _Evaluation:
         ignore = None if self.ignore is None else whole == self.ignore
         for label in self.options.labels or [None]:
             g = whole == label if label is not None else whole > 0
+            if label is not None and g.any():
+                self.seen.add(label)
             if ignore is not None:
                 g &= ~ignore
             p = self._predicted(predicted, label)
@@ -276,7 +285,7 @@ class _Evaluation:
     def _image(self, subject: str, truth: Any) -> Any:
         if not self.images:
             return None
-        if subject not in self.images and len(self.images) > 1:
+        if subject not in self.images and len(self.images) + len(self.truths) > 2:
             raise FileNotFoundError(f"--images: there is none for {subject}")
         path = self.images.get(subject) or next(iter(self.images.values()))
         image = self.files.on_grid_of(self.files.load_scan(path), truth, self.options.resample)

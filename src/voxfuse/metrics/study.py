@@ -96,11 +96,11 @@ def score_subject(
     if probabilities is not None:
         scores = score_counts(probabilities, truth, bins=options.bins, ignore=ignore)
         prediction = probabilities >= options.threshold
+    prediction, truth = as_pair(prediction, truth, ignore)
     if options.minimum_volume:
         connectivity = options.rules[0].connectivity if options.rules else 18
         prediction = remove_small_lesions(prediction, options.minimum_volume, spacing, connectivity)
     counts = voxel_counts(prediction, truth, ignore=ignore)
-    prediction, truth = as_pair(prediction, truth, ignore)
     values = {name: getattr(counts, name) for name in VOXELWISE}
     values["f2"] = counts.f_beta(2)
     values |= volume_metrics(counts, spacing, truth.ndim)
