@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VOXFUSE_CUDA ?= auto
 OUT ?= build/demo
 ARGS ?=
 
@@ -53,19 +54,35 @@ $(VENV)/.requirements: $(VENV)/.created constraints.txt
 	@$(INSTALL) --upgrade "setuptools>=77" wheel "pybind11>=2.13" cmake ninja torch
 	@touch $@
 
+# Once the CUDA kernels are compiled they stay so: the demo after the tests compiles nothing.
+CUDA := $(VOXFUSE_CUDA)
+ifeq ($(CUDA),auto)
+  CUDA := $(or $(shell cat $(VENV)/.cuda 2> /dev/null),auto)
+endif
+INSTALL_VOXFUSE := PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
+
 # Editable, so that Python code needs no reinstallation; compiled code is rebuilt when it changes.
 # Without build isolation the extension is compiled against the torch installed above.
 $(VENV)/.installed: $(VENV)/.requirements constraints.txt pyproject.toml setup.py CMakeLists.txt $(COMPILED)
 	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || \
 	  { echo "No C++ compiler found; on Debian and Ubuntu install g++"; exit 1; }
 	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
-	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
+	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE)
 	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
 	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
 	@$(BIN)/voxfuse info
 	@touch $@
 
 setup: $(VENV)/.installed
+
+# Tests read the machine code of the CUDA kernels, on a PyTorch without CUDA too.
+$(VENV)/.cuda: $(VENV)/.installed
+	@case "$(CUDA)" in \
+	  auto) command -v nvcc > /dev/null || exit 0; \
+	    echo "-- Compiling the CUDA kernels for the tests (a few minutes; VOXFUSE_CUDA=0 leaves them out)"; \
+	    VOXFUSE_CUDA=1 $(INSTALL_VOXFUSE) && echo 1 > $@;; \
+	  1) echo 1 > $@;; \
+	esac
 
 build:
 	@rm -f $(VENV)/.installed
@@ -76,7 +93,7 @@ build:
 demo: setup
 	@$(BIN)/python examples/skull_strip.py --out $(OUT) $(ARGS)
 
-test: setup
+test: setup $(VENV)/.cuda
 	$(BIN)/python -m pytest $(or $(ARGS),$(IN_PARALLEL))
 
 bench: setup
@@ -111,7 +128,7 @@ check-torch-matrix: setup
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	rm -f src/voxfuse/*.so $(VENV)/.installed
+	rm -f src/voxfuse/*.so $(VENV)/.installed $(VENV)/.cuda
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean

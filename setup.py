@@ -1,7 +1,8 @@
 """Drives CMake; everything else about the package is in pyproject.toml.
 
 Environment:
-    VOXFUSE_CUDA=auto|1|0     build the CUDA kernels if nvcc is found (auto), always, or never
+    VOXFUSE_CUDA=auto|1|0     build the CUDA kernels if nvcc is found and PyTorch has CUDA (auto),
+                              always, or never
     TORCH_CUDA_ARCH_LIST      compute capabilities, in PyTorch's notation ("8.0;9.0+PTX")
     VOXFUSE_BUILD=0           install the Python code alone
     VOXFUSE_BUILD_DIR         where CMake works (default build/cmake)
