@@ -22,9 +22,9 @@ def loss_table(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         f"Tversky loss, forward + backward, float32, {machine['cpu']} with {machine['threads']} "
-        f"threads ({machine['cpu_capability']}), torch {machine['torch']}, everybody allocating "
-        "their gradient, minimum of interleaved rounds. Memory is what is alive at the peak beyond "
-        "logits and gradient.",
+        f"threads ({machine['cpu_capability']}), torch {machine['torch']}, each implementation "
+        "allocating its gradient, minimum of interleaved rounds. Memory is what is alive at the "
+        "peak beyond logits and gradient.",
         "",
         "| logits | voxfuse | MONAI | nnU-Net Dice | torch.compile, best form | voxfuse memory | "
         "MONAI memory |",

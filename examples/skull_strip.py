@@ -553,10 +553,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     grid, patch = (
         (training, TRAINING_PATCHES[0]) if options.quick else (head.native(), NATIVE_PATCH)
     )
-    constant = find(runs, grid.name, patch, "constant")
-    spline = find(runs, grid.name, patch, "bspline5")
+    shown = {name: find(runs, grid.name, patch, name) for name in pictures.TITLES}
     outputs = {
-        "fusion.png": "the head, the masks of both windows and their difference",
+        "fusion.png": "the head, the masks of three windows and the difference they make",
         "windows.png": "the windows in one and two dimensions",
         "brain_mask.nii.gz": f"the mask (patches {patch}^3, bspline5) on the image's own grid",
         "report.json": "all figures",
@@ -565,11 +564,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out / "fusion.png",
         grid,
         patch,
-        {"constant": constant.probability, "bspline5": spline.probability},
-        {"constant": constant.dice, "bspline5": spline.dice},
+        {name: run.probability for name, run in shown.items()},
+        {name: run.dice for name, run in shown.items()},
     )
     pictures.draw_windows(options.out / "windows.png", TRAINING_WINDOWS)
-    head.save_mask(spline.probability, options.out / "brain_mask.nii.gz")
+    head.save_mask(shown["bspline5"].probability, options.out / "brain_mask.nii.gz")
     report = {
         "machine": machine,
         "image": head.path.name,

@@ -24,7 +24,11 @@ from torch import Tensor
 from voxfuse.fusion.windows import resolve_window
 
 TRUTH, MASK = "#ffd23f", "#00c2d1"
-TITLES = {"constant": "constant window", "bspline5": "B-spline window, order 5"}
+TITLES = {
+    "constant": "constant window",
+    "gaussian": "Gaussian window",
+    "bspline5": "B-spline window, order 5",
+}
 
 # Name of the view -> axis the slice is taken across, and the letters at its left, right, bottom
 # and top edge; arrays run to the right, anterior, superior.
@@ -42,13 +46,14 @@ def draw_fusion(
     probabilities: Mapping[str, Tensor],
     dice: Mapping[str, float | None],
 ) -> None:
-    """Slices of the head with the masks of two windows, and the difference of the predictions."""
-    (plain, plain_probability), (smooth, smooth_probability) = probabilities.items()
+    """Slices of the head with each window's mask, and the last prediction minus the first."""
+    plain, *_, smooth = probabilities
+    plain_probability, smooth_probability = probabilities[plain], probabilities[smooth]
     difference = (smooth_probability - plain_probability).numpy()
     image = grid.image.numpy()
     brain = grid.mask.numpy() if grid.mask is not None else is_brain(smooth_probability).numpy()
     brightest = float(np.percentile(image[brain], 99.5)) * 1.15 if brain.any() else 1.0
-    figure, axes = _panels(grid)
+    figure, axes = _panels(grid, len(probabilities) + 1)
     colours: Any = None
     for row, (view, (axis, letters)) in enumerate(VIEWS.items()):
         index = _slice_to_show(brain, is_brain(plain_probability).numpy(), axis)
@@ -62,7 +67,7 @@ def draw_fusion(
             _letters(panel, letters)
             if row == 0:
                 panel.set_title(_title(name, dice[name]), fontsize=13, pad=8)
-        panel = axes[row, 2]
+        panel = axes[row, -1]
         _show_head(panel, _cut(image, axis, index), extent, brightest)
         shown = _cut(difference, axis, index)
         colours = panel.imshow(
@@ -77,7 +82,7 @@ def draw_fusion(
         )
         _letters(panel, letters)
         if row == 0:
-            panel.set_title("difference of the two\npredictions", fontsize=13, pad=8)
+            panel.set_title(f"difference,\n{smooth} minus {plain}", fontsize=13, pad=8)
         axes[row, 0].set_ylabel(view, fontsize=13)
     _scale_bar(axes[0, 0])
     figure.suptitle(
@@ -104,26 +109,29 @@ def draw_fusion(
     )
     bar = figure.colorbar(
         colours,
-        cax=figure.add_axes((0.69, 0.048, 0.28, 0.012)),
+        cax=figure.add_axes((0.77, 0.048, 0.21, 0.012)),
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )
     bar.ax.set_xticklabels(["\u22121", "0", "+1"])
-    bar.set_label(f"brain probability, {smooth} minus {plain}", fontsize=10)
+    bar.set_label("difference of the brain probabilities", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _panels(grid: Grid) -> tuple[Figure, np.ndarray]:
-    """Three rows of three panels, all at the same scale of millimetres."""
+def _panels(grid: Grid, columns: int) -> tuple[Figure, np.ndarray]:
+    """Three rows of panels, all at the same scale of millimetres."""
     sizes = [_extent(grid, axis) for axis, _ in VIEWS.values()]
     width = max(extent[1] for extent in sizes)
     heights = [extent[3] for extent in sizes]
     left, right, above, below, gap, panel = 0.4, 0.15, 1.05, 0.85, 0.06, 3.45  # inches
     inches = [panel * height / width for height in heights]
-    total = (left + 3 * panel + 2 * gap + right, above + sum(inches) + 2 * gap + below)
+    total = (
+        left + columns * panel + (columns - 1) * gap + right,
+        above + sum(inches) + 2 * gap + below,
+    )
     figure, axes = plt.subplots(
-        3, 3, figsize=total, facecolor="white", gridspec_kw={"height_ratios": heights}
+        3, columns, figsize=total, facecolor="white", gridspec_kw={"height_ratios": heights}
     )
     figure.subplots_adjust(
         left=left / total[0],
