@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import voxfuse
+from voxfuse.contract import Activation
 from voxfuse.ops.finalize_slab import finalize_slab
 
-NONE, SIGMOID, SOFTMAX = 0, 1, 2
+NONE, SIGMOID, SOFTMAX = Activation
 
 
 def backends_on(device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from voxfuse.contract import Activation, Finish
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
@@ -24,13 +25,13 @@ from voxfuse.triton_kernels._common import (
     reciprocal,
 )
 
-VALUES: tl.constexpr = tl.constexpr(0)
-LABELS: tl.constexpr = tl.constexpr(1)
-MASK: tl.constexpr = tl.constexpr(2)
-FOREGROUND: tl.constexpr = tl.constexpr(3)
-ENTROPY: tl.constexpr = tl.constexpr(4)
-SIGMOID: tl.constexpr = tl.constexpr(1)
-SOFTMAX: tl.constexpr = tl.constexpr(2)
+VALUES: tl.constexpr = tl.constexpr(int(Finish.values))
+LABELS: tl.constexpr = tl.constexpr(int(Finish.labels))
+MASK: tl.constexpr = tl.constexpr(int(Finish.mask))
+FOREGROUND: tl.constexpr = tl.constexpr(int(Finish.foreground))
+ENTROPY: tl.constexpr = tl.constexpr(int(Finish.entropy))
+SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
+SOFTMAX: tl.constexpr = tl.constexpr(int(Activation.softmax))
 
 #: Classes that a program holds in registers at once.
 TILE = 8

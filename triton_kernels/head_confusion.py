@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from voxfuse.contract import CORE, FULL, Activation, Overlap, TargetKind
 from voxfuse.reference import head_confusion as chunked
 from voxfuse.triton_kernels import soft_confusion as logits_kernels
 from voxfuse.triton_kernels._common import (
@@ -584,14 +585,19 @@ def is_fast(features, classes, target, options, sums):
     """Whether labels and softmax are all there is, with 4 sums."""
     activation, likelihood, overlap, *_ = options
     labels = classes > 1 and target_kind(features, classes, target) == int(LABELS.value)
-    return labels and activation == likelihood == 2 and overlap == 0 and sums == 4
+    return (
+        labels
+        and activation == likelihood == Activation.softmax
+        and overlap == Overlap.product
+        and sums == CORE
+    )
 
 
 def target_kind(features, classes, target):
     """What the target is, as the kernels count it."""
     if classes == 1:
         strict = not target.is_floating_point() and target.dtype != torch.bool
-        return logits_kernels._BINARY if strict else logits_kernels._INDICATOR
+        return TargetKind.binary if strict else TargetKind.indicator
     dense = target.ndim == features.ndim and target.shape[1] == classes
     return int(DENSE.value) if dense else int(LABELS.value)
 
@@ -672,7 +678,7 @@ def constants(
     return {
         "ACTIVATION": activation,
         "LIKELIHOOD": likelihood,
-        "MIN": overlap == 1,
+        "MIN": overlap == Overlap.min,
         "GAMMA": int(gamma) if gamma in (0, 1, 2) else 3,
         "FOCAL": -1 if focal_classes is None else focal_classes,
         "TARGET": kind,
@@ -735,7 +741,7 @@ def head_confusion(
     options = (activation, likelihood, overlap, ignore_index, gamma)
     arguments = (features, weight, bias, target, voxel_weight)
     batch, channels = features.shape[:2]
-    classes, sums = weight.shape[0], 8 if full else 4
+    classes, sums = weight.shape[0], FULL if full else CORE
     if features.numel() == 0:
         shape = (batch, classes, sums)
         return torch.zeros(shape, dtype=torch.float64, device=features.device)

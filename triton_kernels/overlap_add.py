@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from voxfuse.reference.overlap_add import ACTIVATIONS, checked_activation
+from voxfuse.contract import Activation
+from voxfuse.reference.overlap_add import checked_activation
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
@@ -28,6 +29,9 @@ from voxfuse.triton_kernels._common import (
     power_of_two,
     reciprocal,
 )
+
+SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
+SOFTMAX: tl.constexpr = tl.constexpr(int(Activation.softmax))
 
 #: Channels that a program adds up together; half as many in a ring, which takes more registers.
 MAX_CHANNELS = 8
@@ -191,10 +195,10 @@ def _softmax(source, channels, step, mask, HEIGHT: tl.constexpr, WIDTH: tl.const
 @triton.jit
 def _probability(value, greatest, ACTIVATION: tl.constexpr, DTYPE):
     """The sigmoid, or the numerator of the softmax."""
-    if ACTIVATION == 1:
+    if ACTIVATION == SIGMOID:
         e = exponential(-tl.abs(value), DTYPE)
         value = tl.where(value < 0, e, 1.0) * reciprocal(1.0 + e, DTYPE)
-    elif ACTIVATION == 2:
+    elif ACTIVATION == SOFTMAX:
         value = exponential(value - greatest, DTYPE)
     return value
 
@@ -403,7 +407,7 @@ def _gather(
                     source = patches + here * patches_n
                     source += at_z * patches_z + at_y * patches_y + at_x * patches_x
                     greatest = 0.0
-                    if ACTIVATION == 2:
+                    if ACTIVATION == SOFTMAX:
                         if softmax is None:
                             step = tl.zeros([1, 1], tl.int64) + patches_c
                             greatest, inverse = _softmax(
@@ -633,7 +637,7 @@ def _scatter_activated(
     place = result + patch * channels * extent + (z.to(tl.int64) * patch_y + y) * patch_x + x
     greatest = tl.full([HEIGHT, WIDTH], float("-inf"), DTYPE)
     mean = tl.zeros([HEIGHT, WIDTH], DTYPE)  # sum_k p_k g_k
-    if ACTIVATION == 2:
+    if ACTIVATION == SOFTMAX:
         number = tl.zeros([HEIGHT, WIDTH], DTYPE)
         for base in range(0, channels, STEP):
             greatest, factor, e = _exponentials(
@@ -657,7 +661,7 @@ def _scatter_activated(
             value = tl.load(source + (channel + c) * step, mask=inside & here, other=0.0).to(DTYPE)
             slope = tl.load(slopes + (channel + c) * volume, mask=inside & here, other=0.0)
             slope = slope.to(DTYPE)
-            if ACTIVATION == 2:
+            if ACTIVATION == SOFTMAX:
                 value = weight * _probability(value, greatest, ACTIVATION, DTYPE) * (slope - mean)
             else:
                 # p (1 - p), whichever of the two is the small one
@@ -710,7 +714,7 @@ def _normalised(
     activation: int,
 ) -> torch.Tensor | None:
     """What the softmax of many channels keeps: (N, 2, *patch), with ``strides`` turned back."""
-    if patches is None or activation != ACTIVATIONS["softmax"] or channels <= FEW:
+    if patches is None or activation != Activation.softmax or channels <= FEW:
         return None
     shape = (patches.shape[0], 2, *patch_shape)
     wide = torch.promote_types(patches.dtype, torch.float32)
@@ -748,7 +752,7 @@ def _add(
     ring: tuple[int, int, int] | None,
     flip: int = 0,
     floor: float = 0.0,
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> None:
     """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
     axes = output.ndim - 1
@@ -828,7 +832,7 @@ def overlap_add(
     weights: Sequence[torch.Tensor],
     total: torch.Tensor | None,
     volume_shape: Sequence[int],
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> torch.Tensor:
     """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
     shape = (patches.shape[1], *volume_shape)
@@ -851,7 +855,7 @@ def overlap_add_(
     stop: int,
     flip: int = 0,
     floor: float = 0.0,
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> None:
     """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
     place = (ring_axis, start, stop)
@@ -887,7 +891,7 @@ def overlap_add_backward(
     weights: Sequence[torch.Tensor],
     total: torch.Tensor | None,
     patches: torch.Tensor | None = None,
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> torch.Tensor:
     """Return the gradient (N, C, \\*patch) of the patches, which an activation asks for."""
     axes = grad.ndim - 1

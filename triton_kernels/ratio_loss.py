@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from voxfuse.contract import Absent, ClassPooling, Normaliser, Reduction, Sum
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     device_guard,
@@ -21,17 +22,19 @@ from voxfuse.triton_kernels._common import (
 #: Numbers in a tile, as long as there are fewer classes.
 TILE = 1024
 
-_NONE, _MEAN = 0, 1
-_IGNORE = 1
-
-UNIFORM: tl.constexpr = tl.constexpr(1)
-SIMPLE: tl.constexpr = tl.constexpr(2)
-KEEP: tl.constexpr = tl.constexpr(0)
-IGNORE: tl.constexpr = tl.constexpr(_IGNORE)
-BY_ONE: tl.constexpr = tl.constexpr(0)
-BY_TARGET: tl.constexpr = tl.constexpr(1)
-BY_VOXELS: tl.constexpr = tl.constexpr(2)
-BY_ELEMENTS: tl.constexpr = tl.constexpr(3)
+UNIFORM: tl.constexpr = tl.constexpr(int(ClassPooling.uniform))
+SIMPLE: tl.constexpr = tl.constexpr(int(ClassPooling.simple))
+KEEP: tl.constexpr = tl.constexpr(int(Absent.keep))
+IGNORE: tl.constexpr = tl.constexpr(int(Absent.ignore))
+SUM_TP: tl.constexpr = tl.constexpr(int(Sum.TP))
+SUM_FN: tl.constexpr = tl.constexpr(int(Sum.FN))
+SUM_NLL: tl.constexpr = tl.constexpr(int(Sum.NLL))
+SUM_OFF: tl.constexpr = tl.constexpr(int(Sum.OFF))
+SUM_W: tl.constexpr = tl.constexpr(int(Sum.W))
+BY_ONE: tl.constexpr = tl.constexpr(int(Normaliser.one))
+BY_TARGET: tl.constexpr = tl.constexpr(int(Normaliser.target))
+BY_VOXELS: tl.constexpr = tl.constexpr(int(Normaliser.voxels))
+BY_ELEMENTS: tl.constexpr = tl.constexpr(int(Normaliser.elements))
 
 
 @triton.jit
@@ -134,8 +137,8 @@ def _forward(
             count = tl.zeros([1, 1], tl.float64)
             for start in range(0, rows, ROWS):
                 row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
-                tp = _load_sum(stats, 0, row, column, samples, rows, classes, SUMS, BATCH)
-                fn = _load_sum(stats, 2, row, column, samples, rows, classes, SUMS, BATCH)
+                tp = _load_sum(stats, SUM_TP, row, column, samples, rows, classes, SUMS, BATCH)
+                fn = _load_sum(stats, SUM_FN, row, column, samples, rows, classes, SUMS, BATCH)
                 present = tl.where((tp + fn != 0) & valid & (row < rows), 1.0, 0.0)
                 if POOLING:
                     present = tl.max(present, axis=1, keep_dims=True)
@@ -153,19 +156,19 @@ def _forward(
             inside = (row < samples) & (column < classes)
             part = tl.zeros([ROWS, CLASSES], tl.float64)
             if NLL:
-                x = _load_sum(stats, 3, row, column, 1, samples, classes, SUMS, False)
+                x = _load_sum(stats, SUM_NLL, row, column, 1, samples, classes, SUMS, False)
                 part += tl.where(on == 0, 0.0, _constant(nll_scale) * on * x)
             if OFF:
-                x = _load_sum(stats, 4, row, column, 1, samples, classes, SUMS, False)
+                x = _load_sum(stats, SUM_OFF, row, column, 1, samples, classes, SUMS, False)
                 part += tl.where(off == 0, 0.0, _constant(off_scale) * off * x)
             total += tl.sum(tl.sum(part, axis=1, keep_dims=True), axis=0, keep_dims=True)
             if NORMALISER == BY_VOXELS or NORMALISER == BY_ELEMENTS:
-                size = _load_sum(stats, 7, row, column, 1, samples, classes, SUMS, False)
+                size = _load_sum(stats, SUM_W, row, column, 1, samples, classes, SUMS, False)
                 if NORMALISER == BY_VOXELS:
                     inside = inside & (column == 0)
             else:
-                size = _load_sum(stats, 0, row, column, 1, samples, classes, SUMS, False)
-                size += _load_sum(stats, 2, row, column, 1, samples, classes, SUMS, False)
+                size = _load_sum(stats, SUM_TP, row, column, 1, samples, classes, SUMS, False)
+                size += _load_sum(stats, SUM_FN, row, column, 1, samples, classes, SUMS, False)
                 if NORMALISER == BY_TARGET:
                     size = size * on
             size = tl.where(inside, size, 0.0)
@@ -191,7 +194,7 @@ def _forward(
                 hits += _multiply(n, x)
                 size += _multiply(d, x)
                 misses += _multiply(d - n, x)
-                if k == 0 or k == 2:
+                if k == SUM_TP or k == SUM_FN:
                     volume += x
             present = volume != 0
             weight = tl.full([1, CLASSES], 1.0, tl.float64)
@@ -255,9 +258,9 @@ def _forward(
         for k in tl.static_range(SUMS):
             n, d = _constant(numerator[k]), _constant(denominator[k])
             slope = a * (d - n) + b * d
-            if k == 3 and NLL:
+            if k == SUM_NLL and NLL:
                 slope += _constant(nll_scale) * on * likelihood_scale
-            if k == 4 and OFF:
+            if k == SUM_OFF and OFF:
                 slope += _constant(off_scale) * off * likelihood_scale
             place = cotangents + (row * classes + column) * SUMS + k
             mask = (row < rows) & (column < classes)
@@ -392,7 +395,7 @@ def ratio_loss(
     samples, classes, sums = stats.shape
     rows = 1 if batch else samples
     shape: tuple[int, ...] = ()
-    if reduction == _NONE:
+    if reduction == Reduction.none:
         shape = () if batch else (samples,)
         shape = shape if class_pooling else (*shape, classes - first_class)
     dtype = torch.float64 if double_loss else torch.float32
@@ -428,8 +431,8 @@ def ratio_loss(
                 rows,
                 classes,
                 ratio_scale != 0,
-                nll_scale != 0 and reduction != _NONE,
-                off_scale != 0 and reduction != _NONE,
+                nll_scale != 0 and reduction != Reduction.none,
+                off_scale != 0 and reduction != Reduction.none,
                 batch,
                 class_pooling,
                 absent,
@@ -471,8 +474,8 @@ def forward_constants(
         "BATCH": batch,
         "POOLING": pooling,
         "ABSENT": absent,
-        "NO_REDUCTION": reduction == _NONE,
-        "MEAN": reduction == _MEAN,
+        "NO_REDUCTION": reduction == Reduction.none,
+        "MEAN": reduction == Reduction.mean,
         "NORMALISER": normaliser,
         "LOG": log,
         "LINEAR": linear,

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from voxfuse.contract import CORE, FULL, Activation, Overlap, TargetKind
 from voxfuse.triton_kernels._common import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
@@ -67,15 +68,13 @@ MAX_TILES = 16
 #: Most tiles that a program of the backward pass walks over.
 TILES_A_PROGRAM = 8
 
-_LABELS, _DENSE, _INDICATOR, _BINARY = 0, 1, 2, 3
-
-NONE: tl.constexpr = tl.constexpr(0)
-SIGMOID: tl.constexpr = tl.constexpr(1)
-SOFTMAX: tl.constexpr = tl.constexpr(2)
-LABELS: tl.constexpr = tl.constexpr(_LABELS)
-DENSE: tl.constexpr = tl.constexpr(_DENSE)
-INDICATOR: tl.constexpr = tl.constexpr(_INDICATOR)
-BINARY: tl.constexpr = tl.constexpr(_BINARY)
+NONE: tl.constexpr = tl.constexpr(int(Activation.none))
+SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
+SOFTMAX: tl.constexpr = tl.constexpr(int(Activation.softmax))
+LABELS: tl.constexpr = tl.constexpr(int(TargetKind.labels))
+DENSE: tl.constexpr = tl.constexpr(int(TargetKind.dense))
+INDICATOR: tl.constexpr = tl.constexpr(int(TargetKind.indicator))
+BINARY: tl.constexpr = tl.constexpr(int(TargetKind.binary))
 NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -1793,10 +1792,10 @@ class Plan(NamedTuple):
 
 def _labels_only(problem: Problem) -> bool:
     return (
-        problem.target_kind == _LABELS
-        and problem.activation == problem.likelihood == 2
-        and problem.overlap == 0
-        and problem.sums == 4
+        problem.target_kind == TargetKind.labels
+        and problem.activation == problem.likelihood == Activation.softmax
+        and problem.overlap == Overlap.product
+        and problem.sums == CORE
     )
 
 
@@ -1836,7 +1835,7 @@ def plan(problem: Problem, backward: bool) -> Plan:
     constants: dict[str, Any] = {
         "ACTIVATION": problem.activation,
         "LIKELIHOOD": problem.likelihood,
-        "MIN": problem.overlap == 1,
+        "MIN": problem.overlap == Overlap.min,
         "GAMMA": int(problem.gamma) if problem.gamma in (0, 1, 2) else 3,
         "FOCAL": problem.focal,
         "TARGET": problem.target_kind,
@@ -1846,7 +1845,7 @@ def plan(problem: Problem, backward: bool) -> Plan:
     if backward:
         constants["SUMS"] = problem.sums
     else:
-        constants["FULL"] = problem.sums == 8
+        constants["FULL"] = problem.sums == FULL
     if _is_online(problem, backward):
         kernel = _backward_online if backward else _forward_online
         block = 16 * vector
@@ -1914,7 +1913,7 @@ def _voxels_a_thread(problem: Problem, labels_only: bool, backward: bool) -> int
         most = 1
     else:
         most = 2 if problem.contiguous or classes > FEW_CLASSES else 1
-    if classes > 2 and (problem.sums == 8 or (backward and not labels_only)):
+    if classes > 2 and (problem.sums == FULL or (backward and not labels_only)):
         most = max(1, most // 2)
     if double and classes > (8 if backward and labels_only else 4 if labels_only else 2):
         most = 1
@@ -1957,12 +1956,12 @@ def _describe(
     voxels = math.prod(input.shape[2:])
     if classes > 1:
         dense = target.ndim == input.ndim and target.shape[1] == classes
-        kind = _DENSE if dense else _LABELS
+        kind = TargetKind.dense if dense else TargetKind.labels
         # A label outside [0, C) is excluded anyway.
         has_ignore = ignore_index is not None and 0 <= ignore_index < classes
     else:
         strict = not target.is_floating_point() and target.dtype != torch.bool
-        kind = _BINARY if strict else _INDICATOR
+        kind = TargetKind.binary if strict else TargetKind.indicator
         has_ignore = ignore_index is not None
     return Problem(
         input.dtype,
@@ -2017,7 +2016,7 @@ def soft_confusion(
     focal_classes: int | None = None,
 ) -> torch.Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums; see voxfuse.soft_confusion."""
-    sums = 8 if full else 4
+    sums = FULL if full else CORE
     shape = (*input.shape[:2], sums)
     if input.numel() == 0:
         return torch.zeros(shape, dtype=torch.float64, device=input.device)

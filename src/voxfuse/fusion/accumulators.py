@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation
 from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, result_dtype
 from voxfuse.fusion.orientations import turned
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
-from voxfuse.reference.overlap_add import ACTIVATIONS, accumulation_dtype, activated
+from voxfuse.reference.overlap_add import accumulation_dtype, activated
 
 #: Predictions of the same patches: pairs of (batch, axes along which it is mirrored).
 Predictions = Sequence[tuple[Tensor, tuple[int, ...]]]
@@ -250,7 +251,7 @@ class Composed(_Accumulator):
                 patch = turned(prediction[position : position + 1], turn)
                 block = patch[0][part].to(self._exact)
                 if self._wish.voting == "soft" and self._wish.activation != "identity":
-                    block = activated(block, ACTIVATIONS[self._wish.activation], 0)
+                    block = activated(block, Activation[self._wish.activation], 0)
                 term = share * block
                 if self._wish.accumulate is None:
                     self._sums[box] += term

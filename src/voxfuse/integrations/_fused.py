@@ -14,15 +14,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Absent, Activation, ClassPooling, Normaliser, Overlap, Reduction, Sum
 from voxfuse.losses._engine import Weights, class_weights, run
 from voxfuse.losses._ranks import Ranks, sum_over_ranks
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops import _checks
-from voxfuse.ops.ratio_loss import ABSENT, CLASS_POOLINGS, NORMALISERS, REDUCTIONS, ratio_loss
-from voxfuse.ops.soft_confusion import ACTIVATIONS, OVERLAPS, soft_confusion
+from voxfuse.ops.ratio_loss import ratio_loss
+from voxfuse.ops.soft_confusion import soft_confusion
 
 #: Columns of the sums.
-TP, FP, FN, NLL, OFF, P2, G2, W = range(8)
+TP, FP, FN, NLL, OFF, P2, G2, W = Sum
 
 #: No clamp on the denominator, which predictions below 0 can make negative.
 LOWEST = -sys.float_info.max
@@ -108,21 +109,21 @@ def fused_loss(
     """
     if likelihood is not None and not torch.compiler.is_compiling():
         likelihood = likelihood.scaled(1 / likelihood.divisor)._replace(divisor=1)
-    width = 8 if _needs_all_sums(voxels, ratio, likelihood) else 4
+    full = _needs_all_sums(voxels, ratio, likelihood)
     symbolic = likelihood is not None and likelihood.divisor != 1
     if voxels.blank is not None or ranks is not None or symbolic:
-        return from_sums(sums(voxels, likelihood, width == 8), voxels, ratio, likelihood, ranks)
+        return from_sums(sums(voxels, likelihood, full), voxels, ratio, likelihood, ranks)
     input = voxels.input
     classes, device = input.shape[1], input.device
     terms = ratio or _NO_RATIO
     plan = Plan(
         (
-            ACTIVATIONS[voxels.activation],
-            ACTIVATIONS[likelihood.activation if likelihood else voxels.activation],
-            OVERLAPS[voxels.overlap],
+            Activation[voxels.activation],
+            Activation[likelihood.activation if likelihood else voxels.activation],
+            Overlap[voxels.overlap],
             ignored(voxels),
             float(likelihood.gamma) if likelihood else 0.0,
-            width == 8,
+            full,
         ),
         (
             list(terms.numerator),
@@ -136,14 +137,14 @@ def fused_loss(
         (
             terms.first_class,
             bool(terms.batch),
-            CLASS_POOLINGS[terms.class_pooling],
-            ABSENT[terms.absent],
-            REDUCTIONS[terms.reduction],
+            ClassPooling[terms.class_pooling],
+            Absent[terms.absent],
+            Reduction[terms.reduction],
             float(terms.scale),
         ),
-        (likelihood.on, likelihood.off, NORMALISERS[likelihood.normaliser])
+        (likelihood.on, likelihood.off, Normaliser[likelihood.normaliser])
         if likelihood
-        else (0.0, 0.0, NORMALISERS["one"]),
+        else (0.0, 0.0, Normaliser.one),
     )
     weights = Weights(
         _double(terms.class_weight, classes - terms.first_class, device),

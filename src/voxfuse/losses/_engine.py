@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation
 from voxfuse.losses._ranks import Ranks, share_of_rank, sum_over_ranks, total_over_ranks
-from voxfuse.losses._recipe import SIGMOID, Plan, Recipe
+from voxfuse.losses._recipe import Plan, Recipe
 from voxfuse.losses._voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
@@ -190,7 +191,7 @@ def weights_of(
         return Weights(terms)
     on = class_weights(name, likelihood_weight, classes, device)
     off = on
-    binary = part.activation == SIGMOID or classes == 1
+    binary = part.activation == Activation.sigmoid or classes == 1
     if part.alpha is not None and not binary:
         # MONAI's convention: 1 - alpha for the background, alpha for every other class.
         balance = torch.full((classes,), part.alpha, dtype=torch.float64, device=device)

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from voxfuse.contract import CORE, Absent, Activation, ClassPooling, Normaliser, Overlap, Reduction
 from voxfuse.ops import _checks
-from voxfuse.ops.ratio_loss import ABSENT, CLASS_POOLINGS, NORMALISERS, REDUCTIONS
-from voxfuse.ops.soft_confusion import ACTIVATIONS, OVERLAPS
-
-NONE, SIGMOID, SOFTMAX = (ACTIVATIONS[name] for name in ("none", "sigmoid", "softmax"))
 
 #: Smallest ratio under a logarithm, as in segmentation-models-pytorch.
 LOG_FLOOR = 1e-7
@@ -46,7 +43,7 @@ class Plan(NamedTuple):
 #: A loss without a ratio: pooling the batch changes nothing then, and lets ranks hold different
 #: batches.
 _NO_RATIO = ([0.0], [0.0], 0.0, 0.0, 0.0, 1.0, False)
-_NO_TERMS = (0, True, 0, 0, REDUCTIONS["sum"], 0.0)
+_NO_TERMS = (0, True, 0, 0, Reduction.sum, 0.0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,9 @@ class Recipe:
     def by_voxel(self) -> bool:
         """Whether the loss looks at single voxels: their map, or the worst of them."""
         part = self.likelihood
-        return part is not None and (part.top_percent is not None or part.reduction == 0)
+        return part is not None and (
+            part.top_percent is not None or part.reduction == Reduction.none
+        )
 
     def plan(self, classes: int, dense: bool) -> Plan:
         """Return the operators' arguments for ``classes`` classes and a dense or label target."""
@@ -116,7 +115,7 @@ class Recipe:
     def _make_plan(self, classes: int, dense: bool) -> Plan:
         likelihood = self.likelihood
         for activation in (self.activation, likelihood.activation if likelihood else None):
-            if activation == SOFTMAX and classes == 1:
+            if activation == Activation.softmax and classes == 1:
                 raise ValueError(
                     "activation: a softmax over one class is constant; use 'sigmoid' for an input "
                     "with one channel"
@@ -132,10 +131,10 @@ class Recipe:
                 "channel"
             )
         nll_scale, off_scale, normaliser = self._likelihood_scales(classes, dense)
-        counted = normaliser in (NORMALISERS["voxels"], NORMALISERS["elements"])
+        counted = normaliser in (Normaliser.voxels, Normaliser.elements)
         ratio = self.ratio
         squared = ratio is not None and any(
-            any(x[4:]) for x in (ratio.numerator, ratio.denominator)
+            any(x[CORE:]) for x in (ratio.numerator, ratio.denominator)
         )
         confusion = (
             self.activation,
@@ -175,8 +174,8 @@ class Recipe:
         """Return the scales of NLL and OFF and the normaliser."""
         part = self.likelihood
         if part is None:
-            return 0.0, 0.0, NORMALISERS["one"]
-        binary = part.activation == SIGMOID or classes == 1
+            return 0.0, 0.0, Normaliser.one
+        binary = part.activation == Activation.sigmoid or classes == 1
         on, off = 1.0, 1.0 if binary else 0.0
         if binary:
             if part.label_smoothing:
@@ -187,8 +186,8 @@ class Recipe:
             off = part.label_smoothing / classes
             on = 1 - part.label_smoothing + off
         scale = part.scale
-        if part.reduction != REDUCTIONS["mean"]:
-            return scale * on, scale * off, NORMALISERS["one"]
+        if part.reduction != Reduction.mean:
+            return scale * on, scale * off, Normaliser.one
         kept = classes if part.include_background else classes - 1
         if binary:
             # The mean over all elements of the classes that count.
@@ -200,7 +199,7 @@ class Recipe:
             normaliser = "target" if part.mean == "weighted" else "volume"
         if not binary and part.mean == "elements":
             scale /= kept
-        return scale * on, scale * off, NORMALISERS[normaliser]
+        return scale * on, scale * off, Normaliser[normaliser]
 
 
 def number(name: str, value: float, low: float, high: float = math.inf) -> float:
@@ -223,8 +222,10 @@ def exponent(name: str, value: float) -> float:
 
 
 def _reduction(value: str, allow_none: bool = True) -> int:
-    allowed = REDUCTIONS if allow_none else {k: v for k, v in REDUCTIONS.items() if k != "none"}
-    return _checks.choice("reduction", value, allowed)
+    if allow_none:
+        return _checks.choice("reduction", value, Reduction)
+    reduced = {code.name: code for code in Reduction if code != Reduction.none}
+    return _checks.choice("reduction", value, reduced)
 
 
 def ratio_recipe(
@@ -257,15 +258,15 @@ def ratio_recipe(
         log=bool(log),
         include_background=bool(include_background),
         batch=bool(batch),
-        class_pooling=_checks.choice("class_pooling", class_pooling, CLASS_POOLINGS),
-        absent=_checks.choice("absent", absent, ABSENT),
+        class_pooling=_checks.choice("class_pooling", class_pooling, ClassPooling),
+        absent=_checks.choice("absent", absent, Absent),
         reduction=_reduction(reduction, allow_none=likelihood is None),
         scale=scale,
         exponent_from=exponent_from,
     )
     return Recipe(
-        _checks.choice("activation", activation, ACTIVATIONS),
-        _checks.choice("overlap", overlap, OVERLAPS),
+        _checks.choice("activation", activation, Activation),
+        _checks.choice("overlap", overlap, Overlap),
         ignore_index,
         ratio,
         likelihood,
@@ -306,8 +307,8 @@ def likelihood_part(
     top_percent: float | None = None,
     focal_classes: int | None = None,
 ) -> Likelihood:
-    code = _checks.choice("activation", activation, ACTIVATIONS)
-    if label_smoothing and code != SOFTMAX:
+    code = _checks.choice("activation", activation, Activation)
+    if label_smoothing and code != Activation.softmax:
         raise ValueError(
             "label_smoothing: needs a softmax cross-entropy; with a sigmoid pass the smoothed "
             "target g (1 - s) + s/2, dense"
@@ -578,4 +579,4 @@ def unified_focal(
 
 def likelihood_recipe(part: Likelihood, ignore_index: int | None) -> Recipe:
     """A log-likelihood alone."""
-    return Recipe(part.activation, OVERLAPS["product"], ignore_index, None, part)
+    return Recipe(part.activation, Overlap.product, ignore_index, None, part)

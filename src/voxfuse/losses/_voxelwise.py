@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation, Sum
 from voxfuse.losses._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.losses._recipe import Plan
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import (
-    SOFTMAX,
     check_labels,
     classes_of,
     finite,
@@ -67,7 +67,7 @@ def likelihood_map(
     dense = is_dense(input, target)
     if not dense:
         check_labels(target, classes, ignore_index)  # whole, to know the place
-    plain = likelihood == SOFTMAX and gamma == 0 and off_scale == 0 and not dense
+    plain = likelihood == Activation.softmax and gamma == 0 and off_scale == 0 and not dense
     for block in blocks(count, classes):
         x, t = values[..., block], g[..., block]
         u = None if w is None else w[..., block]
@@ -79,7 +79,7 @@ def likelihood_map(
         modulation = 1.0 if gamma == 0 else r.complement**gamma
         total = _weighted(on_scale * on_weight, piece.target, modulation * r.minus_log)
         if off_scale:
-            if likelihood == SOFTMAX:
+            if likelihood == Activation.softmax:
                 other = r.minus_log
             else:
                 other = (1.0 if gamma == 0 else r.p**gamma) * r.minus_log_complement
@@ -145,7 +145,7 @@ def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     likelihood, ignore_index, gamma, on_scale, off_scale = ctx.options
     batch, classes = input.shape[:2]
     cotangents = input.new_zeros(batch, classes, 8, dtype=torch.float64)
-    for column, factor, scale in ((3, on, on_scale), (4, off, off_scale)):
+    for column, factor, scale in ((Sum.NLL, on, on_scale), (Sum.OFF, off, off_scale)):
         cotangents[..., column] = scale if factor is None else scale * factor
     if weight is not None:
         # An excluded voxel keeps its weight of 0 whatever comes in.

@@ -13,17 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation
 from voxfuse.losses._engine import ClassWeights, class_weights
 from voxfuse.losses._module import HoldsGroup
 from voxfuse.losses._ranks import Gathering, Ranks, ranks_of, refuse_tracing
 from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
-from voxfuse.ops.soft_confusion import ACTIVATIONS, check_inputs, is_dense
+from voxfuse.ops.soft_confusion import check_inputs, is_dense
 from voxfuse.reference.soft_confusion import classes_of, finite, is_ignored, label_complaint
-
-SOFTMAX = ACTIVATIONS["softmax"]
-SIGMOID = ACTIVATIONS["sigmoid"]
 
 
 class _Rows(NamedTuple):
@@ -144,7 +142,7 @@ def _evaluate(
     gradient = None
     if wants_gradient:
         gradient = torch.zeros(batch, channels, count, dtype=dtype, device=device)
-    lse = _log_sum_exp(values, dtype) if options.activation == SOFTMAX else None
+    lse = _log_sum_exp(values, dtype) if options.activation == Activation.softmax else None
     images = _Images(batch, count, options.per_image, device, ranks)
     total = torch.zeros(images.number, dtype=torch.float64, device=device)
     counted = torch.zeros_like(total)
@@ -188,7 +186,7 @@ def _through_activation(
         if lse is not None:
             p = (finite(z.to(h.dtype)) - lse[:, None, block]).exp()
             h = p * (h - (p * h).sum(1, keepdim=True))
-        elif activation == SIGMOID:
+        elif activation == Activation.sigmoid:
             z = finite(z.to(h.dtype))
             h = h * z.sigmoid() * (-z).sigmoid()
         gradient[..., block] = h.masked_fill(~rows.included[:, None, block], 0)
@@ -204,7 +202,7 @@ def _errors(
     p = z
     if lse is not None:
         p = (z - lse).exp()
-    elif activation == SIGMOID:
+    elif activation == Activation.sigmoid:
         p = z.sigmoid()
     return torch.where(foreground, 1 - p, p)
 
@@ -332,7 +330,7 @@ def _lovasz(
         weight = _checks.require_tensor("weight", weight)
     check_inputs(input, target, weight, ignore_index)
     channels = input.shape[1]
-    if activation == SOFTMAX and channels == 1:
+    if activation == Activation.softmax and channels == 1:
         raise ValueError(
             "activation: a softmax over one class is constant; use 'sigmoid' for an input with one "
             "channel"
@@ -374,7 +372,7 @@ def lovasz_softmax(
     ddp_average: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    code = _checks.choice("activation", activation, ACTIVATIONS)
+    code = _checks.choice("activation", activation, Activation)
     how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
     return _lovasz(input, target, weight, code, False, *how)
 
@@ -392,7 +390,7 @@ def lovasz_hinge(
     backend: str = "auto",
 ) -> Tensor:
     how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
-    return _lovasz(input, target, weight, ACTIVATIONS["none"], True, *how)
+    return _lovasz(input, target, weight, Activation.none, True, *how)
 
 
 class _LovaszModule(HoldsGroup):
@@ -504,7 +502,7 @@ class LovaszLoss(_LovaszModule):
         super().__init__(
             classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend
         )
-        _checks.choice("activation", activation, ACTIVATIONS)
+        _checks.choice("activation", activation, Activation)
         self.activation = activation
 
     def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

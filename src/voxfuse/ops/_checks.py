@@ -11,6 +11,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from voxfuse.contract import Code
+
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -69,12 +71,13 @@ def refuse_forward_mode(tensor: Tensor) -> None:
         raise RuntimeError(FORWARD_MODE)
 
 
-def choice(name: str, value: str, allowed: Mapping[str, int]) -> int:
+def choice(name: str, value: str, allowed: type[Code] | Mapping[str, int]) -> int:
     """Translate an option's name to the number that travels through the schema."""
     try:
-        return allowed[value]
+        return int(allowed[value])
     except (KeyError, TypeError):
-        listed = ", ".join(repr(key) for key in allowed)
+        names = allowed.__members__ if isinstance(allowed, type) else allowed
+        listed = ", ".join(repr(key) for key in names)
         raise ValueError(f"{name}: got {value!r}, expected one of {listed}") from None
 
 

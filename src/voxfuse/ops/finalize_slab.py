@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation, Finish
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.finalize_slab import ACTIVATIONS as CODES
-from voxfuse.reference.finalize_slab import MODES
 
 #: "identity" says that the values are probabilities already.
-ACTIVATIONS = {**CODES, "identity": CODES["none"]}
+ACTIVATIONS = {**Activation.__members__, "identity": Activation.none}
 #: What can only be made of probabilities.
 _OF_PROBABILITIES = ("mask", "foreground", "entropy")
 
@@ -88,7 +87,7 @@ def finalize_slab(
     """
     ring = _checks.require_tensor("ring", ring)
     out = _checks.require_tensor("out", out)
-    number = _checks.choice("mode", mode, MODES)
+    number = _checks.choice("mode", mode, Finish)
     kind = _checks.choice("activation", activation, ACTIVATIONS)
     if mode in _OF_PROBABILITIES and activation == "none" and not applied:
         raise ValueError(

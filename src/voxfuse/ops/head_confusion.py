@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import CORE, FULL, Activation, Overlap
 from voxfuse.ops import _checks, _registry
-from voxfuse.ops.soft_confusion import (
-    ACTIVATIONS,
-    OVERLAPS,
-    check_focal_classes,
-    check_inputs,
-)
+from voxfuse.ops.soft_confusion import check_focal_classes, check_inputs
 
 #: Bytes of logits that may exist at one time, unless the caller says otherwise.
 CHUNK_BYTES = 64 << 20
@@ -86,13 +82,13 @@ def head_confusion(
         bias = _checks.require_tensor("bias", bias)
     if voxel_weight is not None:
         voxel_weight = _checks.require_tensor("voxel_weight", voxel_weight)
-    activation_code = _checks.choice("activation", activation, ACTIVATIONS)
+    activation_code = _checks.choice("activation", activation, Activation)
     likelihood_code = (
         activation_code
         if likelihood is None
-        else _checks.choice("likelihood", likelihood, ACTIVATIONS)
+        else _checks.choice("likelihood", likelihood, Activation)
     )
-    overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
+    overlap_code = _checks.choice("overlap", overlap, Overlap)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
@@ -175,7 +171,7 @@ def check_head(
 
 def _fake(features: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     full = rest[8]
-    shape = (features.shape[0], weight.shape[0], 8 if full else 4)
+    shape = (features.shape[0], weight.shape[0], FULL if full else CORE)
     return features.new_empty(shape, dtype=torch.float64)
 
 

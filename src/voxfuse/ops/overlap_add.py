@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import Activation
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.overlap_add import ACTIVATIONS, accumulation_dtype, patch_shape
+from voxfuse.reference.overlap_add import accumulation_dtype, patch_shape
 
 
 def overlap_add(
@@ -213,7 +214,7 @@ def overlap_weights_(
 
 def _activation(name: str) -> list[int]:
     """The schema's last argument; none where its default stands."""
-    code = _checks.choice("activation", name, ACTIVATIONS)
+    code = _checks.choice("activation", name, Activation)
     return [code] if code else []
 
 

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import CORE, FULL, Absent, ClassPooling, Normaliser, Reduction
 from voxfuse.ops import _checks, _registry
-
-CLASS_POOLINGS = {"none": 0, "uniform": 1, "simple": 2, "square": 3}
-ABSENT = {"keep": 0, "ignore": 1, "zero": 2}
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-NORMALISERS = {"one": 0, "target": 1, "voxels": 2, "elements": 3, "volume": 4}
 
 
 def ratio_loss(
@@ -101,7 +97,7 @@ def ratio_loss(
     stats = _checks.require_tensor("stats", stats)
     if stats.dtype != torch.float64:
         raise TypeError(f"stats: got {_checks.describe(stats)}, expected float64")
-    if stats.ndim != 3 or stats.shape[2] not in (4, 8):
+    if stats.ndim != 3 or stats.shape[2] not in (CORE, FULL):
         raise ValueError(f"stats: got shape {tuple(stats.shape)}, expected (B, C, 4) or (B, C, 8)")
     classes, width = stats.shape[1:]
     if not 0 <= first_class < max(classes, 1):
@@ -117,8 +113,8 @@ def ratio_loss(
     class_weight = _weights("class_weight", class_weight, classes - first_class, stats)
     nll_weight = _weights("nll_weight", nll_weight, classes, stats)
     off_weight = _weights("off_weight", off_weight, classes, stats)
-    reduction_code = _checks.choice("reduction", reduction, REDUCTIONS)
-    normaliser_code = _checks.choice("normaliser", normaliser, NORMALISERS)
+    reduction_code = _checks.choice("reduction", reduction, Reduction)
+    normaliser_code = _checks.choice("normaliser", normaliser, Normaliser)
     check_likelihood(width, reduction_code, nll_scale, off_scale, normaliser_code)
     operators = _registry.namespace_of(backend, stats.device)
     try:
@@ -134,8 +130,8 @@ def ratio_loss(
             class_weight,
             first_class,
             batch,
-            _checks.choice("class_pooling", class_pooling, CLASS_POOLINGS),
-            _checks.choice("absent", absent, ABSENT),
+            _checks.choice("class_pooling", class_pooling, ClassPooling),
+            _checks.choice("absent", absent, Absent),
             reduction_code,
             float(ratio_scale),
             nll_weight,
@@ -156,10 +152,10 @@ def check_likelihood(
     width: int, reduction: int, nll_scale: float, off_scale: float, normaliser: int
 ) -> None:
     """Raise unless the sums that the log-likelihood needs are there."""
-    if reduction == REDUCTIONS["none"] and (nll_scale != 0 or off_scale != 0):
+    if reduction == Reduction.none and (nll_scale != 0 or off_scale != 0):
         raise ValueError("reduction: 'none' cannot be combined with a log-likelihood term")
-    needs_full = off_scale != 0 or normaliser in (NORMALISERS["voxels"], NORMALISERS["elements"])
-    if needs_full and width != 8:
+    needs_full = off_scale != 0 or normaliser in (Normaliser.voxels, Normaliser.elements)
+    if needs_full and width != FULL:
         raise ValueError(
             f"stats: got {width} sums a class, but off_scale and the normalisers 'voxels' and "
             "'elements' need all 8 (soft_confusion with full=True)"
@@ -204,10 +200,10 @@ def _fake(
     exponent_from: int = 0,
 ) -> tuple[Tensor, Tensor]:
     shape: list[Any] = []
-    if reduction == REDUCTIONS["none"]:
+    if reduction == Reduction.none:
         if not batch:
             shape.append(stats.shape[0])
-        if class_pooling == CLASS_POOLINGS["none"]:
+        if class_pooling == ClassPooling.none:
             shape.append(stats.shape[1] - first_class)
     dtype = torch.float64 if double_loss else torch.float32
     return stats.new_empty(shape, dtype=dtype), stats.new_empty(stats.shape)

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.contract import CORE, FULL, Activation, Overlap
 from voxfuse.ops import _checks, _registry
 from voxfuse.reference.soft_confusion import label_complaint
-
-ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
-OVERLAPS = {"product": 0, "min": 1}
 
 _LABEL_DTYPES = (
     torch.bool,
@@ -103,13 +101,13 @@ def soft_confusion(
     target = _checks.require_tensor("target", target)
     if weight is not None:
         weight = _checks.require_tensor("weight", weight)
-    activation_code = _checks.choice("activation", activation, ACTIVATIONS)
+    activation_code = _checks.choice("activation", activation, Activation)
     likelihood_code = (
         activation_code
         if likelihood is None
-        else _checks.choice("likelihood", likelihood, ACTIVATIONS)
+        else _checks.choice("likelihood", likelihood, Activation)
     )
-    overlap_code = _checks.choice("overlap", overlap, OVERLAPS)
+    overlap_code = _checks.choice("overlap", overlap, Overlap)
     check_inputs(input, target, weight, ignore_index)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
@@ -244,7 +242,8 @@ def _fake(
     full: bool,
     focal_classes: int | None = None,
 ) -> Tensor:
-    return input.new_empty((input.shape[0], input.shape[1], 8 if full else 4), dtype=torch.float64)
+    shape = (input.shape[0], input.shape[1], FULL if full else CORE)
+    return input.new_empty(shape, dtype=torch.float64)
 
 
 def _fake_backward(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:

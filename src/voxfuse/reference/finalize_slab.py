@@ -16,9 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Numbers that stand for the activation and for what is asked of the values.
-ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
-MODES = {"values": 0, "labels": 1, "mask": 2, "foreground": 3, "entropy": 4}
+from voxfuse.contract import Activation, Finish
 
 
 def finalize_slab(
@@ -70,18 +68,18 @@ def _result(
         shape = values.shape
         values = torch.addmm(bias.unsqueeze(1), weight, values.flatten(1))
         values = values.unflatten(1, shape[1:])
-    if mode == MODES["labels"]:
+    if mode == Finish.labels:
         return values.argmax(0, keepdim=True)
-    if not applied and activation == ACTIVATIONS["sigmoid"]:
+    if not applied and activation == Activation.sigmoid:
         values = values.sigmoid()
-    elif not applied and activation == ACTIVATIONS["softmax"]:
+    elif not applied and activation == Activation.softmax:
         values = values.softmax(0)
-    if mode == MODES["mask"]:
+    if mode == Finish.mask:
         return values > threshold
-    channels = activation == ACTIVATIONS["sigmoid"] or values.shape[0] == 1
-    if mode == MODES["foreground"]:
+    channels = activation == Activation.sigmoid or values.shape[0] == 1
+    if mode == Finish.foreground:
         return values[0 if channels else 1 :].amax(0, keepdim=True)
-    if mode == MODES["entropy"]:
+    if mode == Finish.entropy:
         surprise = -torch.xlogy(values, values)
         if channels:
             surprise = surprise - torch.xlogy(1 - values, 1 - values)

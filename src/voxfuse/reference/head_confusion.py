@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse.contract import CORE, FULL
 from voxfuse.reference import soft_confusion as reference
 
 
@@ -98,7 +99,7 @@ def head_confusion(
 
     ``confusion`` reduces a chunk; a faster backend may pass its own.
     """
-    shape = (features.shape[0], weight.shape[0], 8 if full else 4)
+    shape = (features.shape[0], weight.shape[0], FULL if full else CORE)
     sums = torch.zeros(shape, dtype=torch.float64, device=features.device)
     options = (activation, likelihood, overlap, ignore_index, gamma)
     for chunk in chunks(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes):

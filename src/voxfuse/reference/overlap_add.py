@@ -29,8 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Numbers that stand for what is made of the patches before they are weighted.
-ACTIVATIONS = {"none": 0, "sigmoid": 1, "softmax": 2}
+from voxfuse.contract import Activation
 
 
 def patch_shape(weights: Sequence[Tensor], axes: int) -> tuple[int, ...]:
@@ -47,7 +46,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def checked_activation(activation: int) -> int:
     """The number of an activation, or ValueError."""
-    if activation not in ACTIVATIONS.values():
+    if activation not in tuple(Activation):
         raise ValueError(
             f"activation: got {activation}, expected 0 (none), 1 (sigmoid) or 2 (softmax)"
         )
@@ -56,9 +55,9 @@ def checked_activation(activation: int) -> int:
 
 def activated(block: Tensor, activation: int, axis: int) -> Tensor:
     """Probabilities of a block of patches in the accumulation type, softmax over ``axis``."""
-    if activation == ACTIVATIONS["softmax"]:
+    if activation == Activation.softmax:
         return block.softmax(axis)
-    return block.sigmoid() if activation == ACTIVATIONS["sigmoid"] else block
+    return block.sigmoid() if activation == Activation.sigmoid else block
 
 
 class Part(NamedTuple):
@@ -160,7 +159,7 @@ def _add(
     start: int,
     stop: int,
     floor: float = 0.0,
-    activation: int = 0,
+    activation: int = Activation.none,
     turned: Sequence[int] = (),
 ) -> None:
     checked_activation(activation)
@@ -185,7 +184,7 @@ def overlap_add(
     weights: Sequence[Tensor],
     total: Tensor | None,
     volume_shape: Sequence[int],
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> Tensor:
     """Return the fused volume (C, \\*volume) in the patches' dtype; uncovered voxels are 0."""
     volume = torch.zeros(
@@ -205,7 +204,7 @@ def overlap_add_backward(
     weights: Sequence[Tensor],
     total: Tensor | None,
     patches: Tensor | None = None,
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> Tensor:
     """Return the gradient (N, C, \\*patch) of the patches, 0 outside the volume.
 
@@ -222,11 +221,11 @@ def overlap_add_backward(
         weight = _weight(part, rows, weights, total, dtype)
         block = weight * grad[(slice(None), *part.destination)].to(dtype)
         place = (slice(None), *part.source)
-        if activation != 0:
+        if activation != Activation.none:
             if patches is None:
                 raise ValueError("patches: got None, expected the patches that were activated")
             z = patches[part.patch][place].to(dtype)
-            if activation == ACTIVATIONS["softmax"]:
+            if activation == Activation.softmax:
                 p = activated(z, activation, 0)
                 block = p * (block - (p * block).sum(0))
             else:
@@ -247,7 +246,7 @@ def overlap_add_(
     stop: int,
     flip: int = 0,
     floor: float = 0.0,
-    activation: int = 0,
+    activation: int = Activation.none,
 ) -> None:
     """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
 

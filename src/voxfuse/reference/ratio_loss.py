@@ -20,11 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TP, FN, NLL, OFF, WEIGHT = 0, 2, 3, 4, 7
-UNPOOLED, UNIFORM, SIMPLE, SQUARE = 0, 1, 2, 3
-KEEP, IGNORE, ZERO = 0, 1, 2
-NONE, MEAN, SUM = 0, 1, 2
-BY_ONE, BY_TARGET, BY_VOXELS, BY_ELEMENTS, BY_VOLUME = 0, 1, 2, 3, 4
+from voxfuse.contract import Absent, ClassPooling, Normaliser, Reduction, Sum
 
 
 class Terms(NamedTuple):
@@ -63,15 +59,17 @@ def ratio_loss(
     cotangents = torch.zeros_like(stats)
     rows = stats.sum(0, keepdim=True) if batch else stats
     rows = rows[:, first_class:]
-    loss = rows.new_zeros(_loss_shape(rows, batch, class_pooling) if reduction == NONE else ())
+    loss = rows.new_zeros(
+        _loss_shape(rows, batch, class_pooling) if reduction == Reduction.none else ()
+    )
     if ratio_scale != 0:
         num, den = (_padded(x, stats.shape[2]) for x in (numerator, denominator))
-        volume = rows[..., TP] + rows[..., FN]
+        volume = rows[..., Sum.TP] + rows[..., Sum.FN]
         present = volume != 0
         misses = _combine(rows, [d - n for n, d in zip(num, den, strict=True)])
         hits, size = _combine(rows, num), _combine(rows, den)
         pooling = None
-        if class_pooling != UNPOOLED:
+        if class_pooling != ClassPooling.none:
             pooling = _pooling_weights(volume, present, class_pooling, absent)
             if class_weight is not None:
                 pooling = pooling * class_weight
@@ -88,15 +86,15 @@ def ratio_loss(
             )
         if class_weight is not None and pooling is None:
             terms = Terms(*(x * class_weight for x in terms))
-        if absent != KEEP:
+        if absent != Absent.keep:
             terms = Terms(*(x.masked_fill(~present, 0) for x in terms))
 
         scale: float | Tensor = ratio_scale
-        if reduction == MEAN:
-            counted = present if absent == IGNORE else torch.ones_like(present)
+        if reduction == Reduction.mean:
+            counted = present if absent == Absent.ignore else torch.ones_like(present)
             scale = ratio_scale / counted.sum().clamp(min=1).to(torch.float64)
         value = scale * terms.value
-        loss = value.reshape(loss.shape) if reduction == NONE else value.sum()
+        loss = value.reshape(loss.shape) if reduction == Reduction.none else value.sum()
         slopes = torch.stack(
             [terms.a * (d - n) + terms.b * d for n, d in zip(num, den, strict=True)], -1
         )
@@ -106,7 +104,7 @@ def ratio_loss(
 
     weights = (nll_weight, off_weight)
     scales = (nll_scale, off_scale)
-    if reduction != NONE and scales != (0, 0):
+    if reduction != Reduction.none and scales != (0, 0):
         loss = loss + _likelihood(stats, weights, scales, normaliser, cotangents)
     return loss.to(torch.float64 if double_loss else torch.float32), cotangents
 
@@ -114,7 +112,7 @@ def ratio_loss(
 def _loss_shape(rows: Tensor, batch: bool, class_pooling: int) -> tuple[int, ...]:
     """Shape of the loss without a reduction."""
     shape = () if batch else (rows.shape[0],)
-    return shape if class_pooling != UNPOOLED else (*shape, rows.shape[1])
+    return shape if class_pooling != ClassPooling.none else (*shape, rows.shape[1])
 
 
 def _padded(coefficients: Sequence[float], length: int) -> list[float]:
@@ -132,16 +130,16 @@ def _combine(rows: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 def _pooling_weights(volume: Tensor, present: Tensor, kind: int, absent: int) -> Tensor:
     """Weights of the classes in the generalised Dice loss (Sudre et al. 2017)."""
-    if kind == UNIFORM:
+    if kind == ClassPooling.uniform:
         weights = torch.ones_like(volume)
     else:
-        weights = 1 / (volume if kind == SIMPLE else volume * volume)
+        weights = 1 / (volume if kind == ClassPooling.simple else volume * volume)
     infinite = weights.isinf()
     largest = weights.masked_fill(infinite, 0).amax(1, keepdim=True)
     # A row without any target volume has no finite weight to borrow.
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
     weights = torch.where(infinite, largest, weights)
-    return weights.masked_fill(~present, 0) if absent == IGNORE else weights
+    return weights.masked_fill(~present, 0) if absent == Absent.ignore else weights
 
 
 def _terms(
@@ -198,7 +196,7 @@ def _likelihood(
     empty = divisor == 0
     divisor = divisor.masked_fill(empty, 1)
     total = stats.new_zeros(())
-    for column, weight, scale in zip((NLL, OFF), weights, scales, strict=True):
+    for column, weight, scale in zip((Sum.NLL, Sum.OFF), weights, scales, strict=True):
         if scale == 0:
             continue
         w = stats.new_ones(stats.shape[1]) if weight is None else weight
@@ -210,14 +208,14 @@ def _likelihood(
 
 def _divisor(stats: Tensor, nll_weight: Tensor | None, normaliser: int) -> Tensor:
     """What the log-likelihood is divided by; treated as a constant by the derivative."""
-    if normaliser == BY_ONE:
+    if normaliser == Normaliser.one:
         return stats.new_ones(())
-    if normaliser == BY_VOXELS:
-        return stats[:, 0, WEIGHT].sum()
-    if normaliser == BY_ELEMENTS:
-        return stats[..., WEIGHT].sum()
-    volume = stats[..., TP] + stats[..., FN]
-    if normaliser == BY_TARGET and nll_weight is not None:
+    if normaliser == Normaliser.voxels:
+        return stats[:, 0, Sum.W].sum()
+    if normaliser == Normaliser.elements:
+        return stats[..., Sum.W].sum()
+    volume = stats[..., Sum.TP] + stats[..., Sum.FN]
+    if normaliser == Normaliser.target and nll_weight is not None:
         volume = volume * nll_weight
     return volume.sum()
 
@@ -229,7 +227,7 @@ def ratio_loss_backward(
     grad = grad_loss.to(torch.float64)
     if grad.ndim == 0:
         return grad * cotangents
-    if class_pooling != UNPOOLED:
+    if class_pooling != ClassPooling.none:
         return grad[:, None, None] * cotangents
     grad = torch.nn.functional.pad(grad, (first_class, 0))
     return grad.unsqueeze(-1) * cotangents

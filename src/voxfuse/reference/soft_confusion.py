@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NONE, SIGMOID, SOFTMAX = 0, 1, 2
-PRODUCT, MIN = 0, 1
+from voxfuse.contract import CORE, FULL, Activation, Overlap, Sum
 
 
 class Probabilities(NamedTuple):
@@ -41,7 +40,7 @@ def _sum_of_others(p: Tensor) -> Tensor:
 
 def probabilities(values: Tensor, activation: int) -> Probabilities:
     """Apply ``activation`` to (B, C, V) values."""
-    if activation == SOFTMAX:
+    if activation == Activation.softmax:
         logits = finite(values)
         exponentials = (logits - logits.amax(1, keepdim=True)).exp()
         total = exponentials.sum(1, keepdim=True)
@@ -53,7 +52,7 @@ def probabilities(values: Tensor, activation: int) -> Probabilities:
             -torch.log1p(-complement.clamp(max=0.5)),
             logits.amax(1, keepdim=True) - logits + total.log(),
         )
-    elif activation == SIGMOID:
+    elif activation == Activation.sigmoid:
         logits = finite(values)
         p, complement = logits.sigmoid(), (-logits).sigmoid()
         minus_log = _softplus(-logits)
@@ -195,7 +194,7 @@ def soft_confusion(
     values, g, w, _ = voxels(input, target, weight, ignore_index)
     p, complement, _, _ = probabilities(values, activation)
     r = probabilities(values, likelihood)
-    if overlap == MIN:
+    if overlap == Overlap.min:
         missed = _missed(p, complement, g)
         tp, fp, fn = torch.minimum(p, g), (-missed).clamp(min=0), missed.clamp(min=0)
     else:
@@ -205,7 +204,7 @@ def soft_confusion(
     )
     terms = [tp, fp, fn, _product(g, nll)]
     if full:
-        if likelihood == SOFTMAX:
+        if likelihood == Activation.softmax:
             off = _product(1 - g, r.minus_log)
         else:
             modulated = _power(r.p, gamma) * r.minus_log_complement
@@ -242,13 +241,13 @@ def soft_confusion_backward(
     """Return the gradient at ``input``, in its dtype and layout, from ``grad`` (B, C, 4 or 8)."""
     values, g, w, included = voxels(input, target, weight, ignore_index)
     cotangent = [x.unsqueeze(-1) for x in grad.to(values.dtype).unbind(-1)]
-    t, f, n, nll = cotangent[:4]
-    o, s = (cotangent[4], cotangent[5]) if len(cotangent) == 8 else (None, None)
+    t, f, n, nll = cotangent[:CORE]
+    o, s = (cotangent[Sum.OFF], cotangent[Sum.P2]) if len(cotangent) == FULL else (None, None)
     p, complement, _, _ = probabilities(values, activation)
     r = probabilities(values, likelihood)
 
-    a = _overlap_slope(p, complement, g) if overlap == MIN else g
-    if activation == SOFTMAX:
+    a = _overlap_slope(p, complement, g) if overlap == Overlap.min else g
+    if activation == Activation.softmax:
         best = p.argmax(1, keepdim=True)
         h = _less_that_of(best, a, t - n, f)
         if s is not None:
@@ -258,23 +257,23 @@ def soft_confusion_backward(
         h = a * (t - n) + (1 - a) * f
         if s is not None:
             h = h + 2 * p * s
-        gradient = p * complement * h if activation == SIGMOID else h
+        gradient = p * complement * h if activation == Activation.sigmoid else h
 
     focal = _focal(p, focal_classes)
     q = torch.where(focal, _q(r, gamma), -1)
-    if likelihood == SOFTMAX:
+    if likelihood == Activation.softmax:
         u = nll * g * q
         if o is not None:
             u = u - o * (1 - g)
         # u_c - r_c sum_k u_k, without the cancellation in u_c (1 - r_c).
         gradient = gradient + u * r.complement - r.p * _sum_of_others(u)
     else:
-        chain = r.complement if likelihood == SIGMOID else 1 / r.p
+        chain = r.complement if likelihood == Activation.sigmoid else 1 / r.p
         # Without a cotangent there is no slope, not even an infinite one (r = 0).
         gradient = gradient + _product(nll * g, q * chain)
         if o is not None:
             mirrored = Probabilities(r.complement, r.p, r.minus_log_complement, r.minus_log)
-            chain = r.p if likelihood == SIGMOID else 1 / r.complement
+            chain = r.p if likelihood == Activation.sigmoid else 1 / r.complement
             slope = torch.where(focal, _q(mirrored, gamma), -1)
             gradient = gradient - _product(o * (1 - g), slope * chain)
 
@@ -294,21 +293,21 @@ def _missed(p: Tensor, complement: Tensor, g: Tensor) -> Tensor:
     return torch.where(g >= 0.5, complement - (1 - g), g - p)
 
 
-def _less_that_of(best: Tensor, a: Tensor, on: Tensor, off: Tensor) -> Tensor:
-    """``h_c - h_best`` of ``h = a on + (1 - a) off``, for every class c.
+def _less_that_of(best: Tensor, a: Tensor, hit: Tensor, miss: Tensor) -> Tensor:
+    """``h_c - h_best`` of ``h = a hit + (1 - a) miss``, for every class c.
 
     A softmax's gradient ``p_c (h_c - sum_k p_k h_k)`` does not change when a constant is taken off
     every h. Measured from the most probable class's, nothing large is left to cancel, as long as
-    the difference is formed before anything is multiplied: of what the two classes share of ``on``
-    and of ``off``, and of what one has as ``on`` and the other as ``off``.
+    the difference is formed before anything is multiplied: of what the two classes share of ``hit``
+    and of ``miss``, and of what one has as ``hit`` and the other as ``miss``.
     """
-    on, off = on.expand_as(a), off.expand_as(a)
-    a_best, on_best, off_best = (x.gather(1, best) for x in (a, on, off))
+    hit, miss = hit.expand_as(a), miss.expand_as(a)
+    a_best, hit_best, miss_best = (x.gather(1, best) for x in (a, hit, miss))
     return (
-        torch.minimum(a, a_best) * (on - on_best)
-        + (1 - torch.maximum(a, a_best)) * (off - off_best)
-        + (a - a_best).clamp(min=0) * (on - off_best)
-        + (a_best - a).clamp(min=0) * (off - on_best)
+        torch.minimum(a, a_best) * (hit - hit_best)
+        + (1 - torch.maximum(a, a_best)) * (miss - miss_best)
+        + (a - a_best).clamp(min=0) * (hit - miss_best)
+        + (a_best - a).clamp(min=0) * (miss - hit_best)
     )
 
 

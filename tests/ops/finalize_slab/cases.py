@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate
-from voxfuse.reference.finalize_slab import ACTIVATIONS, MODES
+from voxfuse.contract import Activation, Finish
 from voxfuse.reference.finalize_slab import finalize_slab as reference
 
+ACTIVATIONS = tuple(Activation.__members__)
+MODES = tuple(Finish.__members__)
 INTEGERS = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -88,9 +90,9 @@ class Case:
             self.ring_axis,
             self.start,
             self.start + self.slices,
-            ACTIVATIONS[self.activation],
+            Activation[self.activation],
             self.applied,
-            MODES[self.mode],
+            Finish[self.mode],
             self.divisor,
             0.375,
             self.fill,

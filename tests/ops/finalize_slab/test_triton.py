@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.finalize_slab.cases import FLOATS, INTEGERS, Case, check
+from tests.ops.finalize_slab.cases import ACTIVATIONS, FLOATS, INTEGERS, MODES, Case, check
 from voxfuse.ops.finalize_slab import finalize_slab
-from voxfuse.reference.finalize_slab import ACTIVATIONS, MODES
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from voxfuse.triton_kernels import finalize_slab as kernels

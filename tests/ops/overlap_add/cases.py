@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from voxfuse.reference.overlap_add import ACTIVATIONS, activated
+from voxfuse.contract import Activation
+from voxfuse.reference.overlap_add import activated
 
 #: Channel counts: one, in registers on a GPU (also by a part of a group), and kept beside.
 CHANNELS = (1, 2, 3, 5, 9, 13)
@@ -19,10 +20,10 @@ def gradient_scale(patches: Tensor, weighted: Tensor, activation: int) -> Tensor
     Softmax: ``p_c (|a_c| + sum_k p_k |a_k|)``, whose two terms may cancel.
     """
     weighted = weighted.double().abs()
-    if activation == ACTIVATIONS["none"]:
+    if activation == Activation.none:
         return weighted
     p = activated(patches.double(), activation, 1)
-    if activation == ACTIVATIONS["softmax"]:
+    if activation == Activation.softmax:
         return p * (weighted + (p * weighted).sum(1, keepdim=True))
     return p * (1 - p) * weighted
 

@@ -17,6 +17,7 @@ import voxfuse
 from tests.accuracy import assert_accurate, compute_dtype
 from tests.ops.overlap_add.cases import CHANNELS, gradient_scale, special_patches
 from voxfuse import _library
+from voxfuse.contract import Activation
 from voxfuse.fusion.grids import _cover, plan_grid, weights_for_origins
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops import overlap_add as ops
@@ -333,7 +334,7 @@ COVER = [torch.rand(2, size, dtype=torch.float64) for size in (6, 5, 7)]
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_gradients_of_activated_patches(namespace, general, activation):
-    code = {"sigmoid": 1, "softmax": 2}[activation]
+    code = Activation[activation]
     options = {"dtype": torch.float64, "general": general, "activation": code}
     case = make_case((7, 6), (4, 3), 4, channels=3, **options)
     patches = case.patches.requires_grad_()
@@ -1075,7 +1076,7 @@ def test_an_activation_is_that_of_the_patches(activation):
     """On a grid and on the general path, and differentiable."""
     plan = plan_grid((30, 21), (8, 9), 0.5)
     patches = torch.randn(len(plan), 3, 8, 9, dtype=torch.float64, requires_grad=True)
-    code = {"sigmoid": 1, "softmax": 2}[activation]
+    code = Activation[activation]
     for origins, window in ((plan, "bspline"), (plan.origins, voxfuse.bspline_window((8, 9), 5))):
         fused = voxfuse.overlap_add(patches, origins, (30, 21), window, activation=activation)
         expected = voxfuse.overlap_add(activated(patches, code, 1), origins, (30, 21), window)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import voxfuse  # noqa: F401  (registers the operators)
 from voxfuse import _library
-from voxfuse.ops.ratio_loss import NORMALISERS, ratio_loss
+from voxfuse.contract import FULL, ClassPooling, Normaliser, Reduction, Sum
+from voxfuse.ops.ratio_loss import ratio_loss
 
 needs_library = pytest.mark.skipif(
     not _library.defines_operators(), reason="the compiled CPU library is not built"
@@ -60,10 +61,10 @@ class Case:
         """Keyword arguments of the Python wrapper."""
         names = [field.name for field in dataclasses.fields(self)]
         options = dict(zip(names, self.arguments(), strict=True))
-        options["class_pooling"] = ("none", "uniform", "simple", "square")[self.class_pooling]
+        options["class_pooling"] = ClassPooling(self.class_pooling).name
         options["absent"] = ("keep", "ignore", "zero")[self.absent]
-        options["reduction"] = ("none", "mean", "sum")[self.reduction]
-        options["normaliser"] = {v: k for k, v in NORMALISERS.items()}[self.normaliser]
+        options["reduction"] = Reduction(self.reduction).name
+        options["normaliser"] = Normaliser(self.normaliser).name
         return options
 
 
@@ -95,21 +96,21 @@ def formula(stats: Tensor, case: Case) -> Tensor:
         if plain:
             terms = torch.cat([1 - ratio[:, :plain], terms[:, plain:]], 1)
     terms = case.ratio_scale * weight * terms
-    if case.reduction == 0:
+    if case.reduction == Reduction.none:
         return terms[0] if case.batch else terms
-    loss = terms.mean() if case.reduction == 1 else terms.sum()
+    loss = terms.mean() if case.reduction == Reduction.mean else terms.sum()
     ones = (1.0,) * stats.shape[1]
     on = torch.tensor(case.nll_weight or ones, dtype=torch.float64)
     off = torch.tensor(case.off_weight or ones, dtype=torch.float64)
-    total = case.nll_scale * (on * stats[..., 3]).sum()
-    if stats.shape[2] == 8:
-        total = total + case.off_scale * (off * stats[..., 4]).sum()
-    volumes = stats[..., 0] + stats[..., 2]
+    total = case.nll_scale * (on * stats[..., Sum.NLL]).sum()
+    if stats.shape[2] == FULL:
+        total = total + case.off_scale * (off * stats[..., Sum.OFF]).sum()
+    volumes = stats[..., Sum.TP] + stats[..., Sum.FN]
     divisor = [
         lambda: torch.ones(()),
         lambda: (on * volumes).sum(),
-        lambda: stats[:, 0, 7].sum(),
-        lambda: stats[..., 7].sum(),
+        lambda: stats[:, 0, Sum.W].sum(),
+        lambda: stats[..., Sum.W].sum(),
         lambda: volumes.sum(),
     ][case.normaliser]()
     return loss + total / divisor.detach()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
+from voxfuse.contract import CORE, FULL, Activation, Overlap
 from voxfuse.reference import soft_confusion as reference
 
 ACTIVATIONS = ("none", "sigmoid", "softmax")
-CODES = {"none": 0, "sigmoid": 1, "softmax": 2, "product": 0, "min": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,9 @@ def schema_arguments(case: Case) -> tuple[Any, ...]:
     """The operator's arguments after the tensors, without ``full``."""
     likelihood = case.likelihood or case.activation
     return (
-        CODES[case.activation],
-        CODES[likelihood],
-        CODES[case.overlap],
+        Activation[case.activation],
+        Activation[likelihood],
+        Overlap[case.overlap],
         case.ignore_index,
         case.gamma,
     )
@@ -211,7 +211,7 @@ def cotangents(case: Case, kind: str) -> Tensor:
     there is one) or "equal" (the same of TP, FP and FN for all classes of a sample)."""
     generator = torch.Generator().manual_seed(case.seed + 2)
     classes = 1 if kind == "equal" else case.classes
-    shape = (case.batch, classes, 8 if case.full else 4)
+    shape = (case.batch, classes, FULL if case.full else CORE)
     grad = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind != "all":
         grad[..., 3:5] = 0
@@ -258,7 +258,7 @@ def certain_probabilities(operators: Any, gamma: float, device: str) -> None:
     labels = torch.tensor([[0, 1, 0]], device=device)
     for target in (g, labels):
         one_hot = g if target is g else torch.stack([labels == 0, labels == 1], 1).to(p.dtype)
-        for sums in (4, 8):
+        for sums in (CORE, FULL):
             grad = torch.zeros(1, 2, sums, dtype=torch.float64, device=device)
             grad[..., 0], grad[..., 1] = -1, 1
             gradient = operators.soft_confusion_backward(

@@ -24,6 +24,7 @@ from tests.ops.soft_confusion.cases import (
     tensors,
 )
 from voxfuse import _library
+from voxfuse.contract import Activation
 from voxfuse.ops.soft_confusion import validate_labels
 from voxfuse.reference import soft_confusion as reference
 
@@ -349,7 +350,7 @@ def test_nan_logits_give_nan(operators, classes, activation):
     for c in range(classes):
         broken = input.clone()
         broken[0, c, 3] = float("nan")
-        code = {"softmax": 2, "sigmoid": 1}[activation]
+        code = Activation[activation]
         sums = operators.soft_confusion(broken, target, None, code, code, 0, None, 0.0, False)
         assert sums[0].isnan().any(), f"a NaN in class {c} vanished"
         assert not sums[1].isnan().any()

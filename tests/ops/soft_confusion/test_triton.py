@@ -18,6 +18,7 @@ from tests.ops.soft_confusion.cases import (
     schema_arguments,
     tensors,
 )
+from voxfuse.contract import Activation
 from voxfuse.reference import soft_confusion as reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -304,7 +305,7 @@ def test_overlap_min_of_a_probability_that_rounds_to_1(activation, target):
     labels = torch.zeros(1, 1, dtype=torch.int64)
     if target == "dense":
         labels = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
-    code = {"sigmoid": 1, "softmax": 2}[activation]
+    code = Activation[activation]
     arguments = (logits.to(DEVICE), labels.to(DEVICE), None, code, code, 1, None, 0.0)
     wide = (logits.double(), labels, None, code, code, 1, None, 0.0)
     actual = OPERATORS.soft_confusion(*arguments, False).cpu()
@@ -462,7 +463,7 @@ def test_head_confusion_reduces_its_chunks_with_these_kernels(activation):
     features = torch.randn(2, 5, 4, 3, generator=generator)
     head, bias = torch.randn(3, 5, generator=generator), torch.randn(3, generator=generator)
     target = torch.randint(0, 3, (2, 4, 3), generator=generator)
-    code = {"softmax": 2, "sigmoid": 1}[activation]
+    code = Activation[activation]
     arguments = (features, head, bias, target)
     options = (None, code, code, 0, None, 0.0)
     grad = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)

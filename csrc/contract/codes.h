@@ -1,0 +1,24 @@
+// What Python, Triton and C++ agree on, under the names of src/voxfuse/contract.py, which says what
+// they mean. A test compares the two files.
+#pragma once
+
+namespace voxfuse {
+
+enum class Activation : int { none, sigmoid, softmax };
+enum class Overlap : int { product, min };
+enum class TargetKind : int { labels, dense, indicator, binary };
+enum class ClassPooling : int { none, uniform, simple, square };
+enum class Absent : int { keep, ignore, zero };
+enum class Reduction : int { none, mean, sum };
+enum class Normaliser : int { one, target, voxels, elements, volume };
+enum class Finish : int { values, labels, mask, foreground, entropy };
+
+// Columns of the sums of one sample and class. Indices, hence integers: Sum::TP.
+struct Sum {
+  enum Column : int { TP, FP, FN, NLL, OFF, P2, G2, W };
+};
+
+// How many of the columns there are: TP to NLL, or all.
+inline constexpr int CORE = 4, FULL = 8;
+
+}  // namespace voxfuse
