@@ -16,14 +16,8 @@ import triton
 import triton.language as tl
 
 from voxfuse.contract import Activation, Finish
-from voxfuse.triton_kernels._common import (
-    LAUNCH_OPTIONS,
-    device_guard,
-    exponential,
-    log_of_sum,
-    power_of_two,
-    reciprocal,
-)
+from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS, device_guard, power_of_two
+from voxfuse.triton_kernels.numerics import exponential, log_of_sum, reciprocal
 
 VALUES: tl.constexpr = tl.constexpr(int(Finish.values))
 LABELS: tl.constexpr = tl.constexpr(int(Finish.labels))
@@ -94,8 +88,8 @@ def _tile(
 
 @triton.jit
 def _sigmoid(z, DTYPE: tl.constexpr):
-    e = exponential(-tl.abs(z), DTYPE)
-    return tl.where(z < 0, e, 1.0) * reciprocal(1.0 + e, DTYPE)
+    e = exponential(-tl.abs(z))
+    return tl.where(z < 0, e, 1.0) * reciprocal(1.0 + e)
 
 
 @triton.jit
@@ -146,14 +140,14 @@ def _take(
         # Before anything finite there is nothing to scale; infinity - infinity is no number.
         greatest = tl.where(greatest == -float("inf"), 0.0, greatest)
         step = shift - greatest
-        scale = exponential(step, DTYPE)
+        scale = exponential(step)
         if MODE == ENTROPY:
             products = tl.where(sums == 0, 0.0, scale * (products + step * sums))
         sums = tl.where(sums == 0, 0.0, scale * sums)
         shift = greatest
         for c in tl.static_range(TILE):
             gap = values[c] - shift
-            e = tl.where(base + c < classes, exponential(gap, DTYPE), 0.0)
+            e = tl.where(base + c < classes, exponential(gap), 0.0)
             sums += e
             if MODE == ENTROPY:
                 products += tl.where(e == 0, 0.0, e * gap)
@@ -162,9 +156,9 @@ def _take(
             z = values[c]
             if ACTIVATION == SIGMOID:
                 distance = tl.abs(z)
-                e = exponential(-distance, DTYPE)
+                e = exponential(-distance)
                 rest = tl.where(e == 0, 0.0, distance * e)
-                entropy = log_of_sum(1.0, e, 1.0 + e, DTYPE) + rest * reciprocal(1.0 + e, DTYPE)
+                entropy = log_of_sum(1.0, e, 1.0 + e) + rest * reciprocal(1.0 + e)
             else:
                 entropy = _surprise(z)
                 if BINARY:
@@ -207,7 +201,7 @@ def _write_classes(
         if ACTIVATION == SIGMOID:
             p = _sigmoid(p, DTYPE)
         elif ACTIVATION == SOFTMAX:
-            p = exponential(p - shift, DTYPE) / sums
+            p = exponential(p - shift) / sums
         if MODE == MASK:
             p = p > tl.full([1], threshold, DTYPE)
         place = (base + c) * out_channel + target
@@ -405,7 +399,7 @@ def _finalize(
         if ACTIVATION == SIGMOID:
             best = _sigmoid(best, DTYPE)
         elif ACTIVATION == SOFTMAX:
-            best = exponential(best - shift, DTYPE) / sums
+            best = exponential(best - shift) / sums
         _store(out, target, best, covered, fill, inside, total is not None)
     elif MODE == ENTROPY:
         if ACTIVATION == SOFTMAX:

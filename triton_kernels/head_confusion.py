@@ -7,7 +7,7 @@ their gradient, where they are. Nothing volume-sized is written but the features
 Reduction. A *chunk* is a fixed number of consecutive tiles, summed in float32; a program takes
 every slots-th chunk and adds it in float64 to a partial sum of its own. Which program adds what
 depends on the shape alone, and the partial sums are added in a fixed order, forward by the programs
-that come last (see _partial_sums): the same bits in every run.
+that come last (see reduction): the same bits in every run.
 
 Larger heads (see in_registers) and float64 go through memory chunk by chunk: the platform's matrix
 product and the soft confusion kernels.
@@ -22,15 +22,14 @@ import triton.language as tl
 from voxfuse.contract import CORE, FULL, Activation, Overlap, TargetKind
 from voxfuse.reference import head_confusion as chunked
 from voxfuse.triton_kernels import soft_confusion as logits_kernels
-from voxfuse.triton_kernels._common import (
+from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     device_guard,
-    flatten,
     most_registers,
     power_of_two,
-    strides_of,
 )
-from voxfuse.triton_kernels._partial_sums import Rows, finish_rows
+from voxfuse.triton_kernels.numerics import finite
+from voxfuse.triton_kernels.reduction import Rows, finish_rows, row_of_program
 from voxfuse.triton_kernels.soft_confusion import (
     DENSE,
     LABELS,
@@ -38,7 +37,6 @@ from voxfuse.triton_kernels.soft_confusion import (
     _choose,
     _class_index,
     _combine,
-    _finite,
     _greatest,
     _inside,
     _is_largest,
@@ -54,6 +52,7 @@ from voxfuse.triton_kernels.soft_confusion import (
     _softmax_state,
     _terms,
 )
+from voxfuse.triton_kernels.views import view_in_place, view_of
 
 #: Most classes whose logits of a tile fit in registers, and with their gradient; forward half as
 #: many but for labels, softmax and 4 sums, and half as many again of more than NARROW features.
@@ -127,7 +126,7 @@ def _logits(
 @triton.jit
 def _label_softmax(z, label, classes, CLASSES: tl.constexpr):
     """exp(z - largest), and of the label's class z - largest and the sum over the others."""
-    z = _finite(z, tl.float32)
+    z = finite(z)
     index = _class_index(0, CLASSES)
     z = tl.where(index < classes, z, float("-inf"))
     d = z - tl.max(z, axis=0, keep_dims=True)
@@ -145,9 +144,7 @@ def _head_forward(
     bias,
     target,
     voxel_weight,
-    partial,
-    result,
-    counters,
+    rows,
     group,
     voxels,
     classes,
@@ -180,14 +177,12 @@ def _head_forward(
     ONE_STEP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROW_LEVELS: tl.constexpr,
-    ROW_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Partial sums of one program's chunks into partial[slot, sample, class, sum]."""
     slot = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
-    samples = tl.num_programs(1)
     FULL: tl.constexpr = SUMS == 8
     features += sample * features_b
     target += sample * target_b
@@ -300,22 +295,10 @@ def _head_forward(
         for s in tl.static_range(SUMS):
             new = new + (outer[s] + sums[s].to(tl.float64),)
         outer = new
-    place = partial + ((slot * samples + sample) * classes + row) * SUMS
+    place = row_of_program(rows, classes * SUMS) + row * SUMS
     for s in tl.static_range(SUMS):
         tl.store(place + s, outer[s], mask=row < classes)
-    finish_rows(
-        partial,
-        result,
-        counters,
-        slot,
-        sample,
-        slots,
-        samples,
-        classes * SUMS,
-        group,
-        ROW_LEVELS,
-        ROW_COLUMNS,
-    )
+    finish_rows(rows, classes * SUMS, group, ROWS)
 
 
 @triton.jit
@@ -712,11 +695,11 @@ def _interpreting():
 def _prepare(features, weight, bias, target, voxel_weight):
     """Flattened tensors and their strides in the order of the kernels' parameters."""
     axes = features.ndim
-    flat, strides = flatten(features, classes=True)
-    flat_target, target_strides = flatten(target, classes=target.ndim == axes)
-    weight_strides = (0, 0, 0)
+    flat, *strides = view_of(features)
+    flat_target, *target_strides = view_of(target, channels=target.ndim == axes)
+    weight_strides = [0, 0, 0]
     if voxel_weight is not None:
-        voxel_weight, weight_strides = flatten(voxel_weight, classes=voxel_weight.ndim == axes)
+        voxel_weight, *weight_strides = view_of(voxel_weight, channels=voxel_weight.ndim == axes)
     strides = (*strides, *target_strides, weight_strides[0], weight_strides[2])
     head = (weight.contiguous(), None if bias is None else bias.contiguous())
     return (flat, *head, flat_target, voxel_weight), strides
@@ -780,7 +763,8 @@ def head_confusion(
         rows = Rows(result, slots, num_warps)
         _head_forward[(slots, batch)](
             *tensors,
-            *rows.arguments,
+            rows.views,
+            rows.group,
             voxels,
             classes,
             channels,
@@ -790,7 +774,7 @@ def head_confusion(
             ignore_index if chosen["HAS_IGNORE"] else 0,
             gamma,
             **chosen,
-            **rows.constants,
+            ROWS=rows.shape,
             num_warps=num_warps,
             **LAUNCH_OPTIONS,
             **most_registers(REGISTERS),
@@ -837,10 +821,10 @@ def head_confusion_backward(
     gradient = torch.empty_like(features) if need_features else features.new_empty(0)
     output, output_strides = gradient, (0, 0, 0)
     if need_features:
-        output_strides = strides_of(gradient)
-        if output_strides is None:
-            output = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-            output_strides = strides_of(output)
+        view = view_in_place(gradient)
+        if view is None:
+            view = view_of(torch.empty_like(features, memory_format=torch.contiguous_format))
+        output, *output_strides = view
     chosen, num_warps = constants(
         features,
         classes,

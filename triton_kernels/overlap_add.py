@@ -21,14 +21,13 @@ import triton.language as tl
 
 from voxfuse.contract import Activation
 from voxfuse.reference.overlap_add import checked_activation
-from voxfuse.triton_kernels._common import (
+from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     device_guard,
-    exponential,
     most_registers,
     power_of_two,
-    reciprocal,
 )
+from voxfuse.triton_kernels.numerics import exponential, reciprocal
 
 SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
 SOFTMAX: tl.constexpr = tl.constexpr(int(Activation.softmax))
@@ -170,10 +169,10 @@ def _exponentials(source, channels, step, base, mask, greatest, STEP: tl.constex
         values = values + (value,)
     # Channels of -infinity before the first number weigh nothing.
     shift = tl.where(top == float("-inf"), 0.0, top)
-    factor = exponential(greatest - shift, DTYPE)
+    factor = exponential(greatest - shift)
     result = ()
     for c in tl.static_range(STEP):
-        result = result + (exponential(values[c] - shift, DTYPE),)
+        result = result + (exponential(values[c] - shift),)
     return top, factor, result
 
 
@@ -189,17 +188,17 @@ def _softmax(source, channels, step, mask, HEIGHT: tl.constexpr, WIDTH: tl.const
         total = total * factor
         for c in tl.static_range(STEP):
             total += e[c]
-    return greatest, reciprocal(total, DTYPE)
+    return greatest, reciprocal(total)
 
 
 @triton.jit
 def _probability(value, greatest, ACTIVATION: tl.constexpr, DTYPE):
     """The sigmoid, or the numerator of the softmax."""
     if ACTIVATION == SIGMOID:
-        e = exponential(-tl.abs(value), DTYPE)
-        value = tl.where(value < 0, e, 1.0) * reciprocal(1.0 + e, DTYPE)
+        e = exponential(-tl.abs(value))
+        value = tl.where(value < 0, e, 1.0) * reciprocal(1.0 + e)
     elif ACTIVATION == SOFTMAX:
-        value = exponential(value - greatest, DTYPE)
+        value = exponential(value - greatest)
     return value
 
 
@@ -651,7 +650,7 @@ def _scatter_activated(
                 slope = tl.load(slopes + (channel + c) * volume, mask=here, other=0.0).to(DTYPE)
                 number += e[c]
                 mean += e[c] * slope
-        inverse = reciprocal(number, DTYPE)
+        inverse = reciprocal(number)
         mean = mean * inverse
         weight = weight * inverse
     for base in range(0, channels, STEP):
@@ -665,8 +664,8 @@ def _scatter_activated(
                 value = weight * _probability(value, greatest, ACTIVATION, DTYPE) * (slope - mean)
             else:
                 # p (1 - p), whichever of the two is the small one
-                e = exponential(-tl.abs(value), DTYPE)
-                inverse = reciprocal(1.0 + e, DTYPE)
+                e = exponential(-tl.abs(value))
+                inverse = reciprocal(1.0 + e)
                 value = weight * (e * inverse * inverse) * slope
             value = tl.where(inside, value, 0.0).to(result.dtype.element_ty)
             tl.store(place + (channel + c) * extent, value, mask=written & here)

@@ -12,12 +12,8 @@ import triton
 import triton.language as tl
 
 from voxfuse.contract import Absent, ClassPooling, Normaliser, Reduction, Sum
-from voxfuse.triton_kernels._common import (
-    LAUNCH_OPTIONS,
-    device_guard,
-    log_of_sum,
-    power_of_two,
-)
+from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS, device_guard, power_of_two
+from voxfuse.triton_kernels.numerics import log_of_sum
 
 #: Numbers in a tile, as long as there are fewer classes.
 TILE = 1024
@@ -319,7 +315,7 @@ def _terms(
     if LOG:
         ratio = n / d
         floored = ratio < min_denominator
-        small = -log_of_sum(1.0, -index, 1.0 - index, tl.float64)
+        small = -log_of_sum(1.0, -index, 1.0 - index)
         large = -tl.log(tl.where(floored, min_denominator, ratio))
         value = tl.where((index < 0.5) & (floored == 0), small, large)
         a = tl.where(empty | floored, 0.0, 1.0 / n)

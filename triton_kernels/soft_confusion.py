@@ -9,7 +9,7 @@ keeping them.
 Reduction. A *chunk* is a fixed number of consecutive tiles; it is summed in float32 (float64 for
 float64 logits). A program adds its chunks in float64, in order, and writes one row of partial sums;
 the programs that come last add up the rows, in an order that does not depend on which they are (see
-_partial_sums). All of it is fixed by the shape alone, so the bits depend neither on the number of
+reduction). All of it is fixed by the shape alone, so the bits depend neither on the number of
 multiprocessors nor on their timing.
 
 Launch parameters come from a table that depends on the shape and the dtype only: another block
@@ -25,22 +25,25 @@ import triton
 import triton.language as tl
 
 from voxfuse.contract import CORE, FULL, Activation, Overlap, TargetKind
-from voxfuse.triton_kernels._common import (
+from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
     device_guard,
+    most_registers,
+    power_of_two,
+)
+from voxfuse.triton_kernels.numerics import (
+    NAN,
+    at_most_finite,
     exponential,
-    flatten,
+    finite,
     log_of_sum,
     log_one_plus,
-    most_registers,
     power,
-    power_of_two,
     reciprocal,
-    stack,
-    strides_of,
 )
-from voxfuse.triton_kernels._partial_sums import Rows, finish_rows
+from voxfuse.triton_kernels.reduction import Rows, finish_rows, row_of_program, stack
+from voxfuse.triton_kernels.views import view_in_place, view_of
 
 #: Most classes with one register block a class; half as many in float64.
 FEW_CLASSES = 16
@@ -75,23 +78,9 @@ LABELS: tl.constexpr = tl.constexpr(int(TargetKind.labels))
 DENSE: tl.constexpr = tl.constexpr(int(TargetKind.dense))
 INDICATOR: tl.constexpr = tl.constexpr(int(TargetKind.indicator))
 BINARY: tl.constexpr = tl.constexpr(int(TargetKind.binary))
-NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _at_most_finite(x, DTYPE: tl.constexpr):
-    """Replace +inf by the largest finite number; NaN stays."""
-    top = 3.4028234663852886e38 if DTYPE == tl.float32 else 1.7976931348623157e308
-    return tl.minimum(x, top, propagate_nan=NAN)
-
-
-@triton.jit
-def _finite(z, DTYPE: tl.constexpr):
-    """Treat +-inf as the limit of ever larger logits; NaN stays."""
-    return -_at_most_finite(-_at_most_finite(z, DTYPE), DTYPE)
 
 
 @triton.jit
@@ -125,7 +114,7 @@ def _softmax_logits(zs, classes, TILES: tl.constexpr, CLASSES: tl.constexpr, DTY
     """Finite logits; classes that only pad a block get probability 0."""
     result = ()
     for t in tl.static_range(TILES):
-        z = _finite(zs[t], DTYPE)
+        z = finite(zs[t])
         if CLASSES > 1 and t == TILES - 1:
             z = tl.where(_class_index(t * CLASSES, CLASSES) < classes, z, float("-inf"))
         result = result + (z,)
@@ -222,7 +211,7 @@ def _softmax_state(zs, TILES: tl.constexpr, CLASSES: tl.constexpr, DTYPE: tl.con
     count = tl.full([1, 1], 0.0, DTYPE)
     for t in tl.static_range(TILES):
         d = zs[t] - m
-        rest = rest + tl.where(d == 0, 0.0, exponential(d, DTYPE))
+        rest = rest + tl.where(d == 0, 0.0, exponential(d))
         count = count + tl.where(d == 0, 1.0, 0.0)
     if CLASSES > 1:
         rest = tl.sum(rest, axis=0, keep_dims=True)
@@ -237,23 +226,23 @@ def _probability(z, m, rest, count, ACTIVATION: tl.constexpr, DTYPE: tl.constexp
     (With softmax the last one is not needed and not valid.)
     """
     if ACTIVATION == SOFTMAX:
-        d = _finite(z, DTYPE) - m
-        e = exponential(d, DTYPE)
+        d = finite(z) - m
+        e = exponential(d)
         total = rest + count
-        scale = reciprocal(total, DTYPE)
+        scale = reciprocal(total)
         p = e * scale
         # Only a class with the largest logit can have more than half of the total.
         complement = tl.where(d == 0, rest + (count - 1.0), total - e) * scale
-        minus_log = log_of_sum(1.0, rest + (count - 1.0), total, DTYPE) - d
+        minus_log = log_of_sum(1.0, rest + (count - 1.0), total) - d
         minus_log_complement = minus_log
     elif ACTIVATION == SIGMOID:
-        z = _finite(z, DTYPE)
-        e = exponential(-tl.abs(z), DTYPE)
-        high = reciprocal(1.0 + e, DTYPE)
+        z = finite(z)
+        e = exponential(-tl.abs(z))
+        high = reciprocal(1.0 + e)
         low = e * high
         p = tl.where(z > 0, high, low)
         complement = tl.where(z > 0, low, high)
-        logarithm = log_one_plus(e, DTYPE)
+        logarithm = log_one_plus(e)
         minus_log = logarithm + tl.maximum(-z, 0.0)
         minus_log_complement = logarithm + tl.maximum(z, 0.0)
     else:
@@ -273,9 +262,9 @@ def _two_classes(z0, z1, label, DTYPE: tl.constexpr):
     """
     # Equal infinities differ by nothing; NaN is equal to nothing and stays.
     d = tl.where(z0 == z1, 0.0, z1 - z0)
-    distance = _at_most_finite(tl.abs(d), DTYPE)
-    e = exponential(-distance, DTYPE)
-    high = reciprocal(1.0 + e, DTYPE)
+    distance = at_most_finite(tl.abs(d))
+    e = exponential(-distance)
+    high = reciprocal(1.0 + e)
     low = e * high
     right = (d > 0) == (label == 1)
     p = tl.where(right, high, low)
@@ -300,7 +289,7 @@ def _modulated(
     """
     result = minus_log
     if GAMMA != 0:
-        factor = power(complement, gamma, False, GAMMA, DTYPE)
+        factor = power(complement, gamma, False, GAMMA)
         result = tl.where(factor == 0, 0.0, factor * minus_log)
         if FOCAL >= 0:
             result = tl.where(c < FOCAL, result, minus_log)
@@ -327,7 +316,7 @@ def _slope(
     else:
         sure = complement == 0
         base = tl.where(sure, 1.0, complement)
-        factor = power(base, gamma, True, GAMMA, DTYPE)
+        factor = power(base, gamma, True, GAMMA)
         n = tl.full([1, 1], gamma, DTYPE)
         drift = tl.where(p == 0, 0.0, p * minus_log)
         result = tl.where(sure, 0.0, -factor * (n * drift + base))
@@ -437,9 +426,7 @@ def _forward_resident(
     input,
     target,
     weight,
-    partial,
-    result,
-    counters,
+    rows,
     group,
     voxels,
     classes,
@@ -475,8 +462,7 @@ def _forward_resident(
     SUMS: tl.constexpr,
     LEVELS: tl.constexpr,
     DTYPE: tl.constexpr,
-    ROW_LEVELS: tl.constexpr,
-    ROW_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Partial sums of one program's chunks into partial[slot, sample, class, sum].
 
@@ -487,7 +473,6 @@ def _forward_resident(
     slot = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
-    samples = tl.num_programs(1)
     STATS: tl.constexpr = 8 if FULL else 4
     input += sample * input_b
     target += sample * target_b
@@ -496,7 +481,7 @@ def _forward_resident(
 
     column = tl.arange(0, 1 << LEVELS)[None, :]
     row = (column // STATS) * CLASSES + tl.arange(0, CLASSES)[:, None]
-    place = partial + (slot * samples + sample) * classes * STATS + row * STATS + column % STATS
+    place = row_of_program(rows, classes * STATS) + row * STATS + column % STATS
     for chunk in range(slot, chunks, slots):
         sums = ()
         for _ in tl.static_range(TILES * SUMS):
@@ -527,7 +512,7 @@ def _forward_resident(
                 p, other, e, gap = _two_classes(zs[0].to(DTYPE), zs[1].to(DTYPE), label, DTYPE)
                 if not LOGS:
                     gap = _modulated(
-                        p, other, log_one_plus(e, DTYPE) + gap, gamma, label, GAMMA, FOCAL, DTYPE
+                        p, other, log_one_plus(e) + gap, gamma, label, GAMMA, FOCAL, DTYPE
                     )
                 if weight is not None:
                     p, other, gap = p * w, other * w, gap * w
@@ -641,19 +626,7 @@ def _forward_resident(
         before = tl.load(place, mask=(row < classes) & later, other=0.0)
         tl.store(place, before + tl.sum(table, axis=1).to(tl.float64), mask=row < classes)
         tl.debug_barrier()
-    finish_rows(
-        partial,
-        result,
-        counters,
-        slot,
-        sample,
-        slots,
-        samples,
-        classes * STATS,
-        group,
-        ROW_LEVELS,
-        ROW_COLUMNS,
-    )
+    finish_rows(rows, classes * STATS, group, ROWS)
 
 
 @triton.jit
@@ -668,7 +641,7 @@ def _take_logarithms(sums, TILES: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.co
     result = ()
     for t in tl.static_range(TILES):
         product = sums[t * SUMS + SUMS - 1]
-        logarithm = log_of_sum(1.0, product, 1.0 + product, DTYPE)
+        logarithm = log_of_sum(1.0, product, 1.0 + product)
         for s in tl.static_range(SUMS - 2):
             result = result + (sums[t * SUMS + s],)
         result = result + (sums[t * SUMS + SUMS - 2] + logarithm,)
@@ -732,7 +705,7 @@ def _add_label_terms(
     others = tl.full([1, 1], 0.0, DTYPE)
     for t in tl.static_range(TILES):
         hit = label == _class_index(t * CLASSES, CLASSES)
-        e = exponential(gaps[t], DTYPE)
+        e = exponential(gaps[t])
         es = es + (e,)
         if CLASSES > 1:
             d_label = d_label + tl.where(hit, gaps[t], 0.0)
@@ -744,15 +717,15 @@ def _add_label_terms(
         d_label = tl.sum(d_label, axis=0, keep_dims=True)
         others = tl.sum(others, axis=0, keep_dims=True)
     d_label = tl.where(m == m, d_label, m)
-    e_label = exponential(d_label, DTYPE)
+    e_label = exponential(d_label)
     total = e_label + others
-    scale = reciprocal(total, DTYPE)
+    scale = reciprocal(total)
     p = e_label * scale
     other = others * scale
-    nll = _at_most_finite(-d_label, DTYPE)
+    nll = at_most_finite(-d_label)
     if not LOGS:
         # Where e_label is the smaller of the two, log(total) is not small.
-        nll = nll + log_of_sum(e_label, others, total, DTYPE)
+        nll = nll + log_of_sum(e_label, others, total)
         nll = _modulated(p, other, nll, gamma, label, GAMMA, FOCAL, DTYPE)
     if WEIGHTED:
         scale, p, other, nll = scale * w, p * w, other * w, nll * w
@@ -783,9 +756,7 @@ def _forward_online(
     input,
     target,
     weight,
-    partial,
-    result,
-    counters,
+    rows,
     group,
     voxels,
     classes,
@@ -812,8 +783,7 @@ def _forward_online(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     DTYPE: tl.constexpr,
-    ROW_LEVELS: tl.constexpr,
-    ROW_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Any number of classes: each program adds its tiles, in order, into its own partial sums.
 
@@ -822,7 +792,6 @@ def _forward_online(
     slot = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
-    samples = tl.num_programs(1)
     STATS: tl.constexpr = 8 if FULL else 4
     LEVELS: tl.constexpr = 3 if FULL else 2
     input += sample * input_b
@@ -830,7 +799,7 @@ def _forward_online(
     if weight is not None:
         weight += sample * weight_b
     column = tl.arange(0, STATS)[None, :]
-    own = partial + (slot * samples + sample) * classes * STATS
+    own = row_of_program(rows, classes * STATS)
 
     for tile in range(slot, tiles, slots):
         start = tile * BLOCK
@@ -908,19 +877,7 @@ def _forward_online(
             tl.store(place, before + tl.sum(table, axis=1).to(tl.float64), mask=mask)
         # Other threads of this program may read these sums at the next tile.
         tl.debug_barrier()
-    finish_rows(
-        partial,
-        result,
-        counters,
-        slot,
-        sample,
-        slots,
-        samples,
-        classes * STATS,
-        group,
-        ROW_LEVELS,
-        ROW_COLUMNS,
-    )
+    finish_rows(rows, classes * STATS, group, ROWS)
 
 
 @triton.jit
@@ -949,18 +906,18 @@ def _online_state(
         for c in range(0, classes, CLASSES):
             index = _class_index(c, CLASSES)
             z = _load_values(input, index, input_c, offset, inside, classes, True, DTYPE)
-            z = tl.where(index < classes, _finite(z, DTYPE), float("-inf"))
+            z = tl.where(index < classes, finite(z), float("-inf"))
             new = tl.maximum(m, tl.max(z, axis=0, keep_dims=True))
             d = z - new
             # What was the largest so far may now belong to the others.
-            shrunk = tl.where(m == new, 1.0, exponential(m - new, DTYPE))
+            shrunk = tl.where(m == new, 1.0, exponential(m - new))
             moved = tl.where(m == new, 0.0, count * shrunk)
             rest = rest * shrunk + moved
             count = tl.where(m == new, count, 0.0)
             if FIND:
                 found = tl.max(tl.where(d == 0, index, 0), axis=0, keep_dims=True)
                 largest = tl.where(m == new, largest, found)
-            rest += tl.sum(tl.where(d == 0, 0.0, exponential(d, DTYPE)), axis=0, keep_dims=True)
+            rest += tl.sum(tl.where(d == 0, 0.0, exponential(d)), axis=0, keep_dims=True)
             count += tl.sum(tl.where(d == 0, 1.0, 0.0), axis=0, keep_dims=True)
             m = new
     return m, rest, count, largest
@@ -1016,7 +973,7 @@ def _parts_of_largest(
 
     (a, hit, f, slope of P2) for a dense target; else (h without P2, 0, 0, slope of P2).
     """
-    scale = reciprocal(rest + count, DTYPE)
+    scale = reciprocal(rest + count)
     a = _overlap_share(scale, (rest + (count - 1.0)) * scale, g, MIN)
     zero = tl.full([1, 1], 0.0, DTYPE)
     square = scale * cotangents[4] if SUMS == 8 else zero
@@ -1352,7 +1309,7 @@ def _backward_resident(
 @triton.jit
 def _is_largest(z, m, DTYPE: tl.constexpr):
     """Whether a class has its voxel's largest logit ``m``."""
-    return _finite(z, DTYPE) - m == 0
+    return finite(z) - m == 0
 
 
 @triton.jit
@@ -1459,7 +1416,7 @@ def _two_class_gradient(
     first = label == 0
     hit = tl.where(first, cotangents[0][0] - cotangents[1][1], cotangents[1][0] - cotangents[0][1])
     nll = tl.where(first, cotangents[0][2], cotangents[1][2])
-    q = _slope(p, other, log_one_plus(e, DTYPE) + gap, gamma, label, GAMMA, FOCAL, DTYPE)
+    q = _slope(p, other, log_one_plus(e) + gap, gamma, label, GAMMA, FOCAL, DTYPE)
     of_label = other * (p * hit + nll * q)
     if WEIGHTED:
         of_label = of_label * w
@@ -1493,7 +1450,7 @@ def _label_gradient(
         index = _class_index(t * CLASSES, CLASSES)
         hit = label == index
         h = tl.where(hit, cotangents[t][0], cotangents[t][1])
-        e = exponential(gaps[t], DTYPE)
+        e = exponential(gaps[t])
         es = es + (e,)
         others = others + tl.where(hit, 0.0, e)
         largest = gaps[t] == 0
@@ -1516,7 +1473,7 @@ def _label_gradient(
         if GAMMA != 0:
             d_label = tl.sum(d_label, axis=0, keep_dims=True)
     total = e_label + others
-    scale = reciprocal(total, DTYPE)
+    scale = reciprocal(total)
     # h is measured from a most probable class's, as in _shares; the label's own part of the
     # likelihood is its slope times 1 - p.
     low = zero
@@ -1527,7 +1484,7 @@ def _label_gradient(
         low = tl.sum(low, axis=0, keep_dims=True)
     slope = -nll
     if GAMMA != 0:
-        minus_log = log_of_sum(e_label, others, total, DTYPE) + _at_most_finite(-d_label, DTYPE)
+        minus_log = log_of_sum(e_label, others, total) + at_most_finite(-d_label)
         slope = nll * _slope(
             e_label * scale, others * scale, minus_log, gamma, label, GAMMA, FOCAL, DTYPE
         )
@@ -1986,11 +1943,11 @@ def _flatten_all(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
     """The three tensors, and their strides in the order of the kernels' parameters."""
     axes = input.ndim
-    flat, input_strides = flatten(input, classes=True)
-    flat_target, target_strides = flatten(target, classes=target.ndim == axes)
-    weight_strides = (0, 0, 0)
+    flat, *input_strides = view_of(input)
+    flat_target, *target_strides = view_of(target, channels=target.ndim == axes)
+    weight_strides = [0, 0, 0]
     if weight is not None:
-        weight, weight_strides = flatten(weight, classes=weight.ndim == axes)
+        weight, *weight_strides = view_of(weight, channels=weight.ndim == axes)
     strides = (*input_strides, *target_strides, weight_strides[0], weight_strides[2])
     return flat, flat_target, weight, strides
 
@@ -2048,7 +2005,8 @@ def soft_confusion(
             flat,
             flat_target,
             flat_weight,
-            *rows.arguments,
+            rows.views,
+            rows.group,
             problem.voxels,
             problem.classes,
             *strides,
@@ -2056,7 +2014,7 @@ def soft_confusion(
             ignore_index if problem.has_ignore else 0,
             gamma,
             **chosen.constants,
-            **rows.constants,
+            ROWS=rows.shape,
             **chosen.options,
         )
         rows.finish()
@@ -2087,10 +2045,10 @@ def soft_confusion_backward(
             output.copy_(soft_confusion_backward(*part, *options))
         return gradient
     flat, flat_target, flat_weight, strides = _flatten_all(input, target, weight)
-    output, output_strides = gradient, strides_of(gradient)
-    if output_strides is None:
-        output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-        output_strides = strides_of(output)
+    view = view_in_place(gradient)
+    if view is None:
+        view = view_of(torch.empty(input.shape, dtype=input.dtype, device=input.device))
+    output, *output_strides = view
     sums = grad.shape[2]
     problem = _describe(
         input,

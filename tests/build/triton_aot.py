@@ -181,7 +181,12 @@ def confusion_cases() -> tuple[Case, ...]:
 
 @dataclasses.dataclass
 class Instance:
-    """A kernel with the types and compile-time values of its parameters."""
+    """A kernel with the types and compile-time values of its parameters.
+
+    A type is Triton's word for it, or None or 1 for what Triton compiles in; of a parameter that is
+    a tuple, a tuple with the same names. ``multiples_of_16`` are parameters, or fields of such a
+    tuple as "parameter.field".
+    """
 
     kernel: Any
     constants: dict[str, Any]
@@ -243,7 +248,8 @@ def _soft_confusion_instance(
     **options: Any,
 ) -> Instance:
     from voxfuse.triton_kernels import soft_confusion as kernels
-    from voxfuse.triton_kernels._partial_sums import shape_of_rows
+    from voxfuse.triton_kernels.reduction import RowViews, shape_of_rows
+    from voxfuse.triton_kernels.views import constexprs
 
     problem = _confusion_problem(
         classes,
@@ -259,7 +265,7 @@ def _soft_confusion_instance(
     plan = kernels.plan(problem, backward)
     constants = dict(plan.constants)
     if not backward:
-        constants |= shape_of_rows(classes * problem.sums, plan.num_warps)
+        constants["ROWS"] = constexprs(shape_of_rows(classes * problem.sums, plan.num_warps))
     pointer = TYPES[dtype]
     unit = ("input_v", "output_v") if contiguous else ("input_c", "output_c")
     types: dict[str, Any] = {
@@ -267,9 +273,7 @@ def _soft_confusion_instance(
         "output": pointer,
         "target": TYPES["float32" if target == "dense" else "uint8"],
         "weight": TYPES["float32"] if weighted else None,
-        "partial": "*fp64",
-        "result": "*fp64",
-        "counters": "*i32",
+        "rows": RowViews("*fp64", "*fp64", "*i32"),
         "grad": "*fp64",
         "gamma": "fp64",
         **dict.fromkeys((*unit, "target_v", "weight_v"), 1),
@@ -289,10 +293,12 @@ def _soft_confusion_instance(
 
 
 def _finish_instance() -> Instance:
-    from voxfuse.triton_kernels import _partial_sums as kernels
+    from voxfuse.triton_kernels import reduction
+    from voxfuse.triton_kernels.views import constexprs
 
     types = {"partial": "*fp64", "result": "*fp64"}
-    return Instance(kernels._finish, kernels.shape_of_rows(8, 4), types)
+    constants = {"ROWS": constexprs(reduction.shape_of_rows(8, 4))}
+    return Instance(reduction.finish, constants, types)
 
 
 def _head_confusion_instance(
@@ -313,7 +319,8 @@ def _head_confusion_instance(
     import torch
 
     from voxfuse.triton_kernels import head_confusion as kernels
-    from voxfuse.triton_kernels._partial_sums import shape_of_rows
+    from voxfuse.triton_kernels.reduction import RowViews, shape_of_rows
+    from voxfuse.triton_kernels.views import constexprs
 
     shape = (63, 63, 63) if odd else (64, 64, 64)
     features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
@@ -328,7 +335,7 @@ def _head_confusion_instance(
     )
     torch.set_float32_matmul_precision(before)
     if not backward:
-        constants |= shape_of_rows(classes * constants["SUMS"], num_warps)
+        constants["ROWS"] = constexprs(shape_of_rows(classes * constants["SUMS"], num_warps))
     else:
         constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
         constants["GRADIENT_PRECISION"] = constants["PRECISION"]
@@ -337,9 +344,8 @@ def _head_confusion_instance(
         **dict.fromkeys(("features", "weight", "bias", "output"), pointer),
         "target": TYPES["float32" if dense else "uint8"],
         "voxel_weight": TYPES["float32"] if weighted else None,
+        "rows": RowViews("*fp64", "*fp64", "*i32"),
         "partial": "*fp64",
-        "result": "*fp64",
-        "counters": "*i32",
         "grad": "*fp64",
         "gamma": "fp64",
         **dict.fromkeys(("features_v", "target_v", "weight_v", "output_v"), 1),
@@ -648,26 +654,38 @@ def compile_kernel(case: Case) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from voxfuse.triton_kernels._common import LAUNCH_OPTIONS
+    from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS
 
     instance = INSTANCES[case.operator](**dict(case.options))
-    signature, constants, attributes = {}, dict(instance.constants), {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = dict(instance.constants)
+    attributes: dict[tuple[int, ...], Any] = {}
     if isinstance(case.capability, str):
         # What head_confusion.precision says there.
         for name in ("PRECISION", "GRADIENT_PRECISION"):
             if name in constants:
                 constants[name] = "ieee"
+
+    def declared(kind: Any, name: str, path: tuple[int, ...]) -> Any:
+        if isinstance(kind, tuple):
+            fields = kind._fields  # type: ignore[attr-defined]
+            inner = (
+                declared(kind[i], f"{name}.{field}", (*path, i)) for i, field in enumerate(fields)
+            )
+            return type(kind)(*inner)
+        if kind is None or kind == 1:
+            # What Triton does with None and with integers that are 1.
+            constants[path] = kind
+            return "constexpr"
+        if kind.startswith("*") or name in instance.multiples_of_16:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
     for position, name in enumerate(instance.kernel.arg_names):
-        kind = instance.types.get(name, "i32")
         if name in instance.constants:
             signature[name] = "constexpr"
-        elif kind is None or kind == 1:
-            # What Triton does with None and with integers that are 1.
-            signature[name], constants[name] = "constexpr", kind
         else:
-            signature[name] = kind
-            if kind.startswith("*") or name in instance.multiples_of_16:
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[name] = declared(instance.types.get(name, "i32"), name, (position,))
     if isinstance(case.capability, str):
         target, limit = GPUTarget("hip", case.capability, AMD[case.capability]), {}
     else:

@@ -13,17 +13,17 @@ from tests.ops.head_confusion.cases import head_tensors
 from tests.ops.soft_confusion.cases import Case, schema_arguments, tensors
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-from voxfuse.triton_kernels import _partial_sums, head_confusion, soft_confusion  # noqa: E402
+from voxfuse.triton_kernels import head_confusion, reduction, soft_confusion  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
 
 
 @pytest.fixture(autouse=True)
-def counters(monkeypatch) -> dict[torch.device, _partial_sums._Counters]:
+def counters(monkeypatch) -> dict[torch.device, reduction._Counters]:
     """The counters of every device, none at first."""
-    monkeypatch.setattr(_partial_sums, "_devices", {})
-    return _partial_sums._devices
+    monkeypatch.setattr(reduction, "_devices", {})
+    return reduction._devices
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def small(monkeypatch):
     """Programs that sum next to nothing, so that there are many of them, and two levels of rows."""
     monkeypatch.setattr(soft_confusion, "MAX_TILES", 1)
     monkeypatch.setattr(head_confusion, "CHUNK_VOXELS", 64)
-    monkeypatch.setattr(_partial_sums, "ONE_LEVEL", 0)
+    monkeypatch.setattr(reduction, "ONE_LEVEL", 0)
 
 
 def confusion_call(voxels: int, batch: int, **options: object) -> Callable[[], torch.Tensor]:
@@ -67,16 +67,16 @@ def call(request, small) -> Callable[[], torch.Tensor]:
     return CALLS[request.param]()
 
 
-def rows_of(monkeypatch) -> list[_partial_sums.Rows]:
+def rows_of(monkeypatch) -> list[reduction.Rows]:
     """Every launch's rows, as they are made."""
-    made: list[_partial_sums.Rows] = []
-    initialize = _partial_sums.Rows.__init__
+    made: list[reduction.Rows] = []
+    initialize = reduction.Rows.__init__
 
     def recorded(self, *arguments):
         initialize(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(_partial_sums.Rows, "__init__", recorded)
+    monkeypatch.setattr(reduction.Rows, "__init__", recorded)
     return made
 
 
@@ -84,7 +84,7 @@ def test_the_last_program_and_the_second_kernel_give_the_same_bits(call, monkeyp
     made = rows_of(monkeypatch)
     expected = call()
     assert made[-1].in_kernel
-    monkeypatch.setattr(_partial_sums, "counters_for", lambda device, count: None)
+    monkeypatch.setattr(reduction, "counters_for", lambda device, count: None)
     actual = call()
     assert not made[-1].in_kernel
     assert made[-1].slots > 1
@@ -131,12 +131,12 @@ def test_the_bits_do_not_depend_on_which_program_is_last(call, order, monkeypatc
 @pytest.mark.parametrize("slots", [2, 31, 32, 33, 131, 1056, 4092, 65536])
 @pytest.mark.parametrize("count", [4, 8, 64, 468, 2400])
 def test_groups_are_small_and_counters_enough(slots, batch, count):
-    group = _partial_sums.rows_of_a_group(slots, batch, count)
-    needed = _partial_sums.counters_needed(slots, batch, group)
+    group = reduction.rows_of_a_group(slots, batch, count)
+    needed = reduction.counters_needed(slots, batch, group)
     assert 1 <= group <= slots
     # More only where one counter a sample is already more than a stream starts with.
-    assert needed <= max(_partial_sums.STREAM_COUNTERS, batch)
-    if batch == 1 and slots * count > _partial_sums.ONE_LEVEL:
+    assert needed <= max(reduction.STREAM_COUNTERS, batch)
+    if batch == 1 and slots * count > reduction.ONE_LEVEL:
         assert group <= 1 + slots**0.5
         assert triton.cdiv(slots, group) <= 1 + slots**0.5
 
@@ -162,13 +162,13 @@ class FakeGPU:
             zeros=lambda n, dtype, device: zeros(n, dtype=dtype),
         )
         self.torch = substitute
-        monkeypatch.setattr(_partial_sums, "torch", substitute)
+        monkeypatch.setattr(reduction, "torch", substitute)
 
     def synchronize(self, device) -> None:
         self.synchronized += 1
 
     def counters(self, count: int, device: str = "cuda:0") -> torch.Tensor | None:
-        return _partial_sums.counters_for(torch.device(device), count)
+        return reduction.counters_for(torch.device(device), count)
 
 
 @pytest.fixture
@@ -219,14 +219,14 @@ def test_nothing_is_allocated_while_capturing(gpu):
 
 
 def test_counters_run_out(gpu):
-    assert gpu.counters(_partial_sums.COUNTERS + 1) is None
+    assert gpu.counters(reduction.COUNTERS + 1) is None
     own = gpu.counters(5)
     gpu.capturing = True
     taken = 0
     while gpu.counters(257) is not None:
         taken += 1
         assert taken < 1000
-    assert taken == (_partial_sums.COUNTERS - _partial_sums.STREAM_COUNTERS) // 260
+    assert taken == (reduction.COUNTERS - reduction.STREAM_COUNTERS) // 260
     gpu.capturing = False
     assert gpu.counters(5) is own
     gpu.stream = 33
@@ -244,9 +244,9 @@ def test_a_launch_without_counters_while_capturing(small, monkeypatch):
     made = rows_of(monkeypatch)
     call = CALLS["three samples"]()
     expected = call()
-    take = _partial_sums.counters_for
-    monkeypatch.setattr(_partial_sums, "counters_for", lambda device, count: None)
+    take = reduction.counters_for
+    monkeypatch.setattr(reduction, "counters_for", lambda device, count: None)
     assert torch.equal(call(), expected)
-    monkeypatch.setattr(_partial_sums, "counters_for", take)
+    monkeypatch.setattr(reduction, "counters_for", take)
     assert torch.equal(call(), expected)
     assert [rows.in_kernel for rows in made] == [True, False, True]

@@ -4,18 +4,19 @@
 ``partial[slot, sample, :]``. The last program of a *group* of rows adds them up, into the first of
 them, and the last of those programs adds up the groups. Which one comes last is told by counting,
 with integers; the order of the additions follows from the shape alone, so the bits are the same
-whichever it is. Where there are no counters, a second kernel (``_finish``) does the same.
+whichever it is. Where there are no counters, a second kernel (``finish``) does the same.
 """
 
 import math
 import threading
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from voxfuse.triton_kernels._common import LAUNCH_OPTIONS, power_of_two
+from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS, power_of_two
+from voxfuse.triton_kernels.views import constexprs
 
 #: Numbers that one program adds up about as fast as two levels of programs would.
 ONE_LEVEL = 2048
@@ -26,6 +27,35 @@ STREAM_COUNTERS, COUNTERS = 512, 1 << 15
 #: Counters come in multiples of this, so that their addresses are multiples of 16 bytes: for
 #: others the kernels would be compiled a second time.
 COUNTER_MULTIPLE = 4
+
+
+class RowViews(NamedTuple):
+    """Where the programs of a launch leave their rows and count themselves, and where the sums go.
+
+    On the host these are tensors, in a kernel pointers.
+    """
+
+    partial: torch.Tensor
+    result: torch.Tensor
+    counters: torch.Tensor
+
+
+class RowShape(NamedTuple):
+    """How many rows, 2 ** ``LEVELS``, and how many numbers of each are read at once."""
+
+    LEVELS: int
+    COLUMNS: int
+
+
+@triton.jit
+def stack(xs, LEVELS: tl.constexpr):
+    """Join a tuple of 2 ** LEVELS tensors of one shape along a new last axis (kept factorised)."""
+    for level in tl.static_range(LEVELS):
+        ys = ()
+        for i in tl.static_range(1 << (LEVELS - 1 - level)):
+            ys = ys + (tl.join(xs[i], xs[i + (1 << (LEVELS - 1 - level))]),)
+        xs = ys
+    return xs[0]
 
 
 @triton.jit
@@ -39,21 +69,19 @@ def _pairwise_sum(x, LEVELS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _add_rows(
-    source, stride, rows, target, count, ROW_LEVELS: tl.constexpr, ROW_COLUMNS: tl.constexpr
-):
+def _add_rows(source, stride, rows, target, count, ROWS: tl.constexpr):
     """``target[i]`` = sum over r < ``rows`` of ``source[r * stride + i]`` for i < ``count``."""
-    ROWS: tl.constexpr = 1 << ROW_LEVELS
-    for first in range(0, count, ROW_COLUMNS):
-        column = first + tl.arange(0, ROW_COLUMNS)
-        sums = tl.zeros([ROW_COLUMNS], tl.float64)
-        for start in range(0, rows, ROWS):
-            row = start + tl.arange(0, ROWS)[:, None]
+    AT_ONCE: tl.constexpr = 1 << ROWS.LEVELS
+    for first in range(0, count, ROWS.COLUMNS):
+        column = first + tl.arange(0, ROWS.COLUMNS)
+        sums = tl.zeros([ROWS.COLUMNS], tl.float64)
+        for start in range(0, rows, AT_ONCE):
+            row = start + tl.arange(0, AT_ONCE)[:, None]
             place = source + row * stride + column[None, :]
             mask = (row < rows) & (column[None, :] < count)
             # Other multiprocessors have written them: not from this one's first-level cache.
             x = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-            sums += _pairwise_sum(x, ROW_LEVELS, ROW_COLUMNS)
+            sums += _pairwise_sum(x, ROWS.LEVELS, ROWS.COLUMNS)
         tl.store(target + column, sums, mask=column < count)
 
 
@@ -76,42 +104,39 @@ def _comes_last(counter, total):
 
 
 @triton.jit
-def finish_rows(
-    partial,
-    result,
-    counters,
-    slot,
-    sample,
-    slots,
-    samples,
-    count,
-    group,
-    ROW_LEVELS: tl.constexpr,
-    ROW_COLUMNS: tl.constexpr,
-):
-    """End a forward kernel whose program (slot, sample) has written its row.
+def row_of_program(views, count):
+    """Where this program, the slot and the sample of its two indices, leaves its row."""
+    slot, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    return views.partial + (slot * tl.num_programs(1) + sample) * count
+
+
+@triton.jit
+def finish_rows(views, count, group, ROWS: tl.constexpr):
+    """End a forward kernel whose program (slot, sample) has written its row of ``count`` numbers.
 
     ``group`` is the number of rows in a group; 0: nothing is to be added up, or not here.
     """
     if group > 0:
-        stride = samples.to(tl.int64) * count
+        sample = tl.program_id(1).to(tl.int64)
+        slots = tl.num_programs(0)
+        stride = tl.num_programs(1).to(tl.int64) * count
         groups = tl.cdiv(slots, group)
-        partial += sample * count
-        result += sample * count
-        own = slot.to(tl.int32) // group
+        partial = views.partial + sample * count
+        result = views.result + sample * count
+        own = tl.program_id(0) // group
         source = partial + own * group * stride
         rows = tl.minimum(slots - own * group, group)
         target = source
-        counter = counters + sample * (groups + 1)
+        counter = views.counters + sample * (groups + 1)
         counter_of_own = counter + 1 + own
         levels = 2
         if groups == 1:
             target = result
-            counter_of_own = counters + sample
+            counter_of_own = views.counters + sample
             levels = 1
         while levels > 0:
             if _comes_last(counter_of_own, rows):
-                _add_rows(source, stride, rows, target, count, ROW_LEVELS, ROW_COLUMNS)
+                _add_rows(source, stride, rows, target, count, ROWS)
                 # Then, if there are several groups, their sums.
                 source = partial
                 stride *= group
@@ -124,24 +149,22 @@ def finish_rows(
 
 
 @triton.jit(do_not_specialize=["slots", "count", "group"])
-def _finish(
-    partial, result, slots, count, group, ROW_LEVELS: tl.constexpr, ROW_COLUMNS: tl.constexpr
-):
-    """What the last programs do, for ROW_COLUMNS of a sample's numbers, in the same order."""
-    first = tl.program_id(0) * ROW_COLUMNS
+def finish(partial, result, slots, count, group, ROWS: tl.constexpr):
+    """What the last programs do, for ROWS.COLUMNS of a sample's numbers, in the same order."""
+    first = tl.program_id(0) * ROWS.COLUMNS
     sample = tl.program_id(1).to(tl.int64)
     stride = tl.num_programs(1).to(tl.int64) * count
     partial += sample * count + first
     result += sample * count + first
-    width = tl.minimum(count - first, ROW_COLUMNS)
+    width = tl.minimum(count - first, ROWS.COLUMNS)
     groups = tl.cdiv(slots, group)
     for own in range(groups):
         rows = tl.minimum(slots - own * group, group)
         place = partial + own * group * stride
-        _add_rows(place, stride, rows, place, width, ROW_LEVELS, ROW_COLUMNS)
+        _add_rows(place, stride, rows, place, width, ROWS)
     # Other threads of this program have written some of what is read now.
     tl.debug_barrier()
-    _add_rows(partial, group * stride, groups, result, width, ROW_LEVELS, ROW_COLUMNS)
+    _add_rows(partial, group * stride, groups, result, width, ROWS)
 
 
 # --- launches ------------------------------------------------------------------------------------
@@ -204,52 +227,55 @@ class Rows:
     """The rows of one launch: where they go, and how they are added up into ``result``.
 
     To be made and used where the launch's device is the current one. ``result`` is float64, its
-    first axis the samples; ``slots`` programs of ``num_warps`` warps add up each of them.
+    first axis the samples; ``slots`` programs of ``num_warps`` warps add up each of them. A kernel
+    that ends in ``finish_rows`` takes ``views``, ``group`` and ``shape``.
     """
 
     def __init__(self, result: torch.Tensor, slots: int, num_warps: int) -> None:
-        self.result, self.slots, self.num_warps = result, slots, num_warps
-        self.partial, self.group, self.in_kernel = result, slots, False
+        self.slots, self.num_warps = slots, num_warps
         samples = len(result)
         self.count = result.numel() // samples
-        self.constants = shape_of_rows(self.count, num_warps)
-        counters = None
+        self.shape = constexprs(shape_of_rows(self.count, num_warps))
+        self.rows_of_a_group, self.in_kernel = slots, False
+        # Without counters something of their type, which is not touched.
+        partial, counters = result, result.view(torch.int32)
         if slots > 1:
             size = result.numel() * slots
-            self.partial = torch.empty(size, dtype=torch.float64, device=result.device)
-            self.group = rows_of_a_group(slots, samples, self.count)
-            counters = counters_for(result.device, counters_needed(slots, samples, self.group))
-            self.in_kernel = counters is not None
-        # Without counters something of their type, which is not touched.
-        self.counters = result.view(torch.int32) if counters is None else counters
+            partial = torch.empty(size, dtype=torch.float64, device=result.device)
+            self.rows_of_a_group = rows_of_a_group(slots, samples, self.count)
+            needed = counters_needed(slots, samples, self.rows_of_a_group)
+            found = counters_for(result.device, needed)
+            if found is not None:
+                counters, self.in_kernel = found, True
+        self.views = RowViews(partial, result, counters)
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        """partial, result, counters and group of a kernel that ends in ``finish_rows``."""
-        return self.partial, self.result, self.counters, self.group if self.in_kernel else 0
+    def group(self) -> int:
+        """Rows of a group, as the kernel is to know them: 0 if it is to add up nothing."""
+        return self.rows_of_a_group if self.in_kernel else 0
 
     def finish(self) -> None:
         """Add up the rows if the kernel could not."""
         if self.slots == 1 or self.in_kernel:
             return
-        columns = self.constants["ROW_COLUMNS"]
-        _finish[(triton.cdiv(self.count, columns), len(self.result))](
-            self.partial,
-            self.result,
+        partial, result, _ = self.views
+        finish[(triton.cdiv(self.count, int(self.shape.COLUMNS)), len(result))](
+            partial,
+            result,
             self.slots,
             self.count,
-            self.group,
-            **self.constants,
+            self.rows_of_a_group,
+            self.shape,
             num_warps=self.num_warps,
             **LAUNCH_OPTIONS,
         )
 
 
-def shape_of_rows(count: int, num_warps: int) -> dict[str, int]:
-    """Compile-time parameters: how many rows and numbers of each are read at once."""
+def shape_of_rows(count: int, num_warps: int) -> RowShape:
+    """What is read at once of rows of ``count`` numbers."""
     columns = min(power_of_two(count), 32 * num_warps)
     rows = min(NUMBERS_A_THREAD * 32 * num_warps // columns, ROWS_AT_ONCE)
-    return {"ROW_LEVELS": rows.bit_length() - 1, "ROW_COLUMNS": columns}
+    return RowShape(rows.bit_length() - 1, columns)
 
 
 def rows_of_a_group(slots: int, samples: int, count: int) -> int:

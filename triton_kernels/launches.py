@@ -1,0 +1,35 @@
+"""What every launch has in common."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+
+#: Bytes that a thread loads at once.
+VECTOR_BYTES = 16
+
+#: Options of every launch. Fused multiply-adds are asked for because Triton 3.10 turns their
+#: default off; the results of the kernels should not depend on the version.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+def most_registers(number: int) -> dict[str, int]:
+    """Launch options that let a thread have ``number`` registers on an NVIDIA GPU.
+
+    Left alone, the assembler takes fewer, for more threads at a time, and spills.
+    """
+    return {} if torch.version.cuda is None else {"maxnreg": number}
+
+
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Context in which Triton launches on ``tensor``'s device."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return nullcontext()
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least ``n``."""
+    return int(triton.next_power_of_2(max(n, 1)))
