@@ -283,10 +283,12 @@ def test_generalized_dice_focal(problem, data):
 
 
 @st.composite
-def masks(draw, logits: Tensor):
+def masks(draw, logits: Tensor, target: Tensor):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     batch = draw(st.sampled_from([1, logits.shape[0]]))
-    kind = draw(st.sampled_from(["binary", "binary", "soft", "none", "wrong"]))
+    labels = target.shape[1] == 1 < logits.shape[1]
+    kinds = ["binary", "binary", "binary" if labels else "soft", "none", "wrong"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "none":
         return None
     channels = 2 if kind == "wrong" else 1
@@ -302,7 +304,7 @@ def test_masked_dice(problem, data):
     logits, target = problem
     options = draw_options(data, logits, dice_options(logits.shape[1], soft_label=flag))
     options = matched(target, logits, options, data)
-    check("MaskedDiceLoss", options, logits, target, data.draw(masks(logits)))
+    check("MaskedDiceLoss", options, logits, target, data.draw(masks(logits, target)))
 
 
 @given(problem=problems(), data=st.data())
@@ -340,7 +342,7 @@ def test_masked_loss_around_every_loss(problem, data):
         wrapped(peer),
         logits,
         target,
-        data.draw(masks(logits)),
+        data.draw(masks(logits, target)),
         dtype=computed_in(name, logits, target),
         lenient=LENIENT,
     )
@@ -362,6 +364,17 @@ def test_labels_outside_the_mask_may_be_anything(mask_dtype):
     )
     with pytest.raises(ValueError, match="label 3"):
         ours.MaskedLoss(ours.DiceLoss, **options)(logits, torch.full_like(labels, 3), mask)
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_labels_are_not_multiplied_by_a_soft_mask(value):
+    """MONAI makes class 0 of half of label 1 and class 2 of twice label 1."""
+    logits, labels = torch.randn(2, 3, 4, 4), torch.ones(2, 1, 4, 4)
+    mask = torch.full((2, 1, 4, 4), value)
+    options = {"softmax": True, "to_onehot_y": True}
+    for loss in (ours.MaskedLoss(ours.DiceCELoss, **options), ours.MaskedDiceLoss(**options)):
+        with pytest.raises(ValueError, match="mask: got values other than 0 and 1 beside labels"):
+            loss(logits, labels, mask)
 
 
 def test_masked_loss_takes_any_callable():

@@ -41,6 +41,23 @@ def check_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:
             )
 
 
+def check_labels_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:
+    """Raise for labels under a mask by which they cannot be multiplied.
+
+    MONAI does: half of label 1 is class 0 to it, twice label 1 is class 2.
+    """
+    labels = target.ndim == input.ndim and target.shape[1] == 1 < input.shape[1]
+    if not labels or torch.compiler.is_compiling():
+        return
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not is_binary(plain(mask)):
+        raise ValueError(
+            "mask: got values other than 0 and 1 beside labels, expected a mask of zeros and ones, "
+            "or a target with one channel for each class"
+        )
+
+
 def voxel_mask(input: Tensor, target: Tensor, mask: Tensor) -> Tensor | None:
     """The mask as the operators take it; None where they cannot."""
     if input.ndim < 3 or mask.dim() != input.dim() or mask.shape[2:] != input.shape[2:]:
@@ -94,6 +111,8 @@ class MaskedLoss(_Loss):
             return self.loss(input, target)
         check_mask(input, target, mask)
         loss: Any = self.loss
+        if isinstance(loss, FusedLoss):
+            check_labels_mask(input, target, mask)
         voxels = voxel_mask(input, target, mask) if _is_own(loss) else None
         if voxels is not None:
             try:
@@ -184,6 +203,7 @@ class MaskedDiceLoss(DiceLoss):
             warnings.warn("No mask value specified for the MaskedLoss.", stacklevel=2)
             return self._evaluate(self._case(input, target, activation=activation))
         check_mask(input, target, mask)
+        check_labels_mask(input, target, mask)
         voxels = voxel_mask(input, target, mask)
         if voxels is None:
             products = activated(input, activation) * mask, target * mask
