@@ -34,6 +34,8 @@ LONGEST = (
     "ops/head_confusion/test_triton.py",
     "emulation/test_races.py",
     "ops/soft_confusion/test_cuda.py",
+    "ops/overlap_add/test_cuda.py",
+    "emulation/test_coverage.py",
     "build/test_gpu_report.py",
 )
 
@@ -69,3 +71,27 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from threads of PyTorch, which the CUDA emulation needs itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request) -> str:
+    import voxfuse
+
+    found = voxfuse.backends()[request.param]
+    if not found.available:
+        pytest.skip(f"the {request.param} backend is not available: {found.reason}")
+    return request.param
+
+
+@pytest.fixture
+def gpu_operators(gpu_backend) -> object:
+    return torch.ops.voxfuse_triton if gpu_backend == "triton" else torch.ops.voxfuse

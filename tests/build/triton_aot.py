@@ -40,7 +40,7 @@ AMD = {"gfx942": 64, "gfx1100": 32}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Compilation:
     """One kernel instance for NVIDIA's GPUs of a compute capability, or for one of AMD's."""
 
     name: str
@@ -49,13 +49,13 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def soft_confusion(name: str, capability: int = 90, **options: Any) -> Case:
-    return Case(name, "soft_confusion", capability, tuple(options.items()))
+def soft_confusion(name: str, capability: int = 90, **options: Any) -> Compilation:
+    return Compilation(name, "soft_confusion", capability, tuple(options.items()))
 
 
-def everywhere(operator: str, name: str, **options: Any) -> tuple[Case, ...]:
+def everywhere(operator: str, name: str, **options: Any) -> tuple[Compilation, ...]:
     return tuple(
-        Case(f"{name}-sm{capability}", operator, capability, tuple(options.items()))
+        Compilation(f"{name}-sm{capability}", operator, capability, tuple(options.items()))
         for capability in CAPABILITIES
     )
 
@@ -95,7 +95,7 @@ HEADS: tuple[tuple[bool, str, tuple[tuple[int, int], ...]], ...] = (
 HEAD_FULL = dict(full=True, gamma=0.5, weighted=True, odd=True)
 
 
-def head_cases() -> Iterator[Case]:
+def head_cases() -> Iterator[Compilation]:
     for backward, kind, shapes in HEADS:
         options: dict[str, Any] = {"backward": backward, "exact": kind.startswith("ieee")}
         options["dtype"] = "bfloat16" if kind == "bfloat16" else "float32"
@@ -107,7 +107,7 @@ def head_cases() -> Iterator[Case]:
     for backward in (False, True):
         name = f"head-dense-{'backward' if backward else 'forward'}-sm90"
         dense = dict(classes=3, dense=True, likelihood=1, full=True, backward=backward)
-        yield Case(name, "head_confusion", 90, tuple(dense.items()))
+        yield Compilation(name, "head_confusion", 90, tuple(dense.items()))
 
 
 #: What a loss asks for beside its classes: the commonest case, labels with all else, and whatever
@@ -155,7 +155,7 @@ def confusion_problems() -> Iterator[tuple[str, dict[str, Any]]]:
                     yield name, {**more, "contiguous": not layout}
 
 
-def confusion_cases() -> tuple[Case, ...]:
+def confusion_cases() -> tuple[Compilation, ...]:
     """A case of every class of launches, on every GPU.
 
     It is the problem with the most classes, of all up to MOST_CLASSES.
@@ -580,7 +580,9 @@ CASES = (
         for case in everywhere("overlap_add", f"fusion-{name}", **options)
     ),
     *(
-        Case(f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items()))
+        Compilation(
+            f"finalize-{name}-sm{capability}", "finalize_slab", capability, tuple(options.items())
+        )
         for capability in (80, 90, 100)
         for name, options in (
             ("labels-4", dict(mode=1, classes=4)),
@@ -599,12 +601,12 @@ CASES = (
 
 #: Kernels that the test of the atomics must refuse.
 REFUSED = tuple(
-    Case(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
+    Compilation(f"floating-sum-{dtype}", "floating_sum", options=(("dtype", dtype),))
     for dtype in ("float32", "float16", "float64")
 )
 
 
-def on_amd() -> tuple[Case, ...]:
+def on_amd() -> tuple[Compilation, ...]:
     """Every kernel for AMD's GPUs, in the launches that take the most registers and in the
     commonest ones.
     """
@@ -629,7 +631,7 @@ def on_amd() -> tuple[Case, ...]:
     )
 
 
-def compile_case(case: Case, disassemble: bool = True) -> dict[str, Any]:
+def compile_case(case: Compilation, disassemble: bool = True) -> dict[str, Any]:
     """Compile one case; return its registers and stack, and instructions if they are asked for."""
     compiled = compile_kernel(case)
     if "amdgcn" in compiled:
@@ -642,13 +644,13 @@ def compile_case(case: Case, disassemble: bool = True) -> dict[str, Any]:
     }
 
 
-def compile_cubin(case: Case) -> bytes:
+def compile_cubin(case: Compilation) -> bytes:
     """The machine code of one case."""
     cubin: bytes = compile_kernel(case)["cubin"]
     return cubin
 
 
-def compile_kernel(case: Case) -> dict[str, Any]:
+def compile_kernel(case: Compilation) -> dict[str, Any]:
     """What the compiler makes of one case, by the name of the stage."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -771,7 +773,7 @@ def _atomics(counts: dict[str, int]) -> dict[str, int]:
 
 
 def compile_in_parallel(
-    cases: tuple[Case, ...], directory: Path, disassemble: Collection[str] = ()
+    cases: tuple[Compilation, ...], directory: Path, disassemble: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """Compile ``cases`` in two processes without the interpreter; results by name.
 

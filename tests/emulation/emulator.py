@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -159,6 +160,10 @@ def build(name: str, sources: tuple[str, ...], variant: str = "fibers") -> Path:
 KERNEL = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\("
 )
+
+
+#: What a test module that runs emulated kernels is marked with.
+NEEDED = pytest.mark.skipif(missing() is not None, reason=f"no CUDA emulation: {missing()}")
 
 
 def kernel_names() -> set[str]:

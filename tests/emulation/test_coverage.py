@@ -23,20 +23,13 @@ import torch
 import voxfuse
 from tests.emulation import emulator
 from tests.ops.finalize_slab import cases as finalize_cases
-from tests.ops.finalize_slab.cases import Case as Slab
-from tests.ops.soft_confusion.cases import Case, check
-from tests.ops.soft_confusion.test_cuda import (
-    FLOATS,
-    assert_fused,
-    check_ratio,
-    fusion_case,
-    fusion_reference,
-    statistics,
-)
+from tests.ops.finalize_slab.cases import SlabCase
+from tests.ops.overlap_add.cases import FLOATS, assert_fused, fusion_case
+from tests.ops.ratio_loss.cases import check_ratio, with_absent_class
+from tests.ops.soft_confusion.cases import ConfusionCase, check
+from voxfuse.reference import overlap_add as fusion_reference
 
-pytestmark = pytest.mark.skipif(
-    emulator.missing() is not None, reason=f"no CUDA emulation: {emulator.missing()}"
-)
+pytestmark = emulator.NEEDED
 
 ELEMENT = ("f32", "f16", "bf16", "f64", "boolean", "u8", "i16", "i32", "i64")
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -57,7 +50,7 @@ def handled(file: str, function: str, otherwise: str) -> set[int]:
     return {ELEMENT.index(name) for name in (*names, otherwise)}
 
 
-def confusion_cases() -> Iterable[Case]:
+def confusion_cases() -> Iterable[ConfusionCase]:
     """Soft confusion: class paths, types, activations; kinds of targets, weights and layouts."""
     turn = itertools.count()
 
@@ -74,12 +67,16 @@ def confusion_cases() -> Iterable[Case]:
     # Multiples of 16 voxels, so that planes are aligned; the tile's end is not.
     for dtype, full in itertools.product(FLOATS, (False, True)):
         for classes in (*range(2, 17), 20, 140, 260):
-            yield Case(classes=classes, spatial=(5, 16), dtype=dtype, full=full, **rotated())
+            yield ConfusionCase(
+                classes=classes, spatial=(5, 16), dtype=dtype, full=full, **rotated()
+            )
         for activation in ("sigmoid", "none"):
-            yield Case(
+            yield ConfusionCase(
                 spatial=(5, 4, 16), dtype=dtype, full=full, activation=activation, **rotated()
             )
-        yield Case(spatial=(5, 4, 16), dtype=dtype, full=full, likelihood="sigmoid", **rotated())
+        yield ConfusionCase(
+            spatial=(5, 4, 16), dtype=dtype, full=full, likelihood="sigmoid", **rotated()
+        )
     paths = (
         dict(classes=2),
         dict(classes=4),
@@ -90,20 +87,24 @@ def confusion_cases() -> Iterable[Case]:
     for path, full in itertools.product(paths, (False, True)):
         for dtype, layout in itertools.product(FLOATS[:3], LAYOUTS):
             options = {**rotated(), "layout": layout, "dtype": dtype}
-            yield Case(spatial=(5, 4, 16), full=full, **path, **options)
+            yield ConfusionCase(spatial=(5, 4, 16), full=full, **path, **options)
         for label in LABELS[1:]:
-            yield Case(spatial=(4, 16), full=full, **path, **{**rotated(), "target_dtype": label})
+            yield ConfusionCase(
+                spatial=(4, 16), full=full, **path, **{**rotated(), "target_dtype": label}
+            )
         for weight in WEIGHTS:
-            yield Case(spatial=(4, 16), full=full, **path, **{**rotated(), "weight": weight})
+            yield ConfusionCase(
+                spatial=(4, 16), full=full, **path, **{**rotated(), "weight": weight}
+            )
         if path["classes"] == 2:  # bool labels
-            yield Case(spatial=(4, 16), **path, target_dtype=torch.bool)
-    yield Case(batch=300, classes=2, spatial=(5,))  # more samples than there are counters
+            yield ConfusionCase(spatial=(4, 16), **path, target_dtype=torch.bool)
+    yield ConfusionCase(batch=300, classes=2, spatial=(5,))  # more samples than there are counters
     for activation, label in itertools.product(("sigmoid", "none", "softmax"), DENSE):
         for classes in (1, 3):
             if classes == 3 and label in (torch.int16, torch.int32, torch.int64):
                 continue  # not a dense target's type
             options = {**rotated(), "target_dtype": label}
-            yield Case(
+            yield ConfusionCase(
                 classes=classes,
                 spatial=(4, 16),
                 target="dense",
@@ -161,7 +162,9 @@ def test_every_instance_of_ratio_loss_runs(tmp_path):
     log = tmp_path / "launches"
     operators = emulator.RatioLoss(EMULATION_LOG=str(log))
     for pooling, reduction in itertools.product(range(4), range(3)):
-        check_ratio(operators, statistics(2, 3, 8), class_pooling=pooling, reduction=reduction)
+        check_ratio(
+            operators, with_absent_class(2, 3, 8), class_pooling=pooling, reduction=reduction
+        )
     operators.close()
     launched = {name for name, _ in operators.launched(log)}
     assert launched == set(operators.instances().values())
@@ -285,16 +288,16 @@ def test_every_instance_of_finalize_slab_runs(tmp_path):
         types = {"labels": finalize_cases.INTEGERS, "mask": (torch.bool, torch.uint8)}
         for i, dtype in enumerate(types.get(mode, finalize_cases.FLOATS)):
             for activation, applied in itertools.product(finalize_cases.ACTIVATIONS, (False, True)):
-                case = Slab(mode, activation, real=real, dtype=dtype, applied=applied)
+                case = SlabCase(mode, activation, real=real, dtype=dtype, applied=applied)
                 finalize_cases.check(case, operators.finalize_slab)
-            case = Slab(
+            case = SlabCase(
                 mode, "softmax", channels=9, real=real, dtype=dtype, total=True, clear=i % 2 == 0
             )
             finalize_cases.check(case, operators.finalize_slab)
         if mode != "entropy":
-            case = Slab(mode, "softmax", channels=6, classes=9, real=real, clear=False)
+            case = SlabCase(mode, "softmax", channels=6, classes=9, real=real, clear=False)
         else:
-            case = Slab(mode, "softmax", channels=9, real=real, clear=False)
+            case = SlabCase(mode, "softmax", channels=9, real=real, clear=False)
         finalize_cases.check(case, operators.finalize_slab)
     operators.close()
     met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))

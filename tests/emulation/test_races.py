@@ -16,14 +16,10 @@ import pytest
 import torch
 
 from tests.emulation import emulator
-from tests.ops.soft_confusion.cases import Case, check
-from tests.ops.soft_confusion.test_cuda import (
-    assert_fused,
-    check_ratio,
-    fusion_case,
-    fusion_reference,
-    statistics,
-)
+from tests.ops.overlap_add.cases import assert_fused, fusion_case
+from tests.ops.ratio_loss.cases import check_ratio, with_absent_class
+from tests.ops.soft_confusion.cases import ConfusionCase, check
+from voxfuse.reference import overlap_add as fusion_reference
 
 
 def why_not() -> str | None:
@@ -113,7 +109,7 @@ def test_every_barrier_of_a_shipped_kernel_is_needed(tmp_path, barrier):
 
     operators = Broken("threads")
     with pytest.raises(emulator.EmulationFailed, match="ThreadSanitizer: data race"):
-        check_ratio(operators, statistics(2, 3, 8), reduction=2, nll_scale=0.5, normaliser=1)
+        check_ratio(operators, with_absent_class(2, 3, 8), reduction=2, nll_scale=0.5, normaliser=1)
 
 
 # --- The kernels ---------------------------------------------------------------------------------
@@ -130,16 +126,16 @@ def soft_confusion() -> Iterator[emulator.SoftConfusion]:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(classes=2, spatial=(2 * 2048 + 70,)),
-        Case(classes=3, spatial=(2 * 2048 + 70,), full=True, dtype=torch.bfloat16),
-        Case(classes=6, spatial=(2 * 2048 + 70,), weight=torch.float32),  # cells
-        Case(classes=16, spatial=(2048 + 70,), dtype=torch.float16),
-        Case(classes=20, spatial=(2 * 2048 + 70,)),  # many_*<8>
-        Case(classes=140, spatial=(330,)),  # many_*<16>
-        Case(classes=3, spatial=(2 * 2048 + 70,), activation="sigmoid", full=True),
-        Case(classes=2, spatial=(2 * 2048 + 70,), activation="none", dtype=torch.float16),
-        Case(classes=3, spatial=(2 * 2048 + 70,), dtype=torch.float64, full=True),
-        Case(classes=10, spatial=(2048 + 70,), likelihood="sigmoid"),  # general
+        ConfusionCase(classes=2, spatial=(2 * 2048 + 70,)),
+        ConfusionCase(classes=3, spatial=(2 * 2048 + 70,), full=True, dtype=torch.bfloat16),
+        ConfusionCase(classes=6, spatial=(2 * 2048 + 70,), weight=torch.float32),  # cells
+        ConfusionCase(classes=16, spatial=(2048 + 70,), dtype=torch.float16),
+        ConfusionCase(classes=20, spatial=(2 * 2048 + 70,)),  # many_*<8>
+        ConfusionCase(classes=140, spatial=(330,)),  # many_*<16>
+        ConfusionCase(classes=3, spatial=(2 * 2048 + 70,), activation="sigmoid", full=True),
+        ConfusionCase(classes=2, spatial=(2 * 2048 + 70,), activation="none", dtype=torch.float16),
+        ConfusionCase(classes=3, spatial=(2 * 2048 + 70,), dtype=torch.float64, full=True),
+        ConfusionCase(classes=10, spatial=(2048 + 70,), likelihood="sigmoid"),  # general
     ],
     ids=lambda case: f"{case.activation}-{case.classes}-{str(case.dtype)[6:]}",
 )
@@ -153,7 +149,7 @@ def test_ratio_loss(class_pooling):
     for samples, classes, reduction in ((2, 3, 1), (5, 130, 0)):
         check_ratio(
             operators,
-            statistics(samples, classes, 8),
+            with_absent_class(samples, classes, 8),
             class_pooling=class_pooling,
             reduction=reduction,
             nll_scale=0.5 if reduction else 0.0,

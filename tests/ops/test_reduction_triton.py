@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ops.head_confusion.cases import head_tensors
-from tests.ops.soft_confusion.cases import Case, schema_arguments, tensors
+from tests.ops.soft_confusion.cases import ConfusionCase, schema_arguments, tensors
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 from voxfuse.triton_kernels import head_confusion, reduction, soft_confusion  # noqa: E402
@@ -36,14 +36,14 @@ def small(monkeypatch):
 
 def confusion_call(voxels: int, batch: int, **options: object) -> Callable[[], torch.Tensor]:
     full = bool(options.pop("full", False))
-    case = Case(batch=batch, spatial=(voxels,), target_dtype=torch.uint8, **options)  # type: ignore[arg-type]
+    case = ConfusionCase(batch=batch, spatial=(voxels,), target_dtype=torch.uint8, **options)  # type: ignore[arg-type]
     input, target, weight = (None if x is None else x.to(DEVICE) for x in tensors(case))
     arguments = (input, target, weight, *schema_arguments(case), full)
     return functools.partial(OPERATORS.soft_confusion, *arguments)
 
 
 def head_call(voxels: int, batch: int, classes: int) -> Callable[[], torch.Tensor]:
-    case = Case(batch=batch, classes=classes, spatial=(voxels,), target_dtype=torch.uint8)
+    case = ConfusionCase(batch=batch, classes=classes, spatial=(voxels,), target_dtype=torch.uint8)
     given = head_tensors(case, 5, True, DEVICE)
     arguments = (*given, *schema_arguments(case), False, 1 << 20)
     return functools.partial(OPERATORS.head_confusion, *arguments)

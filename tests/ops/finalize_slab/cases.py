@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.accuracy import assert_accurate
 from voxfuse.contract import Activation, Finish
+from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.reference.finalize_slab import finalize_slab as reference
 
 ACTIVATIONS = tuple(Activation.__members__)
@@ -20,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SlabCase:
     """A random ring, some of whose voxels no patch covers, and what to make of it.
 
     ``special`` puts NaN, infinities and ties into the ring.
@@ -100,7 +101,7 @@ class Case:
         )
 
 
-def check(case: Case, operator: Callable[..., None], device: str = "cpu") -> None:
+def check(case: SlabCase, operator: Callable[..., None], device: str = "cpu") -> None:
     """Call ``operator`` with the schema's arguments and compare with the reference in float64."""
     default = {"labels": torch.uint8, "mask": torch.bool}.get(case.mode, torch.float32)
     dtype = case.dtype or default
@@ -139,7 +140,7 @@ def check(case: Case, operator: Callable[..., None], device: str = "cpu") -> Non
 
 
 def _check_choice(
-    case: Case, ring: Tensor, head: list[Tensor | None], actual: Tensor, truth: Tensor
+    case: SlabCase, ring: Tensor, head: list[Tensor | None], actual: Tensor, truth: Tensor
 ) -> None:
     """Labels and masks are right but for what rounding moves across a tie or the threshold."""
     different = actual.to(torch.int64) != truth.to(torch.int64)
@@ -160,3 +161,22 @@ def _check_choice(
         near = exact.gather(0, covered)
         close = exact.amax(0, keepdim=True) - near <= tolerance * exact.abs().amax().clamp(min=1)
     assert not bool((different & ~close).any()), f"{case}"
+
+
+def empty_out(mode, classes, slab, dtype=torch.float32):
+    if mode == "labels":
+        return torch.full((1, *slab), 77, dtype=torch.uint8)
+    if mode == "mask":
+        return torch.full((classes, *slab), 77, dtype=torch.uint8)
+    return torch.full((classes if mode == "values" else 1, *slab), 77.0, dtype=dtype)
+
+
+def finalized(backend, ring, mode, axis, start, stop, classes, dtype, **options):
+    slab = list(ring.shape[1:])
+    slab[axis] = stop - start
+    out = empty_out(mode, classes, slab, dtype)
+    ring = ring.clone()
+    finalize_slab(
+        ring, out, mode, ring_axis=axis, start=start, stop=stop, backend=backend, **options
+    )
+    return out, ring

@@ -9,33 +9,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.ops.finalize_slab.cases import Case, check
+from tests.ops.finalize_slab.cases import MODES, SlabCase, check, finalized
 from voxfuse import _library
 from voxfuse.ops.finalize_slab import finalize_slab
 
 compiled = pytest.mark.skipif(
     not _library.defines_operators(), reason="the compiled CPU library is not built"
 )
-MODES = ("values", "labels", "mask", "foreground", "entropy")
-
-
-def empty_out(mode, classes, slab, dtype=torch.float32):
-    if mode == "labels":
-        return torch.full((1, *slab), 77, dtype=torch.uint8)
-    if mode == "mask":
-        return torch.full((classes, *slab), 77, dtype=torch.uint8)
-    return torch.full((classes if mode == "values" else 1, *slab), 77.0, dtype=dtype)
-
-
-def finalized(backend, ring, mode, axis, start, stop, classes, dtype, **options):
-    slab = list(ring.shape[1:])
-    slab[axis] = stop - start
-    out = empty_out(mode, classes, slab, dtype)
-    ring = ring.clone()
-    finalize_slab(
-        ring, out, mode, ring_axis=axis, start=start, stop=stop, backend=backend, **options
-    )
-    return out, ring
 
 
 @compiled
@@ -46,7 +26,7 @@ def test_the_kernel_equals_the_reference(data):
     start = data.draw(st.integers(0, 20))
     stop = start + data.draw(st.integers(0, extent[axis]))
     channels = data.draw(st.integers(1, 9))
-    mode = data.draw(st.sampled_from(MODES))
+    mode = data.draw(st.sampled_from(list(MODES)))
     activation = data.draw(st.sampled_from(["identity", "sigmoid", "softmax"]))
     applied = data.draw(st.booleans())
     head = data.draw(st.booleans())
@@ -105,14 +85,14 @@ def test_labels_are_those_of_argmax_ties_and_nan_included(dtype):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 @pytest.mark.parametrize("fill", [0.0, 0.5, 1.0, 2.0])
 def test_a_mask_is_0_or_1_uncovered_voxels_included(dtype, fill):
-    check(Case("mask", dtype=dtype, total=True, fill=fill), torch.ops.voxfuse.finalize_slab)
+    check(SlabCase("mask", dtype=dtype, total=True, fill=fill), torch.ops.voxfuse.finalize_slab)
 
 
 @compiled
 @pytest.mark.parametrize("fill", [-1.0, 9.0])
 def test_the_fill_of_labels_is_an_integer_of_their_type(fill):
     for dtype in (torch.uint8, torch.int16, torch.int64):
-        case = Case("labels", dtype=dtype, total=True, fill=fill)
+        case = SlabCase("labels", dtype=dtype, total=True, fill=fill)
         check(case, torch.ops.voxfuse.finalize_slab)
 
 

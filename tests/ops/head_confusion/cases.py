@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
-from tests.ops.soft_confusion.cases import Case, lay_out, schema_arguments, tensors
+from tests.ops.soft_confusion.cases import ConfusionCase, lay_out, schema_arguments, tensors
 from voxfuse.reference import soft_confusion as reference
 
 CHUNK_BYTES = 64 << 20
 
 
 def head_tensors(
-    case: Case, channels: int, bias: bool = True, device: str = "cpu"
+    case: ConfusionCase, channels: int, bias: bool = True, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Draw features, weight, bias, target and voxel weight; ``case`` describes the logits."""
     _, target, voxel_weight = tensors(case, device)
@@ -65,7 +65,7 @@ def unfused(
 
 
 def check(
-    case: Case,
+    case: ConfusionCase,
     channels: int,
     operators: Any,
     *,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import voxfuse
 from tests.ops.head_confusion.cases import CHUNK_BYTES, check, head_tensors, unfused
-from tests.ops.soft_confusion.cases import ACTIVATIONS, Case, schema_arguments
+from tests.ops.soft_confusion.cases import ACTIVATIONS, ConfusionCase, schema_arguments
 from voxfuse import _library
 from voxfuse.ops.head_confusion import head_confusion
 from voxfuse.reference.head_confusion import chunk_voxels
@@ -43,7 +43,7 @@ def operators(namespace: str):
     ("classes", "channels"), [(1, 1), (1, 5), (2, 32), (3, 7), (6, 4), (7, 9), (40, 3), (117, 33)]
 )
 def test_any_number_of_classes_and_features(namespace, classes, channels, dtype):
-    case = Case(
+    case = ConfusionCase(
         classes=classes,
         spatial=(3, 7, 11),
         dtype=dtype,
@@ -59,7 +59,7 @@ def test_any_number_of_classes_and_features(namespace, classes, channels, dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("channels", [2, 20])
 def test_any_layout(namespace, layout, dtype, channels):
-    case = Case(spatial=(5, 6, 7), dtype=dtype, layout=layout, ignore_index=2)
+    case = ConfusionCase(spatial=(5, 6, 7), dtype=dtype, layout=layout, ignore_index=2)
     check(case, channels, operators(namespace))
 
 
@@ -69,7 +69,7 @@ def test_any_layout(namespace, layout, dtype, channels):
 )
 @needs_library
 def test_any_option(activation, likelihood, overlap, gamma):
-    case = Case(
+    case = ConfusionCase(
         target="dense",
         target_dtype=torch.float32,
         activation=activation,
@@ -86,7 +86,7 @@ def test_any_option(activation, likelihood, overlap, gamma):
 @needs_library
 @hypothesis.given(
     case=st.builds(
-        Case,
+        ConfusionCase,
         batch=st.integers(1, 3),
         classes=st.integers(1, 20),
         spatial=st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple),
@@ -112,7 +112,7 @@ def test_any_combination(case, channels, bias, chunk_bytes):
 
 @pytest.mark.parametrize("namespace", BOTH)
 def test_float64_equals_the_unfused_pipeline_to_rounding(namespace):
-    case = Case(classes=30, spatial=(9, 10, 11), dtype=torch.float64)
+    case = ConfusionCase(classes=30, spatial=(9, 10, 11), dtype=torch.float64)
     given = head_tensors(case, 12)
     (expected,) = unfused(None, *given, OPTIONS, False)
     sums = operators(namespace).head_confusion(*given, *OPTIONS, False, CHUNK_BYTES)
@@ -127,15 +127,19 @@ def test_float64_equals_the_unfused_pipeline_to_rounding(namespace):
 
 @needs_library
 def test_tiles_and_ranges_of_a_larger_volume():
-    check(Case(classes=5, spatial=(30, 31, 32), target_dtype=torch.uint8), 8, torch.ops.voxfuse)
-    large = Case(batch=1, classes=117, spatial=(21, 22, 23), target_dtype=torch.uint8)
+    check(
+        ConfusionCase(classes=5, spatial=(30, 31, 32), target_dtype=torch.uint8),
+        8,
+        torch.ops.voxfuse,
+    )
+    large = ConfusionCase(batch=1, classes=117, spatial=(21, 22, 23), target_dtype=torch.uint8)
     check(large, 32, torch.ops.voxfuse)
 
 
 @pytest.mark.parametrize("namespace", BOTH)
 @pytest.mark.parametrize("chunk_bytes", [1, 10_000, 1 << 30])
 def test_the_chunk_size_changes_rounding_only(namespace, chunk_bytes):
-    check(Case(spatial=(10, 11, 12)), 8, operators(namespace), chunk_bytes=chunk_bytes)
+    check(ConfusionCase(spatial=(10, 11, 12)), 8, operators(namespace), chunk_bytes=chunk_bytes)
 
 
 def test_the_reference_keeps_to_its_budget():
@@ -148,7 +152,7 @@ def test_the_reference_keeps_to_its_budget():
 
 @pytest.mark.parametrize("namespace", BOTH)
 def test_excluded_voxels_contribute_nothing_even_if_nan(namespace):
-    case = Case(spatial=(150,), target_dtype=torch.uint8)
+    case = ConfusionCase(spatial=(150,), target_dtype=torch.uint8)
     features, weight, bias, target, _ = head_tensors(case, 6)
     keep = torch.rand(2, 150) < 0.5
     poisoned = features.masked_fill(~keep.unsqueeze(1), float("nan"))
@@ -177,7 +181,7 @@ def test_nan_gives_nan(namespace, where):
     tensors = dict(
         zip(
             ("features", "weight", "bias", "target", "voxel_weight"),
-            head_tensors(Case(spatial=(70,)), 4),
+            head_tensors(ConfusionCase(spatial=(70,)), 4),
             strict=True,
         )
     )
@@ -189,7 +193,7 @@ def test_nan_gives_nan(namespace, where):
 @needs_library
 @pytest.mark.parametrize(("classes", "channels"), [(2, 32), (40, 5)])
 def test_same_bits_for_any_number_of_threads_and_every_run(classes, channels):
-    case = Case(classes=classes, spatial=(33, 17, 29), weight=torch.float32)
+    case = ConfusionCase(classes=classes, spatial=(33, 17, 29), weight=torch.float32)
     given = head_tensors(case, channels)
     grad = torch.randn(2, classes, 4, dtype=torch.float64)
     threads = torch.get_num_threads()
@@ -211,8 +215,8 @@ def test_same_bits_for_any_number_of_threads_and_every_run(classes, channels):
 
 @needs_library
 def test_every_output_is_written(poisoned_memory):
-    check(Case(spatial=(3, 5, 7), weight=torch.bool), 3, torch.ops.voxfuse)
-    case = Case(classes=33, spatial=(129,), dtype=torch.float16, layout="channels_last")
+    check(ConfusionCase(spatial=(3, 5, 7), weight=torch.bool), 3, torch.ops.voxfuse)
+    case = ConfusionCase(classes=33, spatial=(129,), dtype=torch.float16, layout="channels_last")
     check(case, 9, torch.ops.voxfuse)
 
 
@@ -250,7 +254,9 @@ def test_memory_above_the_gradient_does_not_grow_with_the_volume():
 @pytest.mark.parametrize("need", list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("namespace", BOTH)
 def test_only_wanted_gradients_are_made(namespace, need):
-    features, weight, bias, target, _ = head_tensors(Case(spatial=(9,), dtype=torch.float64), 4)
+    features, weight, bias, target, _ = head_tensors(
+        ConfusionCase(spatial=(9,), dtype=torch.float64), 4
+    )
     inputs = [features, weight, bias]
     for tensor, wanted in zip(inputs, need, strict=True):
         tensor.requires_grad_(wanted)
@@ -280,7 +286,7 @@ def test_empty_and_tiny_shapes(namespace, shape):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_gradcheck(backend, classes):
-    case = Case(
+    case = ConfusionCase(
         classes=classes,
         spatial=(3, 2),
         dtype=torch.float64,
@@ -309,12 +315,12 @@ def test_gradcheck(backend, classes):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(),
-        Case(layout="channels_last"),
-        Case(layout="sliced", dtype=torch.float16),
-        Case(layout="permuted"),
-        Case(spatial=(0,)),
-        Case(classes=1, spatial=(1,), activation="sigmoid", target_dtype=torch.float32),
+        ConfusionCase(),
+        ConfusionCase(layout="channels_last"),
+        ConfusionCase(layout="sliced", dtype=torch.float16),
+        ConfusionCase(layout="permuted"),
+        ConfusionCase(spatial=(0,)),
+        ConfusionCase(classes=1, spatial=(1,), activation="sigmoid", target_dtype=torch.float32),
     ],
     ids=lambda case: f"{case.layout}-{case.spatial}",
 )
@@ -334,7 +340,7 @@ def test_opcheck(namespace, case):
 
 
 def test_compiles_without_a_graph_break():
-    features, weight, bias, target, _ = head_tensors(Case(classes=4, spatial=(6, 5)), 3)
+    features, weight, bias, target, _ = head_tensors(ConfusionCase(classes=4, spatial=(6, 5)), 3)
 
     def step(f, w, b):
         sums = head_confusion(f, w, b, target, ignore_index=9)
@@ -351,7 +357,9 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_takes_the_head_to_half_precision_and_leaves_the_rest(compiled):
-    case = Case(target="dense", target_dtype=torch.float32, spatial=(40,), weight=torch.float32)
+    case = ConfusionCase(
+        target="dense", target_dtype=torch.float32, spatial=(40,), weight=torch.float32
+    )
     features, weight, bias, target, voxel_weight = head_tensors(case, 6)
 
     def step(f, w, b):
@@ -379,7 +387,7 @@ def test_a_convolution_weight_is_taken_as_it_is():
 
 
 def test_second_derivatives_are_refused():
-    features, weight, bias, target, _ = head_tensors(Case(spatial=(5,)), 4)
+    features, weight, bias, target, _ = head_tensors(ConfusionCase(spatial=(5,)), 4)
     sums = head_confusion(features.requires_grad_(), weight, bias, target)
     (first,) = torch.autograd.grad(sums[..., 0].sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):

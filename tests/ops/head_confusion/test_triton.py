@@ -11,7 +11,7 @@ from tests.ops.head_confusion.cases import CHUNK_BYTES, check, head_tensors
 from tests.ops.soft_confusion.cases import (
     ACTIVATIONS,
     SURE_AND_WRONG,
-    Case,
+    ConfusionCase,
     check_gradient_of_sure,
 )
 
@@ -30,7 +30,7 @@ OPTIONS = (2, 2, 0, None, 0.0)
 )
 @pytest.mark.parametrize("full", [False, True])
 def test_any_number_of_classes_and_features(classes, channels, dtype, full):
-    case = Case(
+    case = ConfusionCase(
         classes=classes,
         spatial=(3, 5, 9),
         dtype=dtype,
@@ -47,7 +47,7 @@ def test_any_number_of_classes_and_features(classes, channels, dtype, full):
 )
 @pytest.mark.parametrize("target", ["labels", "dense"])
 def test_any_option(activation, likelihood, gamma, target):
-    case = Case(
+    case = ConfusionCase(
         batch=1,
         spatial=(50,),
         target=target,
@@ -106,7 +106,7 @@ def test_the_gradient_of_the_sure_and_wrong(name):
 @pytest.mark.parametrize("weight", [None, torch.bool])
 def test_labels_with_softmax(gamma, weight):
     for focal_classes, full in ((None, False), (1, False), (1, True)):
-        case = Case(
+        case = ConfusionCase(
             classes=5,
             spatial=(90,),
             gamma=gamma,
@@ -125,7 +125,7 @@ def test_labels_with_softmax(gamma, weight):
 @pytest.mark.parametrize("classes", [3, 20, 70, 130])
 def test_every_launch_shape(classes, channels, full, precision):
     """Of the forward pass, which multiplies some features at a time, and of the backward pass."""
-    case = Case(classes=classes, batch=1, spatial=(150,), gamma=0.5, full=full)
+    case = ConfusionCase(classes=classes, batch=1, spatial=(150,), gamma=0.5, full=full)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
@@ -136,7 +136,7 @@ def test_every_launch_shape(classes, channels, full, precision):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "permuted"])
 def test_any_layout(layout):
-    check(Case(spatial=(4, 5, 6), layout=layout), 6, OPERATORS, device=DEVICE)
+    check(ConfusionCase(spatial=(4, 5, 6), layout=layout), 6, OPERATORS, device=DEVICE)
 
 
 def test_chunks_and_slots(monkeypatch):
@@ -144,16 +144,16 @@ def test_chunks_and_slots(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_VOXELS", 64)
     monkeypatch.setattr(kernels, "BACKWARD_CHUNK_VOXELS", 128)
     for chunk_bytes in (1, 1000, CHUNK_BYTES):
-        case = Case(spatial=(1000,), weight=torch.float32)
+        case = ConfusionCase(spatial=(1000,), weight=torch.float32)
         check(case, 6, OPERATORS, chunk_bytes=chunk_bytes, device=DEVICE)
 
 
 def test_large_heads_go_through_memory(monkeypatch):
     monkeypatch.setattr(kernels, "MOST_CLASSES", 16)
-    check(Case(classes=20, spatial=(60,)), 6, OPERATORS, chunk_bytes=3000, device=DEVICE)
+    check(ConfusionCase(classes=20, spatial=(60,)), 6, OPERATORS, chunk_bytes=3000, device=DEVICE)
     monkeypatch.setattr(kernels, "MOST_CLASSES", 256)
     monkeypatch.setattr(kernels, "MOST_NUMBERS", dict.fromkeys(kernels.MOST_NUMBERS, 1))
-    check(Case(classes=20, spatial=(60,)), 6, OPERATORS, chunk_bytes=3000, device=DEVICE)
+    check(ConfusionCase(classes=20, spatial=(60,)), 6, OPERATORS, chunk_bytes=3000, device=DEVICE)
 
 
 @pytest.mark.parametrize("in_registers", [True, False])
@@ -161,7 +161,7 @@ def test_excluded_voxels_contribute_nothing_even_if_nan(in_registers, monkeypatc
     if not in_registers:
         monkeypatch.setattr(kernels, "MOST_CLASSES", 0)
         monkeypatch.setattr(kernels, "MOST_BACKWARD_CLASSES", 0)
-    case = Case(spatial=(150,), target_dtype=torch.uint8)
+    case = ConfusionCase(spatial=(150,), target_dtype=torch.uint8)
     features, weight, bias, target, _ = (
         x if x is None else x.to(DEVICE) for x in head_tensors(case, 6)
     )
@@ -185,7 +185,7 @@ def test_excluded_voxels_contribute_nothing_even_if_nan(in_registers, monkeypatc
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_nan_gives_nan(where):
-    given = list(head_tensors(Case(spatial=(70,)), 4, device=DEVICE))
+    given = list(head_tensors(ConfusionCase(spatial=(70,)), 4, device=DEVICE))
     given[where].view(-1)[1] = float("nan")
     sums = OPERATORS.head_confusion(*given, *OPTIONS, False, CHUNK_BYTES)
     assert sums[0].isnan().any()
@@ -193,7 +193,7 @@ def test_nan_gives_nan(where):
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_only_wanted_gradients_are_made(wanted):
-    given = head_tensors(Case(spatial=(70,)), 4, device=DEVICE)
+    given = head_tensors(ConfusionCase(spatial=(70,)), 4, device=DEVICE)
     grad = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE)
     all_of_them = OPERATORS.head_confusion_backward(grad, *given, *OPTIONS, CHUNK_BYTES, True, True)
     some = OPERATORS.head_confusion_backward(grad, *given, *OPTIONS, CHUNK_BYTES, *wanted)
@@ -219,11 +219,11 @@ def test_tf32_only_where_torch_allows_it(setting):
 
 
 def test_every_output_is_written(poisoned_memory):
-    check(Case(spatial=(3, 5, 7), weight=torch.bool), 3, OPERATORS, device=DEVICE)
+    check(ConfusionCase(spatial=(3, 5, 7), weight=torch.bool), 3, OPERATORS, device=DEVICE)
 
 
 def test_same_bits_in_every_run():
-    given = head_tensors(Case(classes=20, spatial=(700,)), 9, device=DEVICE)
+    given = head_tensors(ConfusionCase(classes=20, spatial=(700,)), 9, device=DEVICE)
     grad = torch.randn(2, 20, 4, dtype=torch.float64, device=DEVICE)
 
     def run():
@@ -254,7 +254,7 @@ def test_empty_and_tiny_shapes(shape):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the property is the wrapper's, not the device's")
 def test_opcheck():
-    features, weight, bias, *companions = head_tensors(Case(spatial=(5, 2), batch=1), 4)
+    features, weight, bias, *companions = head_tensors(ConfusionCase(spatial=(5, 2), batch=1), 4)
     head = [x.requires_grad_() for x in (features, weight, bias)]
     call = (*head, *companions, *OPTIONS, False, CHUNK_BYTES)
     torch.library.opcheck(OPERATORS.head_confusion.default, call)

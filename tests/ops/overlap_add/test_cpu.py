@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 
 import hypothesis
 import numpy as np
@@ -15,7 +14,14 @@ from torch import Tensor
 
 import voxfuse
 from tests.accuracy import assert_accurate, compute_dtype
-from tests.ops.overlap_add.cases import CHANNELS, gradient_scale, special_patches
+from tests.ops.overlap_add.cases import (
+    CHANNELS,
+    FLOATS,
+    FusionArguments,
+    gradient_scale,
+    make_case,
+    special_patches,
+)
 from voxfuse import _library
 from voxfuse.contract import Activation
 from voxfuse.fusion.grids import _cover, plan_grid, weights_for_origins
@@ -24,7 +30,6 @@ from voxfuse.ops import overlap_add as ops
 from voxfuse.reference.overlap_add import activated
 
 ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 needs_library = pytest.mark.skipif(
     not _library.defines_operators(), reason="the compiled CPU library is not built"
 )
@@ -35,83 +40,12 @@ POISONED = hypothesis.settings(
 )
 
 
-@dataclass
-class Case:
-    """Arguments of the operators, with a volume of weight sums on the general path."""
-
-    patches: Tensor
-    origins: Tensor
-    rows: Tensor
-    weights: list[Tensor]
-    total: Tensor | None
-    volume: tuple[int, ...]
-    activation: int = 0
-
-    def forward(self, namespace=torch.ops.voxfuse, patches=None) -> Tensor:
-        patches = self.patches if patches is None else patches
-        return namespace.overlap_add(
-            patches,
-            self.origins,
-            self.rows,
-            self.weights,
-            self.total,
-            list(self.volume),
-            self.activation,
-        )
-
-    def backward(self, grad, namespace=torch.ops.voxfuse) -> Tensor:
-        return namespace.overlap_add_backward(
-            grad,
-            self.origins,
-            self.rows,
-            self.weights,
-            self.total,
-            self.patches.to(grad.dtype) if self.activation else None,
-            self.activation,
-        )
-
-
-def make_case(
-    volume,
-    patch,
-    count,
-    *,
-    channels=2,
-    dtype=torch.float32,
-    dense=False,
-    general=False,
-    activation=0,
-    seed=0,
-) -> Case:
-    """Random patches at random origins, some of them partly or wholly outside the volume."""
-    generator = torch.Generator().manual_seed(seed)
-    axes = len(volume)
-    origins = torch.stack(
-        [
-            torch.randint(-p - 1, v + 2, (count,), generator=generator)
-            for v, p in zip(volume, patch, strict=True)
-        ],
-        1,
-    )
-    rows = torch.randint(0, 3, (count, axes), generator=generator)
-    if dense and axes > 1:
-        weights = [torch.rand(1, *patch, dtype=torch.float64, generator=generator) + 0.01]
-    else:
-        weights = [torch.rand(3, p, dtype=torch.float64, generator=generator) + 0.01 for p in patch]
-    total = None
-    if general:
-        total = torch.zeros(volume, dtype=torch.float64)
-        ops.overlap_weights_(total, origins, rows, weights, backend="reference")
-    patches = torch.randn(count, channels, *patch, generator=generator).to(dtype)
-    return Case(patches, origins, rows, weights, total, tuple(volume), activation)
-
-
 CASES = dict(
     volume=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     patch=st.lists(st.integers(1, 37), min_size=3, max_size=3),
     count=st.integers(0, 6),
     channels=st.sampled_from([1, 2, 3, 11]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(FLOATS),
     dense=st.booleans(),
     general=st.booleans(),
     activation=st.integers(0, 2),
@@ -119,11 +53,11 @@ CASES = dict(
 )
 
 
-def in_float64(case: Case) -> Case:
+def in_float64(case: FusionArguments) -> FusionArguments:
     return dataclasses.replace(case, patches=case.patches.double())
 
 
-def weight_of_patch(case: Case, i: int) -> Tensor:
+def weight_of_patch(case: FusionArguments, i: int) -> Tensor:
     """The weight of every voxel of patch i, in float64, by the definition."""
     axes = len(case.volume)
     if len(case.weights) != axes:
@@ -133,7 +67,7 @@ def weight_of_patch(case: Case, i: int) -> Tensor:
     return torch.einsum(",".join(letters) + "->" + letters, *vectors)
 
 
-def brute_force(case: Case) -> np.ndarray:
+def brute_force(case: FusionArguments) -> np.ndarray:
     """The volume voxel by voxel."""
     result = np.zeros((case.patches.shape[1], *case.volume))
     total = np.zeros(case.volume)
@@ -154,7 +88,7 @@ def brute_force(case: Case) -> np.ndarray:
     return np.divide(result, total, out=np.zeros_like(result), where=total > 0)
 
 
-def weight_magnitude(case: Case) -> Tensor:
+def weight_magnitude(case: FusionArguments) -> Tensor:
     """Sum of |weight x value| over the patches at every voxel: what rounding errors scale with."""
     case = in_float64(case)
     if not case.activation:
@@ -162,7 +96,7 @@ def weight_magnitude(case: Case) -> Tensor:
     return case.forward(torch.ops.voxfuse_reference)
 
 
-def assert_same(actual: Tensor, expected: Tensor, case: Case, namespace) -> None:
+def assert_same(actual: Tensor, expected: Tensor, case: FusionArguments, namespace) -> None:
     """To the bit; but PyTorch, and with it the reference, rounds an activation by where it lies."""
     if case.activation and namespace is torch.ops.voxfuse_reference:
         eps = torch.finfo(actual.dtype).eps
@@ -211,7 +145,7 @@ def test_forward_is_as_accurate_as_plain_pytorch(namespace, poisoned_memory, **o
     )
 
 
-def plain_pytorch(case: Case, dtype: torch.dtype) -> Tensor:
+def plain_pytorch(case: FusionArguments, dtype: torch.dtype) -> Tensor:
     """What a user writes: sum the weighted patches, divide by the sum of the weights."""
     volume = torch.zeros(case.patches.shape[1], *case.volume, dtype=dtype)
     total = torch.zeros(case.volume, dtype=dtype)
@@ -267,7 +201,7 @@ def test_backward_is_as_accurate_as_plain_pytorch(poisoned_memory, **options):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channels", [*CHANNELS, 130, 1100])
 @pytest.mark.parametrize("activation", [1, 2])
 def test_activated_patches_of_any_number_of_channels(dtype, channels, activation, poisoned_memory):
@@ -296,14 +230,14 @@ def test_activated_patches_of_any_number_of_channels(dtype, channels, activation
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channels", [1, 4, 11])
 def test_infinities_and_nan_are_those_of_torch(namespace, dtype, channels):
     patches = special_patches(dtype, channels)
     zero = torch.zeros(1, 1, dtype=torch.int64)
     half = [torch.full((1, 9), 0.5, dtype=torch.float64)]
     for activation, function in ((1, torch.sigmoid), (2, lambda p: p.softmax(1))):
-        case = Case(patches, zero, zero, half, None, (9,), activation)
+        case = FusionArguments(patches, zero, zero, half, None, (9,), activation)
         leaf = patches.to(compute_dtype(dtype)).requires_grad_()
         expected = 0.5 * function(leaf)[0]
         torch.testing.assert_close(
@@ -504,7 +438,7 @@ def test_mirrored_patches_are_turned_back(namespace, data, **options):
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
 @pytest.mark.parametrize("general", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", [0, 1, 2])
 def test_bits_do_not_depend_on_the_batches(namespace, dtype, general, activation):
     options = {"dtype": dtype, "general": general, "activation": activation}
@@ -542,7 +476,7 @@ GRIDS = dict(
     patch=st.lists(st.integers(1, 24), min_size=3, max_size=3),
     overlap=st.floats(0, 0.8),
     floor=st.sampled_from([1e-6, 1e-2, 0.3, 2.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 3),
 )
 
@@ -605,7 +539,7 @@ def test_a_floor_is_what_the_dense_window_and_its_sum_give(namespace, data, **op
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", [1, 2])
 def test_activated_patches_with_a_floor(namespace, dtype, activation):
     """In a ring and of mirrored patches; what is activated beforehand gives the same."""
@@ -621,7 +555,7 @@ def test_activated_patches_with_a_floor(namespace, dtype, activation):
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_a_voxel_under_one_patch_with_a_floor_keeps_its_bits(namespace, dtype):
     factors, _ = floored_case((9, 10, 11), (9, 10, 11), 0.5, 0.2, dtype)
     ring = torch.zeros(2, 9, 10, 11, dtype=compute_dtype(dtype))
@@ -630,7 +564,7 @@ def test_a_voxel_under_one_patch_with_a_floor_keeps_its_bits(namespace, dtype):
 
 
 @pytest.mark.parametrize("namespace", ALL, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_patches_that_the_tables_do_not_name_weigh_nothing(namespace, dtype, axis):
     (patches, origins, rows, weights), _ = floored_case((9, 10, 40), (5, 6, 21), 0.5, 0.2, dtype)
@@ -644,7 +578,7 @@ def test_patches_that_the_tables_do_not_name_weigh_nothing(namespace, dtype, axi
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_a_floor_gives_the_same_bits_for_any_batches_and_threads(dtype):
     (patches, origins, rows, weights), _ = floored_case((40, 33, 90), (20, 18, 50), 0.5, 0.1, dtype)
     before = torch.get_num_threads()
@@ -707,7 +641,7 @@ def test_a_bad_floor_is_refused_by_the_operator():
 
 @needs_library
 @pytest.mark.parametrize("general", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", [0, 1, 2])
 def test_bits_do_not_depend_on_threads_or_run(dtype, general, activation):
     options = {"dtype": dtype, "general": general, "activation": activation}
@@ -748,7 +682,7 @@ def test_a_constant_comes_back_within_8_ulp(volume, patch, overlap, window, grid
 
 
 @pytest.mark.parametrize("window", voxfuse.fusion.windows.NAMES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("grid", [True, False])
 def test_a_voxel_under_one_patch_is_that_patch_to_the_bit(window, dtype, grid):
     starts = [[0, 5, 11], [0, 6]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
-from tests.ops.overlap_add.cases import CHANNELS, gradient_scale, special_patches
+from tests.ops.overlap_add.cases import CHANNELS, FLOATS, gradient_scale, special_patches
 from voxfuse.ops import overlap_add as wrappers
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -19,11 +19,10 @@ from voxfuse.triton_kernels import overlap_add as kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
 REFERENCE = torch.ops.voxfuse_reference
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class RandomPatches:
     """Random patches over a volume, some of them partly or wholly outside."""
 
     volume: tuple[int, ...] = (3, 6, 7)
@@ -78,7 +77,7 @@ def widened(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-def check(case: Case) -> None:
+def check(case: RandomPatches) -> None:
     """Forward and backward against the reference in float64."""
     patches, *tables = case.tensors()
     compute = compute_dtype(case.dtype)
@@ -126,11 +125,11 @@ def check(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("total", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_dtypes_and_kinds_of_weights(dtype, total, dense):
-    check(Case(dtype=dtype, total=total, dense=dense))
+    check(RandomPatches(dtype=dtype, total=total, dense=dense))
 
 
 @pytest.mark.parametrize(
@@ -140,33 +139,33 @@ def test_dtypes_and_kinds_of_weights(dtype, total, dense):
 @pytest.mark.parametrize("dense", [False, True])
 def test_any_number_of_axes(volume, patch, dense):
     for total in (False, True):
-        check(Case(volume=volume, patch=patch, dense=dense, total=total))
+        check(RandomPatches(volume=volume, patch=patch, dense=dense, total=total))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 9])
 def test_channels(channels):
-    check(Case(channels=channels, count=4))
+    check(RandomPatches(channels=channels, count=4))
 
 
 @pytest.mark.parametrize("activation", [1, 2])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_activated_patches(activation, channels):
     for dtype, total, dense in zip(
-        DTYPES, (False, True, False, True), (False, False, True, True), strict=True
+        FLOATS, (False, True, False, True), (False, False, True, True), strict=True
     ):
-        case = Case(channels=channels, count=4, dtype=dtype, total=total, dense=dense)
+        case = RandomPatches(channels=channels, count=4, dtype=dtype, total=total, dense=dense)
         check(dataclasses.replace(case, activation=activation))
 
 
 @pytest.mark.parametrize("activation", [1, 2])
 def test_activated_patches_of_any_layout_and_axes(activation):
     for volume, patch in (((17,), (5,)), ((9, 11), (4, 6)), ((2, 3, 5), (4, 5, 8))):
-        check(Case(volume=volume, patch=patch, channels=9, activation=activation))
-    check(Case(layout="channels_last", channels=4, activation=activation))
-    check(Case(layout="channels_last", channels=10, activation=activation))
+        check(RandomPatches(volume=volume, patch=patch, channels=9, activation=activation))
+    check(RandomPatches(layout="channels_last", channels=4, activation=activation))
+    check(RandomPatches(layout="channels_last", channels=10, activation=activation))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channels", [1, 4, 11])
 @pytest.mark.parametrize("activation", [1, 2])
 def test_infinities_and_nan_are_those_of_torch(dtype, channels, activation):
@@ -185,7 +184,7 @@ def test_infinities_and_nan_are_those_of_torch(dtype, channels, activation):
 @pytest.mark.parametrize("channels", [3, 9])
 @pytest.mark.parametrize("activation", [1, 2])
 def test_activated_bits_depend_on_neither_flips_nor_calls(channels, activation):
-    case = Case(count=5, channels=channels)
+    case = RandomPatches(count=5, channels=channels)
     patches, *tables = case.tensors()
     place = (2, 1, 1 + case.volume[2])
     whole = torch.ones(channels, *case.volume, device=DEVICE)
@@ -210,7 +209,7 @@ def test_activated_bits_depend_on_neither_flips_nor_calls(channels, activation):
 
 @pytest.mark.parametrize("channels", [3, 9])
 def test_activated_patches_with_a_floor(channels):
-    case = Case(count=4, channels=channels)
+    case = RandomPatches(count=4, channels=channels)
     patches, origins, rows, weights, _ = case.tensors()
     cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
     tables = (origins, rows, [*weights, *cover], None, 0, 0, case.volume[0], 1, 0.3, 2)
@@ -222,7 +221,7 @@ def test_activated_patches_with_a_floor(channels):
 
 
 def test_bad_activations():
-    patches, *tables = Case().tensors()
+    patches, *tables = RandomPatches().tensors()
     for call in (
         lambda: OPERATORS.overlap_add(*on_device(patches, *tables), [3, 6, 7], 3),
         lambda: OPERATORS.overlap_add_backward(*on_device(patches[0], *tables), None, -1),
@@ -232,20 +231,20 @@ def test_bad_activations():
 
 
 def test_channels_last_patches_are_read_in_place():
-    check(Case(layout="channels_last", channels=4))
+    check(RandomPatches(layout="channels_last", channels=4))
 
 
 def test_tiles_smaller_than_the_volume_and_more_patches_than_a_block(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 16)
     monkeypatch.setattr(kernels, "MAX_WIDTH", 4)
     monkeypatch.setattr(kernels, "ORIGINS", 4)
-    check(Case(volume=(2, 5, 6), count=7, channels=1))
-    check(Case(volume=(9, 6), patch=(4, 4), count=9, total=True, dtype=torch.float64))
+    check(RandomPatches(volume=(2, 5, 6), count=7, channels=1))
+    check(RandomPatches(volume=(9, 6), patch=(4, 4), count=9, total=True, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_patches_or_one(count):
-    check(Case(count=count))
+    check(RandomPatches(count=count))
 
 
 def test_a_voxel_under_one_patch_of_weight_1_keeps_its_bits():
@@ -260,7 +259,7 @@ def test_a_voxel_under_one_patch_of_weight_1_keeps_its_bits():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("total", [False, True])
 def test_ring(ring_axis, dtype, total):
-    case = Case(dtype=dtype, count=4, channels=2)
+    case = RandomPatches(dtype=dtype, count=4, channels=2)
     patches, origins, rows, weights, _ = case.tensors()
     extent = list(case.volume)
     extent[ring_axis] = 3
@@ -288,11 +287,11 @@ def test_ring(ring_axis, dtype, total):
 
 
 @pytest.mark.parametrize("volume", [(9,), (6, 9), (5, 6, 9)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_a_floor_is_the_references(volume, dtype):
     """Along every axis of a ring; a voxel under one patch keeps its bits."""
     axes, floor = len(volume), 0.2
-    case = Case(volume=volume, patch=(3, 4, 5)[3 - axes :], dtype=dtype)
+    case = RandomPatches(volume=volume, patch=(3, 4, 5)[3 - axes :], dtype=dtype)
     patches, _, _, _, _ = case.tensors()
     generator = torch.Generator().manual_seed(1)
     windows = [torch.rand(p, generator=generator, dtype=torch.float64) for p in case.patch]
@@ -323,7 +322,7 @@ def test_a_floor_is_the_references(volume, dtype):
 
 
 def test_patches_that_the_tables_do_not_name_weigh_nothing():
-    case = Case()
+    case = RandomPatches()
     patches, origins, rows, weights, _ = case.tensors()
     cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
     cover[1][:, 2:4] = -1.0
@@ -343,9 +342,9 @@ def test_mirrored_patches_are_turned_back(volume, layout):
     """Bit for bit what adding flipped copies gives."""
     axes = len(volume)
     for dtype, axis, total in zip(
-        DTYPES, [0, axes - 1] * 2, [False, False, True, True], strict=True
+        FLOATS, [0, axes - 1] * 2, [False, False, True, True], strict=True
     ):
-        case = Case(
+        case = RandomPatches(
             volume=volume, patch=(2, 4, 5)[3 - axes :], layout=layout, dtype=dtype, total=total
         )
         patches, *tables = case.tensors()
@@ -362,7 +361,7 @@ def test_mirrored_patches_are_turned_back(volume, layout):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_bits_do_not_depend_on_how_patches_are_spread_over_calls(dense):
-    case = Case(count=7, dense=dense)
+    case = RandomPatches(count=7, dense=dense)
     patches, origins, rows, weights, _ = case.tensors()
     whole = torch.zeros(case.channels, *case.volume, device=DEVICE)
     parts = whole.clone()
@@ -383,19 +382,22 @@ def test_the_bits_do_not_depend_on_how_patches_are_spread_over_calls(dense):
 
 
 def test_every_output_is_written(poisoned_memory):
-    for case in (Case(count=2), Case(volume=(33,), patch=(5,), count=1, channels=5)):
+    for case in (
+        RandomPatches(count=2),
+        RandomPatches(volume=(33,), patch=(5,), count=1, channels=5),
+    ):
         check(case)
 
 
 def test_rows_that_do_not_exist_stay_in_bounds():
-    patches, origins, rows, weights, _ = Case().tensors()
+    patches, origins, rows, weights, _ = RandomPatches().tensors()
     wrong = rows * 1000 - 500
     arguments = on_device(patches, origins, wrong, weights)
     assert torch.isfinite(OPERATORS.overlap_add(*arguments, None, [3, 6, 7])).all()
 
 
 def test_the_wrapper_reaches_the_kernel():
-    patches, origins, rows, weights, _ = Case().tensors()
+    patches, origins, rows, weights, _ = RandomPatches().tensors()
     actual = wrappers.overlap_add(
         patches.to(DEVICE), origins, rows, weights, (3, 6, 7), backend="triton"
     )
@@ -405,7 +407,7 @@ def test_the_wrapper_reaches_the_kernel():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the property is the wrapper's, not the device's")
 def test_opcheck():
-    case = Case(volume=(6, 7), patch=(3, 4), count=3)
+    case = RandomPatches(volume=(6, 7), patch=(3, 4), count=3)
     patches, origins, rows, weights, _ = case.tensors()
     tables = (origins, rows, weights, None)
     torch.library.opcheck(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import voxfuse  # noqa: F401  (registers the operators)
+from tests.ops.ratio_loss.cases import FORMULA_CASES, RatioCase, cases, statistics
 from voxfuse import _library
-from voxfuse.contract import FULL, ClassPooling, Normaliser, Reduction, Sum
+from voxfuse.contract import FULL, Reduction, Sum
 from voxfuse.ops.ratio_loss import ratio_loss
 
 needs_library = pytest.mark.skipif(
@@ -22,58 +19,7 @@ needs_library = pytest.mark.skipif(
 BACKENDS = ("auto", "reference")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Arguments of the operator's schema after the statistics; weights as tuples."""
-
-    numerator: tuple[float, ...] = (1.0,)
-    denominator: tuple[float, ...] = (1.0, 0.5, 0.5)
-    smooth_nr: float = 1e-5
-    smooth_dr: float = 1e-5
-    min_denominator: float = 0.0
-    exponent: float = 1.0
-    log: bool = False
-    class_weight: tuple[float, ...] | None = None
-    first_class: int = 0
-    batch: bool = False
-    class_pooling: int = 0
-    absent: int = 0
-    reduction: int = 1
-    ratio_scale: float = 1.0
-    nll_weight: tuple[float, ...] | None = None
-    off_weight: tuple[float, ...] | None = None
-    nll_scale: float = 0.0
-    off_scale: float = 0.0
-    normaliser: int = 0
-    double_loss: bool = True
-    exponent_from: int = 0
-
-    def arguments(self) -> tuple[Any, ...]:
-        values = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight") and value is not None:
-                value = torch.tensor(value, dtype=torch.float64)
-            values.append(list(value) if isinstance(value, tuple) else value)
-        return tuple(values)
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the Python wrapper."""
-        names = [field.name for field in dataclasses.fields(self)]
-        options = dict(zip(names, self.arguments(), strict=True))
-        options["class_pooling"] = ClassPooling(self.class_pooling).name
-        options["absent"] = ("keep", "ignore", "zero")[self.absent]
-        options["reduction"] = Reduction(self.reduction).name
-        options["normaliser"] = Normaliser(self.normaliser).name
-        return options
-
-
-def statistics(samples: int = 2, classes: int = 3, sums: int = 8, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(samples, classes, sums, generator=generator, dtype=torch.float64) * 10 + 0.1
-
-
-def formula(stats: Tensor, case: Case) -> Tensor:
+def formula(stats: Tensor, case: RatioCase) -> Tensor:
     """The loss as the papers write it, in differentiable PyTorch (class volumes are constants)."""
     rows = stats.sum(0, keepdim=True) if case.batch else stats
     rows = rows[:, case.first_class :]
@@ -116,27 +62,6 @@ def formula(stats: Tensor, case: Case) -> Tensor:
     return loss + total / divisor.detach()
 
 
-FORMULA_CASES = (
-    Case(),
-    Case(denominator=(1.0, 0.3, 0.7), exponent=0.75, class_weight=(1.0, 2.0, 0.5)),
-    Case(exponent=0.5, exponent_from=1),
-    Case(exponent=2.0, exponent_from=2, first_class=1, reduction=0),
-    Case(exponent=0.5, exponent_from=9, batch=True),
-    Case(numerator=(2.0,), denominator=(0.0,) * 5 + (1.0, 1.0), reduction=2),
-    Case(numerator=(2.0,), denominator=(2.0, 1.0, 1.0), min_denominator=25.0),
-    Case(first_class=1, batch=True, class_weight=(3.0, 1.0), smooth_nr=1.0, smooth_dr=2.0),
-    Case(log=True, min_denominator=1e-7),
-    Case(log=True, batch=True, min_denominator=22.0, reduction=0),
-    Case(reduction=0),
-    Case(reduction=0, batch=True, first_class=1, ratio_scale=2.0),
-    *(Case(class_pooling=k, class_weight=(1.0, 2.0, 0.5)) for k in (1, 2, 3)),
-    Case(class_pooling=3, reduction=0, batch=True, exponent=0.5),
-    *(Case(nll_scale=0.7, nll_weight=(1.0, 0.0, 2.0), normaliser=k) for k in range(5)),
-    Case(nll_scale=0.7, off_scale=0.2, off_weight=(1.0, 0.5, 2.0), normaliser=3, ratio_scale=0.5),
-    Case(ratio_scale=0.0, nll_scale=1.0, off_scale=0.1, normaliser=2),
-)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", FORMULA_CASES, ids=range(len(FORMULA_CASES)))
 def test_value_and_slopes_equal_the_formula_and_its_autograd(case, backend):
@@ -152,56 +77,6 @@ def test_value_and_slopes_equal_the_formula_and_its_autograd(case, backend):
         torch.testing.assert_close(actual_slopes, slopes, rtol=1e-10, atol=1e-13)
     else:
         torch.testing.assert_close(actual_slopes, slopes, rtol=1e-11, atol=1e-14)
-
-
-weights = st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3)
-
-
-@st.composite
-def cases(draw: Any) -> tuple[Case, Tensor]:
-    sums = draw(st.sampled_from([4, 8]))
-    first = draw(st.sampled_from([0, 0, 1]))
-    smooth = draw(st.sampled_from([(1e-5, 1e-5), (0.0, 0.0), (1.0, 1.0), (1e-5, 0.0)]))
-
-    def tuple_of(length: int) -> tuple[float, ...] | None:
-        values = draw(weights)
-        return None if values is None else tuple(values[:length])
-
-    case = Case(
-        numerator=draw(st.sampled_from([(1.0,), (2.0, 0.0)])),
-        denominator=draw(st.sampled_from([(1.0, 0.3, 0.7), (2.0, 1.0, 1.0, 0.0)])),
-        smooth_nr=smooth[0],
-        smooth_dr=smooth[1],
-        min_denominator=draw(st.sampled_from([0.0, 1e-7, 5.0])),
-        exponent=draw(st.sampled_from([1.0, 0.75, 2.0])),
-        log=draw(st.booleans()),
-        class_weight=tuple_of(3 - first),
-        first_class=first,
-        batch=draw(st.booleans()),
-        class_pooling=draw(st.integers(0, 3)),
-        absent=draw(st.integers(0, 2)),
-        reduction=draw(st.integers(0, 2)),
-        ratio_scale=draw(st.sampled_from([0.0, 1.0, 0.5])),
-        nll_weight=tuple_of(3),
-        off_weight=tuple_of(3),
-        nll_scale=draw(st.sampled_from([0.0, 1.0])),
-        off_scale=draw(st.sampled_from([0.0, 0.3])) if sums == 8 else 0.0,
-        normaliser=draw(st.sampled_from(range(5) if sums == 8 else (0, 1, 4))),
-        double_loss=draw(st.booleans()),
-    )
-    stats = statistics(draw(st.integers(0, 3)), 3, sums, draw(st.integers(0, 99)))
-    stats = stats * draw(st.sampled_from([1e-3, 1.0, 1e6]))
-    for row in stats:
-        if draw(st.booleans()):
-            row[draw(st.integers(0, 2)), :3] = 0  # absent and not predicted
-        kind = draw(st.integers(0, 7))
-        if kind == 0:
-            row[:, :] = 0  # every voxel ignored
-        elif kind == 1:
-            row[:, 1:3] = 0  # a perfect prediction
-        elif kind == 2:
-            row[0, draw(st.integers(0, sums - 1))] = float("nan")
-    return case, stats
 
 
 @needs_library
@@ -353,7 +228,7 @@ def test_bad_statistics():
 
 @needs_library
 def test_the_compiled_operator_checks_by_itself():
-    arguments = list(Case().arguments())
+    arguments = list(RatioCase().arguments())
     with pytest.raises(RuntimeError, match="stats: expected float64"):
         torch.ops.voxfuse.ratio_loss(statistics().float(), *arguments)
     arguments[7] = torch.ones(5, dtype=torch.float64)

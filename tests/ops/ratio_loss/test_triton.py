@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.ops.ratio_loss.test_cpu import FORMULA_CASES, Case, cases, statistics
+from tests.ops.ratio_loss.cases import FORMULA_CASES, RatioCase, cases, statistics
 from voxfuse.ops.ratio_loss import ratio_loss
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -17,7 +17,7 @@ OPERATORS = torch.ops.voxfuse_triton
 REFERENCE = torch.ops.voxfuse_reference
 
 
-def check(case: Case, stats: torch.Tensor) -> None:
+def check(case: RatioCase, stats: torch.Tensor) -> None:
     """Both operators against the reference, whose arithmetic is float64 as well."""
     arguments = case.arguments()
     on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -55,20 +55,25 @@ def test_rows_are_walked_over_when_they_do_not_fit(tile, monkeypatch):
     stats = statistics(5, 3, 8)
     stats[1, 1, :3] = 0
     for case in (
-        Case(absent=1, nll_scale=1.0, off_scale=0.5, normaliser=2),
-        Case(class_pooling=3, absent=1, reduction=0),
-        Case(batch=True, first_class=1, normaliser=4, nll_scale=1.0),
+        RatioCase(absent=1, nll_scale=1.0, off_scale=0.5, normaliser=2),
+        RatioCase(class_pooling=3, absent=1, reduction=0),
+        RatioCase(batch=True, first_class=1, normaliser=4, nll_scale=1.0),
     ):
         check(case, stats)
 
 
 def test_many_classes():
-    check(Case(nll_scale=1.0, normaliser=1, first_class=1), statistics(2, 300, 4))
+    check(RatioCase(nll_scale=1.0, normaliser=1, first_class=1), statistics(2, 300, 4))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 8)])
 def test_empty_and_tiny_statistics(shape):
-    for case in (Case(), Case(batch=True), Case(reduction=0), Case(reduction=0, batch=True)):
+    for case in (
+        RatioCase(),
+        RatioCase(batch=True),
+        RatioCase(reduction=0),
+        RatioCase(reduction=0, batch=True),
+    ):
         check(case, statistics(*shape))
 
 
@@ -80,13 +85,13 @@ def test_a_tiny_loss_keeps_full_relative_precision():
 
 
 def test_every_output_is_written(poisoned_memory):
-    for case in (FORMULA_CASES[0], FORMULA_CASES[7], Case(ratio_scale=0.0, reduction=0)):
+    for case in (FORMULA_CASES[0], FORMULA_CASES[7], RatioCase(ratio_scale=0.0, reduction=0)):
         check(case, statistics())
 
 
 def test_same_bits_in_every_run():
     stats = statistics(3, 5, 8).to(DEVICE)
-    arguments = Case(exponent=0.75, nll_scale=1.0, normaliser=3).arguments()
+    arguments = RatioCase(exponent=0.75, nll_scale=1.0, normaliser=3).arguments()
     first = OPERATORS.ratio_loss(stats, *arguments)
     for _ in range(20 if DEVICE == "cuda" else 2):
         again = OPERATORS.ratio_loss(stats, *arguments)

@@ -16,7 +16,7 @@ ACTIVATIONS = ("none", "sigmoid", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ConfusionCase:
     """One call of the operator, without its tensors."""
 
     batch: int = 2
@@ -39,7 +39,7 @@ class Case:
     seed: int = 0
 
 
-def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+def tensors(case: ConfusionCase, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw logits (or probabilities), target and weight for ``case``."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.classes, *case.spatial)
@@ -98,7 +98,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def schema_arguments(case: Case) -> tuple[Any, ...]:
+def schema_arguments(case: ConfusionCase) -> tuple[Any, ...]:
     """The operator's arguments after the tensors, without ``full``."""
     likelihood = case.likelihood or case.activation
     return (
@@ -110,7 +110,7 @@ def schema_arguments(case: Case) -> tuple[Any, ...]:
     )
 
 
-def check(case: Case, operators: Any, device: str = "cpu") -> None:
+def check(case: ConfusionCase, operators: Any, device: str = "cpu") -> None:
     """Compare forward and backward of ``operators`` with the truth under the accuracy rule."""
     input, target, weight = tensors(case, device)
     arguments = schema_arguments(case)
@@ -164,9 +164,9 @@ def check(case: Case, operators: Any, device: str = "cpu") -> None:
     )
 
 
-def _sure_and_wrong() -> dict[str, tuple[Case, str]]:
+def _sure_and_wrong() -> dict[str, tuple[ConfusionCase, str]]:
     """Where the gradient is all small differences: by name, a case and its kind of cotangents."""
-    base = Case(batch=40, spatial=(6,), spread=10.0, wrong=True)
+    base = ConfusionCase(batch=40, spatial=(6,), spread=10.0, wrong=True)
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     found = {}
     for classes in (3, 4, 8, 17, 100, 300):
@@ -206,7 +206,7 @@ def _sure_and_wrong() -> dict[str, tuple[Case, str]]:
 SURE_AND_WRONG = _sure_and_wrong()
 
 
-def cotangents(case: Case, kind: str) -> Tensor:
+def cotangents(case: ConfusionCase, kind: str) -> Tensor:
     """Draw (B, C, 4 or 8) cotangents: "all", "overlap" (those of TP, FP and FN, and of P2 where
     there is one) or "equal" (the same of TP, FP and FN for all classes of a sample)."""
     generator = torch.Generator().manual_seed(case.seed + 2)
@@ -218,7 +218,9 @@ def cotangents(case: Case, kind: str) -> Tensor:
     return grad.expand(-1, case.classes, -1).contiguous()
 
 
-def check_gradient_of_sure(case: Case, kind: str, operators: Any, device: str = "cpu") -> None:
+def check_gradient_of_sure(
+    case: ConfusionCase, kind: str, operators: Any, device: str = "cpu"
+) -> None:
     """The gradient of each sample may be wrong, relative to its largest element, by four times what
     plain PyTorch in the kernel's compute type is at most wrong by, and 1e-6."""
     given = tensors(case, device)

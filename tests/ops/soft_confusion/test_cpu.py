@@ -15,7 +15,7 @@ import voxfuse
 from tests.ops.soft_confusion.cases import (
     ACTIVATIONS,
     SURE_AND_WRONG,
-    Case,
+    ConfusionCase,
     certain_probabilities,
     check,
     check_gradient_of_sure,
@@ -76,7 +76,7 @@ def test_reference_equals_the_definition():
 def test_gamma_of_some_classes_is_a_mixture_of_two_exponents(focal_classes):
     """In the reference: the first classes as with gamma, the others as without."""
     for likelihood in ACTIVATIONS:
-        case = Case(
+        case = ConfusionCase(
             dtype=torch.float64, activation=likelihood, gamma=1.5, focal_classes=focal_classes
         )
         input, target, _ = tensors(case)
@@ -98,7 +98,7 @@ def test_gamma_of_some_classes(operators, activation, focal_classes):
     for full, target, dtype in itertools.product(
         (False, True), ("labels", "dense"), (torch.float32, torch.float64)
     ):
-        case = Case(
+        case = ConfusionCase(
             dtype=dtype,
             target=target,
             target_dtype=torch.uint8 if target == "labels" else torch.float32,
@@ -119,7 +119,7 @@ def test_gamma_of_some_classes(operators, activation, focal_classes):
 def test_reference_backward_equals_autograd_of_its_forward(
     activation, likelihood, overlap, gamma, focal_classes
 ):
-    case = Case(
+    case = ConfusionCase(
         dtype=torch.float64,
         target="dense",
         target_dtype=torch.float64,
@@ -168,7 +168,7 @@ def test_class_paths(classes, dtype, full):
     activation = "sigmoid" if classes == 1 else "softmax"
     for weight in (None, torch.float32):
         check(
-            Case(
+            ConfusionCase(
                 classes=classes,
                 spatial=(7, 5, 13),
                 dtype=dtype,
@@ -189,7 +189,9 @@ def test_label_types(target_dtype, ignore_index):
         ignore_index = 7
     for target in ("labels", "labels_channel"):
         check(
-            Case(target=target, target_dtype=target_dtype, ignore_index=ignore_index, full=True),
+            ConfusionCase(
+                target=target, target_dtype=target_dtype, ignore_index=ignore_index, full=True
+            ),
             torch.ops.voxfuse,
         )
 
@@ -200,7 +202,7 @@ def test_label_types(target_dtype, ignore_index):
 def test_dense_target_types(target_dtype, classes):
     for activation in ACTIVATIONS:
         check(
-            Case(
+            ConfusionCase(
                 classes=classes,
                 target="dense",
                 target_dtype=target_dtype,
@@ -216,7 +218,7 @@ def test_dense_target_types(target_dtype, classes):
 @pytest.mark.parametrize("target_dtype", LABEL_TYPES[:-2])
 def test_integer_indicator_of_one_class(target_dtype):
     check(
-        Case(classes=1, target_dtype=target_dtype, activation="sigmoid", ignore_index=9),
+        ConfusionCase(classes=1, target_dtype=target_dtype, activation="sigmoid", ignore_index=9),
         torch.ops.voxfuse,
     )
 
@@ -227,7 +229,7 @@ def test_integer_indicator_of_one_class(target_dtype):
 def test_layouts_are_read_in_place_and_the_gradient_keeps_them(layout, dtype):
     for classes, target in itertools.product((2, 3, 20), ("labels", "dense")):
         check(
-            Case(
+            ConfusionCase(
                 classes=classes,
                 layout=layout,
                 dtype=dtype,
@@ -242,7 +244,7 @@ def test_layouts_are_read_in_place_and_the_gradient_keeps_them(layout, dtype):
 @needs_library
 @hypothesis.given(
     case=st.builds(
-        Case,
+        ConfusionCase,
         batch=st.integers(1, 3),
         classes=st.sampled_from([1, 2, 3, 4, 6, 16, 19]),
         spatial=st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple),
@@ -304,9 +306,13 @@ def test_overlap_min_of_no_probability_has_no_slope(operators):
 @needs_library
 def test_chunks_and_ranges_of_a_larger_volume():
     check(
-        Case(batch=1, classes=2, spatial=(41, 43, 45), target_dtype=torch.uint8), torch.ops.voxfuse
+        ConfusionCase(batch=1, classes=2, spatial=(41, 43, 45), target_dtype=torch.uint8),
+        torch.ops.voxfuse,
     )
-    check(Case(batch=3, classes=5, spatial=(20, 21, 22), weight=torch.float32), torch.ops.voxfuse)
+    check(
+        ConfusionCase(batch=3, classes=5, spatial=(20, 21, 22), weight=torch.float32),
+        torch.ops.voxfuse,
+    )
 
 
 # --- Properties of every CPU backend --------------------------------------------------------------
@@ -315,7 +321,7 @@ def test_chunks_and_ranges_of_a_larger_volume():
 @pytest.mark.parametrize("operators", ALL, ids=["auto", "reference"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_excluded_voxels_contribute_nothing_even_if_nan(operators, activation):
-    case = Case(classes=3, spatial=(50,), activation=activation, target_dtype=torch.uint8)
+    case = ConfusionCase(classes=3, spatial=(50,), activation=activation, target_dtype=torch.uint8)
     input, target, _ = tensors(case)
     keep = torch.rand(2, 50) < 0.5
     poisoned = input.masked_fill(~keep.unsqueeze(1), float("nan"))
@@ -346,7 +352,7 @@ def test_certain_probabilities_have_the_slope_of_the_overlap_alone(operators, ga
 @pytest.mark.parametrize("classes", [2, 3, 20])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_nan_logits_give_nan(operators, classes, activation):
-    input, target, _ = tensors(Case(classes=classes, spatial=(100,)))
+    input, target, _ = tensors(ConfusionCase(classes=classes, spatial=(100,)))
     for c in range(classes):
         broken = input.clone()
         broken[0, c, 3] = float("nan")
@@ -416,7 +422,7 @@ def test_empty_and_tiny_shapes(shape):
 @pytest.mark.parametrize("classes", [2, 3, 16, 30])
 def test_same_bits_for_any_number_of_threads_and_every_run(classes):
     input, target, weight = tensors(
-        Case(batch=2, classes=classes, spatial=(33, 17, 29), weight=torch.float32)
+        ConfusionCase(batch=2, classes=classes, spatial=(33, 17, 29), weight=torch.float32)
     )
     grad = torch.randn(2, classes, 4, dtype=torch.float64)
     arguments = (2, 2, 0, None, 0.0)
@@ -443,9 +449,9 @@ def test_same_bits_for_any_number_of_threads_and_every_run(classes):
 @needs_library
 def test_every_output_is_written(poisoned_memory):
     for case in (
-        Case(spatial=(3, 5, 7), weight=torch.bool),
-        Case(classes=2, spatial=(1,), layout="channels_last"),
-        Case(classes=33, spatial=(129,), dtype=torch.float16),
+        ConfusionCase(spatial=(3, 5, 7), weight=torch.bool),
+        ConfusionCase(classes=2, spatial=(1,), layout="channels_last"),
+        ConfusionCase(classes=33, spatial=(129,), dtype=torch.float16),
     ):
         check(case, torch.ops.voxfuse)
 
@@ -454,7 +460,7 @@ def test_every_output_is_written(poisoned_memory):
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gradcheck(classes, gamma, backend):
-    case = Case(
+    case = ConfusionCase(
         batch=2,
         classes=classes,
         spatial=(3, 2),
@@ -483,12 +489,12 @@ def test_gradcheck(classes, gamma, backend):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(),
-        Case(layout="channels_last"),
-        Case(layout="sliced"),
-        Case(layout="permuted", dtype=torch.float16),
-        Case(spatial=(0,)),
-        Case(classes=1, spatial=(1,), activation="sigmoid", target_dtype=torch.float32),
+        ConfusionCase(),
+        ConfusionCase(layout="channels_last"),
+        ConfusionCase(layout="sliced"),
+        ConfusionCase(layout="permuted", dtype=torch.float16),
+        ConfusionCase(spatial=(0,)),
+        ConfusionCase(classes=1, spatial=(1,), activation="sigmoid", target_dtype=torch.float32),
     ],
     ids=lambda case: f"{case.layout}-{case.spatial}",
 )
@@ -503,7 +509,7 @@ def test_opcheck(namespace, case):
 
 
 def test_compiles_without_a_graph_break():
-    input, target, _ = tensors(Case(classes=4, spatial=(6, 5)))
+    input, target, _ = tensors(ConfusionCase(classes=4, spatial=(6, 5)))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(x, y):

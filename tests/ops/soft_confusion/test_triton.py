@@ -11,7 +11,7 @@ import torch
 from tests.ops.soft_confusion.cases import (
     ACTIVATIONS,
     SURE_AND_WRONG,
-    Case,
+    ConfusionCase,
     certain_probabilities,
     check,
     check_gradient_of_sure,
@@ -60,7 +60,7 @@ def tiny_blocks(monkeypatch):
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 17])
 @pytest.mark.parametrize("full", [False, True])
 def test_class_paths(classes, dtype, full):
-    case = Case(
+    case = ConfusionCase(
         batch=1 if classes > 5 else 2,
         classes=classes,
         spatial=(3, 5, 9),
@@ -77,9 +77,9 @@ def test_class_paths(classes, dtype, full):
 def test_label_types(target_dtype):
     target = "labels_channel" if target_dtype == torch.int32 else "labels"
     classes = 2 if target_dtype == torch.bool else 3
-    case = Case(classes=classes, spatial=(7,), target=target, target_dtype=target_dtype)
+    case = ConfusionCase(classes=classes, spatial=(7,), target=target, target_dtype=target_dtype)
     if target_dtype == torch.bool:
-        input, labels, _ = tensors(Case(classes=2, spatial=(7,), target_dtype=torch.uint8))
+        input, labels, _ = tensors(ConfusionCase(classes=2, spatial=(7,), target_dtype=torch.uint8))
         arguments = (None, *schema_arguments(case), False)
         expected = OPERATORS.soft_confusion(input.to(DEVICE), labels.to(DEVICE), *arguments)
         actual = OPERATORS.soft_confusion(input.to(DEVICE), labels.bool().to(DEVICE), *arguments)
@@ -93,7 +93,9 @@ def test_label_types(target_dtype):
 def test_ignored_labels(ignore_index, classes):
     target_dtype = torch.int16 if ignore_index < 0 else torch.uint8
     check(
-        Case(classes=classes, spatial=(33,), target_dtype=target_dtype, ignore_index=ignore_index),
+        ConfusionCase(
+            classes=classes, spatial=(33,), target_dtype=target_dtype, ignore_index=ignore_index
+        ),
         OPERATORS,
         DEVICE,
     )
@@ -102,7 +104,7 @@ def test_ignored_labels(ignore_index, classes):
 @pytest.mark.parametrize("target_dtype", DENSE_TYPES)
 @pytest.mark.parametrize("classes", [1, 3])
 def test_dense_target_types(target_dtype, classes):
-    case = Case(
+    case = ConfusionCase(
         batch=1,
         classes=classes,
         spatial=(29,),
@@ -116,7 +118,7 @@ def test_dense_target_types(target_dtype, classes):
 
 @pytest.mark.parametrize("target_dtype", LABEL_TYPES[1:5])
 def test_integer_indicator_of_one_class(target_dtype):
-    case = Case(
+    case = ConfusionCase(
         classes=1, spatial=(31,), target_dtype=target_dtype, activation="sigmoid", ignore_index=9
     )
     check(case, OPERATORS, DEVICE)
@@ -127,7 +129,7 @@ def test_integer_indicator_of_one_class(target_dtype):
 )
 @pytest.mark.parametrize("target", ["labels", "dense"])
 def test_activation_pairs(activation, likelihood, target):
-    case = Case(
+    case = ConfusionCase(
         batch=1,
         spatial=(50,),
         target=target,
@@ -147,7 +149,7 @@ def test_activation_pairs(activation, likelihood, target):
 )
 def test_focal_modulation(gamma, classes):
     for full in (False, True):
-        case = Case(
+        case = ConfusionCase(
             batch=1,
             classes=classes,
             spatial=(40,),
@@ -163,7 +165,7 @@ def test_focal_modulation(gamma, classes):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_gamma_of_some_classes(activation, classes):
     for full, focal_classes in ((False, 1), (True, 1), (False, 0), (True, classes)):
-        case = Case(
+        case = ConfusionCase(
             batch=1,
             classes=classes,
             spatial=(40,),
@@ -182,14 +184,14 @@ def test_certain_probabilities_have_the_slope_of_the_overlap_alone(gamma):
 
 
 def test_gamma_keeps_its_float64_digits():
-    check(Case(spatial=(20,), dtype=torch.float64, gamma=0.3), OPERATORS, DEVICE)
+    check(ConfusionCase(spatial=(20,), dtype=torch.float64, gamma=0.3), OPERATORS, DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "permuted"])
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "bfloat16"), (3, "float32"), (17, "float64")])
 def test_layouts_are_read_in_place_and_the_gradient_keeps_them(layout, classes, dtype):
     for target in ("labels", "dense"):
-        case = Case(
+        case = ConfusionCase(
             classes=classes,
             layout=layout,
             dtype=getattr(torch, dtype),
@@ -207,7 +209,7 @@ def test_many_classes_are_read_block_by_block(tiny_blocks, full):
         ("softmax", "sigmoid", "dense"),
         ("sigmoid", None, "labels"),
     ):
-        case = Case(
+        case = ConfusionCase(
             batch=2,
             classes=21,
             spatial=(90,),
@@ -224,17 +226,21 @@ def test_many_classes_are_read_block_by_block(tiny_blocks, full):
 
 @pytest.mark.parametrize("classes", [9, 16, 33, 70])
 def test_class_counts_between_powers_of_two(classes):
-    case = Case(batch=1, classes=classes, spatial=(19,), target_dtype=torch.uint8)
+    case = ConfusionCase(batch=1, classes=classes, spatial=(19,), target_dtype=torch.uint8)
     check(case, OPERATORS, DEVICE)
 
 
 def test_more_classes_than_registers_hold():
-    check(Case(batch=1, classes=261, spatial=(9,), target_dtype=torch.int16), OPERATORS, DEVICE)
+    check(
+        ConfusionCase(batch=1, classes=261, spatial=(9,), target_dtype=torch.int16),
+        OPERATORS,
+        DEVICE,
+    )
 
 
 def test_larger_volume_is_summed_in_chunks_and_slots(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_SLOTS", 3)
-    case = Case(batch=2, classes=2, spatial=(13, 17, 9), target_dtype=torch.uint8)
+    case = ConfusionCase(batch=2, classes=2, spatial=(13, 17, 9), target_dtype=torch.uint8)
     check(case, OPERATORS, DEVICE)
     monkeypatch.setattr(kernels, "MAX_TILES", 1)
     check(case, OPERATORS, DEVICE)
@@ -246,7 +252,7 @@ def test_larger_volume_is_summed_in_chunks_and_slots(monkeypatch):
 def test_excluded_voxels_contribute_nothing_even_if_nan(classes, full, request):
     if classes == 21:
         request.getfixturevalue("tiny_blocks")
-    case = Case(classes=classes, spatial=(20,), target_dtype=torch.int64)
+    case = ConfusionCase(classes=classes, spatial=(20,), target_dtype=torch.int64)
     input, target, _ = (None if x is None else x.to(DEVICE) for x in tensors(case))
     keep = (torch.rand(2, 20) < 0.5).to(DEVICE)
     poisoned = input.masked_fill(~keep.unsqueeze(1), float("nan"))
@@ -320,7 +326,7 @@ def test_overlap_min_of_a_probability_that_rounds_to_1(activation, target):
 @pytest.mark.parametrize("classes", [2, 3, 20])
 @pytest.mark.parametrize("code", [1, 2])
 def test_nan_logits_give_nan(classes, code):
-    input, target, _ = tensors(Case(classes=classes, spatial=(30,)))
+    input, target, _ = tensors(ConfusionCase(classes=classes, spatial=(30,)))
     for c in (0, classes - 1):
         broken = input.clone()
         broken[0, c, 3] = float("nan")
@@ -396,16 +402,16 @@ def test_empty_and_tiny_shapes(shape):
 
 def test_every_output_is_written(poisoned_memory):
     for case in (
-        Case(spatial=(3, 5, 7), weight=torch.bool),
-        Case(classes=2, spatial=(1,), layout="channels_last"),
-        Case(classes=33, spatial=(129,), dtype=torch.float16),
+        ConfusionCase(spatial=(3, 5, 7), weight=torch.bool),
+        ConfusionCase(classes=2, spatial=(1,), layout="channels_last"),
+        ConfusionCase(classes=33, spatial=(129,), dtype=torch.float16),
     ):
         check(case, OPERATORS, DEVICE)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_same_bits_in_every_run(classes):
-    case = Case(classes=classes, spatial=(300,), weight=torch.float32)
+    case = ConfusionCase(classes=classes, spatial=(300,), weight=torch.float32)
     input, target, weight = (x.to(DEVICE) for x in tensors(case))
     arguments = (input, target, weight, *schema_arguments(case))
     grad = torch.randn(2, classes, 4, dtype=torch.float64, device=DEVICE)
@@ -419,7 +425,7 @@ def test_same_bits_in_every_run(classes):
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @pytest.mark.skipif(DEVICE == "cuda", reason="the property is the wrapper's, not the device's")
 def test_opcheck(layout):
-    case = Case(layout=layout, spatial=(5, 2), batch=1)
+    case = ConfusionCase(layout=layout, spatial=(5, 2), batch=1)
     input, target, weight = tensors(case)
     arguments = (target, weight, *schema_arguments(case))
     torch.library.opcheck(
@@ -453,7 +459,7 @@ def test_the_workspace_is_bounded_and_every_chunk_has_one_slot(classes, sums, dt
 def test_more_samples_than_a_launch_takes(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_SAMPLES", 2)
     for layout in ("contiguous", "channels_last"):
-        case = Case(batch=5, spatial=(2, 3), weight=torch.float32, layout=layout)
+        case = ConfusionCase(batch=5, spatial=(2, 3), weight=torch.float32, layout=layout)
         check(case, OPERATORS, DEVICE)
 
 
@@ -481,7 +487,7 @@ def test_head_confusion_reduces_its_chunks_with_these_kernels(activation):
 
 @pytest.mark.gpu
 def test_a_captured_graph_replays_the_same_bits():
-    case = Case(classes=3, spatial=(40, 40, 40), target_dtype=torch.uint8)
+    case = ConfusionCase(classes=3, spatial=(40, 40, 40), target_dtype=torch.uint8)
     input, target, _ = (None if x is None else x.cuda() for x in tensors(case))
     arguments = (input, target, None, *schema_arguments(case))
     grad = torch.randn(2, 3, 4, dtype=torch.float64, device="cuda")
