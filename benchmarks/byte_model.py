@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from voxfuse.contract import Activation, Overlap, TargetKind
+
 CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 DOUBLE = 8
 
@@ -102,10 +104,10 @@ def _triton_slots(
         batch=batch,
         classes=classes,
         voxels=voxels,
-        target_kind=kernels._LABELS,
-        activation=2,
-        likelihood=2,
-        overlap=0,
+        target_kind=TargetKind.labels,
+        activation=Activation.softmax,
+        likelihood=Activation.softmax,
+        overlap=Overlap.product,
         has_ignore=False,
         has_weight=False,
         gamma=0.0,

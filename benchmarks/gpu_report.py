@@ -621,25 +621,6 @@ def fusion_against_monai(report: Report, classes: int, volume: int) -> None:
     report.run(Step(name, command, 60, read=read))
 
 
-def head_benchmark(report: Report) -> None:
-    """The head benchmark's own timings and memory, beside the bars."""
-    path = report.scratch / "head-benchmark.json"
-
-    def read(step: Step) -> None:
-        if path.exists():
-            report.data["measurements"]["head benchmark"] = json.loads(path.read_text())
-        elif re.match(r"(un)?fused: .*(expected|is off by)", tail(step, 1)):
-            step.wrong = tail(step, 1)
-
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / "run.py"), "head", "--device", "cuda",
-        "--dtype", "bfloat16", "--parts", "time", "--batch", "2", "--edge", "128", "--classes",
-        "117", "--peers", "eager,compiled plain", "--rounds", "20", "--budget", "10",
-        "--json", str(path),
-    ]  # fmt: skip
-    report.run(Step("head benchmark", command, 60, read=read))
-
-
 def profile(report: Report) -> None:
     path = report.out / "profile.json"
 
@@ -709,7 +690,6 @@ def run_all(report: Report) -> None:
     fusion_against_monai(report, 4, 384 if report.cuda else 96)
     if report.cuda:
         fusion_against_monai(report, 117, 192)
-        head_benchmark(report)
     profile(report)
     counters(report)
     other_tests(report)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import voxfuse
 from benchmarks import harness
+from benchmarks.losses import blocky_labels
 
 #: Classes of the timings, and of memory over the classes.
 CLASSES, MEMORY_CLASSES = (2, 14, 117), (2, 8, 14, 32, 64, 117, 256)
@@ -46,22 +47,14 @@ class Problem:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.device, self.dtype = device, dtype
-        coarse = (batch, 1, *(-(-edge // 8),) * 3)
-        # Blocks of 8^3 voxels, about as coherent as anatomy.
-        labels = torch.randint(0, classes, coarse, generator=generator).to(
-            torch.uint8 if classes <= 256 else torch.int16
-        )
-        for axis in (2, 3, 4):
-            labels = labels.repeat_interleave(8, axis).narrow(axis, 0, edge)
-        self.labels = labels.contiguous().to(device)
-        features = torch.randn((batch, channels, edge, edge, edge), generator=generator)
-        self.features = features.to(dtype).to(device).requires_grad_()
-        self.head = nn.Conv3d(channels, classes, 1)
+        self.labels = blocky_labels(batch, classes, (edge,) * 3, generator)
+        features = torch.empty((batch, channels, edge, edge, edge), dtype=dtype, device=device)
+        self.features = features.normal_(generator=generator).requires_grad_()
+        self.head = nn.Conv3d(channels, classes, 1, device=device)
         with torch.no_grad():
             self.head.weight.normal_(std=1.5 / channels**0.5, generator=generator)
-        self.head.to(device)
         self.input_gradient_bytes = features.numel() * dtype.itemsize
         self.value = torch.tensor(float("nan"))  # of the last step
         self.logit_bytes = features.numel() // channels * classes * dtype.itemsize
@@ -85,8 +78,14 @@ class Problem:
         return call
 
 
-def fused(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
-    return voxfuse.head_loss(_OWN, features, head.weight, head.bias, labels)
+def fused_by(backend: str) -> Loss:
+    own = voxfuse.DiceCELoss(backend=backend)
+    return lambda head, features, labels: voxfuse.head_loss(
+        own, features, head.weight, head.bias, labels
+    )
+
+
+fused = fused_by("auto")
 
 
 def unfused(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
@@ -110,12 +109,12 @@ def plain(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
 _OWN = voxfuse.DiceCELoss()
 
 
-def competitors(peers: set[str]) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Everybody wanted, and why somebody wanted is missing."""
-    found: dict[str, Loss] = {"fused": fused, "unfused": unfused}
+def peers_of(wanted: set[str]) -> tuple[dict[str, Loss], dict[str, str]]:
+    """The peers wanted, and why one is missing."""
+    found: dict[str, Loss] = {}
     missing = {}
     if importlib.util.find_spec("monai") is None:
-        missing |= dict.fromkeys({"eager", "compiled"} & peers, "the package monai is missing")
+        missing["monai"] = "the package monai is not installed"
     else:
         from monai.losses import DiceCELoss
 
@@ -125,41 +124,55 @@ def competitors(peers: set[str]) -> tuple[dict[str, Loss], dict[str, str]]:
             value: Tensor = monai(head(features), labels)
             return value
 
-        if "eager" in peers:
+        if "eager" in wanted:
             found["eager"] = eager
-        if "compiled" in peers:
+        if "compiled" in wanted:
             found["compiled"] = torch.compile(eager, dynamic=False)
-    if "compiled plain" in peers:
+    if "plain" in wanted:
+        found["plain"] = plain
+    if "compiled plain" in wanted:
         found["compiled plain"] = torch.compile(plain, dynamic=False)
     return found, missing
 
 
-def gate(problem: Problem, losses: dict[str, Loss]) -> None:
-    """Refuse to time a loss whose value or gradients are wrong.
+class Truth:
+    """Value and gradients of the package's reference in float64, chunk by chunk."""
 
-    The truth is the package's reference in float64, chunk by chunk.
-    """
-    # Under autocast everybody rounds the head's weight, too.
-    exact = [x.detach().to(problem.dtype).double() for x in problem.head.parameters()]
-    leaves = [x.requires_grad_() for x in (problem.features.detach().double(), *exact)]
-    truth_loss = voxfuse.DiceCELoss(backend="reference")
-    truth = voxfuse.head_loss(truth_loss, *leaves, problem.labels)  # type: ignore[arg-type]
-    truth.backward()
-    # PyTorch rounds half-precision logits, which makes their exponentials off by a few per cent.
-    limit = 2e-3 if problem.dtype == torch.float32 else 5e-2
-    for name, loss in losses.items():
+    def __init__(self, problem: Problem) -> None:
+        # Under autocast everybody rounds the head's weight, too.
+        exact = [x.detach().to(problem.dtype).double() for x in problem.head.parameters()]
+        leaves = [x.requires_grad_() for x in (problem.features.detach().double(), *exact)]
+        loss = voxfuse.DiceCELoss(backend="reference")
+        value = voxfuse.head_loss(loss, *leaves, problem.labels)  # type: ignore[arg-type]
+        self.value = value.item()
+        self.gradients = torch.autograd.grad(value, leaves)
+
+    def errors(self, problem: Problem, loss: Loss) -> dict[str, float]:
+        """Relative errors of the loss and, over the largest one, of each gradient."""
         gradient = problem.step(loss)()
-        value = problem.value
-        error = abs(value.item() - truth.item()) / abs(truth.item())
-        if not error <= limit:
-            raise SystemExit(f"{name}: the loss is {value.item()}, expected {truth.item()}")
         found = (gradient, *(p.grad for p in problem.head.parameters()))
-        for what, mine, leaf in zip(("features", "weight", "bias"), found, leaves, strict=True):
+        errors = {"loss": abs(problem.value.item() - self.value) / abs(self.value)}
+        for what, mine, true in zip(
+            ("features", "weight", "bias"), found, self.gradients, strict=True
+        ):
             assert mine is not None
-            assert leaf.grad is not None
-            error = float((mine.double() - leaf.grad).abs().max() / leaf.grad.abs().max())
-            if not error <= limit:
-                raise SystemExit(f"{name}: the gradient of {what} is off by {error:.1e}")
+            errors[what] = float((mine.double() - true).abs().max() / true.abs().max())
+        return errors
+
+
+def limit(dtype: torch.dtype) -> float:
+    """PyTorch rounds half-precision logits, which makes exponentials off by a few per cent."""
+    return 2e-3 if dtype == torch.float32 else 5e-2
+
+
+def gate(problem: Problem, losses: dict[str, Loss]) -> None:
+    """Refuse to time a loss whose value or gradients are wrong."""
+    truth = Truth(problem)
+    for name, loss in losses.items():
+        errors = truth.errors(problem, loss)
+        if not all(error <= limit(problem.dtype) for error in errors.values()):
+            listed = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
+            raise SystemExit(f"{name}: value or gradients are off by {listed}")
 
 
 def measure_times(options: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -170,7 +183,8 @@ def measure_times(options: argparse.Namespace, dtype: torch.dtype) -> list[dict[
     for classes in options.classes or CLASSES:
         torch._dynamo.reset()
         problem = Problem(options.batch, options.features, classes, options.edge, dtype, device)
-        losses, missing = competitors(set(options.peers))
+        peers, missing = peers_of(set(options.peers))
+        losses = {"fused": fused, "unfused": unfused, **peers}
         for name, why in missing.items():
             print(f"  {name} left out: {why}")
         gate(problem, losses)
@@ -242,7 +256,7 @@ def measure_memory(options: argparse.Namespace, dtype: torch.dtype) -> dict[str,
     device = torch.device(options.device)
     features = options.features
     most = max(options.classes or CLASSES)
-    losses, _ = competitors({"eager"} & set(options.peers))
+    losses = {"fused": fused, "unfused": unfused, **peers_of({"eager"} & set(options.peers))[0]}
     print(f"\npeak memory beyond inputs and their gradients, K={features}")
     volumes, classes = [], []
     for edge in options.volumes or ((32, 48) if options.quick else VOLUMES):

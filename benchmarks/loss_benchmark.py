@@ -28,23 +28,9 @@ SWEEP_CLASSES = [(1, c, 64, 64, 64) for c in (2, 4, 8, 16, 32, 64)]
 QUICK_SHAPES = [(1, 2, 64, 64, 64), (1, 4, 64, 64, 64)]
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits and blocky uint8 labels: never zeros, and not noise from voxel to voxel either."""
-    generator = torch.Generator().manual_seed(0)
-    batch, classes, *spatial = shape
-    coarse = [max(1, -(-n // 8)) for n in spatial]
-    labels = torch.randint(0, classes, (batch, 1, *coarse), generator=generator).to(torch.uint8)
-    for axis in range(len(spatial)):
-        labels = labels.repeat_interleave(8, axis + 2).narrow(axis + 2, 0, spatial[axis])
-    labels = labels.contiguous()
-    logits = torch.randn(shape, generator=generator)
-    logits += 2.0 * torch.zeros(shape).scatter_(1, labels.long(), 1)
-    return logits.to(dtype).to(device), labels.to(device)
-
-
 def gate(name: str, loss: losses.Loss, logits: Tensor, labels: Tensor, truth: Any) -> None:
     """Refuse to time a loss whose value or gradient is wrong."""
-    value, gradient = value_and_gradient(loss, logits, labels)
+    value, gradient = losses.value_and_gradient(loss, logits, labels)
     true_value, true_gradient = truth
     if abs(value.item() - true_value.item()) > 2e-3 * max(1.0, abs(true_value.item())):
         raise SystemExit(f"{name}: loss {value.item():.6f}, expected {true_value.item():.6f}")
@@ -52,24 +38,6 @@ def gate(name: str, loss: losses.Loss, logits: Tensor, labels: Tensor, truth: An
     limit = 1e-3 if logits.dtype == torch.float32 else 1e-2
     if error > limit:
         raise SystemExit(f"{name}: the gradient is off by {error:.2e} of its largest value")
-
-
-def value_and_gradient(loss: losses.Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = logits.detach().clone().requires_grad_()
-    value = loss(leaf, labels)
-    value.backward()
-    assert leaf.grad is not None
-    return value.detach(), leaf.grad
-
-
-def whole(loss: losses.Loss, leaf: Tensor, labels: Tensor) -> Callable[[], Any]:
-    def call() -> Any:
-        leaf.grad = None
-        loss(leaf, labels).backward()
-        gradient, leaf.grad = leaf.grad, None
-        return gradient
-
-    return call
 
 
 def forward_only(loss: losses.Loss, logits: Tensor, labels: Tensor) -> Callable[[], Any]:
@@ -113,13 +81,20 @@ def measure_shape(
 ) -> dict[str, Any]:
     """Gate, time and weigh every competitor at one shape."""
     device = torch.device(options.device)
-    logits, labels = draw(shape, dtype, device)
-    competitors, missing = losses.tversky_competitors(set(options.peers))
-    compound, also_missing = losses.compound_competitors(set(options.peers))
+    logits, labels = losses.draw(shape, dtype, device)
+    wanted = set(options.peers)
+    if "compile-best" in wanted:  # the form that is nearly always the fastest, to save time
+        peers, missing = losses.tversky_peers(
+            wanted | {"compile"}, forms=("comparison",), dynamic=False
+        )
+    else:
+        peers, missing = losses.tversky_peers(wanted)
+    competitors = {"voxfuse": losses.own_loss(), **peers}
+    compound, also_missing = losses.compound_competitors(wanted)
     for name, why in {**missing, **also_missing}.items():
         print(f"  {name} left out: {why}")
 
-    tversky_truth = value_and_gradient(losses.plain_one_hot, logits.double(), labels)
+    tversky_truth = losses.value_and_gradient(losses.plain_one_hot, logits.double(), labels)
     for name, loss in competitors.items():
         if losses.is_tversky(name):
             gate(name, loss, logits, labels, tversky_truth)
@@ -132,7 +107,7 @@ def measure_shape(
     modes = {"fresh": harness.allocate_fresh, "reused": harness.allocate_reused}
     for mode, prepare in modes.items():
         prepare()
-        functions = {name: whole(loss, leaf, labels) for name, loss in everyone.items()}
+        functions = {name: losses.step(loss, leaf, labels) for name, loss in everyone.items()}
         if mode == "reused":
             functions["operator"] = operator_alone(logits, labels)
             functions["floor"] = floor(logits)
@@ -150,7 +125,9 @@ def measure_shape(
     result["gradient_bytes"] = gradient_bytes
     result["peak_extra_bytes"] = {
         # Noise only adds to a high-water mark.
-        name: min(harness.peak_extra_bytes(whole(loss, leaf, labels), device) for _ in range(3))
+        name: min(
+            harness.peak_extra_bytes(losses.step(loss, leaf, labels), device) for _ in range(3)
+        )
         for name, loss in everyone.items()
     }
     return result
@@ -267,7 +244,7 @@ def scaling(dtype: torch.dtype, options: argparse.Namespace) -> dict[str, float]
         return call
 
     edges = (192, 384)
-    operators = {n: operator_alone(*draw((1, 2, n, n, n), dtype, device)) for n in edges}
+    operators = {n: operator_alone(*losses.draw((1, 2, n, n, n), dtype, device)) for n in edges}
     functions = {f"{n}^3": with_threads(threads, operators[n]) for n in edges}
     functions["192^3, one thread"] = with_threads(1, operators[192])
     harness.allocate_reused()
@@ -311,7 +288,7 @@ def profile(
     """Leave a torch.profiler trace of one step of the fused loss."""
     import voxfuse
 
-    logits, labels = draw(shape, dtype, device)
+    logits, labels = losses.draw(shape, dtype, device)
     leaf = logits.requires_grad_()
     module = voxfuse.TverskyLoss(activation="softmax")
     module(leaf, labels).backward()
@@ -327,7 +304,8 @@ _COUNTED = """
 import torch
 torch.set_num_threads(1)
 import voxfuse
-from benchmarks.loss_benchmark import draw, operator_alone
+from benchmarks.loss_benchmark import operator_alone
+from benchmarks.losses import draw
 logits, labels = draw({shape}, torch.float32, torch.device("cpu"))
 call = operator_alone(logits, labels)
 for _ in range({repeats}):

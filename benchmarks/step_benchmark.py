@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.loss_benchmark import draw
+from benchmarks.losses import draw
 
 
 def competitors() -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], dict[str, str]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from benchmarks import byte_model, gpu_bars, gpu_report, kernel_driver
+from benchmarks import byte_model, gpu_bars, gpu_report, kernel_driver, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {
@@ -187,13 +187,13 @@ def bars(monkeypatch, path: Path, step: str) -> tuple[int, dict]:
 def test_a_case_that_fails_costs_itself_alone(tmp_path, monkeypatch):
     made = []
 
-    def own_loss(backend, real=gpu_bars.own_loss):
+    def own_loss(backend, real=losses.own_loss):
         made.append(backend)
         if len(made) == 1:
             raise RuntimeError("no kernel image is available")
         return real(backend)
 
-    monkeypatch.setattr(gpu_bars, "own_loss", own_loss)
+    monkeypatch.setattr(losses, "own_loss", own_loss)
     status, found = bars(monkeypatch, tmp_path / "loss.json", "loss")
     assert status == 1
     (why,) = found["failed"].values()
