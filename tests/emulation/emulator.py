@@ -7,6 +7,7 @@ process that is fed one record a call, see records.h.
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -114,9 +115,8 @@ def fixed_addresses() -> list[str]:
 def _digest() -> str:
     """Identifies everything that an emulation program is made of."""
     digest = hashlib.sha256()
-    folders = ("csrc/cuda", "csrc/math", "tests/emulation")
-    for folder in folders:
-        for path in sorted((ROOT / folder).iterdir()):
+    for folder in ("csrc/cuda", "csrc/math", "csrc/contract", "tests/emulation"):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
@@ -127,19 +127,26 @@ def _digest() -> str:
 @functools.cache
 def build(name: str, sources: tuple[str, ...], variant: str = "fibers") -> Path:
     """Compile ``sources`` (relative to the root) with the emulation into the program ``name``."""
+    folder = ROOT / "build" / "emulation" / _digest() / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / name
+    with (folder / f"{name}.lock").open("w") as lock:
+        # Several processes of a test run want a program: the first compiles it, the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            _compile(program, sources, variant)
+    return program
+
+
+def _compile(program: Path, sources: tuple[str, ...], variant: str) -> None:
     emulation, sanitizers = VARIANTS[variant]
     flags = [*FLAGS, *sanitizers]
-    folder = ROOT / "build" / "emulation" / _digest() / variant
-    program = folder / name
-    if program.exists():
-        return program
-    folder.mkdir(parents=True, exist_ok=True)
     include = cuda_include()
     assert include is not None
     includes = ["-isystem", str(include), "-idirafter", str(EMULATION / "fallback")]
     includes += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
 
         def compile_one(source: str) -> Path:
             output = Path(scratch) / (Path(source).stem + ".o")
@@ -150,10 +157,9 @@ def build(name: str, sources: tuple[str, ...], variant: str = "fibers") -> Path:
         every = [*sources, emulation, "tests/emulation/launch_log.cpp"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = [str(path) for path in pool.map(compile_one, every)]
-        linked = Path(scratch) / name
+        linked = Path(scratch) / program.name
         subprocess.run(["g++", *flags, *objects, "-o", str(linked)], check=True)
         linked.replace(program)
-    return program
 
 
 #: Kernels in the sources: their instances are told by these names in a program or a library.
