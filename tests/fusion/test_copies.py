@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import voxfuse
-from voxfuse.fusion.accumulators import Importance, Placement, Results, Wish, accumulator
+from voxfuse.fusion.accumulators import Importance, Placement, Results, accumulator
 from voxfuse.fusion.delivery import Delivery
 from voxfuse.fusion.grids import plan_grid
 from voxfuse.fusion.heads import Heads
+from voxfuse.fusion.options import FusionOptions
+from voxfuse.fusion.sink import Sink
 from voxfuse.fusion.windows import monai_gaussian
 
 SHAPE, PATCH = (40, 17, 16), (12, 8, 8)
@@ -150,8 +152,8 @@ class Late:
 
 @copies
 def test_slabs_on_their_way_are_in_the_copy(copied, monkeypatch):
-    monkeypatch.setattr("voxfuse.fusion.fuser.Delivery", lambda: Delivery(Late()))
-    monkeypatch.setattr(voxfuse.PatchFuser, "_is_direct", lambda self, place, ring: False)
+    monkeypatch.setattr("voxfuse.fusion.sink.Delivery", lambda: Delivery(Late()))
+    monkeypatch.setattr(Sink, "_is_direct", lambda self, place, device: False)
     fuser = voxfuse.PatchFuser(SHAPE, PATCH, 3, output="labels", stream_axis=0)
     patches = patches_of(fuser)
     expected = finish(voxfuse.PatchFuser(SHAPE, PATCH, 3, output="labels", stream_axis=0), patches)
@@ -170,12 +172,12 @@ def test_a_delivery_refuses(copied):
 @pytest.mark.parametrize("changing", [False, True])
 def test_accumulators_refuse(copied, changing):
     grid = plan_grid((8, 8), (4, 4))
-    wish = Wish("logits", "none", "soft", 0.5, 0.0, 0, 1, "auto", 1, torch.float32, None, None)
+    options = FusionOptions(2, dtype=torch.float32)
     importance = Importance([torch.ones(4, dtype=torch.float64)] * 2)
-    placement = Placement((8, 8), (4, 4), grid.origins)
+    placement = Placement((8, 8), (4, 4), grid.origins, 0)
     prediction = torch.ones(1, 2, 4, 4)
     each = accumulator(
-        wish, placement, importance, prediction, Results(1, 2, None), changing=changing
+        options, placement, importance, prediction, Results(1, 2, None), changing=changing
     )
     each.add([(prediction, ())], range(1), importance)
     with pytest.raises(TypeError, match="cannot be copied in the middle of its work"):

@@ -7,6 +7,7 @@ import torch
 
 import voxfuse
 from voxfuse.fusion.delivery import BUFFERS, Delivery
+from voxfuse.fusion.sink import Sink
 
 
 class Late:
@@ -102,8 +103,8 @@ def late(monkeypatch):
             transfers.append(Late())
             super().__init__(transfers[-1])
 
-    monkeypatch.setattr("voxfuse.fusion.fuser.Delivery", LateDelivery)
-    monkeypatch.setattr(voxfuse.PatchFuser, "_is_direct", lambda self, place, ring: False)
+    monkeypatch.setattr("voxfuse.fusion.sink.Delivery", LateDelivery)
+    monkeypatch.setattr(Sink, "_is_direct", lambda self, place, device: False)
     return transfers
 
 

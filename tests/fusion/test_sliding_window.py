@@ -13,7 +13,6 @@ import torch
 from hypothesis import strategies as st
 
 import voxfuse
-from voxfuse.fusion import fuser as fuser_module
 from voxfuse.fusion import windows
 
 RULES = ("shifted", "even", "half_patch")
@@ -304,13 +303,13 @@ def test_an_ensemble_is_the_mean_of_its_models():
 def rings(monkeypatch):
     """Channels of every ring that is allocated."""
     channels = []
-    original = fuser_module.PatchFuser._open
+    original = voxfuse.PatchFuser._open
 
     def opened(self, patches):
         channels.append(self.channels)
         return original(self, patches)
 
-    monkeypatch.setattr(fuser_module.PatchFuser, "_open", opened)
+    monkeypatch.setattr(voxfuse.PatchFuser, "_open", opened)
     return channels
 
 

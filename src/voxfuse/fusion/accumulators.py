@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from voxfuse.contract import Activation
 from voxfuse.fusion._memory import empty, zeros
-from voxfuse.fusion.fuser import OUTPUTS, Destination, PatchFuser, result_dtype
+from voxfuse.fusion.fuser import PatchFuser
+from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import turned
+from voxfuse.fusion.sink import Destination, Sink
 from voxfuse.fusion.windows import Raised
-from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.reference.overlap_add import accumulation_dtype, activated
 
@@ -42,6 +43,7 @@ class Placement:
     extent: tuple[int, ...]
     patch: tuple[int, ...]
     origins: Tensor
+    stream_axis: int
 
     def scaled(
         self, patch: tuple[int, ...], before: Sequence[int], after: Sequence[int]
@@ -61,32 +63,7 @@ class Placement:
         )
         moved = (self.origins.numpy() + np.array(before)) * np.array(scale)
         origins = torch.from_numpy(moved.astype(np.int64)) - torch.tensor(low)
-        return Placement(extent, patch, origins)
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is made of the predictions; see :class:`voxfuse.PatchFuser`.
-
-    ``dtype`` is that of floating results, ``head`` a layer that comes after the fusion.
-    """
-
-    output: str
-    activation: str
-    voting: str
-    threshold: float
-    fill: float
-    stream_axis: int
-    members: int
-    backend: str
-    samples: int
-    dtype: torch.dtype
-    head: tuple[Tensor, Tensor] | None
-    accumulate: torch.dtype | None
-
-    def allocated_dtype(self) -> torch.dtype | None:
-        """The dtype to ask a fuser for: None where the output decides."""
-        return None if OUTPUTS[self.output] in ("labels", "mask") else self.dtype
+        return Placement(extent, patch, origins, self.stream_axis)
 
 
 class Results:
@@ -96,31 +73,22 @@ class Results:
         self._samples, self._axes, self._out = samples, axes, out
         self.everything: Any = None if callable(out) and not isinstance(out, Tensor) else out
 
-    def place(self, sample: int) -> Any:
-        """Where a sample goes, if the caller said so."""
+    def place(
+        self, sample: int, options: FusionOptions, extent: Sequence[int], device: torch.device
+    ) -> Any:
+        """Where a sample goes: where the caller said, or memory of all samples."""
         out = self._out
+        if out is None:
+            if self.everything is None:
+                shape = (self._samples, *options.result_shape(extent))
+                self.everything = empty(shape, options.result_dtype(torch.float32), device)
+            return self.everything[sample]
         if not isinstance(out, (Tensor, np.ndarray)):
             return out
-        if out.ndim == self._axes + 2:
-            if out.shape[0] != self._samples:
-                raise ValueError(
-                    f"out: got shape {tuple(out.shape)}, expected {self._samples} samples"
-                )
-            return out[sample]
-        if self._samples != 1:
+        several = out.ndim == self._axes + 2
+        if (out.shape[0] if several else 1) != self._samples:
             raise ValueError(f"out: got shape {tuple(out.shape)}, expected {self._samples} samples")
-        return out
-
-    def allocate(
-        self, sample: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor | None:
-        """Memory for a sample's result of ``shape``, with channels, if the caller gave none."""
-        if self._out is not None:
-            return None
-        if self.everything is None:
-            self.everything = empty((self._samples, *shape), dtype, device)
-        result: Tensor = self.everything[sample]
-        return result
+        return out[sample] if several else out
 
 
 class _Accumulator:
@@ -138,14 +106,13 @@ class Streamed(_Accumulator):
 
     def __init__(
         self,
-        wish: Wish,
+        options: FusionOptions,
         placement: Placement,
         importance: Importance,
-        channels: int,
         device: torch.device,
         results: Results,
     ) -> None:
-        self._wish, self._placement, self._channels = wish, placement, channels
+        self._options, self._placement = options, placement
         self._device, self.results = device, results
         factors = importance.factors
         separable = len(factors) == len(placement.patch)
@@ -178,31 +145,16 @@ class Streamed(_Accumulator):
             self._fuser.flush()
 
     def _started(self, sample: int) -> PatchFuser:
-        wish, placement = self._wish, self._placement
-        fuser = PatchFuser(
+        options, placement = self._options, self._placement
+        return PatchFuser(
             placement.extent,
             placement.patch,
-            self._channels,
             origins=placement.origins,
             window=self._window,
-            output=wish.output,
-            activation=wish.activation,
-            voting=wish.voting,
-            threshold=wish.threshold,
-            head=wish.head,
-            members=wish.members,
-            fill=wish.fill,
-            stream_axis=wish.stream_axis,
-            out=self.results.place(sample),
-            dtype=wish.allocated_dtype(),
-            accumulate=wish.accumulate,
-            backend=wish.backend,
+            stream_axis=placement.stream_axis,
+            out=self.results.place(sample, options, placement.extent, self._device),
+            **vars(options),
         )
-        shape, dtype = fuser.result_layout(wish.dtype)
-        fresh = self.results.allocate(sample, shape, dtype, self._device)
-        if fresh is not None:
-            fuser.send_to(fresh)
-        return fuser
 
 
 class Composed(_Accumulator):
@@ -215,34 +167,35 @@ class Composed(_Accumulator):
 
     def __init__(
         self,
-        wish: Wish,
+        options: FusionOptions,
         placement: Placement,
         importance: Importance,
-        channels: int,
         device: torch.device,
         results: Results,
     ) -> None:
-        self._wish, self._placement, self._channels = wish, placement, channels
+        self._options, self._placement = options, placement
         self._device, self.results = device, results
-        axes = len(placement.patch)
-        weight = _with_channels(importance, axes, channels)
+        weight = self._with_channels(importance)
         self._total = zeros((weight.shape[0], *placement.extent), torch.float64, "cpu")
         for index in range(len(placement.origins)):
             box, part = self._boxes(index)
             self._total[box] += weight[part]
         self._sums: Tensor | None = None
+        self._sink: Sink | None = None
         self._exact = torch.float32  # of the additions
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
-        count = len(self._placement.origins)
-        weight = _with_channels(importance, len(self._placement.patch), self._channels)
+        options, extent = self._options, self._placement.extent
+        weight = self._with_channels(importance)
         for position, item in enumerate(items):
-            sample, index = divmod(item, count)
-            if self._sums is None:
-                shape = (self._channels, *self._placement.extent)
+            sample, index = divmod(item, len(self._placement.origins))
+            if self._sink is None or self._sums is None:
+                place = self.results.place(sample, options, extent, self._device)
+                self._sink = Sink(options, extent, 0, place, None)
                 self._exact = accumulation_dtype(predictions[0][0].dtype)
-                self._sums = zeros(shape, self._wish.accumulate or self._exact, self._device)
+                shape = (predictions[0][0].shape[1], *extent)
+                self._sums = zeros(shape, options.accumulate or self._exact, self._device)
             box, part = self._boxes(index)
             total = self._total[box]
             share = torch.where(total == 0, 0.0, weight[part] / total)
@@ -250,16 +203,15 @@ class Composed(_Accumulator):
             for prediction, turn in predictions:
                 patch = turned(prediction[position : position + 1], turn)
                 block = patch[0][part].to(self._exact)
-                if self._wish.voting == "soft" and self._wish.activation != "identity":
-                    block = activated(block, Activation[self._wish.activation], 0)
-                term = share * block
-                if self._wish.accumulate is None:
+                term = share * activated(block, Activation[options.patch_activation], 0)
+                if options.accumulate is None:
                     self._sums[box] += term
                 else:
-                    self._sums[box] = self._sums[box].to(self._exact) + term / self._wish.members
-            if index == count - 1:
-                self._finish(sample, self._sums.to(self._exact))
-                self._sums = None
+                    self._sums[box] = self._sums[box].to(self._exact) + term / options.members
+            if index == len(self._placement.origins) - 1:
+                self._sink.write(0, extent[0], self._device, self._finish)
+                self._sink.flush()
+                self._sink = self._sums = None
 
     def flush(self) -> None:
         """Nothing is under way: samples are written when they are complete."""
@@ -275,76 +227,52 @@ class Composed(_Accumulator):
             part.append(slice(first - start, max(first, last) - start))
         return tuple(box), tuple(part)
 
-    def _finish(self, sample: int, sums: Tensor) -> None:
-        wish, extent = self._wish, self._placement.extent
-        divisor = wish.members if wish.accumulate is None else 1
+    def _finish(self, slab: Tensor, start: int, stop: int) -> None:
+        """Make the result of a sample, whose slices are all final."""
+        assert self._sums is not None
+        options, sums = self._options, self._sums.to(self._exact)
         uncovered = (self._total == 0).all(0).to(sums.device)
-        classes = self._channels if wish.head is None else wish.head[0].shape[0]
-        dtype = wish.allocated_dtype() or result_dtype(wish.output, classes, wish.dtype)
-        place = self._target(sample)
-        if place is not None:
-            dtype = place.dtype
-        if wish.output == "logits" and wish.head is None:
+        if options.output == "logits" and options.head is None:
             # Only this one carries a gradient.
-            slab = (sums / divisor if divisor > 1 else sums).to(dtype)
+            mean = (sums / options.divisor if options.divisor > 1 else sums).to(slab.dtype)
             if uncovered.any():
-                slab = torch.where(uncovered, torch.tensor(wish.fill).to(slab), slab)
+                mean = torch.where(uncovered, torch.tensor(options.fill).to(mean), mean)
         else:
-            channels = classes if OUTPUTS[wish.output] in ("values", "mask") else 1
-            slab = sums.new_empty((channels, uncovered.numel()), dtype=dtype)
-            weight, bias = (None, None) if wish.head is None else wish.head
+            mean = sums.new_empty((slab.shape[0], uncovered.numel()), dtype=slab.dtype)
+            weight, bias = options.head or (None, None)
             finalize_slab(
                 sums.detach().flatten(1),
-                slab,
-                OUTPUTS[wish.output],
-                activation=wish.activation,
-                applied=wish.voting == "soft",
-                divisor=divisor,
+                mean,
+                options.mode,
+                activation=options.activation,
+                applied=options.voting == "soft",
+                divisor=options.divisor,
                 weight=None if weight is None else weight.to(sums),
                 bias=None if bias is None else bias.to(sums),
                 total=(~uncovered).flatten().double(),
-                threshold=wish.threshold,
-                fill=wish.fill,
-                backend=wish.backend,
+                threshold=options.threshold,
+                fill=options.fill,
+                backend=options.backend,
             )
-            slab = slab.reshape(-1, *extent)
-        self._deliver(sample, slab, place)
+        slab.copy_(mean.reshape(slab.shape))
 
-    def _target(self, sample: int) -> Tensor | None:
-        """The tensor that the caller wants a sample's result in, if it is to be one."""
-        place = self.results.place(sample)
-        if place is None or (callable(place) and not isinstance(place, Tensor)):
-            return None
-        target = torch.from_numpy(place) if isinstance(place, np.ndarray) else place
-        if not isinstance(target, Tensor):
-            raise TypeError(
-                f"out: got {type(place).__name__}, expected a tensor, a NumPy array or a function"
+    def _with_channels(self, importance: Importance) -> Tensor:
+        """The weights as (1 or C, \\*patch)."""
+        weight, axes = dense(importance), len(self._placement.patch)
+        weight = weight.reshape(-1, *weight.shape[weight.ndim - axes :])
+        if weight.shape[0] not in (1, self._options.channels):
+            raise ValueError(
+                f"roi_weight_map, process_fn: got weights of {weight.shape[0]} channels, expected "
+                f"1 or the predictor's {self._options.channels}"
             )
-        if OUTPUTS[self._wish.output] == "values" and target.dtype not in _checks.LOGIT_DTYPES:
-            raise TypeError(
-                f"out: got {_checks.describe(target)}, expected float32, float16, bfloat16, float64"
-            )
-        return _checks.plain(target)
-
-    def _deliver(self, sample: int, slab: Tensor, target: Tensor | None) -> None:
-        fresh = self.results.allocate(sample, slab.shape, slab.dtype, self._device)
-        if fresh is not None:
-            fresh.copy_(slab)
-            return
-        if target is None:
-            self.results.place(sample)(slab, 0, self._placement.extent[0])
-            return
-        shapes = [tuple(slab.shape), tuple(slab.shape[1:])][: 2 if slab.shape[0] == 1 else 1]
-        if tuple(target.shape) not in shapes:
-            raise ValueError(f"out: got shape {tuple(target.shape)}, expected {shapes[-1]}")
-        target.copy_(slab.reshape(target.shape))
+        return weight
 
 
 Accumulator = Streamed | Composed
 
 
 def accumulator(
-    wish: Wish,
+    options: FusionOptions,
     placement: Placement,
     importance: Importance,
     prediction: Tensor,
@@ -367,24 +295,7 @@ def accumulator(
         or len(torch.unique(origins, dim=0)) != len(origins)
     )
     kind = Composed if composed else Streamed
-    return kind(wish, placement, importance, prediction.shape[1], prediction.device, results)
-
-
-def with_dtype(wish: Wish, dtype: torch.dtype) -> Wish:
-    """The same wish for floating results of ``dtype``."""
-    return replace(wish, dtype=dtype)
-
-
-def _with_channels(importance: Importance, axes: int, channels: int) -> Tensor:
-    """The weights as (1 or C, \\*patch)."""
-    weight = dense(importance)
-    weight = weight.reshape(-1, *weight.shape[weight.ndim - axes :])
-    if weight.shape[0] not in (1, channels):
-        raise ValueError(
-            f"roi_weight_map, process_fn: got weights of {weight.shape[0]} channels, expected 1 or "
-            f"the predictor's {channels}"
-        )
-    return weight
+    return kind(options, placement, importance, prediction.device, results)
 
 
 def dense(importance: Importance) -> Tensor:

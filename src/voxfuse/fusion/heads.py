@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxfuse.fusion.fuser import checked_head, checked_voting
+from voxfuse.fusion.options import checked_head, checked_voting
 from voxfuse.ops import _checks
 from voxfuse.reference.overlap_add import accumulation_dtype
 
@@ -96,9 +96,7 @@ def _layers(head: HeadLike, networks: int) -> list[tuple[Tensor, Tensor]]:
         weight = layer[0] if isinstance(layer, Sequence) and len(layer) == 2 else None
         if not isinstance(weight, Tensor) or weight.ndim < 2:
             raise TypeError("head: expected (weight (C, K), bias (C,)), or a list of them")
-        checked = checked_head((weight, layer[1]), weight.shape[1])
-        assert checked is not None
-        layers.append(checked)
+        layers.append(checked_head((weight, layer[1]), weight.shape[1]))
     classes = {weight.shape[0] for weight, _ in layers}
     if len(classes) > 1:
         raise ValueError(f"head: got layers of {sorted(classes)} classes, expected one number")

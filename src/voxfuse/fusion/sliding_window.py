@@ -16,16 +16,15 @@ from voxfuse.fusion.accumulators import (
     Importance,
     Placement,
     Results,
-    Wish,
     accumulator,
     dense,
     resized,
-    with_dtype,
 )
-from voxfuse.fusion.fuser import PatchFuser, chosen_axis
 from voxfuse.fusion.grids import RULES, grid_starts
 from voxfuse.fusion.heads import HeadLike, Heads
+from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import Augmentation, flips, turned
+from voxfuse.fusion.schedule import chosen_axis
 from voxfuse.fusion.windows import WindowLike, monai_gaussian, raised_window, resolve_window
 from voxfuse.ops import _checks
 
@@ -276,14 +275,15 @@ def infer(
     place = torch.device(device) if device is not None else volume.device
     network_place = torch.device(sw_device) if sw_device is not None else volume.device
     # Bad options are errors before anything is predicted.
-    PatchFuser(
-        (1,),
-        (1,),
-        heads.classes or 2,
-        output=output,
-        activation=activation,
-        voting=heads.voting,
-        threshold=threshold,
+    options = FusionOptions(
+        heads.classes,
+        output,
+        activation,
+        heads.voting,
+        threshold,
+        members=len(turns) * (1 if heads.late else len(predictors)),
+        fill=fill,
+        dtype=dtype,
         accumulate=accumulate,
         backend=backend,
     )
@@ -315,24 +315,11 @@ def infer(
     axis = chosen_axis(stream_axis, spatial, roi)
     table = table[np.argsort(table[:, axis], kind="stable")]
     origins, count = table.tolist(), len(table)
-    placement = Placement(spatial, roi, torch.from_numpy(table))
-    wish = Wish(
-        output=output,
-        activation=activation,
-        voting=heads.voting,
-        threshold=threshold,
-        fill=fill,
-        stream_axis=axis,
-        members=len(turns) * (1 if heads.late else len(predictors)),
-        backend=backend,
-        samples=samples,
-        dtype=dtype or torch.float32,
-        head=heads.merged,
-        accumulate=accumulate,
-    )
-
+    placement = Placement(spatial, roi, torch.from_numpy(table), axis)
     _check_apart(out, inputs=volume, condition=condition)
-    outputs = _Outputs(wish, placement, (before, after), heads, out, dtype, process_fn is not None)
+    outputs = _Outputs(
+        options, placement, (before, after), heads, samples, out, process_fn is not None
+    )
 
     def predicted(items: range) -> tuple[list[_Member], Importance]:
         """The predictions of a batch to average, and their weights."""
@@ -388,16 +375,16 @@ class _Outputs:
 
     def __init__(
         self,
-        wish: Wish,
+        options: FusionOptions,
         placement: Placement,
         margins: tuple[list[int], list[int]],
         heads: Heads,
+        samples: int,
         out: Any,
-        dtype: torch.dtype | None,
         changing: bool,
     ) -> None:
-        self._wish, self._placement, self._margins = wish, placement, margins
-        self._heads, self._out, self._dtype, self._changing = heads, out, dtype, changing
+        self._options, self._placement, self._margins = options, placement, margins
+        self._heads, self._samples, self._out, self._changing = heads, samples, out, changing
         self._accumulators: list[Accumulator] = []
         self._kinds: list[tuple[Any, ...]] = []
         self._keys: list[Any] | None = None
@@ -435,21 +422,21 @@ class _Outputs:
         if self._heads.classes is not None and len(tensors) != 1:
             raise ValueError(f"head: got one for {len(tensors)} outputs, expected one output")
         outs = _destinations(self._out, self._keys, len(tensors))
-        if any(callable(out) for out in outs) and self._wish.samples != 1:
-            raise ValueError(
-                f"out: got functions and {self._wish.samples} samples, expected one sample"
-            )
+        if any(callable(out) for out in outs) and self._samples != 1:
+            raise ValueError(f"out: got functions and {self._samples} samples, expected one sample")
         self._kinds = [_kind(tensor) for tensor in tensors]
         for tensor, out in zip(tensors, outs, strict=True):
             patch = tuple(tensor.shape[2:])
             weights = resized(weights, patch)
             self._accumulators.append(
                 accumulator(
-                    with_dtype(self._wish, self._dtype or self._heads.kind or tensor.dtype),
+                    self._options.of(
+                        tensor.shape[1], self._heads.merged, self._heads.kind or tensor.dtype
+                    ),
                     self._placement.scaled(patch, *self._margins),
                     weights,
                     tensor,
-                    Results(self._wish.samples, len(patch), out),
+                    Results(self._samples, len(patch), out),
                     changing=self._changing,
                 )
             )

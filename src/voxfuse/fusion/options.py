@@ -1,0 +1,169 @@
+"""What is made of predictions: the options of a fusion, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from voxfuse.ops import _checks
+from voxfuse.ops.finalize_slab import ACTIVATIONS, check_threshold
+
+#: What comes out, and what it is called by the finalisation.
+OUTPUTS = {
+    "logits": "values",
+    "probabilities": "values",
+    "labels": "labels",
+    "mask": "mask",
+    "foreground": "foreground",
+    "entropy": "entropy",
+}
+VOTINGS = {"soft": 0, "logit": 1}
+#: What ``accumulate=`` accepts beside None.
+ACCUMULATORS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """The options of :class:`voxfuse.PatchFuser` that are not about places.
+
+    ``channels`` is None where no prediction has been seen yet. ``head`` is kept as tensors (C, K)
+    and (C,), ``voting`` as one of the two.
+
+    Raises:
+        TypeError: ``head`` is no pair of tensors.
+        ValueError: options do not fit.
+    """
+
+    channels: int | None
+    output: str = "logits"
+    activation: str = "none"
+    voting: str | None = None
+    threshold: float = 0.5
+    head: tuple[Tensor, Tensor] | None = None
+    members: int = 1
+    fill: float = 0.0
+    dtype: torch.dtype | None = None
+    accumulate: torch.dtype | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.accumulate is not None and self.accumulate not in ACCUMULATORS:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}, expected None, torch.float16 or torch.bfloat16"
+            )
+        for name in ("channels", "members"):
+            count = getattr(self, name)
+            if name == "channels" and count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: got {count!r}, expected an integer >= 1")
+        if self.head is not None:
+            object.__setattr__(self, "head", checked_head(self.head, self.channels))
+        voting = checked_voting(self.voting, self.head is not None)
+        object.__setattr__(self, "voting", voting)
+        _checks.choice("output", self.output, dict.fromkeys(OUTPUTS, 0))
+        _checks.choice("activation", self.activation, ACTIVATIONS)
+        check_threshold(self.threshold)
+        if self.output not in ("logits", "labels") and self.activation == "none":
+            raise ValueError(
+                f"activation: got 'none' with output {self.output!r}, which needs probabilities; "
+                "use 'softmax' or 'sigmoid', or 'identity' where predictions are probabilities"
+            )
+        if self.head is not None and voting == "soft" and self.activates:
+            raise ValueError("voting: got 'soft', expected 'logit' with head")
+        if self.output == "labels" and self.classes == 1:
+            raise ValueError("output: 'labels' of one channel are all 0; use 'mask'")
+        if self.output == "logits" and self.activation != "none":
+            raise ValueError(
+                f"activation: got {self.activation!r} with output 'logits'; use 'probabilities'"
+            )
+
+    def of(
+        self, channels: int, head: tuple[Tensor, Tensor] | None, predictions: torch.dtype
+    ) -> FusionOptions:
+        """The same for predictions that have been seen; floating results have their dtype."""
+        dtype = self.dtype or predictions
+        floating = self.mode not in ("labels", "mask")
+        return replace(self, channels=channels, head=head, dtype=dtype if floating else None)
+
+    @property
+    def classes(self) -> int | None:
+        """Channels of a prediction after the head."""
+        return self.channels if self.head is None else self.head[0].shape[0]
+
+    @property
+    def mode(self) -> str:
+        """What the finalisation calls the output."""
+        return OUTPUTS[self.output]
+
+    @property
+    def activates(self) -> bool:
+        """Whether predictions are turned into probabilities here."""
+        return self.activation not in ("none", "identity")
+
+    @property
+    def patch_activation(self) -> str:
+        """What is made of a patch before it is added."""
+        return self.activation if self.voting == "soft" and self.activates else "none"
+
+    @property
+    def divisor(self) -> int:
+        """What the sums are divided by; half accumulators sum the mean of the members."""
+        return self.members if self.accumulate is None else 1
+
+    @property
+    def sums_are_result(self) -> bool:
+        """Whether the float32 sums of normalised patches are the result."""
+        return (
+            self.mode == "values"
+            and (self.voting == "soft" or not self.activates)
+            and self.head is None
+            and self.members == 1
+            and self.accumulate is None
+        )
+
+    def result_shape(self, volume: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the result, with its channel axis."""
+        channels = self.classes if self.mode in ("values", "mask") else 1
+        assert channels is not None
+        return (channels, *volume)
+
+    def result_dtype(self, patches: torch.dtype) -> torch.dtype:
+        """The dtype of a result of patches of a dtype, where the caller gives no memory for it."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.output != "labels":
+            return torch.uint8 if self.output == "mask" else patches
+        assert self.classes is not None
+        for dtype in (torch.uint8, torch.uint16):
+            if self.classes - 1 <= torch.iinfo(dtype).max:
+                return dtype
+        return torch.int32
+
+
+def checked_voting(voting: str | None, head: bool) -> str:
+    """The voting, or its default with or without a head."""
+    if voting is None:
+        return "logit" if head else "soft"
+    _checks.choice("voting", voting, VOTINGS)
+    return voting
+
+
+def checked_head(head: object, channels: int | None) -> tuple[Tensor, Tensor]:
+    """Check a head; the kernel of a convolution of extent 1 loses its spatial axes."""
+    if not isinstance(head, Sequence) or len(head) != 2:
+        raise TypeError(f"head: got {type(head).__name__}, expected (weight, bias)")
+    weight = _checks.require_tensor("head's weight", head[0]).detach()
+    bias = head[1]
+    if weight.ndim < 2 or math.prod(weight.shape[2:]) != 1 or weight.shape[1] != channels:
+        raise ValueError(f"head: got weight {tuple(weight.shape)}, expected (C, {channels})")
+    weight = weight.reshape(weight.shape[:2])
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    bias = _checks.require_tensor("head's bias", bias).detach()
+    if tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"head: got bias {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    return weight, bias
