@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import voxfuse
-from voxfuse.fusion.accumulators import Importance, Placement, Results, accumulator
+from voxfuse.fusion.accumulators import Results, accumulator
 from voxfuse.fusion.delivery import Delivery
 from voxfuse.fusion.grids import plan_grid
 from voxfuse.fusion.heads import Heads
+from voxfuse.fusion.importance import Importance
 from voxfuse.fusion.options import FusionOptions
+from voxfuse.fusion.padded_volume import Placement
 from voxfuse.fusion.sink import Sink
 from voxfuse.fusion.windows import monai_gaussian
 
@@ -174,7 +176,7 @@ def test_accumulators_refuse(copied, changing):
     grid = plan_grid((8, 8), (4, 4))
     options = FusionOptions(2, dtype=torch.float32)
     importance = Importance([torch.ones(4, dtype=torch.float64)] * 2)
-    placement = Placement((8, 8), (4, 4), grid.origins, 0)
+    placement = Placement((8, 8), (4, 4), grid.origins, 0, [0, 0], [0, 0])
     prediction = torch.ones(1, 2, 4, 4)
     each = accumulator(
         options, placement, importance, prediction, Results(1, 2, None), changing=changing

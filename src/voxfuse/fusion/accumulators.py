@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,8 +12,10 @@ from torch import Tensor
 from voxfuse.contract import Activation
 from voxfuse.fusion._memory import empty, zeros
 from voxfuse.fusion.fuser import PatchFuser
+from voxfuse.fusion.importance import Importance, dense
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import turned
+from voxfuse.fusion.padded_volume import Placement
 from voxfuse.fusion.sink import Destination, Sink
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops.finalize_slab import finalize_slab
@@ -22,48 +23,6 @@ from voxfuse.reference.overlap_add import accumulation_dtype, activated
 
 #: Predictions of the same patches: pairs of (batch, axes along which it is mirrored).
 Predictions = Sequence[tuple[Tensor, tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Weights of a patch's voxels, float64.
-
-    ``factors`` are a vector an axis, of whose product no weight is below ``floor``; or one tensor
-    (\\*patch) or, where weights differ by channel, (1, C, \\*patch).
-    """
-
-    factors: list[Tensor]
-    floor: float = 0.0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an output's patches lie: int64 ``origins`` (N, n) in a volume of ``extent``."""
-
-    extent: tuple[int, ...]
-    patch: tuple[int, ...]
-    origins: Tensor
-    stream_axis: int
-
-    def scaled(
-        self, patch: tuple[int, ...], before: Sequence[int], after: Sequence[int]
-    ) -> Placement:
-        """The same for patches of another resolution.
-
-        As MONAI: coordinates count from where the padding begins (``before`` voxels outside, and
-        ``after`` at the other end) and are rounded down; then the padding is cut off.
-        """
-        if patch == self.patch:
-            return self
-        scale = [new / old for new, old in zip(patch, self.patch, strict=True)]
-        low = [round(b * s) for b, s in zip(before, scale, strict=True)]
-        extent = tuple(
-            round((b + e) * s) - first if b or a else int(e * s)
-            for b, e, a, s, first in zip(before, self.extent, after, scale, low, strict=True)
-        )
-        moved = (self.origins.numpy() + np.array(before)) * np.array(scale)
-        origins = torch.from_numpy(moved.astype(np.int64)) - torch.tensor(low)
-        return Placement(extent, patch, origins, self.stream_axis)
 
 
 class Results:
@@ -296,31 +255,3 @@ def accumulator(
     )
     kind = Composed if composed else Streamed
     return kind(options, placement, importance, prediction.device, results)
-
-
-def dense(importance: Importance) -> Tensor:
-    """The weights as one tensor."""
-    weight = importance.factors[0]
-    for vector in importance.factors[1:]:
-        weight = weight.unsqueeze(-1) * vector
-    return weight.clamp(min=importance.floor) if importance.floor else weight
-
-
-def resized(importance: Importance, patch: tuple[int, ...]) -> Importance:
-    """The weights of an output of another resolution: the nearest, as MONAI takes them."""
-    axes, factors = len(patch), importance.factors
-    if len(factors) == axes:
-        vectors = [_nearest(vector, -1, size) for vector, size in zip(factors, patch, strict=True)]
-        return Importance(vectors, importance.floor)
-    weight = factors[0]
-    for axis, size in enumerate(patch):
-        weight = _nearest(weight, axis - axes, size)
-    return Importance([weight])
-
-
-def _nearest(weight: Tensor, axis: int, size: int) -> Tensor:
-    if weight.shape[axis] == size:
-        return weight
-    index = torch.arange(weight.shape[axis], dtype=torch.float64)[None, None]
-    index = torch.nn.functional.interpolate(index, size, mode="nearest-exact")[0, 0].long()
-    return weight.index_select(axis, index.to(weight.device))

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from voxfuse.fusion.heads import HeadLike
+from voxfuse.fusion.importance import importance
+from voxfuse.fusion.network import Network, Predictor
+from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import Augmentation
-from voxfuse.fusion.sliding_window import Predictor, infer
+from voxfuse.fusion.padded_volume import PaddedVolume
+from voxfuse.fusion.sliding_window import check_buffer, infer
 from voxfuse.fusion.windows import WindowLike
 
 
@@ -71,35 +75,34 @@ def sliding_window_inference(
         >>> torch.allclose(result, 2 * volume)
         True
     """
-    return infer(
-        inputs,
-        roi_size,
-        sw_batch_size,
+    volume = PaddedVolume(
+        inputs, roi_size, overlap, "shifted", padding_mode, cval, kwargs.get("condition")
+    )
+    check_buffer(buffer_steps, buffer_dim, len(volume.spatial))
+    network = Network(
         predictor,
-        overlap,
-        window,
-        mode,
-        sigma_scale,
-        padding_mode,
-        cval,
-        sw_device,
-        device,
-        progress,
-        roi_weight_map,
-        process_fn,
-        buffer_steps,
-        buffer_dim,
-        with_coord,
+        volume,
         args,
         kwargs,
-        output=output,
-        out=out,
         tta=tta,
         head=head,
         activation=activation,
         voting=voting,
-        threshold=threshold,
-        # Means are summed in the result itself, and MONAI's order of patches costs nothing.
-        stream_axis=0 if output == "logits" else "auto",
+        process_fn=process_fn,
+        with_coord=with_coord,
+        sw_device=sw_device,
+        device=device,
+    )
+    options = FusionOptions(
+        network.heads.classes,
+        output,
+        activation,
+        network.heads.voting,
+        threshold,
+        members=network.members,
         dtype=inputs.dtype if inputs.is_floating_point() else None,
     )
+    weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
+    # Means are summed in the result itself, and MONAI's order of patches costs nothing.
+    placement = volume.placement(0 if output == "logits" else "auto", skip=None)
+    return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
