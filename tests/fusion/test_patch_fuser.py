@@ -396,6 +396,14 @@ def test_places_that_are_no_integers_are_not_rounded(change):
         voxfuse.PatchFuser(**{**options, **change})
 
 
+@pytest.mark.parametrize("output", ["logits", "foreground"])
+def test_a_floating_result_in_a_tensor_of_integers_is_an_error_at_once(output):
+    activation = "none" if output == "logits" else "softmax"
+    out = torch.zeros(2 if output == "logits" else 1, 9, 9, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"out: got int64 .*, expected float32, float16, bfloat16"):
+        voxfuse.PatchFuser((9, 9), 4, 2, output=output, activation=activation, out=out)
+
+
 @pytest.mark.parametrize("output", ["probabilities", "mask", "foreground", "entropy"])
 def test_logits_are_not_handed_out_as_probabilities(output):
     message = f"activation: got 'none' with output {output!r}, which needs probabilities"

@@ -432,6 +432,32 @@ def test_the_composed_way_has_every_output(way, output, tta, tmp_path):
     assert torch.equal(slabs[0][0], result[0])
 
 
+@pytest.mark.parametrize("axes", [2, 4])
+@pytest.mark.parametrize("way", [{}, *COMPOSED.values()], ids=["the engine", *COMPOSED])
+def test_labels_of_one_channel_are_an_error_on_every_way(way, axes):
+    if way and axes == 4 and "process_fn" not in way:
+        way = {"roi_weight_map": torch.rand(1, 1, 6, 6, 6, 6) + 0.1}
+    volume = torch.rand(1, 1, *[8] * axes)
+    with pytest.raises(ValueError, match="output: 'labels' of one channel are all 0; use 'mask'"):
+        voxfuse.sliding_window_inference(volume, 6, 1, lambda x: x, output="labels", **way)
+
+
+@pytest.mark.parametrize("way", COMPOSED)
+def test_an_out_that_does_not_fit_the_composed_way_is_an_error_before_the_second_call(way):
+    calls = []
+
+    def predictor(patch):
+        calls.append(patch)
+        return twice(patch)
+
+    volume, options = torch.rand(1, 1, 14, 11), COMPOSED[way]
+    for out in (torch.zeros(2, 14, 12), torch.zeros(2, 1, 11).expand(2, 14, 11)):
+        calls.clear()
+        with pytest.raises(ValueError, match="out: got "):
+            voxfuse.sliding_window_inference(volume, 6, 1, predictor, out=out, **options)
+        assert len(calls) == 1
+
+
 def test_four_axes_take_heads_and_leave_what_is_skipped():
     volume = torch.zeros(1, 1, 12, 4, 4, 4)
     volume[:, :, :4] = 1

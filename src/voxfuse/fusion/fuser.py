@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._memory import zeros
-from voxfuse.fusion.grids import Grid, plan_grid, weights_for_origins
+from voxfuse.fusion.grids import Grid, Origins, checked_origins, plan_grid, weights_for_origins
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.ring import HalfRing, Ring
 from voxfuse.fusion.schedule import Schedule, chosen_axis
@@ -135,7 +134,7 @@ class PatchFuser:
         *,
         overlap: float | Sequence[float] = 0.5,
         grid: str = "shifted",
-        origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]] | None = None,
+        origins: Origins | None = None,
         window: WindowLike = "bspline",
         output: str = "logits",
         activation: str = "none",
@@ -170,13 +169,18 @@ class PatchFuser:
             backend=backend,
         )
         self.channels, self.members, self.options = channels, members, options
-        table = _origins(self.volume_shape, self.patch_size, overlap, grid, origins)
+        shapes = self.volume_shape, self.patch_size
+        # Checks the shapes in any case.
+        regular = plan_grid(*shapes, overlap if origins is None else 0.5, grid)
+        table = regular if origins is None else checked_origins(origins, *shapes)
+        if isinstance(table, Grid):
+            listed = origins is not None and not isinstance(origins, Grid)
+            table = (table if listed else table.distinct()).origins
         if skip is not None:
             kept = [i for i, origin in enumerate(table.tolist()) if not skip(tuple(origin))]
             table = table[kept]
-        axis = chosen_axis(stream_axis, self.volume_shape, self.patch_size)
-        self._schedule = Schedule(table, self.patch_size, self.volume_shape, axis, members)
-        shapes = self.volume_shape, self.patch_size
+        axis = chosen_axis(stream_axis, *shapes)
+        self._schedule = Schedule(table, *shapes, axis, members)
         self._weights = weights_for_origins(self.origins, window, *shapes)
         # Half accumulators take the sum of the weights.
         rounded = bool(self._weights.floor) and accumulate is not None
@@ -379,42 +383,6 @@ class PatchFuser:
         axis, volume = self.stream_axis, self.volume_shape
         depth = min(self.patch_size[axis], volume[axis])
         return (self.channels, *volume[:axis], depth, *volume[axis + 1 :])
-
-
-def _origins(
-    volume: tuple[int, ...],
-    patch: tuple[int, ...],
-    overlap: float | Sequence[float],
-    rule: str,
-    origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]] | None,
-) -> Tensor:
-    # Checks the shapes in any case.
-    regular = plan_grid(volume, patch, overlap if origins is None else 0.5, rule)
-    if origins is None:
-        return _once(regular).origins
-    if isinstance(origins, Grid):
-        if (origins.volume_shape, origins.patch_shape) != (volume, patch):
-            raise ValueError(
-                f"origins: got a grid of {origins.patch_shape} patches over a volume "
-                f"{origins.volume_shape}, expected {patch} over {volume}"
-            )
-        return _once(origins).origins
-    if isinstance(origins, (Tensor, np.ndarray)):
-        table = torch.as_tensor(origins).detach()
-        if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
-            raise TypeError(f"origins: got {_checks.describe(table)}, expected integers")
-        if table.ndim != 2 or table.shape[1] != len(patch):
-            raise ValueError(f"origins: got shape {tuple(table.shape)}, expected (N, {len(patch)})")
-        return table.to("cpu", torch.int64)
-    if len(origins) != len(patch):
-        raise ValueError(f"origins: got starts along {len(origins)} axes, expected {len(patch)}")
-    return Grid(volume, patch, tuple(_checks.integers("origins", axis) for axis in origins)).origins
-
-
-def _once(grid: Grid) -> Grid:
-    """Leave out starts that occur again, as those of steps below one voxel do."""
-    starts = tuple(tuple(dict.fromkeys(axis)) for axis in grid.starts)
-    return Grid(grid.volume_shape, grid.patch_shape, starts)
 
 
 def _readable(size: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +53,16 @@ class Grid:
         """(N, n) int64 index of each patch's start on each axis."""
         return _product([torch.arange(len(axis)) for axis in self.starts])
 
+    def distinct(self) -> Grid:
+        """The same without starts that occur again, as those of steps below one voxel do."""
+        return replace(self, starts=tuple(tuple(dict.fromkeys(axis)) for axis in self.starts))
+
     def tables(self, window: WindowLike) -> Tables:
         """What the kernels need to fuse this grid's patches under ``window``."""
         vectors = resolve_window(window, self.patch_shape)
-        if _separable(vectors, self.patch_shape):
+        if len(vectors) == len(self.patch_shape):
             return Tables(self.origins, self.rows, _partition(vectors, self), None)
-        return _general(self.origins, vectors, self.volume_shape)
+        return tables_for_origins(self.origins, vectors[0], self.volume_shape, self.patch_shape)
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,7 @@ def plan_grid(
 
 
 def grid_starts(
-    volume: Sequence[int],
-    patch: Sequence[int],
-    overlap: float | Sequence[float],
-    rule: str,
+    volume: Sequence[int], patch: Sequence[int], overlap: float | Sequence[float], rule: str
 ) -> tuple[tuple[int, ...], ...]:
     """The starts along each of any number of axes; see :func:`plan_grid`."""
     shares = axis_overlaps(overlap, len(volume))
@@ -136,6 +138,47 @@ def axis_overlaps(overlap: float | Sequence[float], axes: int) -> tuple[float, .
     if len(shares) != axes or not all(0 <= share < 1 for share in shares):
         raise ValueError(f"overlap: got {overlap}, expected numbers in [0, 1), one or {axes}")
     return tuple(float(share) for share in shares)
+
+
+#: Where patches are: (N, n) first voxels, a grid, or the starts along each axis, of which every
+#: combination is a patch.
+Origins = Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]]
+
+
+def checked_origins(
+    origins: Origins,
+    volume_shape: tuple[int, ...],
+    patch_shape: tuple[int, ...],
+    count: int | str = "N",
+) -> Grid | Tensor:
+    """Return a grid, or a table (``count``, n) of int64 on the CPU.
+
+    Raises:
+        TypeError: ``origins`` is none of the three, or has other numbers than integers.
+        ValueError: its shape does not fit, or the grid is another one's.
+    """
+    axes = len(patch_shape)
+    if isinstance(origins, Grid):
+        if (origins.volume_shape, origins.patch_shape) != (volume_shape, patch_shape):
+            raise ValueError(
+                f"origins: got a grid of {origins.patch_shape} patches over a volume "
+                f"{origins.volume_shape}, expected {patch_shape} over {volume_shape}"
+            )
+        return origins
+    if isinstance(origins, (Tensor, np.ndarray)):
+        table = torch.as_tensor(origins).detach()
+        if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+            raise TypeError(f"origins: got {_checks.describe(table)}, expected integers")
+        if table.ndim != 2 or table.shape[1] != axes:
+            raise ValueError(f"origins: got shape {tuple(table.shape)}, expected ({count}, {axes})")
+        return table.to("cpu", torch.int64).contiguous()
+    expected = f"a list of {axes} lists of integers, or an (N, {axes}) tensor of origins"
+    if not isinstance(origins, Sequence) or isinstance(origins, str):
+        raise TypeError(f"origins: got {type(origins).__name__}, expected {expected}")
+    if len(origins) != axes:
+        raise ValueError(f"origins: got starts along {len(origins)} axes, expected {expected}")
+    starts = tuple(_checks.integers("origins", axis) for axis in origins)
+    return Grid(volume_shape, patch_shape, starts)
 
 
 def tables_for_origins(
@@ -200,7 +243,7 @@ def weights_for_origins(
                 [_cover(*axis) for axis in axes],
             )
     vectors = resolve_window(window, patch_shape)
-    if normalise and _separable(vectors, patch_shape):
+    if normalise and len(vectors) == len(patch_shape):
         grid, rows = _factorise(origins, volume_shape, patch_shape)
         if grid is not None:
             return Weights(rows, _partition(vectors, grid), True, _covers(grid))
@@ -232,23 +275,11 @@ def _cover(vector: Vector, starts: Sequence[int], extent: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(table[: max(int(count.max(initial=0)), 1)]))
 
 
-def _separable(vectors: list[Vector], patch_shape: Sequence[int]) -> bool:
-    return len(vectors) == len(patch_shape)
-
-
 def _partition(vectors: list[Vector], grid: Grid) -> list[Tensor]:
     return [
         torch.from_numpy(host.normalised_rows(vector, starts, extent))
         for vector, starts, extent in zip(vectors, grid.starts, grid.volume_shape, strict=True)
     ]
-
-
-def _general(origins: Tensor, vectors: list[Vector], volume_shape: Sequence[int]) -> Tables:
-    weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
-    rows = torch.zeros_like(origins)
-    total = zeros(tuple(volume_shape), torch.float64, "cpu")
-    overlap_weights_(total, origins, rows, weights)
-    return Tables(origins, rows, weights, total)
 
 
 def _factorise(

@@ -67,17 +67,18 @@ class Network:
     def predict(self, batch: Batch, importance: Importance) -> tuple[list[Member], Importance]:
         """The predictions of a batch to average, and their weights."""
         members: list[Member] = []
+        weights = importance
         for flip in self._flips:
             returned: list[list[Tensor]] = []
             for number in range(len(self._predictors)):
                 keys, tensors = flat(self._called(number, batch, flip))
                 _check_kept(tensors, chain(*(member.outputs for member in members), *returned))
                 if self.process_fn is not None:
-                    tensors, importance = self._processed(tensors, batch, flip, importance)
+                    tensors, weights = self._processed(tensors, batch, flip, importance)
                 tensors = [_prediction(t, batch.patches).to(self._fusion_device) for t in tensors]
                 returned.append([self.heads.apply(number, tensor) for tensor in tensors])
             members += [Member(flip, keys, outputs) for outputs in self.heads.joined(returned)]
-        return members, importance
+        return members, weights
 
     def _called(self, number: int, batch: Batch, flip: tuple[int, ...]) -> Any:
         """What a network returns of patches that are mirrored along ``flip``."""
@@ -103,9 +104,8 @@ class Network:
         weight = held(dense(importance), self._dtype).to(self.device)
         predictions = tuple(turned(tensor, flip) for tensor in tensors)
         results, weights = self.process_fn(predictions, batch.patches, weight)
-        return [turned(tensor, flip) for tensor in results], Importance(
-            [processed(weights, self._roi)]
-        )
+        results = [turned(tensor, flip) for tensor in results]
+        return results, Importance([processed(weights, self._roi)])
 
 
 def _predictors(predictor: Predictor | Sequence[Predictor]) -> list[Predictor]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from voxfuse.fusion.grids import Grid, Tables, tables_for_origins
+from voxfuse.fusion.grids import Grid, Origins, checked_origins, tables_for_origins
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
 from voxfuse.ops import overlap_add as operators
@@ -19,7 +14,7 @@ from voxfuse.ops import overlap_add as operators
 
 def overlap_add(
     patches: Tensor,
-    origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]],
+    origins: Origins,
     volume_shape: Sequence[int],
     window: WindowLike = "bspline",
     *,
@@ -78,7 +73,18 @@ def overlap_add(
             f"with patches of shape {tuple(patches.shape)}"
         )
     volume_shape = _checks.integers("volume_shape", volume_shape)
-    tables = _tables(patches, origins, volume_shape, window)
+    patch_shape = tuple(patches.shape[2:])
+    places = checked_origins(origins, volume_shape, patch_shape, len(patches))
+    if len(places) != len(patches):
+        raise ValueError(
+            f"origins: are {len(places)}, but there are {patches.shape[0]} patches, of shape "
+            f"{tuple(patches.shape)} (an (N, n) tensor gives origins, a list of lists the starts "
+            "along each axis)"
+        )
+    if isinstance(places, Grid):
+        tables = places.tables(window)
+    else:
+        tables = tables_for_origins(places, window, volume_shape, patch_shape)
     total = None if tables.total is None else tables.total.to(patches.device)
     return operators.overlap_add(
         patches,
@@ -90,56 +96,3 @@ def overlap_add(
         activation=activation,
         backend=backend,
     )
-
-
-def _tables(
-    patches: Tensor,
-    origins: Tensor | NDArray[Any] | Grid | Sequence[Sequence[int]],
-    volume_shape: tuple[int, ...],
-    window: WindowLike,
-) -> Tables:
-    patch_shape = tuple(patches.shape[2:])
-    if isinstance(origins, Grid):
-        if (origins.volume_shape, origins.patch_shape) != (volume_shape, patch_shape):
-            raise ValueError(
-                f"origins: got a grid of {origins.patch_shape} patches over a volume "
-                f"{origins.volume_shape}, expected {patch_shape} over {volume_shape}"
-            )
-        _check_count(len(origins), patches)
-        return origins.tables(window)
-    if isinstance(origins, (Tensor, np.ndarray)):
-        table = torch.as_tensor(origins).detach()
-        if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
-            raise TypeError(f"origins: got {_checks.describe(table)}, expected integers")
-        if table.ndim != 2 or table.shape[1] != len(patch_shape):
-            raise ValueError(
-                f"origins: got shape {tuple(table.shape)}, expected "
-                f"({patches.shape[0]}, {len(patch_shape)})"
-            )
-        _check_count(len(table), patches)
-        table = table.to("cpu", torch.int64).contiguous()
-        return tables_for_origins(table, window, volume_shape, patch_shape)
-    grid = Grid(volume_shape, patch_shape, _starts(origins, len(patch_shape)))
-    _check_count(len(grid), patches)
-    return grid.tables(window)
-
-
-def _starts(starts: object, axes: int) -> tuple[tuple[int, ...], ...]:
-    expected = f"a list of {axes} lists of integers, or an (N, {axes}) tensor of origins"
-    if not isinstance(starts, Sequence) or isinstance(starts, str):
-        raise TypeError(f"origins: got {type(starts).__name__}, expected {expected}")
-    if len(starts) != axes:
-        raise ValueError(f"origins: got starts along {len(starts)} axes, expected {expected}")
-    try:
-        return tuple(tuple(map(operator.index, axis)) for axis in starts)
-    except TypeError:
-        raise TypeError(f"origins: got {starts!r}, expected {expected}") from None
-
-
-def _check_count(count: int, patches: Tensor) -> None:
-    if count != patches.shape[0]:
-        raise ValueError(
-            f"origins: are {count}, but there are {patches.shape[0]} patches, of shape "
-            f"{tuple(patches.shape)} (an (N, n) tensor gives origins, a list of lists the starts "
-            "along each axis)"
-        )

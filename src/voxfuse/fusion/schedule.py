@@ -18,8 +18,8 @@ class Schedule:
 
     Args:
         origins: (N, n) int64 first voxels, in any order.
-        patch: extent of a patch.
         volume: extent of the volume.
+        patch: extent of a patch.
         axis: the axis to stream along.
         members: predictions that every patch gets.
 
@@ -28,12 +28,7 @@ class Schedule:
     """
 
     def __init__(
-        self,
-        origins: Tensor,
-        patch: Sequence[int],
-        volume: Sequence[int],
-        axis: int,
-        members: int,
+        self, origins: Tensor, volume: Sequence[int], patch: Sequence[int], axis: int, members: int
     ) -> None:
         self.axis, self.extent, self._members = axis, volume[axis], members
         self.reach = patch[axis]

@@ -219,12 +219,7 @@ class Outputs:
     """An accumulator an output of the network, made when the first predictions are there."""
 
     def __init__(
-        self,
-        options: FusionOptions,
-        placement: Placement,
-        network: Network,
-        samples: int,
-        out: Any,
+        self, options: FusionOptions, placement: Placement, network: Network, samples: int, out: Any
     ) -> None:
         self._options, self._placement, self._network = options, placement, network
         self._samples, self._out = samples, out
