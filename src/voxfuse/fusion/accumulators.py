@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -50,8 +51,18 @@ class Results:
         return out[sample] if several else out
 
 
+@dataclass(eq=False)
 class _Accumulator:
-    """What has no copy in the middle of its work."""
+    """What an output's predictions are added to; it has no copy in the middle of its work.
+
+    ``device`` is that of the sums, ``importance`` the weights of the first patches.
+    """
+
+    options: FusionOptions
+    placement: Placement
+    importance: Importance
+    device: torch.device
+    results: Results
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -60,19 +71,12 @@ class _Accumulator:
         )
 
 
+@dataclass(eq=False)
 class Streamed(_Accumulator):
     """Patches in the engine: sample by sample through a :class:`voxfuse.PatchFuser`."""
 
-    def __init__(
-        self,
-        options: FusionOptions,
-        placement: Placement,
-        importance: Importance,
-        device: torch.device,
-        results: Results,
-    ) -> None:
-        self._options, self._placement = options, placement
-        self._device, self.results = device, results
+    def __post_init__(self) -> None:
+        placement, importance = self.placement, self.importance
         factors = importance.factors
         separable = len(factors) == len(placement.patch)
         self._window: Any = factors if separable else factors[0].reshape(placement.patch)
@@ -82,7 +86,7 @@ class Streamed(_Accumulator):
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
-        origins, count = self._placement.origins, len(self._placement.origins)
+        origins, count = self.placement.origins, len(self.placement.origins)
         done = 0
         while done < len(items):
             sample, patch = divmod(items[done], count)
@@ -104,18 +108,19 @@ class Streamed(_Accumulator):
             self._fuser.flush()
 
     def _started(self, sample: int) -> PatchFuser:
-        options, placement = self._options, self._placement
+        options, placement = self.options, self.placement
         return PatchFuser(
             placement.extent,
             placement.patch,
             origins=placement.origins,
             window=self._window,
             stream_axis=placement.stream_axis,
-            out=self.results.place(sample, options, placement.extent, self._device),
+            out=self.results.place(sample, options, placement.extent, self.device),
             **vars(options),
         )
 
 
+@dataclass(eq=False)
 class Composed(_Accumulator):
     """Patches added by PyTorch, one sample's sums at a time: what the engine cannot take.
 
@@ -124,16 +129,8 @@ class Composed(_Accumulator):
     of the weights over its voxel before the addition.
     """
 
-    def __init__(
-        self,
-        options: FusionOptions,
-        placement: Placement,
-        importance: Importance,
-        device: torch.device,
-        results: Results,
-    ) -> None:
-        self._options, self._placement = options, placement
-        self._device, self.results = device, results
+    def __post_init__(self) -> None:
+        placement, importance = self.placement, self.importance
         weight = self._with_channels(importance)
         self._total = zeros((weight.shape[0], *placement.extent), torch.float64, "cpu")
         for index in range(len(placement.origins)):
@@ -145,20 +142,20 @@ class Composed(_Accumulator):
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
-        options, extent = self._options, self._placement.extent
+        options, extent = self.options, self.placement.extent
         weight = self._with_channels(importance)
         for position, item in enumerate(items):
-            sample, index = divmod(item, len(self._placement.origins))
+            sample, index = divmod(item, len(self.placement.origins))
             if self._sink is None or self._sums is None:
-                place = self.results.place(sample, options, extent, self._device)
+                place = self.results.place(sample, options, extent, self.device)
                 self._sink = Sink(options, extent, 0, place, None)
                 self._exact = accumulation_dtype(predictions[0][0].dtype)
                 shape = (predictions[0][0].shape[1], *extent)
-                self._sums = zeros(shape, options.accumulate or self._exact, self._device)
+                self._sums = zeros(shape, options.accumulate or self._exact, self.device)
             box, part = self._boxes(index)
             total = self._total[box]
             share = torch.where(total == 0, 0.0, weight[part] / total)
-            share = share.to(self._device, self._exact)
+            share = share.to(self.device, self._exact)
             for prediction, turn in predictions:
                 patch = turned(prediction[position : position + 1], turn)
                 block = patch[0][part].to(self._exact)
@@ -167,8 +164,8 @@ class Composed(_Accumulator):
                     self._sums[box] += term
                 else:
                     self._sums[box] = self._sums[box].to(self._exact) + term / options.members
-            if index == len(self._placement.origins) - 1:
-                self._sink.write(0, extent[0], self._device, self._finish)
+            if index == len(self.placement.origins) - 1:
+                self._sink.write(0, extent[0], self.device, self._finish)
                 self._sink.flush()
                 self._sink = self._sums = None
 
@@ -178,7 +175,7 @@ class Composed(_Accumulator):
     def _boxes(self, index: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where patch ``index`` lies in the volume, and which part of it does."""
         box, part = [slice(None)], [slice(None)]
-        placement = self._placement
+        placement = self.placement
         origin = placement.origins[index].tolist()
         for start, size, extent in zip(origin, placement.patch, placement.extent, strict=True):
             first, last = max(start, 0), min(start + size, extent)
@@ -189,7 +186,7 @@ class Composed(_Accumulator):
     def _finish(self, slab: Tensor, start: int, stop: int) -> None:
         """Make the result of a sample, whose slices are all final."""
         assert self._sums is not None
-        options, sums = self._options, self._sums.to(self._exact)
+        options, sums = self.options, self._sums.to(self._exact)
         uncovered = (self._total == 0).all(0).to(sums.device)
         if options.output == "logits" and options.head is None:
             # Only this one carries a gradient.
@@ -217,12 +214,12 @@ class Composed(_Accumulator):
 
     def _with_channels(self, importance: Importance) -> Tensor:
         """The weights as (1 or C, \\*patch)."""
-        weight, axes = dense(importance), len(self._placement.patch)
+        weight, axes = dense(importance), len(self.placement.patch)
         weight = weight.reshape(-1, *weight.shape[weight.ndim - axes :])
-        if weight.shape[0] not in (1, self._options.channels):
+        if weight.shape[0] not in (1, self.options.channels):
             raise ValueError(
                 f"roi_weight_map, process_fn: got weights of {weight.shape[0]} channels, expected "
-                f"1 or the predictor's {self._options.channels}"
+                f"1 or the predictor's {self.options.channels}"
             )
         return weight
 
