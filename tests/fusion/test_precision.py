@@ -107,9 +107,10 @@ def test_half_precision_sums_keep_to_their_bound(accumulate, data):
         result, mean, _, largest, count = fused_with_truth(fuser, patches, window)
     # One rounding an addition, of sums that are at most max |P| (and a little, by rounding).
     u = unit_roundoff(accumulate)
-    rounding = count * u * largest * (1 + u) ** int(count.max())
-    float32 = (count + 12) * 2**-24 * largest
-    bound = rounding + float32 + count * least(accumulate)
+    additions = count * members
+    rounding = additions * u * largest * (1 + u) ** int(additions.max())
+    float32 = (additions + 12) * 2**-24 * largest
+    bound = rounding + float32 + additions * least(accumulate)
     assert result.dtype == dtype
     assert ((result - mean).abs() <= bound).all()
 
