@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import voxfuse
-from voxfuse.losses._recipe import Recipe
+from voxfuse.losses.plan import Recipe
 from voxfuse.ops.ratio_loss import ratio_loss
 
 MODULES = {
@@ -642,8 +642,26 @@ def test_functions_go_by_their_names(function):
         loss(logits, labels, alfa=0.3)
 
 
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
+def test_options_are_the_parameters_of_the_constructor(function):
+    """In their order: what makes the loss first, by position; what all share by keyword."""
+    module = module_of(function)
+    parameters = inspect.signature(module).parameters
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {"process_group", "ddp_average", "backend", "class_weight"} <= set(keywords)
+    loss = module()
+    for option in parameters.values():
+        assert getattr(loss, option.name) == option.default
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        module(*[p.default for p in parameters.values()])
+    with pytest.raises(
+        TypeError, match=f"alfa: not an option of {module.__name__}, which has .*backend"
+    ):
+        module(alfa=0.3)
+
+
 @pytest.mark.slow
-def test_type_checkers_know_the_options_of_functions(tmp_path):
+def test_type_checkers_know_the_options(tmp_path):
     api = pytest.importorskip("mypy.api")
     uses = tmp_path / "uses.py"
     uses.write_text(
@@ -657,6 +675,14 @@ def test_type_checkers_know_the_options_of_functions(tmp_path):
         "F.tversky_loss(x, x, alfa=0.3)\n"
         "F.tversky_loss(x, x, alpha='a')\n"
         "F.tversky_loss(x)\n"
+        "import voxfuse\n"
+        "reveal_type(voxfuse.TverskyLoss)\n"
+        "reveal_type(voxfuse.TverskyLoss(0.3, 0.7, smooth_nr=0.0, class_weight=[1.0]))\n"
+        "from voxfuse.integrations import monai\n"
+        "reveal_type(monai.FocalLoss)\n"
+        "voxfuse.TverskyLoss(0.3, 0.7, 1.0, 'sigmoid')\n"
+        "voxfuse.DiceLoss(pos_weight=2.0)\n"
+        "monai.DiceLoss(squared=True)\n"
     )
     told, _, _ = api.run([str(uses), "--no-error-summary"])
     lines = [line.split("uses.py:")[1] for line in told.splitlines() if "defined in" not in line]
@@ -664,7 +690,12 @@ def test_type_checkers_know_the_options_of_functions(tmp_path):
         assert line == f'{number}: note: Revealed type is "torch._tensor.Tensor"'
     assert "lambda_dice: float =" in lines[3]
     assert "likelihood_weight:" in lines[3]
-    assert [line[:9] for line in lines[4:]] == ["8: error:", "9: error:", "10: error"]
+    assert [line[:9] for line in lines[4:7]] == ["8: error:", "9: error:", "10: error"]
+    constructor, made, peers = lines[7:10]
+    assert "alpha: float =, beta: float =, gamma: float =, *, activation: str =" in constructor
+    assert made == '13: note: Revealed type is "voxfuse.losses.overlap.TverskyLoss"'
+    assert "include_background: bool =, to_onehot_y: bool =, gamma: float =" in peers
+    assert [line[:9] for line in lines[10:]] == ["16: error", "17: error", "18: error"]
 
 
 @everyone

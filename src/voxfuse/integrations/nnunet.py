@@ -22,24 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxfuse.integrations._fused import (
-    FN,
-    FP,
-    TP,
-    Likelihood,
-    Ratio,
+from voxfuse.contract import Activation, Normaliser, RatioOptions, Sum
+from voxfuse.integrations.lowering import (
     Voxels,
-    W,
     activated,
     fused_loss,
     ignored,
     plain,
+    ratio_of,
     readable,
-    reraise,
+    smoothed_cross_entropy,
     sums,
+    whole_labels,
+    with_peers_errors,
 )
-from voxfuse.losses._ranks import Ranks, sum_over_ranks
+from voxfuse.losses.declared import Declared, declared
 from voxfuse.losses.functional import cross_entropy_loss
+from voxfuse.losses.plan import Likelihood
+from voxfuse.losses.ranks import Ranks, sum_over_ranks
 
 __all__ = [
     "DC_and_BCE_loss",
@@ -61,19 +61,19 @@ def softmax_helper_dim1(x: Tensor) -> Tensor:
     return torch.softmax(x, 1)
 
 
-def _activation(nonlinearity: Nonlinearity | None) -> str | None:
-    """The operators' name for ``nonlinearity``, if they have one."""
+def _activation(nonlinearity: Nonlinearity | None) -> int | None:
+    """The operators' code for ``nonlinearity``, if they have one."""
     if nonlinearity is None:
-        return "none"
+        return Activation.none
     if nonlinearity in (torch.sigmoid, torch.nn.functional.sigmoid, torch.special.expit):
-        return "sigmoid"
+        return Activation.sigmoid
     if isinstance(nonlinearity, nn.Sigmoid):
-        return "sigmoid"
-    if isinstance(nonlinearity, nn.Softmax):
-        return "softmax" if nonlinearity.dim == 1 else None
+        return Activation.sigmoid
     # nnU-Net's own function, or the one above.
-    name = getattr(nonlinearity, "__name__", None)
-    return "softmax" if name == "softmax_helper_dim1" else None
+    softmax = getattr(nonlinearity, "__name__", None) == "softmax_helper_dim1"
+    if isinstance(nonlinearity, nn.Softmax):
+        softmax = nonlinearity.dim == 1
+    return Activation.softmax if softmax else None
 
 
 def _with_channel(target: Tensor, input: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _products(
     if target.shape == input.shape:
         g = target.to(torch.float32)
     else:
-        g = torch.zeros(input.shape, device=input.device).scatter_(1, target.long(), 1)
+        g = torch.zeros(input.shape, device=input.device).scatter_(1, whole_labels(target), 1)
     factors = (input, g), (input, 1 - g), (1 - input, g), (1 - input, 1 - g)
     weight = 1 if mask is None else mask
     tp, fp, fn, tn = (a * b * weight for a, b in factors)
@@ -160,8 +160,8 @@ def get_tp_fp_fn_tn(
     stats = sums(Voxels(net_output, gt, mask))
     if 0 in wanted:
         stats = stats.sum(0)
-    tp, fp, fn = stats[..., TP], stats[..., FP], stats[..., FN]
-    tn = stats[..., W] - tp - fp - fn
+    tp, fp, fn = stats[..., Sum.TP], stats[..., Sum.FP], stats[..., Sum.FN]
+    tn = stats[..., Sum.W] - tp - fp - fn
     return tp.float(), fp.float(), fn.float(), tn.float()
 
 
@@ -179,25 +179,15 @@ def _summed_products(
     return tp, fp, fn, tn
 
 
-class _SoftDice(nn.Module):
+class _SoftDice(Declared):
     """What both of nnU-Net's Dice losses compute, in different orders."""
 
+    apply_nonlin: Nonlinearity | None
+    batch_dice: bool
+    do_bg: bool
+    smooth: float
+    ddp: bool
     clip_tp: float | None = None
-
-    def __init__(
-        self,
-        apply_nonlin: Nonlinearity | None,
-        batch_dice: bool,
-        do_bg: bool,
-        smooth: float,
-        ddp: bool,
-    ) -> None:
-        super().__init__()
-        self.do_bg = do_bg
-        self.batch_dice = batch_dice
-        self.apply_nonlin = apply_nonlin
-        self.smooth = smooth
-        self.ddp = ddp
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Return minus the mean Dice.
@@ -220,7 +210,7 @@ class _SoftDice(nn.Module):
         if ratio is not None:
             return fused_loss(voxels, ratio, ranks=self._ranks()) - 1
         stats = sums(voxels)
-        result = self._from_counts((stats[..., TP], stats[..., FP], stats[..., FN]))
+        result = self._from_counts((stats[..., Sum.TP], stats[..., Sum.FP], stats[..., Sum.FN]))
         return result.to(torch.promote_types(input.dtype, torch.float32))
 
     def _voxels(
@@ -228,9 +218,9 @@ class _SoftDice(nn.Module):
     ) -> Voxels:
         x, y = plain(x), plain(y)
         activation = _activation(self.apply_nonlin)
-        if activation is None or (activation == "softmax" and x.shape[1] == 1):
+        if activation is None or (activation == Activation.softmax and x.shape[1] == 1):
             assert self.apply_nonlin is not None
-            x, activation = plain(self.apply_nonlin(x)), "none"
+            x, activation = plain(self.apply_nonlin(x)), Activation.none
         y = _with_channel(y, x)
         if mask is not None:
             mask = plain(mask)
@@ -238,11 +228,11 @@ class _SoftDice(nn.Module):
                 mask = mask.expand(x.shape[0], *mask.shape[1:])
         return Voxels(x, y, mask, activation, ignore_index=ignore_index)
 
-    def _ratio(self, classes: int) -> Ratio | None:
+    def _ratio(self, classes: int) -> RatioOptions | None:
         """The terms ``1 - Dice``; None where PyTorch has to evaluate them from the sums."""
         if self.clip_tp is not None or (not self.do_bg and classes == 1):
             return None
-        return Ratio(
+        return ratio_of(
             (2.0,),
             (2.0, 1.0, 1.0),
             float(self.smooth),
@@ -278,6 +268,7 @@ class _SoftDice(nn.Module):
         return -dice.mean()
 
 
+@declared
 class SoftDiceLoss(_SoftDice):
     r"""nnU-Net's SoftDiceLoss in one pass over the voxels.
 
@@ -301,19 +292,15 @@ class SoftDiceLoss(_SoftDice):
         tensor(-0.6667)
     """
 
-    def __init__(
-        self,
-        apply_nonlin: Nonlinearity | None = None,
-        batch_dice: bool = False,
-        do_bg: bool = True,
-        smooth: float = 1.0,
-        ddp: bool = True,
-        clip_tp: float | None = None,
-    ) -> None:
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp)
-        self.clip_tp = clip_tp
+    apply_nonlin: Nonlinearity | None = None
+    batch_dice: bool = False
+    do_bg: bool = True
+    smooth: float = 1.0
+    ddp: bool = True
+    clip_tp: float | None = None
 
 
+@declared
 class MemoryEfficientSoftDiceLoss(_SoftDice):
     """nnU-Net's MemoryEfficientSoftDiceLoss: the numbers of :class:`SoftDiceLoss`.
 
@@ -325,15 +312,11 @@ class MemoryEfficientSoftDiceLoss(_SoftDice):
         tensor(-0.6667)
     """
 
-    def __init__(
-        self,
-        apply_nonlin: Nonlinearity | None = None,
-        batch_dice: bool = False,
-        do_bg: bool = True,
-        smooth: float = 1.0,
-        ddp: bool = True,
-    ) -> None:
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp)
+    apply_nonlin: Nonlinearity | None = None
+    batch_dice: bool = False
+    do_bg: bool = True
+    smooth: float = 1.0
+    ddp: bool = True
 
 
 class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -354,26 +337,26 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         input, target = plain(input), plain(target)
         likelihood = self._likelihood(input)
         if likelihood is None or target.shape != input.shape[:1] + input.shape[2:]:
-            result: Tensor = super().forward(input, target.long())
+            result: Tensor = super().forward(input, whole_labels(target))
             return result
-        voxels = Voxels(input, target, activation="softmax", ignore_index=self.ignore_index)
+        voxels = Voxels(
+            input, target, activation=Activation.softmax, ignore_index=self.ignore_index
+        )
         if self.reduction == "none":
             return self._map(voxels)
         return fused_loss(voxels, None, likelihood)
 
+    @with_peers_errors
     def _map(self, voxels: Voxels) -> Tensor:
         """The loss of every voxel."""
-        try:
-            return cross_entropy_loss(
-                voxels.input,
-                readable(voxels),
-                class_weight=self.weight,
-                label_smoothing=max(self.label_smoothing, 0.0),
-                reduction="none",
-                ignore_index=ignored(voxels),
-            )
-        except ValueError as error:
-            reraise(error)
+        return cross_entropy_loss(
+            voxels.input,
+            readable(voxels),
+            class_weight=self.weight,
+            label_smoothing=max(self.label_smoothing, 0.0),
+            reduction="none",
+            ignore_index=ignored(voxels),
+        )
 
     def _likelihood(self, input: Tensor) -> Likelihood | None:
         """The loss for the operators; None where PyTorch has to compute it."""
@@ -388,15 +371,8 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
             return None
         if type(self.ignore_index) is bool or not isinstance(self.ignore_index, numbers.Integral):
             return None
-        off = smoothing / classes
-        return Likelihood(
-            "softmax",
-            1 - smoothing + off,
-            off,
-            "target" if self.reduction == "mean" else "one",
-            on_weight=weight,
-            off_weight=weight if off else None,
-        )
+        normaliser = Normaliser.target if self.reduction == "mean" else Normaliser.one
+        return smoothed_cross_entropy(smoothing, classes, normaliser, weight)
 
 
 class TopKLoss(RobustCrossEntropyLoss):
@@ -443,13 +419,13 @@ def _unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-class _Compound(nn.Module):
+class _Compound(Declared):
     dc: Any
     ce: Any
     weight_ce: float
     weight_dice: float
 
-    def _dice(self, activation: str) -> _SoftDice | None:
+    def _dice(self, activation: int) -> _SoftDice | None:
         """The Dice loss, if it is one of this module whose ratio the operators take."""
         dice = _unwrapped(self.dc)
         if type(dice) not in (SoftDiceLoss, MemoryEfficientSoftDiceLoss):
@@ -461,15 +437,29 @@ class _Compound(nn.Module):
         """Both terms from one pass: 1 - Dice, less the 1."""
         ratio = dice._ratio(voxels.input.shape[1])
         assert ratio is not None
-        ratio = ratio._replace(scale=float(self.weight_dice))
+        ratio = ratio._replace(ratio_scale=float(self.weight_dice))
         likelihood = likelihood.scaled(float(self.weight_ce))
-        return fused_loss(voxels, ratio, likelihood, dice._ranks()) - self.weight_dice
+        return fused_loss(voxels, ratio, likelihood, ranks=dice._ranks()) - self.weight_dice
 
 
 class _LabelCompound(_Compound):
     """Dice and a cross-entropy of labels, without the voxels of ``ignore_label``."""
 
     ignore_label: int | None
+    _entropy: type[RobustCrossEntropyLoss]
+
+    def set_up(
+        self,
+        soft_dice_kwargs: dict[str, Any],
+        ce_kwargs: dict[str, Any],
+        dice_class: Callable[..., nn.Module] = SoftDiceLoss,
+        **options: Any,
+    ) -> None:
+        super().set_up(**options)
+        if self.ignore_label is not None:
+            ce_kwargs["ignore_index"] = self.ignore_label
+        self.ce = self._entropy(**ce_kwargs)
+        self.dc = dice_class(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
 
     def _check_target(self, net_output: Tensor, target: Tensor) -> None:
         if self.ignore_label is not None:
@@ -503,6 +493,7 @@ class _LabelCompound(_Compound):
         return self.weight_ce * entropy
 
 
+@declared
 class DC_and_CE_loss(_LabelCompound):
     """nnU-Net's DC_and_CE_loss: Dice and cross-entropy from one pass over the voxels.
 
@@ -521,28 +512,19 @@ class DC_and_CE_loss(_LabelCompound):
         tensor(0.0265)
     """
 
-    def __init__(
-        self,
-        soft_dice_kwargs: dict[str, Any],
-        ce_kwargs: dict[str, Any],
-        weight_ce: float = 1,
-        weight_dice: float = 1,
-        ignore_label: int | None = None,
-        dice_class: Callable[..., nn.Module] = SoftDiceLoss,
-    ) -> None:
-        super().__init__()
-        if ignore_label is not None:
-            ce_kwargs["ignore_index"] = ignore_label
-        self.weight_dice = weight_dice
-        self.weight_ce = weight_ce
-        self.ignore_label = ignore_label
-        self.ce = RobustCrossEntropyLoss(**ce_kwargs)
-        self.dc = dice_class(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
+    soft_dice_kwargs: dict[str, Any]
+    ce_kwargs: dict[str, Any]
+    weight_ce: float = 1
+    weight_dice: float = 1
+    ignore_label: int | None = None
+    dice_class: Callable[..., nn.Module] = SoftDiceLoss
+
+    _entropy = RobustCrossEntropyLoss
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits (b, c, x, y(, z)) and labels (b, 1, x, y(, z))."""
         self._check_target(net_output, target)
-        dice = self._dice("softmax")
+        dice = self._dice(Activation.softmax)
         likelihood = self._likelihood(net_output, target)
         if dice is not None and likelihood is not None:
             voxels = dice._voxels(net_output, target, None, self.ignore_label)
@@ -566,6 +548,7 @@ class DC_and_CE_loss(_LabelCompound):
         return entropy._likelihood(input) if shared else None
 
 
+@declared
 class DC_and_BCE_loss(_Compound):
     """nnU-Net's DC_and_BCE_loss, for regions: both terms from one pass over the voxels.
 
@@ -584,21 +567,23 @@ class DC_and_BCE_loss(_Compound):
         tensor(0.0265)
     """
 
-    def __init__(
+    bce_kwargs: dict[str, Any]
+    soft_dice_kwargs: dict[str, Any]
+    weight_ce: float = 1
+    weight_dice: float = 1
+    use_ignore_label: bool = False
+    dice_class: Callable[..., nn.Module] = MemoryEfficientSoftDiceLoss
+
+    def set_up(
         self,
         bce_kwargs: dict[str, Any],
         soft_dice_kwargs: dict[str, Any],
-        weight_ce: float = 1,
-        weight_dice: float = 1,
-        use_ignore_label: bool = False,
-        dice_class: Callable[..., nn.Module] = MemoryEfficientSoftDiceLoss,
+        dice_class: Callable[..., nn.Module],
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if use_ignore_label:
+        super().set_up(**options)
+        if self.use_ignore_label:
             bce_kwargs["reduction"] = "none"
-        self.weight_dice = weight_dice
-        self.weight_ce = weight_ce
-        self.use_ignore_label = use_ignore_label
         self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
         self.dc = dice_class(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
 
@@ -611,7 +596,7 @@ class DC_and_BCE_loss(_Compound):
             # nnU-Net's ``(1 - ignored).bool()``.
             mask = ~ignored if ignored.dtype == torch.bool else ignored != 1
             target = target[:, :-1]
-        dice = self._dice("sigmoid")
+        dice = self._dice(Activation.sigmoid)
         likelihood = self._likelihood(input, target)
         ratio = None if dice is None else dice._ratio(input.shape[1])
         if dice is not None and likelihood is not None and ratio is not None:
@@ -629,9 +614,10 @@ class DC_and_BCE_loss(_Compound):
             return None
         if target.shape != input.shape or input.ndim < 3:
             return None
-        normaliser = {"mean": "elements", "sum": "one"}.get(entropy.reduction)
+        normalisers = {"mean": Normaliser.elements, "sum": Normaliser.one}
         if self.use_ignore_label:
-            normaliser = "voxels" if entropy.reduction == "none" else None
+            normalisers = {"none": Normaliser.voxels}
+        normaliser = normalisers.get(entropy.reduction)
         positive = entropy.pos_weight
         if positive is not None and positive.numel() != 1:
             # PyTorch broadcasts: a weight a channel has the spatial axes, of length 1.
@@ -642,9 +628,10 @@ class DC_and_BCE_loss(_Compound):
             return None
         if positive is not None:
             positive = positive.reshape(-1).expand(input.shape[1])
-        return Likelihood("sigmoid", 1.0, 1.0, normaliser, on_weight=positive)
+        return Likelihood(Activation.sigmoid, 1.0, 1.0, normaliser, on_weight=positive)
 
 
+@declared
 class DC_and_topk_loss(_LabelCompound):
     """nnU-Net's DC_and_topk_loss: Dice, and the cross-entropy of the worst voxels.
 
@@ -660,22 +647,13 @@ class DC_and_topk_loss(_LabelCompound):
         tensor(0.0265)
     """
 
-    def __init__(
-        self,
-        soft_dice_kwargs: dict[str, Any],
-        ce_kwargs: dict[str, Any],
-        weight_ce: float = 1,
-        weight_dice: float = 1,
-        ignore_label: int | None = None,
-    ) -> None:
-        super().__init__()
-        if ignore_label is not None:
-            ce_kwargs["ignore_index"] = ignore_label
-        self.weight_dice = weight_dice
-        self.weight_ce = weight_ce
-        self.ignore_label = ignore_label
-        self.ce = TopKLoss(**ce_kwargs)
-        self.dc = SoftDiceLoss(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
+    soft_dice_kwargs: dict[str, Any]
+    ce_kwargs: dict[str, Any]
+    weight_ce: float = 1
+    weight_dice: float = 1
+    ignore_label: int | None = None
+
+    _entropy = TopKLoss
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits (b, c, x, y(, z)) and labels (b, 1, x, y(, z))."""

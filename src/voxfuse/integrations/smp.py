@@ -29,20 +29,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from voxfuse.integrations._fused import (
+from voxfuse.contract import Absent, Activation, Normaliser, Overlap, RatioOptions, Reduction
+from voxfuse.integrations.lowering import (
     LabelError,
-    Likelihood,
-    Ratio,
     Voxels,
     from_sums,
     fused_loss,
     ignored,
     is_binary,
     plain,
+    ratio_of,
     readable,
     sums,
 )
+from voxfuse.losses.declared import Declared, declared
 from voxfuse.losses.functional import lovasz_hinge_loss, lovasz_softmax_loss
+from voxfuse.losses.plan import Likelihood
 
 __all__ = ["DiceLoss", "FocalLoss", "JaccardLoss", "LovaszLoss", "TverskyLoss"]
 
@@ -85,34 +87,33 @@ def _excluding(target: Tensor, ignore_index: int | None) -> tuple[Tensor | None,
     return None, ignore_index
 
 
-class _OverlapLoss(_Loss):
+class _Moded(Declared, _Loss):
+    mode: str
+    ignore_index: int | None = None
+
+    def set_up(self, *args: Any, **options: Any) -> None:
+        assert options["mode"] in MODES
+        self.reduction = "mean"
+        super().set_up(**options)
+
+
+class _OverlapLoss(_Moded):
     """Tversky, Dice and Jaccard, pooled over the batch, with min(p, g) for p g as in smp."""
 
     alpha: float = 0.5
     beta: float = 0.5
-    ignore_index: int | None = None
+    classes: Any
+    log_loss: bool
+    from_logits: bool
+    smooth: float
+    eps: float
 
-    def __init__(
-        self,
-        mode: str,
-        classes: list[int] | None,
-        log_loss: bool,
-        from_logits: bool,
-        smooth: float,
-        eps: float,
-    ) -> None:
-        assert mode in MODES
-        super().__init__()
-        self.mode = mode
-        if classes is not None:
-            assert mode != BINARY_MODE, "Masking classes is not supported with mode=binary"
-            if isinstance(classes, (list, tuple, np.ndarray, Tensor)):
-                classes = torch.as_tensor(classes).to(torch.long)  # type: ignore[assignment]
-        self.classes = classes
-        self.from_logits = from_logits
-        self.smooth = smooth
-        self.eps = eps
-        self.log_loss = log_loss
+    def set_up(self, *args: Any, **options: Any) -> None:
+        super().set_up(**options)
+        if self.classes is not None:
+            assert self.mode != BINARY_MODE, "Masking classes is not supported with mode=binary"
+            if isinstance(self.classes, (list, tuple, np.ndarray, Tensor)):
+                self.classes = torch.as_tensor(self.classes).to(torch.long)
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss.
@@ -124,10 +125,11 @@ class _OverlapLoss(_Loss):
         assert y_true.size(0) == y_pred.size(0)
         y_pred, y_true = _predictions(y_pred), plain(y_true)
         _check_layout(y_pred, y_true, self.mode != MULTICLASS_MODE)
-        activation = "none"
+        multiclass = self.mode == MULTICLASS_MODE
+        activation = Activation.none
         if self.from_logits:
-            activation = "softmax" if self.mode == MULTICLASS_MODE else "sigmoid"
-        if self.mode == MULTICLASS_MODE:
+            activation = Activation.softmax if multiclass else Activation.sigmoid
+        if multiclass:
             return self._aggregate(self._multiclass(y_pred, y_true, activation))
         samples, channels = y_pred.shape[0], y_pred.shape[1] if self.mode != BINARY_MODE else 1
         input = y_pred.reshape(samples, channels, -1)
@@ -135,19 +137,19 @@ class _OverlapLoss(_Loss):
         input = self._aligned(input, target)
         return self._aggregate(self._channels(input, target, activation))
 
-    def _multiclass(self, y_pred: Tensor, y_true: Tensor, activation: str) -> Tensor:
+    def _multiclass(self, y_pred: Tensor, y_true: Tensor, activation: int) -> Tensor:
         samples, classes = y_pred.shape[:2]
         input = y_pred.unsqueeze(-1) if y_pred.ndim == 2 else y_pred.flatten(2)
         labels = y_true.reshape(samples, -1)
         input = self._aligned(input, labels.unsqueeze(1))
         if classes == 1:
             return self._one_class(input, labels, activation)
-        voxels = Voxels(input, labels, None, activation, "min", self.ignore_index)
-        return fused_loss(voxels, self._ratio(classes))
+        voxels = Voxels(input, labels, None, activation, Overlap.min, self.ignore_index)
+        return fused_loss(voxels, self._ratio(), class_weight=self._shares(classes))
 
-    def _one_class(self, input: Tensor, labels: Tensor, activation: str) -> Tensor:
+    def _one_class(self, input: Tensor, labels: Tensor, activation: int) -> Tensor:
         """A softmax over one class is 1 everywhere."""
-        if activation == "softmax":
+        if activation == Activation.softmax:
             input = input.softmax(1)
         valid = None if self.ignore_index is None else labels != self.ignore_index
         foreground = labels == 0
@@ -155,28 +157,29 @@ class _OverlapLoss(_Loss):
             wrong = ~foreground if valid is None else ~foreground & valid
             if bool(wrong.any()):
                 raise LabelError(f"target: label {int(labels[wrong][0])} is outside [0, 1)")
-        voxels = Voxels(input, foreground.unsqueeze(1), valid, "none", "min")
-        return fused_loss(voxels, self._ratio(1))
+        voxels = Voxels(input, foreground.unsqueeze(1), valid, Activation.none, Overlap.min)
+        return fused_loss(voxels, self._ratio(), class_weight=self._shares(1))
 
-    def _channels(self, input: Tensor, target: Tensor, activation: str) -> Tensor:
+    def _channels(self, input: Tensor, target: Tensor, activation: int) -> Tensor:
         """(N, C, V) predictions and targets, every channel with its own ignored voxels."""
         samples, channels, count = input.shape
-        ratio = self._ratio(channels)
+        ratio, shares = self._ratio(), self._shares(channels)
         read_as_is = target.dtype in (torch.bool, torch.uint8) or target.is_floating_point()
         if channels > 1 and self.ignore_index is None and read_as_is:
-            return fused_loss(Voxels(input, target, None, activation, "min"), ratio)
+            voxels = Voxels(input, target, None, activation, Overlap.min)
+            return fused_loss(voxels, ratio, class_weight=shares)
         rows = (samples * channels, 1, count)
         weight, ignore_index = _excluding(target, self.ignore_index)
         if weight is not None:
             weight = weight.reshape(rows)
         voxels = Voxels(
-            input.reshape(rows), target.reshape(rows), weight, activation, "min", ignore_index
+            input.reshape(rows), target.reshape(rows), weight, activation, Overlap.min, ignore_index
         )
         if channels == 1:
-            return fused_loss(voxels, ratio)
+            return fused_loss(voxels, ratio, class_weight=shares)
         stats = sums(voxels, full=False)
         pooled = stats.reshape(samples, channels, -1)
-        return from_sums(pooled, Voxels(input, target), ratio, None)
+        return from_sums(pooled, Voxels(input, target), ratio, None, shares)
 
     def _aligned(self, input: Tensor, target: Tensor) -> Tensor:
         """The predictions of the target's size, which smp's mask may broadcast."""
@@ -186,32 +189,33 @@ class _OverlapLoss(_Loss):
         assert input.shape[::2] == target.shape[::2]
         return input
 
-    def _ratio(self, channels: int) -> Ratio:
-        weight, reduction = None, "mean"
-        if isinstance(self.classes, Tensor):
-            # loss[classes].mean(), where a class may be chosen twice.
-            chosen = self.classes.cpu()
-            weight = torch.zeros(channels, dtype=torch.float64)
-            share = torch.full(chosen.shape, 1 / max(chosen.numel(), 1), dtype=torch.float64)
-            weight = weight.index_put((chosen,), share, accumulate=True)
-            reduction = "sum"
-        return Ratio(
+    def _ratio(self) -> RatioOptions:
+        return ratio_of(
             (1.0,),
             (1.0, float(self.alpha), float(self.beta)),
             float(self.smooth),
             float(self.smooth),
             float(self.eps),
-            self.log_loss,
-            weight,
+            log=bool(self.log_loss),
             batch=True,
-            absent="zero",
-            reduction=reduction,
+            absent=Absent.zero,
+            reduction=Reduction.sum if isinstance(self.classes, Tensor) else Reduction.mean,
         )
+
+    def _shares(self, channels: int) -> Tensor | None:
+        """The weights that make a sum ``loss[classes].mean()``; a class may be chosen twice."""
+        if not isinstance(self.classes, Tensor):
+            return None
+        chosen = self.classes.cpu()
+        weight = torch.zeros(channels, dtype=torch.float64)
+        share = torch.full(chosen.shape, 1 / max(chosen.numel(), 1), dtype=torch.float64)
+        return weight.index_put((chosen,), share, accumulate=True)
 
     def _aggregate(self, loss: Tensor) -> Tensor:
         return loss
 
 
+@declared
 class DiceLoss(_OverlapLoss):
     r"""smp's DiceLoss in one pass over the voxels.
 
@@ -229,20 +233,16 @@ class DiceLoss(_OverlapLoss):
         tensor(0.3333)
     """
 
-    def __init__(
-        self,
-        mode: str,
-        classes: list[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        ignore_index: int | None = None,
-        eps: float = 1e-7,
-    ) -> None:
-        super().__init__(mode, classes, log_loss, from_logits, smooth, eps)
-        self.ignore_index = ignore_index
+    mode: str
+    classes: list[int] | None = None
+    log_loss: bool = False
+    from_logits: bool = True
+    smooth: float = 0.0
+    ignore_index: int | None = None
+    eps: float = 1e-7
 
 
+@declared
 class TverskyLoss(DiceLoss):
     r"""smp's TverskyLoss in one pass over the voxels: :class:`DiceLoss` with alpha and beta.
 
@@ -258,24 +258,16 @@ class TverskyLoss(DiceLoss):
         tensor(0.4118)
     """
 
-    def __init__(
-        self,
-        mode: str,
-        classes: list[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        ignore_index: int | None = None,
-        eps: float = 1e-7,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
-    ) -> None:
-        assert mode in MODES
-        super().__init__(mode, classes, log_loss, from_logits, smooth, ignore_index, eps)
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
+    mode: str
+    classes: list[int] | None = None
+    log_loss: bool = False
+    from_logits: bool = True
+    smooth: float = 0.0
+    ignore_index: int | None = None
+    eps: float = 1e-7
+    alpha: float = 0.5
+    beta: float = 0.5
+    gamma: float = 1.0
 
     def _aggregate(self, loss: Tensor) -> Tensor:
         if self.gamma == 1:
@@ -285,6 +277,7 @@ class TverskyLoss(DiceLoss):
         return result
 
 
+@declared
 class JaccardLoss(_OverlapLoss):
     """smp's JaccardLoss in one pass over the voxels: :class:`TverskyLoss` with alpha = beta = 1.
 
@@ -298,19 +291,16 @@ class JaccardLoss(_OverlapLoss):
     alpha = 1.0
     beta = 1.0
 
-    def __init__(
-        self,
-        mode: str,
-        classes: list[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        eps: float = 1e-7,
-    ) -> None:
-        super().__init__(mode, classes, log_loss, from_logits, smooth, eps)
+    mode: str
+    classes: list[int] | None = None
+    log_loss: bool = False
+    from_logits: bool = True
+    smooth: float = 0.0
+    eps: float = 1e-7
 
 
-class FocalLoss(_Loss):
+@declared
+class FocalLoss(_Moded):
     r"""smp's FocalLoss in one pass over the voxels.
 
     .. math::
@@ -329,25 +319,13 @@ class FocalLoss(_Loss):
         tensor(0.1733)
     """
 
-    def __init__(
-        self,
-        mode: str,
-        alpha: float | None = None,
-        gamma: float | None = 2.0,
-        ignore_index: int | None = None,
-        reduction: str | None = "mean",
-        normalized: bool = False,
-        reduced_threshold: float | None = None,
-    ) -> None:
-        assert mode in MODES
-        super().__init__()
-        self.mode = mode
-        self.ignore_index = ignore_index
-        self.alpha = alpha
-        self.gamma = gamma
-        self.reduction: Any = reduction
-        self.normalized = normalized
-        self.reduced_threshold = reduced_threshold
+    mode: str
+    alpha: float | None = None
+    gamma: float | None = 2.0
+    ignore_index: int | None = None
+    reduction: Any = "mean"
+    normalized: bool = False
+    reduced_threshold: float | None = None
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
@@ -362,7 +340,7 @@ class FocalLoss(_Loss):
         linear = self.gamma == 0 and self.alpha is None
         if not self._fused() or not (linear or is_binary(target, self.ignore_index)):
             return self._composed(input.reshape(-1), target.reshape(-1))
-        voxels = Voxels(input, target, weight, "sigmoid", ignore_index=ignore_index)
+        voxels = Voxels(input, target, weight, Activation.sigmoid, ignore_index=ignore_index)
         return fused_loss(voxels, None, self._likelihood())
 
     def _multiclass(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
@@ -379,7 +357,7 @@ class FocalLoss(_Loss):
             target = y_true == 0
             weight = None if ignore_index is None else y_true != ignore_index
             ignore_index = None
-        voxels = Voxels(y_pred, target, weight, "sigmoid", ignore_index=ignore_index)
+        voxels = Voxels(y_pred, target, weight, Activation.sigmoid, ignore_index=ignore_index)
         try:
             return fused_loss(voxels, None, self._likelihood())
         except LabelError:  # to smp a voxel that is of no class
@@ -407,8 +385,8 @@ class FocalLoss(_Loss):
     def _likelihood(self) -> Likelihood:
         assert self.gamma is not None
         on, off = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
-        normaliser = "voxels" if self.reduction == "mean" else "one"
-        return Likelihood("sigmoid", on, off, normaliser, self.gamma)
+        normaliser = Normaliser.voxels if self.reduction == "mean" else Normaliser.one
+        return Likelihood(Activation.sigmoid, on, off, normaliser, self.gamma)
 
     def _class_by_class(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         kept = None if self.ignore_index is None else y_true != self.ignore_index
@@ -454,7 +432,8 @@ class FocalLoss(_Loss):
         return result
 
 
-class LovaszLoss(_Loss):
+@declared
+class LovaszLoss(_Moded):
     """smp's LovaszLoss: the Lovász hinge, or the Lovász softmax of the classes present.
 
     One class is sorted at a time; see :class:`voxfuse.LovaszLoss`. ``from_logits`` changes nothing,
@@ -467,18 +446,10 @@ class LovaszLoss(_Loss):
         tensor(1.)
     """
 
-    def __init__(
-        self,
-        mode: str,
-        per_image: bool = False,
-        ignore_index: int | None = None,
-        from_logits: bool = True,
-    ) -> None:
-        assert mode in MODES
-        super().__init__()
-        self.mode = mode
-        self.ignore_index = ignore_index
-        self.per_image = per_image
+    mode: str
+    per_image: bool = False
+    ignore_index: int | None = None
+    from_logits: bool = True
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""

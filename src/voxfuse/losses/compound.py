@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
-from voxfuse.losses import _recipe
-from voxfuse.losses._module import LossModule
-from voxfuse.losses._options import WEIGHT_NAMES
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from voxfuse.losses._options import CompoundOptions
+from voxfuse.losses.declared import declared
+from voxfuse.losses.module import OverlapLoss
+from voxfuse.losses.options import ClassWeights, exponent, likelihood_options, number
+from voxfuse.losses.overlap import Coefficients, dice_coefficients, tversky_coefficients
+from voxfuse.losses.plan import Recipe, overlap_recipe
 
 
-class TverskyCELoss(LossModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class CompoundLoss(OverlapLoss):
+    """A loss with a ratio of sums and a log-likelihood."""
+
+    likelihood_weight: ClassWeights = None
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class BinaryCompoundLoss(CompoundLoss):
+    """One whose likelihood may be of every class on its own."""
+
+    pos_weight: ClassWeights = None
+
+
+def _with_cross_entropy(
+    options: Any, coefficients: Coefficients, scale: float, power: float = 1.0
+) -> Recipe:
+    part = likelihood_options(
+        options.ce_activation or options.activation,
+        scale=number("lambda_ce", options.lambda_ce),
+        label_smoothing=options.label_smoothing,
+        reduction=options.reduction,
+    )
+    return overlap_recipe(options, *coefficients, power, scale=scale, likelihood=part)
+
+
+def _with_focal(
+    options: Any, coefficients: Coefficients, scale: float, power: float = 1.0
+) -> Recipe:
+    part = likelihood_options(
+        options.focal_activation or options.activation,
+        scale=number("lambda_focal", options.lambda_focal),
+        gamma=number("focal_gamma", options.focal_gamma),
+        alpha=options.focal_alpha,
+        include_background=options.include_background,
+        mean="elements",
+        reduction=options.reduction,
+    )
+    return overlap_recipe(options, *coefficients, power, scale=scale, likelihood=part)
+
+
+@declared
+class TverskyCELoss(BinaryCompoundLoss):
     r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_ce`` x :class:`CrossEntropyLoss`.
 
     No peer has this sum. The defaults equal ``monai.losses.DiceCELoss(softmax=True,
@@ -38,34 +78,25 @@ class TverskyCELoss(LossModule):
         TverskyCELoss(alpha=0.3, beta=0.7, lambda_tversky=1.0, lambda_ce=0.5)
     """
 
-    recipe_from = staticmethod(_recipe.tversky_ce)
+    alpha: float = 0.5
+    beta: float = 0.5
+    gamma: float = 1.0
+    lambda_tversky: float = 1.0
+    lambda_ce: float = 1.0
+    label_smoothing: float = 0.0
+    ce_activation: str | None = None
+
     shown = ("alpha", "beta", "lambda_tversky", "lambda_ce")
-    weight_names = WEIGHT_NAMES
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
-        lambda_tversky: float = 1.0,
-        lambda_ce: float = 1.0,
-        label_smoothing: float = 0.0,
-        ce_activation: str | None = None,
-        **options: Unpack[CompoundOptions],
-    ) -> None:
-        super().__init__(
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            lambda_tversky=lambda_tversky,
-            lambda_ce=lambda_ce,
-            label_smoothing=label_smoothing,
-            ce_activation=ce_activation,
-            **options,
-        )
+    def make_recipe(self) -> Recipe:
+        coefficients = tversky_coefficients(self.alpha, self.beta)
+        power = exponent("gamma", self.gamma)
+        scale = number("lambda_tversky", self.lambda_tversky)
+        return _with_cross_entropy(self, coefficients, scale, power)
 
 
-class DiceCELoss(LossModule):
+@declared
+class DiceCELoss(BinaryCompoundLoss):
     r"""``lambda_dice`` x :class:`DiceLoss` + ``lambda_ce`` x :class:`CrossEntropyLoss`.
 
     The defaults equal ``monai.losses.DiceCELoss(softmax=True, to_onehot_y=True)``; for its other
@@ -86,30 +117,21 @@ class DiceCELoss(LossModule):
         tensor(1.0265)
     """
 
-    recipe_from = staticmethod(_recipe.dice_ce)
+    lambda_dice: float = 1.0
+    lambda_ce: float = 1.0
+    squared: bool = False
+    label_smoothing: float = 0.0
+    ce_activation: str | None = None
+
     shown = ("lambda_dice", "lambda_ce")
-    weight_names = WEIGHT_NAMES
 
-    def __init__(
-        self,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        squared: bool = False,
-        label_smoothing: float = 0.0,
-        ce_activation: str | None = None,
-        **options: Unpack[CompoundOptions],
-    ) -> None:
-        super().__init__(
-            lambda_dice=lambda_dice,
-            lambda_ce=lambda_ce,
-            squared=squared,
-            label_smoothing=label_smoothing,
-            ce_activation=ce_activation,
-            **options,
-        )
+    def make_recipe(self) -> Recipe:
+        scale = number("lambda_dice", self.lambda_dice)
+        return _with_cross_entropy(self, dice_coefficients(self.squared), scale)
 
 
-class TverskyFocalLoss(LossModule):
+@declared
+class TverskyFocalLoss(BinaryCompoundLoss):
     r"""``lambda_tversky`` x :class:`TverskyLoss` + ``lambda_focal`` x :class:`FocalLoss`.
 
     No peer has this sum. With ``focal_activation="sigmoid"`` the other defaults equal
@@ -130,36 +152,26 @@ class TverskyFocalLoss(LossModule):
         TverskyFocalLoss(alpha=0.5, beta=0.5, focal_gamma=2.0, lambda_tversky=1.0, lambda_focal=1.0)
     """
 
-    recipe_from = staticmethod(_recipe.tversky_focal)
+    alpha: float = 0.5
+    beta: float = 0.5
+    gamma: float = 1.0
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = None
+    lambda_tversky: float = 1.0
+    lambda_focal: float = 1.0
+    focal_activation: str | None = None
+
     shown = ("alpha", "beta", "focal_gamma", "lambda_tversky", "lambda_focal")
-    weight_names = WEIGHT_NAMES
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
-        focal_gamma: float = 2.0,
-        focal_alpha: float | None = None,
-        lambda_tversky: float = 1.0,
-        lambda_focal: float = 1.0,
-        focal_activation: str | None = None,
-        **options: Unpack[CompoundOptions],
-    ) -> None:
-        super().__init__(
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            focal_gamma=focal_gamma,
-            focal_alpha=focal_alpha,
-            lambda_tversky=lambda_tversky,
-            lambda_focal=lambda_focal,
-            focal_activation=focal_activation,
-            **options,
-        )
+    def make_recipe(self) -> Recipe:
+        coefficients = tversky_coefficients(self.alpha, self.beta)
+        power = exponent("gamma", self.gamma)
+        scale = number("lambda_tversky", self.lambda_tversky)
+        return _with_focal(self, coefficients, scale, power)
 
 
-class DiceFocalLoss(LossModule):
+@declared
+class DiceFocalLoss(BinaryCompoundLoss):
     r"""``lambda_dice`` x :class:`DiceLoss` + ``lambda_focal`` x :class:`FocalLoss`.
 
     With ``focal_activation="sigmoid"`` it equals ``monai.losses.DiceFocalLoss(softmax=True,
@@ -177,32 +189,22 @@ class DiceFocalLoss(LossModule):
         DiceFocalLoss(focal_gamma=2.0, lambda_dice=1.0, lambda_focal=1.0)
     """
 
-    recipe_from = staticmethod(_recipe.dice_focal)
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = None
+    lambda_dice: float = 1.0
+    lambda_focal: float = 1.0
+    squared: bool = False
+    focal_activation: str | None = None
+
     shown = ("focal_gamma", "lambda_dice", "lambda_focal")
-    weight_names = WEIGHT_NAMES
 
-    def __init__(
-        self,
-        focal_gamma: float = 2.0,
-        focal_alpha: float | None = None,
-        lambda_dice: float = 1.0,
-        lambda_focal: float = 1.0,
-        squared: bool = False,
-        focal_activation: str | None = None,
-        **options: Unpack[CompoundOptions],
-    ) -> None:
-        super().__init__(
-            focal_gamma=focal_gamma,
-            focal_alpha=focal_alpha,
-            lambda_dice=lambda_dice,
-            lambda_focal=lambda_focal,
-            squared=squared,
-            focal_activation=focal_activation,
-            **options,
-        )
+    def make_recipe(self) -> Recipe:
+        scale = number("lambda_dice", self.lambda_dice)
+        return _with_focal(self, dice_coefficients(self.squared), scale)
 
 
-class UnifiedFocalLoss(LossModule):
+@declared
+class UnifiedFocalLoss(CompoundLoss):
     r"""Unified focal loss, symmetric or asymmetric (Yeung et al. 2022, arXiv 2102.04525).
 
     .. math::
@@ -236,16 +238,38 @@ class UnifiedFocalLoss(LossModule):
         UnifiedFocalLoss(balance=0.5, delta=0.6, gamma=0.5)
     """
 
-    recipe_from = staticmethod(_recipe.unified_focal)
-    shown = ("balance", "delta", "gamma")
-    weight_names = WEIGHT_NAMES[:2]
+    balance: float = 0.5
+    delta: float = 0.6
+    gamma: float = 0.5
+    symmetric: bool = True
 
-    def __init__(
-        self,
-        balance: float = 0.5,
-        delta: float = 0.6,
-        gamma: float = 0.5,
-        symmetric: bool = True,
-        **options: Unpack[CompoundOptions],
-    ) -> None:
-        super().__init__(balance=balance, delta=delta, gamma=gamma, symmetric=symmetric, **options)
+    shown = ("balance", "delta", "gamma")
+
+    def make_recipe(self) -> Recipe:
+        balance = number("balance", self.balance, 0.0, 1.0)
+        delta = number("delta", self.delta, 0.0, 1.0)
+        gamma = number("gamma", self.gamma)
+        if gamma >= 1:
+            raise ValueError(f"gamma: got {gamma}, expected a number in [0, 1)")
+        if not self.symmetric and self.activation == "sigmoid":
+            raise ValueError("symmetric: False needs one softmax over background and foreground")
+        part = likelihood_options(
+            self.activation,
+            scale=balance,
+            gamma=gamma,
+            alpha=delta,
+            include_background=self.include_background,
+            mean="voxels",
+            reduction=self.reduction,
+            # The background alone is suppressed in the likelihood, the foreground alone enhanced
+            # in the overlap.
+            focal_classes=None if self.symmetric else 1,
+        )
+        return overlap_recipe(
+            self,
+            *tversky_coefficients(1 - delta, delta),
+            1 - gamma,
+            exponent_from=0 if self.symmetric else 1,
+            scale=1 - balance,
+            likelihood=part,
+        )

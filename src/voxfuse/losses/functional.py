@@ -13,7 +13,6 @@ from typing import Any, ParamSpec, Protocol
 
 from torch import Tensor, nn
 
-from voxfuse.losses._module import with_keywords
 from voxfuse.losses.compound import (
     DiceCELoss,
     DiceFocalLoss,
@@ -23,6 +22,7 @@ from voxfuse.losses.compound import (
 )
 from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
 from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
+from voxfuse.losses.options import WEIGHT_NAMES
 from voxfuse.losses.overlap import (
     DiceLoss,
     FBetaLoss,
@@ -69,21 +69,34 @@ class LossFunction(Protocol[Options]):
     ) -> Tensor: ...
 
 
+class Given:
+    """The options of one call as attributes. (A compiler cannot trace that a module is made.)"""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.__dict__.update(options)
+
+
 def function_of(
     module: Callable[Options, nn.Module], name: str, formula: str
 ) -> LossFunction[Options]:
     """The loss that ``module`` declares as the function ``name``, with the same options."""
     kind: Any = module
+    defaults = {**dict.fromkeys(WEIGHT_NAMES), **kind.defaults}
 
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
-        result: Tensor = kind.of(input, target, weight, **options)
+    def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **given: Any) -> Tensor:
+        for key in given:
+            if key not in kind.defaults:
+                raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+        result: Tensor = kind.of(Given({**defaults, **given}), input, target, weight)
         return result
 
-    defaults = {x.name: x.default for x in inspect.signature(kind).parameters.values()}
-    signature: Any = with_keywords(inspect.signature(loss), defaults)
+    own = inspect.signature(loss)
+    tensors = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(kind).parameters.values()]
     first, blank, example = formula.partition("\n\n")
     loss.__name__ = loss.__qualname__ = name
     loss.__doc__ = f"{first}; see :class:`voxfuse.{kind.__name__}`.{blank}{example}"
+    signature = own.replace(parameters=[*tensors, *keywords])
     loss.__signature__ = signature  # type: ignore[attr-defined]
     return loss  # type: ignore[return-value]
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from voxfuse.losses._engine import loss_of_sums, operators_of, weights_of
-from voxfuse.losses._module import LossModule
-from voxfuse.losses._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
+from voxfuse.losses.engine import call_of, loss_of_call, reraise
+from voxfuse.losses.module import LossModule
 from voxfuse.losses.overlap import TverskyLoss
+from voxfuse.losses.ranks import ranks_of
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from voxfuse.losses._options import CompoundOptions, OverlapOptions
 
 
 def head_loss(
@@ -80,18 +75,9 @@ def head_loss(
     )
     classes = weight.shape[0]
     dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
-    plan = recipe.plan(classes, dense)
     group = loss.process_group
     ranks = None if group is None else ranks_of(group, loss.ddp_average)
-    weights = weights_of(
-        recipe,
-        classes,
-        features.device,
-        loss.class_weight,
-        loss.likelihood_weight,
-        loss.pos_weight,
-    )
-    operators = operators_of(loss.backend, features.device)
+    call = call_of(recipe, features, classes, dense, loss, ranks)
     confusion = _registry.namespace_of(loss.backend, features.device).head_confusion
     try:
         sums = confusion(
@@ -100,15 +86,13 @@ def head_loss(
             bias,
             target,
             voxel_weight,
-            *plan.confusion,
-            chunk_bytes,
-            plan.focal_classes,
+            **call.plan.confusion._asdict(),
+            full=call.plan.full,
+            chunk_bytes=chunk_bytes,
         )
-        return loss_of_sums(operators, plan, sums, weights, ranks, features.dtype == torch.float64)
+        return loss_of_call(call, sums, features.dtype == torch.float64)
     except RuntimeError as error:
-        if torch.compiler.is_compiling():
-            raise
-        _checks.reraise(error)
+        reraise(error)
 
 
 def _of_sums(loss: object) -> LossModule:
@@ -182,7 +166,7 @@ class HeadTverskyLoss(HeadLoss):
         gamma: float = 1.0,
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        **options: Unpack[OverlapOptions],
+        **options: Any,
     ) -> None:
         super().__init__(TverskyLoss(alpha, beta, gamma, **options), chunk_bytes)
 
@@ -209,7 +193,7 @@ class HeadDiceCELoss(HeadLoss):
         lambda_ce: float = 1.0,
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        **options: Unpack[CompoundOptions],
+        **options: Any,
     ) -> None:
         super().__init__(DiceCELoss(lambda_dice, lambda_ce, **options), chunk_bytes)
 

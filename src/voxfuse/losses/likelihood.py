@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import field
 
-from voxfuse.losses import _recipe
-from voxfuse.losses._module import LossModule
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from voxfuse.losses._options import BinaryOptions, CallOptions
+from voxfuse.losses.declared import declared
+from voxfuse.losses.module import LossModule
+from voxfuse.losses.options import ClassWeights, likelihood_options, number
+from voxfuse.losses.plan import Recipe, likelihood_recipe
 
 
+@declared
 class CrossEntropyLoss(LossModule):
     r"""Cross-entropy over voxels, with the weighted mean of ``torch.nn.CrossEntropyLoss``.
 
@@ -40,27 +38,23 @@ class CrossEntropyLoss(LossModule):
         tensor(1.3863)
     """
 
-    recipe_from = staticmethod(_recipe.cross_entropy)
+    activation: str = "softmax"
+    label_smoothing: float = 0.0
+    include_background: bool = True
+    reduction: str = "mean"
+    ignore_index: int | None = None
 
-    def __init__(
-        self,
-        activation: str = "softmax",
-        label_smoothing: float = 0.0,
-        include_background: bool = True,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        **options: Unpack[CallOptions],
-    ) -> None:
-        super().__init__(
-            activation=activation,
-            label_smoothing=label_smoothing,
-            include_background=include_background,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            **options,
+    def make_recipe(self) -> Recipe:
+        part = likelihood_options(
+            self.activation,
+            label_smoothing=self.label_smoothing,
+            include_background=self.include_background,
+            reduction=self.reduction,
         )
+        return likelihood_recipe(part, self.ignore_index)
 
 
+@declared
 class BCELoss(LossModule):
     r"""Binary cross-entropy of every class on its own (sigmoid of the logits).
 
@@ -86,24 +80,19 @@ class BCELoss(LossModule):
         tensor(0.6931)
     """
 
-    recipe_from = staticmethod(_recipe.binary_cross_entropy)
-    weight_names = ("class_weight", "pos_weight")
+    include_background: bool = True
+    reduction: str = "mean"
+    ignore_index: int | None = None
+    pos_weight: ClassWeights = field(default=None, kw_only=True)
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        **options: Unpack[BinaryOptions],
-    ) -> None:
-        super().__init__(
-            include_background=include_background,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            **options,
+    def make_recipe(self) -> Recipe:
+        part = likelihood_options(
+            "sigmoid", include_background=self.include_background, reduction=self.reduction
         )
+        return likelihood_recipe(part, self.ignore_index)
 
 
+@declared
 class FocalLoss(LossModule):
     r"""Focal loss (Lin et al. 2017, arXiv 1708.02002).
 
@@ -134,30 +123,28 @@ class FocalLoss(LossModule):
         FocalLoss(gamma=2.0, alpha=0.25)
     """
 
-    recipe_from = staticmethod(_recipe.focal)
+    gamma: float = 2.0
+    alpha: float | None = None
+    activation: str = "softmax"
+    include_background: bool = True
+    reduction: str = "mean"
+    ignore_index: int | None = None
+
     shown = ("gamma",)
 
-    def __init__(
-        self,
-        gamma: float = 2.0,
-        alpha: float | None = None,
-        activation: str = "softmax",
-        include_background: bool = True,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        **options: Unpack[CallOptions],
-    ) -> None:
-        super().__init__(
-            gamma=gamma,
-            alpha=alpha,
-            activation=activation,
-            include_background=include_background,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            **options,
+    def make_recipe(self) -> Recipe:
+        part = likelihood_options(
+            self.activation,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            include_background=self.include_background,
+            mean="elements",
+            reduction=self.reduction,
         )
+        return likelihood_recipe(part, self.ignore_index)
 
 
+@declared
 class TopKLoss(LossModule):
     r"""Cross-entropy over the worst ``k`` percent of the voxels (nnU-Net's TopKLoss).
 
@@ -186,23 +173,23 @@ class TopKLoss(LossModule):
         tensor(0.6931)
     """
 
-    recipe_from = staticmethod(_recipe.top_k)
+    k: float = 10.0
+    activation: str = "softmax"
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    ignore_index: int | None = None
+
     shown = ("k",)
 
-    def __init__(
-        self,
-        k: float = 10.0,
-        activation: str = "softmax",
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        **options: Unpack[CallOptions],
-    ) -> None:
-        super().__init__(
-            k=k,
-            activation=activation,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            **options,
+    def make_recipe(self) -> Recipe:
+        percent = number("k", self.k, 0.0, 100.0)
+        if percent == 0:
+            raise ValueError(f"k: got {self.k}, expected a percentage in (0, 100]")
+        part = likelihood_options(
+            self.activation,
+            label_smoothing=self.label_smoothing,
+            mean="voxels",
+            reduction=self.reduction,
+            top_percent=percent,
         )
+        return likelihood_recipe(part, self.ignore_index)

@@ -8,16 +8,17 @@ nothing else is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from voxfuse.contract import Activation
-from voxfuse.losses._engine import ClassWeights, class_weights
-from voxfuse.losses._module import HoldsGroup
-from voxfuse.losses._ranks import Gathering, Ranks, ranks_of, refuse_tracing
-from voxfuse.losses._voxelwise import blocks, compute_dtype, flat
+from voxfuse.losses.declared import declared
+from voxfuse.losses.module import Loss
+from voxfuse.losses.plan import class_weights
+from voxfuse.losses.ranks import Gathering, Ranks, ranks_of, refuse_tracing
+from voxfuse.losses.voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
 from voxfuse.ops.soft_confusion import check_inputs, is_dense
@@ -248,20 +249,11 @@ class _Lovasz(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    activation: int,
-    hinge: bool,
-    classes: list[int],
-    present: bool,
-    per_image: bool,
-    ignore_index: int | None,
-    class_weight: Tensor | None,
-    wants_gradient: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(input, target, weight, ignore_index)
-    options = _Options(activation, hinge, classes, present, per_image, ignore_index, class_weight)
+    *given, wants_gradient = rest
+    options = _Options(*given)
+    rows = _rows(input, target, weight, options.ignore_index)
     loss, gradient = _evaluate(rows, options, None, wants_gradient)
     return loss, loss.new_empty(0) if gradient is None else gradient.reshape(input.shape)
 
@@ -309,141 +301,61 @@ def _check_classes(classes: str | Sequence[int], channels: int | None = None) ->
             )
 
 
-def _lovasz(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    activation: int,
-    hinge: bool,
-    classes: str | Sequence[int],
-    per_image: bool,
-    ignore_index: int | None,
-    class_weight: ClassWeights,
-    process_group: Any,
-    ddp_average: bool,
-    backend: str,
-) -> Tensor:
-    _checks.choice("backend", backend, _BACKENDS)
-    input = _checks.require_logits(input)
-    target = _checks.require_tensor("target", target)
-    if weight is not None:
-        weight = _checks.require_tensor("weight", weight)
-    check_inputs(input, target, weight, ignore_index)
-    channels = input.shape[1]
-    if activation == Activation.softmax and channels == 1:
-        raise ValueError(
-            "activation: a softmax over one class is constant; use 'sigmoid' for an input with one "
-            "channel"
+class _LovaszModule(Loss):
+    classes: str | Sequence[int]
+    per_image: bool
+    ignore_index: int | None
+    hinge: ClassVar[bool] = False
+
+    def validate(self) -> None:
+        _check_classes(self.classes)
+        _checks.choice("backend", self.backend, _BACKENDS)
+
+    @classmethod
+    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        activation: int = Activation.none
+        if not cls.hinge:
+            activation = _checks.choice("activation", options.activation, Activation)
+        _checks.choice("backend", options.backend, _BACKENDS)
+        input = _checks.require_logits(input)
+        target = _checks.require_tensor("target", target)
+        if weight is not None:
+            weight = _checks.require_tensor("weight", weight)
+        check_inputs(input, target, weight, options.ignore_index)
+        channels = input.shape[1]
+        if activation == Activation.softmax and channels == 1:
+            raise ValueError(
+                "activation: a softmax over one class is constant; use 'sigmoid' for an input with "
+                "one channel"
+            )
+        classes = options.classes
+        _check_classes(classes, channels)
+        call = _Options(
+            activation,
+            cls.hinge,
+            list(range(channels) if isinstance(classes, str) else classes),
+            classes == "present",
+            options.per_image,
+            options.ignore_index,
+            class_weights("class_weight", options.class_weight, channels, input.device),
         )
-    _check_classes(classes, channels)
-    options = _Options(
-        activation,
-        hinge,
-        list(range(channels) if isinstance(classes, str) else classes),
-        classes == "present",
-        per_image,
-        ignore_index,
-        class_weights("class_weight", class_weight, channels, input.device),
-    )
-    ranks = ranks_of(process_group, ddp_average)
-    transformed = _registry.functorch_active()
-    if transformed or torch.compiler.is_compiling():
-        if ranks is not None:
-            refuse_tracing()
-        wants_gradient = torch.is_grad_enabled() and (transformed or input.requires_grad)
-        operator = _registry.namespace_of("auto", input.device).lovasz
-        traced: Tensor = operator(input, target, weight, *options, wants_gradient)[0]
-        return traced
-    rows = _rows(input, target, weight, ignore_index)
-    loss: Tensor = _Lovasz.apply(input, rows, options, ranks)  # type: ignore[no-untyped-call]
-    return loss
+        ranks = ranks_of(options.process_group, options.ddp_average)
+        transformed = _registry.functorch_active()
+        if transformed or torch.compiler.is_compiling():
+            if ranks is not None:
+                refuse_tracing()
+            wants = torch.is_grad_enabled() and (transformed or input.requires_grad)
+            operator = _registry.namespace_of("auto", input.device).lovasz
+            traced: Tensor = operator(
+                input, target, weight, **call._asdict(), wants_gradient=wants
+            )[0]
+            return traced
+        rows = _rows(input, target, weight, options.ignore_index)
+        loss: Tensor = _Lovasz.apply(input, rows, call, ranks)  # type: ignore[no-untyped-call]
+        return loss
 
 
-def lovasz_softmax(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    classes: str | Sequence[int] = "present",
-    per_image: bool = False,
-    activation: str = "softmax",
-    ignore_index: int | None = None,
-    class_weight: ClassWeights = None,
-    process_group: Any = None,
-    ddp_average: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    code = _checks.choice("activation", activation, Activation)
-    how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
-    return _lovasz(input, target, weight, code, False, *how)
-
-
-def lovasz_hinge(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    classes: str | Sequence[int] = "all",
-    per_image: bool = False,
-    ignore_index: int | None = None,
-    class_weight: ClassWeights = None,
-    process_group: Any = None,
-    ddp_average: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    how = (classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend)
-    return _lovasz(input, target, weight, Activation.none, True, *how)
-
-
-class _LovaszModule(HoldsGroup):
-    """Options of both losses."""
-
-    class_weight: Tensor | None
-    #: Shown by repr in any case.
-    shown: tuple[str, ...] = ("classes", "per_image", "ignore_index")
-
-    def __init__(
-        self,
-        classes: str | Sequence[int],
-        per_image: bool,
-        ignore_index: int | None,
-        class_weight: ClassWeights,
-        process_group: Any,
-        ddp_average: bool,
-        backend: str,
-    ) -> None:
-        super().__init__()
-        _check_classes(classes)
-        _checks.choice("backend", backend, _BACKENDS)
-        if class_weight is not None and not isinstance(class_weight, Tensor):
-            class_weight = torch.as_tensor(class_weight, dtype=torch.float64)
-        self.register_buffer("class_weight", class_weight)
-        self.classes = classes
-        self.per_image = per_image
-        self.ignore_index = ignore_index
-        self.process_group = process_group
-        self.ddp_average = ddp_average
-        self.backend = backend
-
-    def _how(self) -> tuple[Any, ...]:
-        return (
-            self.ignore_index,
-            self.class_weight,
-            self.process_group,
-            self.ddp_average,
-            self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        parts = [f"{name}={getattr(self, name)!r}" for name in self.shown]
-        for name, default in (("process_group", None), ("ddp_average", False), ("backend", "auto")):
-            value = getattr(self, name)
-            if value != default:
-                parts.append(f"{name}={value!r}")
-        if self.class_weight is not None:
-            weights = [round(x, 6) for x in self.class_weight.flatten().tolist()]
-            parts.append(f"class_weight={weights}")
-        return ", ".join(parts)
-
-
+@declared
 class LovaszLoss(_LovaszModule):
     r"""Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790).
 
@@ -485,31 +397,19 @@ class LovaszLoss(_LovaszModule):
         tensor(0.1750)
     """
 
+    classes: str | Sequence[int] = "present"
+    per_image: bool = False
+    activation: str = "softmax"
+    ignore_index: int | None = None
+
     shown = ("classes", "per_image", "activation", "ignore_index")
-    of = staticmethod(lovasz_softmax)
 
-    def __init__(
-        self,
-        classes: str | Sequence[int] = "present",
-        per_image: bool = False,
-        activation: str = "softmax",
-        ignore_index: int | None = None,
-        class_weight: ClassWeights = None,
-        process_group: Any = None,
-        ddp_average: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend
-        )
-        _checks.choice("activation", activation, Activation)
-        self.activation = activation
-
-    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        how = (self.classes, self.per_image, self.activation, *self._how())
-        return lovasz_softmax(input, target, weight, *how)
+    def validate(self) -> None:
+        super().validate()
+        _checks.choice("activation", self.activation, Activation)
 
 
+@declared
 class LovaszHingeLoss(_LovaszModule):
     r"""Lovász hinge loss of every channel's own logits (Berman, Triki, Blaschko 2018).
 
@@ -528,22 +428,9 @@ class LovaszHingeLoss(_LovaszModule):
         tensor(0.)
     """
 
-    of = staticmethod(lovasz_hinge)
+    per_image: bool = False
+    ignore_index: int | None = None
+    classes: str | Sequence[int] = "all"
 
-    def __init__(
-        self,
-        per_image: bool = False,
-        ignore_index: int | None = None,
-        classes: str | Sequence[int] = "all",
-        class_weight: ClassWeights = None,
-        process_group: Any = None,
-        ddp_average: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            classes, per_image, ignore_index, class_weight, process_group, ddp_average, backend
-        )
-
-    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        how = (self.classes, self.per_image, *self._how())
-        return lovasz_hinge(input, target, weight, *how)
+    shown = ("classes", "per_image", "ignore_index")
+    hinge = True

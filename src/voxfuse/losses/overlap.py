@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import ClassVar
 
-from voxfuse.losses import _recipe
-from voxfuse.losses._module import LossModule
+from voxfuse.losses.declared import declared
+from voxfuse.losses.module import OverlapLoss
+from voxfuse.losses.options import exponent, number
+from voxfuse.losses.plan import Recipe, overlap_recipe
 
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from voxfuse.losses._options import OverlapOptions
+#: Of the sums, in the numerator and in the denominator of a ratio.
+Coefficients = tuple[Sequence[float], Sequence[float]]
 
 
-class TverskyLoss(LossModule):
+def tversky_coefficients(alpha: float, beta: float) -> Coefficients:
+    """TP / (TP + alpha FP + beta FN)."""
+    return (1.0,), (1.0, number("alpha", alpha), number("beta", beta))
+
+
+def dice_coefficients(squared: bool) -> Coefficients:
+    """2 TP over (predicted + true volume), or over the sums of squares."""
+    return (2.0,), ((0.0,) * 5 + (1.0, 1.0) if squared else (2.0, 1.0, 1.0))
+
+
+def jaccard_coefficients(squared: bool) -> Coefficients:
+    """TP over the union, or over (sums of squares - TP)."""
+    return (1.0,), ((-1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0) if squared else (1.0, 1.0, 1.0))
+
+
+@declared
+class TverskyLoss(OverlapLoss):
     r"""Tversky loss: overlap with separate prices for false positives and false negatives.
 
     With the soft counts TP, FP, FN of every sample and class (over the pooled batch with
@@ -72,20 +89,19 @@ class TverskyLoss(LossModule):
         tensor(0.7059, grad_fn=<_FusedBackward>)
     """
 
-    recipe_from = staticmethod(_recipe.tversky)
-    shown = ("alpha", "beta")
+    alpha: float = 0.5
+    beta: float = 0.5
+    gamma: float = 1.0
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
-        **options: Unpack[OverlapOptions],
-    ) -> None:
-        super().__init__(alpha=alpha, beta=beta, gamma=gamma, **options)
+    shown: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+
+    def make_recipe(self) -> Recipe:
+        coefficients = tversky_coefficients(self.alpha, self.beta)
+        return overlap_recipe(self, *coefficients, exponent("gamma", self.gamma))
 
 
-class FBetaLoss(LossModule):
+@declared
+class FBetaLoss(OverlapLoss):
     r"""One minus F_beta, the asymmetric similarity loss (Hashemi et al. 2018, arXiv 1803.11078).
 
     .. math::
@@ -105,16 +121,19 @@ class FBetaLoss(LossModule):
         FBetaLoss(beta=2.0)
     """
 
-    recipe_from = staticmethod(_recipe.fbeta)
+    beta: float = 1.5
+    gamma: float = 1.0
+
     shown = ("beta",)
 
-    def __init__(
-        self, beta: float = 1.5, gamma: float = 1.0, **options: Unpack[OverlapOptions]
-    ) -> None:
-        super().__init__(beta=beta, gamma=gamma, **options)
+    def make_recipe(self) -> Recipe:
+        square = number("beta", self.beta) ** 2
+        coefficients = tversky_coefficients(1 / (1 + square), square / (1 + square))
+        return overlap_recipe(self, *coefficients, exponent("gamma", self.gamma))
 
 
-class FocalTverskyLoss(LossModule):
+@declared
+class FocalTverskyLoss(TverskyLoss):
     r"""Focal Tversky loss :math:`(1 - TI)^\gamma` (Abraham, Khan 2018, arXiv 1810.07842).
 
     :class:`TverskyLoss` with other defaults: alpha 0.3, beta 0.7 and gamma 0.75, the exponent of
@@ -132,20 +151,15 @@ class FocalTverskyLoss(LossModule):
         FocalTverskyLoss(alpha=0.3, beta=0.7, gamma=0.75)
     """
 
-    recipe_from = staticmethod(_recipe.focal_tversky)
+    alpha: float = 0.3
+    beta: float = 0.7
+    gamma: float = 0.75
+
     shown = ("alpha", "beta", "gamma")
 
-    def __init__(
-        self,
-        alpha: float = 0.3,
-        beta: float = 0.7,
-        gamma: float = 0.75,
-        **options: Unpack[OverlapOptions],
-    ) -> None:
-        super().__init__(alpha=alpha, beta=beta, gamma=gamma, **options)
 
-
-class DiceLoss(LossModule):
+@declared
+class DiceLoss(OverlapLoss):
     r"""Soft Dice loss.
 
     .. math::
@@ -166,13 +180,14 @@ class DiceLoss(LossModule):
         tensor(0.2500)
     """
 
-    recipe_from = staticmethod(_recipe.dice)
+    squared: bool = False
 
-    def __init__(self, squared: bool = False, **options: Unpack[OverlapOptions]) -> None:
-        super().__init__(squared=squared, **options)
+    def make_recipe(self) -> Recipe:
+        return overlap_recipe(self, *dice_coefficients(self.squared))
 
 
-class JaccardLoss(LossModule):
+@declared
+class JaccardLoss(OverlapLoss):
     r"""Soft Jaccard (intersection over union) loss.
 
     .. math::
@@ -192,13 +207,14 @@ class JaccardLoss(LossModule):
         JaccardLoss(activation='sigmoid')
     """
 
-    recipe_from = staticmethod(_recipe.jaccard)
+    squared: bool = False
 
-    def __init__(self, squared: bool = False, **options: Unpack[OverlapOptions]) -> None:
-        super().__init__(squared=squared, **options)
+    def make_recipe(self) -> Recipe:
+        return overlap_recipe(self, *jaccard_coefficients(self.squared))
 
 
-class GeneralizedDiceLoss(LossModule):
+@declared
+class GeneralizedDiceLoss(OverlapLoss):
     r"""Generalised Dice loss (Sudre et al. 2017, arXiv 1707.03237).
 
     .. math::
@@ -220,8 +236,12 @@ class GeneralizedDiceLoss(LossModule):
         GeneralizedDiceLoss(class_pooling='simple')
     """
 
-    recipe_from = staticmethod(_recipe.generalized_dice)
+    class_pooling: str = "square"
+
     shown = ("class_pooling",)
 
-    def __init__(self, class_pooling: str = "square", **options: Unpack[OverlapOptions]) -> None:
-        super().__init__(class_pooling=class_pooling, **options)
+    def make_recipe(self) -> Recipe:
+        if self.class_pooling == "none":
+            raise ValueError("class_pooling: got 'none', expected 'uniform', 'simple' or 'square'")
+        coefficients = dice_coefficients(False)
+        return overlap_recipe(self, *coefficients, class_pooling=self.class_pooling)

@@ -210,9 +210,10 @@ def _transformable(
         },
     )
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
         # setup_context counts on every argument, as the dispatcher hands them over.
-        return function.apply(*args, *(x.default_value for x in arguments[len(args) :]))
+        rest = arguments[len(args) :]
+        return function.apply(*args, *(named.get(x.name, x.default_value) for x in rest))
 
     return call
 

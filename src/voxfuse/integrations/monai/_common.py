@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from voxfuse.integrations._fused import is_binary, plain
+from voxfuse.integrations.lowering import is_binary, plain, whole_labels
+from voxfuse.losses.declared import Declared
 
-Activation = Callable[[Tensor], Tensor]
+CustomActivation = Callable[[Tensor], Tensor]
 ClassWeight = Sequence[float] | float | int | Tensor | None
 
 
@@ -57,7 +58,7 @@ def reduction_of(loss: _Loss) -> str:
     return str(loss.reduction)
 
 
-def check_activation(sigmoid: bool, softmax: bool, other_act: Activation | None) -> None:
+def check_activation(sigmoid: bool, softmax: bool, other_act: CustomActivation | None) -> None:
     if other_act is not None and not callable(other_act):
         raise TypeError(f"other_act must be None or callable but is {type(other_act).__name__}.")
     if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
@@ -93,7 +94,7 @@ def as_index_labels(target: Tensor) -> Tensor:
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     shape = (labels.shape[0], classes, *labels.shape[2:])
     encoded = torch.zeros(shape, device=labels.device)
-    return encoded.scatter_(1, labels.long(), 1)
+    return encoded.scatter_(1, whole_labels(labels), 1)
 
 
 def ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
@@ -145,9 +146,10 @@ def check_pair(input: Tensor, target: Tensor) -> None:
         )
 
 
-class FusedLoss(_Loss):
+class FusedLoss(Declared, _Loss):
     """A loss of this package; ``_forward`` takes a mask of voxels to blank as well."""
 
+    class_weight: Tensor | None
     _nonnegative: tuple[int, int] | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

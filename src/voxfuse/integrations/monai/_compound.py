@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from voxfuse.integrations._fused import Likelihood, Voxels, fused_loss, plain
+from voxfuse.contract import Activation, Normaliser
+from voxfuse.integrations.lowering import (
+    Voxels,
+    fused_loss,
+    plain,
+    smoothed_cross_entropy,
+    whole_labels,
+)
 from voxfuse.integrations.monai._common import (
-    Activation,
     ClassWeight,
+    CustomActivation,
     DiceCEReduction,
     FusedLoss,
     LossReduction,
@@ -19,13 +28,18 @@ from voxfuse.integrations.monai._common import (
 )
 from voxfuse.integrations.monai._focal import FocalCase, FocalLoss
 from voxfuse.integrations.monai._overlap import Case, DiceLoss, GeneralizedDiceLoss, OverlapLoss
+from voxfuse.losses.declared import declared
+from voxfuse.losses.plan import Likelihood
 
 
-def _check_factor(name: str, value: float) -> None:
-    if value < 0.0:
-        raise ValueError(f"{name} should be no less than 0.0.")
+def _checked(factors: dict[str, float]) -> dict[str, float]:
+    for name, value in factors.items():
+        if value < 0.0:
+            raise ValueError(f"{name} should be no less than 0.0.")
+    return factors
 
 
+@declared
 class DiceCELoss(FusedLoss):
     r"""``monai.losses.DiceCELoss``: Dice and cross-entropy from one pass over the voxels.
 
@@ -40,51 +54,37 @@ class DiceCELoss(FusedLoss):
         tensor(1.0265)
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: Tensor | None = None,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        label_smoothing: float = 0.0,
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    squared_pred: bool = False
+    jaccard: bool = False
+    reduction: str = "mean"
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    weight: Tensor | None = None
+    lambda_dice: float = 1.0
+    lambda_ce: float = 1.0
+    label_smoothing: float = 0.0
+
+    def set_up(
+        self, weight: Tensor | None, label_smoothing: float, reduction: str, **options: Any
     ) -> None:
-        super().__init__()
         reduction = look_up(reduction, DiceCEReduction).value
+        factors = {name: options.pop(name) for name in ("lambda_dice", "lambda_ce")}
         dice_weight = weight
-        if weight is not None and not include_background:
+        if weight is not None and not options["include_background"]:
             dice_weight = weight[1:]
-        self.dice = DiceLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=dice_weight,
-        )
+        self.reduction = "mean"
+        self.dice = DiceLoss(reduction=reduction, weight=dice_weight, **options)
         self.cross_entropy = nn.CrossEntropyLoss(
             weight=weight, reduction=reduction, label_smoothing=label_smoothing
         )
         self.binary_cross_entropy = nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction)
-        _check_factor("lambda_dice", lambda_dice)
-        _check_factor("lambda_ce", lambda_ce)
-        self.lambda_dice = lambda_dice
-        self.lambda_ce = lambda_ce
+        super().set_up(**_checked(factors))
 
     def _takes_mask(self) -> bool:
         return self.dice._takes_mask()
@@ -111,8 +111,8 @@ class DiceCELoss(FusedLoss):
             if not usual or (weight is not None and weight.numel() != 1):
                 return None
             weight = None if weight is None else weight.reshape(1)
-            normaliser = "elements" if binary.reduction == "mean" else "one"
-            return Likelihood("sigmoid", 1.0, 1.0, normaliser, on_weight=weight)
+            normaliser = Normaliser.elements if binary.reduction == "mean" else Normaliser.one
+            return Likelihood(Activation.sigmoid, 1.0, 1.0, normaliser, on_weight=weight)
         entropy = self.cross_entropy
         weight, classes = entropy.weight, input.shape[1]
         smoothing = max(entropy.label_smoothing, 0.0)  # PyTorch takes a negative one for none
@@ -120,14 +120,9 @@ class DiceCELoss(FusedLoss):
         usual = usual and smoothing <= 1
         if not usual or (weight is not None and tuple(weight.shape) != (classes,)):
             return None
-        off = smoothing / classes
-        on = 1 - smoothing + off
-        normaliser = "one"
-        if entropy.reduction == "mean":
-            normaliser = "target" if target.shape[1] == 1 else "voxels"
-        return Likelihood(
-            "softmax", on, off, normaliser, on_weight=weight, off_weight=weight if off else None
-        )
+        by_voxel = Normaliser.target if target.shape[1] == 1 else Normaliser.voxels
+        normaliser = by_voxel if entropy.reduction == "mean" else Normaliser.one
+        return smoothed_cross_entropy(smoothing, classes, normaliser, weight)
 
     def _entropy(self, input: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy alone."""
@@ -143,7 +138,7 @@ class DiceCELoss(FusedLoss):
             module = self.binary_cross_entropy if binary else self.cross_entropy
             result: Tensor = module(input, target)
         else:
-            result = self.cross_entropy(input, target.squeeze(1).long())
+            result = self.cross_entropy(input, whole_labels(target.squeeze(1)))
         return result
 
 
@@ -173,6 +168,7 @@ def _shared(overlap: OverlapLoss, case: Case, focal: FocalCase) -> bool:
     )
 
 
+@declared
 class DiceFocalLoss(_OverlapFocalLoss):
     r"""``monai.losses.DiceFocalLoss``: Dice and focal loss from one pass over the voxels.
 
@@ -187,53 +183,36 @@ class DiceFocalLoss(_OverlapFocalLoss):
         tensor(0.5066)
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        gamma: float = 2.0,
-        weight: ClassWeight = None,
-        lambda_dice: float = 1.0,
-        lambda_focal: float = 1.0,
-        alpha: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.dice = DiceLoss(
-            include_background=include_background,
-            to_onehot_y=False,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=weight,
-        )
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    squared_pred: bool = False
+    jaccard: bool = False
+    reduction: str = "mean"
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    gamma: float = 2.0
+    weight: ClassWeight = None
+    lambda_dice: float = 1.0
+    lambda_focal: float = 1.0
+    alpha: float | None = None
+
+    def set_up(self, to_onehot_y: bool, gamma: float, alpha: float | None, **options: Any) -> None:
+        factors = {name: options.pop(name) for name in ("lambda_dice", "lambda_focal")}
+        self.reduction = "mean"
+        self.dice = DiceLoss(to_onehot_y=False, **options)
         self.focal = FocalLoss(
-            include_background=include_background,
+            include_background=options["include_background"],
             to_onehot_y=False,
             gamma=gamma,
-            weight=weight,
+            weight=options["weight"],
             alpha=alpha,
-            reduction=reduction,
+            reduction=options["reduction"],
         )
-        _check_factor("lambda_dice", lambda_dice)
-        _check_factor("lambda_focal", lambda_focal)
-        self.lambda_dice = lambda_dice
-        self.lambda_focal = lambda_focal
-        self.to_onehot_y = to_onehot_y
+        super().set_up(to_onehot_y=to_onehot_y, **_checked(factors))
 
     def _takes_mask(self) -> bool:
         return self.dice._takes_mask() and self.focal._takes_mask()
@@ -251,6 +230,7 @@ class DiceFocalLoss(_OverlapFocalLoss):
         return self._sum(self.dice, case, focal, (self.lambda_dice, self.lambda_focal))
 
 
+@declared
 class GeneralizedDiceFocalLoss(_OverlapFocalLoss):
     r"""``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the voxels.
 
@@ -266,47 +246,33 @@ class GeneralizedDiceFocalLoss(_OverlapFocalLoss):
         tensor(0.6733)
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        w_type: Weight | str = Weight.SQUARE,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        gamma: float = 2.0,
-        weight: ClassWeight = None,
-        lambda_gdl: float = 1.0,
-        lambda_focal: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.generalized_dice = GeneralizedDiceLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            w_type=w_type,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-        )
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    w_type: Weight | str = Weight.SQUARE
+    reduction: LossReduction | str = LossReduction.MEAN
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    gamma: float = 2.0
+    weight: ClassWeight = None
+    lambda_gdl: float = 1.0
+    lambda_focal: float = 1.0
+
+    def set_up(self, gamma: float, weight: ClassWeight, **options: Any) -> None:
+        factors = {name: options.pop(name) for name in ("lambda_gdl", "lambda_focal")}
+        self.reduction = "mean"
+        self.generalized_dice = GeneralizedDiceLoss(**options)
         self.focal = FocalLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
+            include_background=options["include_background"],
+            to_onehot_y=options["to_onehot_y"],
             gamma=gamma,
             weight=weight,
-            reduction=reduction,
+            reduction=options["reduction"],
         )
-        _check_factor("lambda_gdl", lambda_gdl)
-        _check_factor("lambda_focal", lambda_focal)
-        self.lambda_gdl = lambda_gdl
-        self.lambda_focal = lambda_focal
+        super().set_up(**_checked(factors))
 
     def _takes_mask(self) -> bool:
         return self.generalized_dice._takes_mask() and self.focal._takes_mask()

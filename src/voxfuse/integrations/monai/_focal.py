@@ -5,23 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxfuse.integrations._fused import (
-    NLL,
-    OFF,
-    Likelihood,
-    Voxels,
-    W,
-    fused_loss,
-    is_binary,
-    plain,
-    sums,
-)
+from voxfuse.contract import Activation, Normaliser, Sum
+from voxfuse.integrations.lowering import Voxels, fused_loss, is_binary, plain, sums
 from voxfuse.integrations.monai._common import (
     ClassWeight,
     FusedLoss,
@@ -35,6 +26,8 @@ from voxfuse.integrations.monai._common import (
     reduction_of,
     warn_ignored,
 )
+from voxfuse.losses.declared import declared
+from voxfuse.losses.plan import Likelihood
 
 
 class FocalCase(NamedTuple):
@@ -51,6 +44,7 @@ class FocalCase(NamedTuple):
     class_weight: Tensor | None
 
 
+@declared
 class FocalLoss(FusedLoss):
     r"""``monai.losses.FocalLoss`` in one pass over the voxels.
 
@@ -69,33 +63,23 @@ class FocalLoss(FusedLoss):
         tensor(0.1733)
     """
 
-    class_weight: Tensor | None
-    alpha: float | Tensor | None
+    include_background: bool = True
+    to_onehot_y: bool = False
+    gamma: float = 2.0
+    alpha: float | Sequence[float] | Tensor | None = None
+    weight: ClassWeight = None
+    reduction: LossReduction | str = LossReduction.MEAN
+    use_softmax: bool = False
+    ignore_index: int | None = None
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        gamma: float = 2.0,
-        alpha: float | Sequence[float] | None = None,
-        weight: ClassWeight = None,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        use_softmax: bool = False,
-        ignore_index: int | None = None,
+    def set_up(
+        self, alpha: float | Sequence[float] | Tensor | None, weight: ClassWeight, **options: Any
     ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.gamma = gamma
-        self.weight = weight
-        self.use_softmax = use_softmax
-        if alpha is None:
-            self.alpha = None
-        else:
-            number = isinstance(alpha, (float, int))
-            self.alpha = float(alpha) if number else torch.as_tensor(alpha)  # type: ignore[arg-type]
+        options["reduction"] = LossReduction(options["reduction"]).value
+        if alpha is not None:
+            alpha = float(alpha) if isinstance(alpha, (float, int)) else as_weight(alpha)
+        super().set_up(alpha=alpha, weight=weight, **options)
         self.register_buffer("class_weight", as_weight(weight))
-        self.ignore_index = ignore_index
 
     def _forward(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         return self._evaluate(self._case(input, target, mask))
@@ -134,7 +118,7 @@ class FocalLoss(FusedLoss):
         class_weight = self._checked_weight(kept)
         reduction = reduction_of(self)
 
-        activation = "softmax" if self.use_softmax else "sigmoid"
+        activation = Activation.softmax if self.use_softmax else Activation.sigmoid
         voxels = Voxels(input, target, mask, activation, blank=None if mask is None else activation)
         by_sample = reduction == "sum" and self.ignore_index is not None
         case = FocalCase(voxels, None, by_sample, labels, first_class, alpha, class_weight)
@@ -172,7 +156,7 @@ class FocalLoss(FusedLoss):
             )
 
     def _checked_alpha(self, classes: int) -> float | Tensor | None:
-        alpha = self.alpha
+        alpha: Any = self.alpha
         if isinstance(alpha, Tensor) and alpha.ndim:
             if alpha.shape[0] != classes:
                 raise ValueError(
@@ -222,33 +206,34 @@ class FocalLoss(FusedLoss):
         voxels = case.voxels
         input = voxels.input
         channels = input.shape[1]
-        softmax = voxels.activation == "softmax"
+        softmax = voxels.activation == Activation.softmax
         on_weight, off_weight = self._class_weights(case, channels, input.device)
         on, off = 1.0, 0.0 if softmax else 1.0
         if not softmax and isinstance(case.alpha, float):
             on, off = case.alpha, 1 - case.alpha
         divisor = 1
         if reduction == "sum":
-            normaliser, scale, divisor = "one", 1.0, math.prod(input.shape[2:])
+            normaliser, scale, divisor = Normaliser.one, 1.0, math.prod(input.shape[2:])
         elif self.ignore_index is not None:
-            normaliser, scale = "voxels", 1.0
+            normaliser, scale = Normaliser.voxels, 1.0
         elif not softmax:
-            normaliser, scale = "elements", channels / kept
+            normaliser, scale = Normaliser.elements, channels / kept
         elif channels < case.first_class + kept:
             # Without the background's channel: its voxels count, though no class is theirs.
             divisor = input.shape[0] * math.prod(input.shape[2:])
-            normaliser, scale = "one", 1 / kept
+            normaliser, scale = Normaliser.one, 1 / kept
         else:
-            normaliser, scale = ("volume" if case.labels else "voxels"), 1 / kept
+            normaliser = Normaliser.volume if case.labels else Normaliser.voxels
+            scale = 1 / kept
         likelihood = Likelihood(
             voxels.activation,
             on,
             off,
             normaliser,
             self.gamma,
-            on_weight,
-            off_weight,
-            max(divisor, 1),
+            on_weight=on_weight,
+            off_weight=off_weight,
+            divisor=max(divisor, 1),
         )
         return likelihood.scaled(scale)
 
@@ -256,11 +241,11 @@ class FocalLoss(FusedLoss):
         self, case: FocalCase, channels: int, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
         """Weights of all channels for the positives and for the negatives."""
-        missing = case.first_class if case.voxels.activation == "sigmoid" else 0
+        missing = case.first_class if case.voxels.activation == Activation.sigmoid else 0
         alpha, weight = case.alpha, case.class_weight
-        softmax = case.voxels.activation == "softmax"
+        softmax = case.voxels.activation == Activation.softmax
         if softmax and isinstance(alpha, float):
-            alpha = torch.tensor([1 - alpha] + [alpha] * (channels - 1))
+            alpha = as_weight([1 - alpha] + [alpha] * (channels - 1))
         if not missing and weight is None and not isinstance(alpha, Tensor):
             return None, None
         off = torch.ones(channels, dtype=torch.float64, device=device)
@@ -284,9 +269,11 @@ class FocalLoss(FusedLoss):
         stats = sums(case.voxels, likelihood)
         one = stats.new_ones(())
         on, off = (one if w is None else w for w in (likelihood.on_weight, likelihood.off_weight))
-        total = likelihood.on * on * stats[..., NLL] + likelihood.off * off * stats[..., OFF]
+        total = (
+            likelihood.on * on * stats[..., Sum.NLL] + likelihood.off * off * stats[..., Sum.OFF]
+        )
         # MONAI divides by the sample's own number of voxels, not by the volume's.
-        count = stats[:, 0, W].detach().clamp(min=torch.finfo(torch.float32).eps)
+        count = stats[:, 0, Sum.W].detach().clamp(min=torch.finfo(torch.float32).eps)
         loss = (total.sum(1) / count).sum()
         return loss.to(torch.promote_types(case.voxels.input.dtype, torch.float32))
 
@@ -310,7 +297,7 @@ class FocalLoss(FusedLoss):
             log_p = z.log_softmax(1)
             loss = -((1 - log_p.exp()) ** self.gamma) * log_p * g
             if isinstance(alpha, float):
-                alpha = torch.tensor([1 - alpha] + [alpha] * (z.shape[1] - 1))
+                alpha = as_weight([1 - alpha] + [alpha] * (z.shape[1] - 1))
             if alpha is not None:
                 loss = loss * alpha.to(loss).reshape(shape)
         else:

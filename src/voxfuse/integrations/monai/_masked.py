@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from voxfuse.integrations._fused import LabelError, activated, is_binary, plain
+from voxfuse.contract import Activation
+from voxfuse.integrations.lowering import LabelError, activated, is_binary, plain
 from voxfuse.integrations.monai._common import (
-    Activation,
-    ClassWeight,
+    CustomActivation,
     FusedLoss,
-    LossReduction,
     warn_ignored,
 )
 from voxfuse.integrations.monai._overlap import DiceLoss
+from voxfuse.losses.declared import declared
 
 
 def check_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:
@@ -132,6 +132,7 @@ def _is_own(loss: Any) -> bool:
     )
 
 
+@declared
 class MaskedDiceLoss(DiceLoss):
     """``monai.losses.MaskedDiceLoss``: predictions and target are 0 outside the mask.
 
@@ -147,21 +148,10 @@ class MaskedDiceLoss(DiceLoss):
         tensor(0.3333)
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: ClassWeight = None,
-        soft_label: bool = False,
+    ignore_index: ClassVar[int | None] = None  # type: ignore[misc]  # no option of this loss
+
+    def set_up(
+        self, sigmoid: bool, softmax: bool, other_act: CustomActivation | None, **options: Any
     ) -> None:
         if other_act is not None and not callable(other_act):
             raise TypeError(
@@ -173,30 +163,19 @@ class MaskedDiceLoss(DiceLoss):
             raise ValueError(
                 "Incompatible values: other_act is not None and sigmoid=True or softmax=True."
             )
-        super().__init__(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=weight,
-            soft_label=soft_label,
-        )
+        super().set_up(sigmoid=False, softmax=False, other_act=None, **options)
         self.pre_sigmoid = sigmoid
         self.pre_softmax = softmax
         self.pre_other_act = other_act
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the masked loss; ``mask`` is (B or 1) x 1 x spatial."""
-        activation = "sigmoid" if self.pre_sigmoid else "none"
+        activation = Activation.sigmoid if self.pre_sigmoid else Activation.none
         if self.pre_softmax:
             if input.shape[1] == 1:
                 warn_ignored("softmax=True")
             else:
-                activation = "softmax"
+                activation = Activation.softmax
         if self.pre_other_act is not None:
             input = self.pre_other_act(input)
         if mask is None:
@@ -207,9 +186,9 @@ class MaskedDiceLoss(DiceLoss):
         voxels = voxel_mask(input, target, mask)
         if voxels is None:
             products = activated(input, activation) * mask, target * mask
-            return self._evaluate(self._case(*products, activation="none"))
+            return self._evaluate(self._case(*products, activation=Activation.none))
         labels = self.to_onehot_y and input.shape[1] > 1
-        blank = "none" if labels and self.include_background else None
+        blank = Activation.none if labels and self.include_background else None
         case = self._case(input, target, voxels, activation=activation, blank=blank)
         try:
             return self._evaluate(case)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from voxfuse.integrations._fused import (
-    FN,
-    FP,
-    G2,
-    P2,
-    TP,
-    Likelihood,
-    Ratio,
+from voxfuse.contract import Absent, Activation, ClassPooling, Overlap, RatioOptions, Reduction, Sum
+from voxfuse.integrations.lowering import (
     Voxels,
     activated,
     from_sums,
     fused_loss,
     plain,
+    ratio_of,
     sums,
 )
 from voxfuse.integrations.monai._common import (
-    Activation,
     ClassWeight,
+    CustomActivation,
     FusedLoss,
     LossReduction,
     Weight,
@@ -39,6 +34,8 @@ from voxfuse.integrations.monai._common import (
     reduction_of,
     warn_ignored,
 )
+from voxfuse.losses.declared import declared
+from voxfuse.losses.plan import Likelihood
 
 
 class Case(NamedTuple):
@@ -66,6 +63,10 @@ class Counts(NamedTuple):
     fn: Tensor
 
 
+#: Masked voxels are zeros before the activation of the others.
+_SAME = -1
+
+
 class OverlapLoss(FusedLoss):
     """Activation, one-hot labels, background and ignored voxels, in MONAI's order."""
 
@@ -73,7 +74,7 @@ class OverlapLoss(FusedLoss):
     to_onehot_y: bool
     sigmoid: bool
     softmax: bool
-    other_act: Activation | None
+    other_act: CustomActivation | None
     smooth_nr: float
     smooth_dr: float
     batch: bool
@@ -81,28 +82,12 @@ class OverlapLoss(FusedLoss):
     ignore_index: int | None = None
     squared_pred: bool = False
 
-    def _set_options(
-        self,
-        include_background: bool,
-        to_onehot_y: bool,
-        sigmoid: bool,
-        softmax: bool,
-        other_act: Activation | None,
-        smooth_nr: float,
-        smooth_dr: float,
-        batch: bool,
-        soft_label: bool,
-    ) -> None:
-        check_activation(sigmoid, softmax, other_act)
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.sigmoid = sigmoid
-        self.softmax = softmax
-        self.other_act = other_act
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
-        self.batch = batch
-        self.soft_label = soft_label
+    def set_up(self, *args: Any, **options: Any) -> None:
+        options["reduction"] = LossReduction(options["reduction"]).value
+        check_activation(options["sigmoid"], options["softmax"], options["other_act"])
+        options["smooth_nr"] = float(options["smooth_nr"])
+        options["smooth_dr"] = float(options["smooth_dr"])
+        super().set_up(**options)
 
     def _forward(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         return self._evaluate(self._case(input, target, mask))
@@ -112,14 +97,14 @@ class OverlapLoss(FusedLoss):
 
     # The case
 
-    def _activation(self, channels: int) -> str:
+    def _activation(self, channels: int) -> int:
         if self.sigmoid:
-            return "sigmoid"
+            return Activation.sigmoid
         if self.softmax:
             if channels > 1:
-                return "softmax"
+                return Activation.softmax
             warn_ignored("softmax=True")
-        return "none"
+        return Activation.none
 
     def _case(
         self,
@@ -128,8 +113,8 @@ class OverlapLoss(FusedLoss):
         mask: Tensor | None = None,
         *,
         labels: bool | None = None,
-        activation: str | None = None,
-        blank: str | None = "same",
+        activation: int | None = None,
+        blank: int | None = _SAME,
     ) -> Case:
         """Check and warn as MONAI does; ``labels`` overrides to_onehot_y, without its warning."""
         channels = input.shape[1]
@@ -148,19 +133,20 @@ class OverlapLoss(FusedLoss):
         input = self._aligned(input, target)
         self._check_shapes(input, target, channels if labels else None, first_class)
 
-        overlap = "min" if self.soft_label and not self.squared_pred else "product"
+        soft = self.soft_label and not self.squared_pred
+        overlap = Overlap.min if soft else Overlap.product
         # Of a negative prediction, the norms in MONAI's formula take the absolute value.
         fused = (
             input.ndim > 2
-            and not (overlap == "min" and activation == "none")
+            and not (soft and activation == Activation.none)
             and not target.requires_grad
             and (mask is None or not mask.requires_grad)
         )
         if mask is not None:
-            blank = activation if blank == "same" else blank
+            blank = activation if blank == _SAME else blank
             if not fused:
                 input, target = _blanked(input, target, mask, activation, blank)
-                activation, mask = ("none" if blank != activation else activation), None
+                activation, mask = (Activation.none if blank != activation else activation), None
             voxels = Voxels(input, target, mask, activation, overlap, None, blank)
             return Case(voxels, labels, first_class, None, fused)
         weight, ignore_index = None, None
@@ -201,13 +187,17 @@ class OverlapLoss(FusedLoss):
 
     # The loss
 
-    def _ratio(self, case: Case) -> Ratio | None:
+    def _ratio(self, case: Case) -> RatioOptions | None:
         """The terms for the operator; None where PyTorch has to evaluate them."""
         raise NotImplementedError
 
     def _terms(self, counts: Counts, case: Case) -> Tensor:
         """MONAI's terms before the reduction."""
         raise NotImplementedError
+
+    def _weights(self, classes: int) -> Tensor | None:
+        """The weights of the classes that count."""
+        return None
 
     def _evaluate(
         self, case: Case, likelihood: Likelihood | None = None, scale: float = 1.0
@@ -217,8 +207,9 @@ class OverlapLoss(FusedLoss):
         ratio = self._ratio(case)
         voxels = case.voxels
         if case.fused and ratio is not None:
-            ratio = ratio._replace(reduction=reduction, scale=scale)
-            return self._shaped(fused_loss(voxels, ratio, likelihood), reduction, voxels.input)
+            ratio = ratio._replace(reduction=int(Reduction[reduction]), ratio_scale=scale)
+            loss = fused_loss(voxels, ratio, likelihood, self._weights(case.counted))
+            return self._shaped(loss, reduction, voxels.input)
         if not case.fused:
             assert likelihood is None
             counts = self._counts_of(*_predictions(case))
@@ -232,9 +223,9 @@ class OverlapLoss(FusedLoss):
         stats = stats[:, case.first_class :]
         if self.batch:
             stats = stats.sum(0)
-        tp, fp, fn = stats[..., TP], stats[..., FP], stats[..., FN]
+        tp, fp, fn = stats[..., Sum.TP], stats[..., Sum.FP], stats[..., Sum.FN]
         if self.squared_pred:
-            fp, fn = stats[..., P2] - tp, stats[..., G2] - tp
+            fp, fn = stats[..., Sum.P2] - tp, stats[..., Sum.G2] - tp
         return Counts(tp, fp, fn)
 
     def _counts_of(self, p: Tensor, g: Tensor) -> Counts:
@@ -274,7 +265,7 @@ def _without_background(shape: torch.Size) -> torch.Size:
 
 
 def _blanked(
-    input: Tensor, target: Tensor, mask: Tensor, activation: str, blank: str | None
+    input: Tensor, target: Tensor, mask: Tensor, activation: int, blank: int | None
 ) -> tuple[Tensor, Tensor]:
     """Zeros outside the mask, before the activation or (where it differs) after it."""
     if blank != activation:
@@ -300,6 +291,7 @@ def _predictions(case: Case) -> tuple[Tensor, Tensor]:
     return p[:, case.first_class :], g[:, case.first_class :]
 
 
+@declared
 class TverskyLoss(OverlapLoss):
     r"""``monai.losses.TverskyLoss`` in one pass over the voxels.
 
@@ -319,37 +311,19 @@ class TverskyLoss(OverlapLoss):
 
     _differing = "differing"
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        soft_label: bool = False,
-        ignore_index: int | None = None,
-    ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        self._set_options(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-        )
-        self.alpha = alpha
-        self.beta = beta
-        self.ignore_index = ignore_index
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    alpha: float = 0.5
+    beta: float = 0.5
+    reduction: LossReduction | str = LossReduction.MEAN
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    soft_label: bool = False
+    ignore_index: int | None = None
 
     def _aligned(self, input: Tensor, target: Tensor) -> Tensor:
         """MONAI multiplies by the mask before it compares the shapes, and so may broadcast."""
@@ -358,8 +332,8 @@ class TverskyLoss(OverlapLoss):
         mask = (target.shape[0], 1, *target.shape[2:])
         return input.expand(torch.broadcast_shapes(input.shape, mask))
 
-    def _ratio(self, case: Case) -> Ratio:
-        return Ratio(
+    def _ratio(self, case: Case) -> RatioOptions:
+        return ratio_of(
             (1.0,),
             (1.0, float(self.alpha), float(self.beta)),
             self.smooth_nr,
@@ -377,6 +351,7 @@ class TverskyLoss(OverlapLoss):
         return loss
 
 
+@declared
 class DiceLoss(OverlapLoss):
     r"""``monai.losses.DiceLoss`` in one pass over the voxels.
 
@@ -395,51 +370,34 @@ class DiceLoss(OverlapLoss):
         tensor(0.3333)
     """
 
-    class_weight: Tensor | None
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    squared_pred: bool = False
+    jaccard: bool = False
+    reduction: LossReduction | str = LossReduction.MEAN
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    weight: ClassWeight = None
+    soft_label: bool = False
+    ignore_index: int | None = None
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: ClassWeight = None,
-        soft_label: bool = False,
-        ignore_index: int | None = None,
-    ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        self._set_options(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-        )
-        self.squared_pred = squared_pred
-        self.jaccard = jaccard
-        self.ignore_index = ignore_index
+    def set_up(self, *args: Any, **options: Any) -> None:
+        weight = options.pop("weight")
+        super().set_up(**options)
         self.register_buffer("class_weight", as_weight(weight))
 
-    def _ratio(self, case: Case) -> Ratio:
+    def _ratio(self, case: Case) -> RatioOptions:
         k = 2.0 if self.jaccard else 1.0
         squared = (2 - 2 * k, 0.0, 0.0, 0.0, 0.0, k, k)
-        return Ratio(
+        return ratio_of(
             (2.0,),
             squared if self.squared_pred else (2.0, k, k),
             self.smooth_nr,
             self.smooth_dr,
-            class_weight=self._weights(case.counted),
             first_class=case.first_class,
             batch=self.batch,
         )
@@ -471,6 +429,7 @@ class DiceLoss(OverlapLoss):
         return weight
 
 
+@declared
 class GeneralizedDiceLoss(OverlapLoss):
     r"""``monai.losses.GeneralizedDiceLoss`` in one pass over the voxels.
 
@@ -491,48 +450,36 @@ class GeneralizedDiceLoss(OverlapLoss):
 
     _differing = "differing"
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Activation | None = None,
-        w_type: Weight | str = Weight.SQUARE,
-        reduction: LossReduction | str = LossReduction.MEAN,
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        soft_label: bool = False,
-    ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        self._set_options(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-        )
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    w_type: Weight | str = Weight.SQUARE
+    reduction: LossReduction | str = LossReduction.MEAN
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    soft_label: bool = False
+
+    def set_up(self, w_type: Weight | str, **options: Any) -> None:
+        super().set_up(w_type=w_type, **options)
         self.w_type = look_up(w_type, Weight)
 
-    def _ratio(self, case: Case) -> Ratio | None:
+    def _ratio(self, case: Case) -> RatioOptions | None:
         uniform = self.w_type == Weight.UNIFORM
         if not uniform and self.smooth_nr != self.smooth_dr:
             # Without any target volume MONAI's loss is then 1 - smooth_nr / smooth_dr.
             return None
-        return Ratio(
+        return ratio_of(
             (2.0,),
             (2.0, 1.0, 1.0),
             self.smooth_nr,
             self.smooth_dr,
             first_class=case.first_class,
             batch=self.batch,
-            class_pooling=self.w_type.value,
-            absent="keep" if uniform else "zero",
+            class_pooling=ClassPooling[Weight(self.w_type).value],
+            absent=Absent.keep if uniform else Absent.zero,
         )
 
     def _terms(self, counts: Counts, case: Case) -> Tensor:

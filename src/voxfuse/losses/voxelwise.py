@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from voxfuse.contract import Activation, Sum
-from voxfuse.losses._ranks import Gathering, Ranks, refuse_tracing
-from voxfuse.losses._recipe import Plan
+from voxfuse.losses.plan import Plan, Weights
+from voxfuse.losses.ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import (
@@ -122,11 +122,18 @@ def _weighted(class_weight: Tensor, g: Tensor, value: Tensor) -> Tensor:
     return (factor * value.masked_fill(factor == 0, 0)).sum(1)
 
 
-def likelihood_arguments(plan: Plan, on: Tensor | None, off: Tensor | None) -> tuple[Any, ...]:
+def likelihood_arguments(plan: Plan, weights: Weights) -> dict[str, Any]:
     """The arguments of ``likelihood_map`` after the voxel weight."""
-    _, likelihood, _, ignore_index, gamma, _ = plan.confusion
-    on_scale, off_scale, _ = plan.likelihood
-    return on, off, likelihood, ignore_index, gamma, on_scale, off_scale
+    confusion, ratio = plan.confusion, plan.ratio
+    return {
+        "on": weights.nll_weight,
+        "off": weights.off_weight,
+        "likelihood": confusion.likelihood,
+        "ignore_index": confusion.ignore_index,
+        "gamma": confusion.gamma,
+        "on_scale": ratio.nll_scale,
+        "off_scale": ratio.off_scale,
+    }
 
 
 def _fake_map(input: Tensor, *rest: Any) -> Tensor:
@@ -200,24 +207,22 @@ _registry.register_composed(
 @torch.no_grad()
 def worst_voxels(
     percent: float,
-    plan: Plan,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    on: Tensor | None,
-    off: Tensor | None,
+    arguments: dict[str, Any],
     ranks: Ranks | None = None,
 ) -> Tensor:
     """Weights (B, *spatial) that keep the ``percent`` of the batch's voxels of largest loss.
 
-    The batch is that of all ``ranks``.
+    The batch is that of all ``ranks``; ``arguments`` are those of ``likelihood_map``.
     """
-    arguments = (input.detach(), target, weight, *likelihood_arguments(plan, on, off))
+    tensors = (input.detach(), target, weight)
     if ranks is None:
-        result: Tensor = torch.ops.voxfuse.worst_voxels(*arguments, percent)
+        result: Tensor = torch.ops.voxfuse.worst_voxels(*tensors, **arguments, percent=percent)
         return result
     refuse_tracing()
-    losses = likelihood_map(*arguments).flatten()
+    losses = likelihood_map(*tensors, **arguments).flatten()
     return _weights_of(_worst_of_ranks(losses, percent, ranks), input, weight)
 
 

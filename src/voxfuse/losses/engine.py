@@ -1,0 +1,240 @@
+"""Evaluation of a loss: one pass over the voxels, one small epilogue, one pass back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
+from voxfuse.losses.ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
+from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
+from voxfuse.ops import _checks, _registry
+from voxfuse.ops.ratio_loss import once_differentiable
+from voxfuse.ops.soft_confusion import check_inputs, is_dense
+
+# Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
+_below_autograd: Callable[[], Any] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext
+)
+
+
+class Operators(NamedTuple):
+    soft_confusion: Any
+    soft_confusion_backward: Any
+    ratio_loss: Any
+    ratio_loss_backward: Any
+    likelihood_map: Any
+
+
+_OPERATORS = {
+    namespace: Operators(
+        *(getattr(getattr(torch.ops, namespace), name).default for name in Operators._fields)
+    )
+    for namespace in _registry.NAMESPACES
+}
+
+
+def operators_of(backend: str, device: torch.device) -> Operators:
+    if _registry.functorch_active():
+        table = _registry.namespace_of(backend, device)
+        return Operators(*(getattr(table, name) for name in Operators._fields))
+    if backend == "auto":
+        return _OPERATORS["voxfuse"]
+    return _OPERATORS[_registry.namespace_of(backend, device).name]
+
+
+class Call(NamedTuple):
+    """What a loss does to its tensors."""
+
+    operators: Operators
+    plan: Plan
+    weights: Weights = NO_WEIGHTS
+    ranks: Ranks | None = None
+
+
+def evaluate(
+    recipe: Recipe, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+) -> Tensor:
+    """Return the loss of ``recipe``; differentiable in ``input``.
+
+    ``options`` has what a call needs besides: the weights of the classes, ``process_group``,
+    ``ddp_average`` and ``backend``.
+    """
+    group = options.process_group
+    ranks = None if group is None else ranks_of(group, options.ddp_average)
+    if type(input) is not Tensor:
+        input = _checks.require_logits(input)
+    if type(target) is not Tensor:
+        target = _checks.require_tensor("target", target)
+    if weight is not None and type(weight) is not Tensor:
+        weight = _checks.require_tensor("weight", weight)
+    check_inputs(input, target, weight, recipe.ignore_index)
+    call = call_of(recipe, input, input.shape[1], is_dense(input, target), options, ranks)
+    try:
+        if recipe.by_voxel:
+            return _by_voxel(recipe, input, target, weight, call)
+        return _differentiable(input, target, weight, call)
+    except RuntimeError as error:
+        reraise(error)
+
+
+def call_of(
+    recipe: Recipe, input: Tensor, classes: int, dense: bool, options: Any, ranks: Ranks | None
+) -> Call:
+    """Everything but the tensors, for ``classes`` classes on the device of ``input``."""
+    plan = recipe.plan(classes, dense)
+    class_weight = options.class_weight
+    weights = NO_WEIGHTS
+    if class_weight is not None or recipe.likelihood is not None:
+        likelihood_weight, pos_weight = options.likelihood_weight, options.pos_weight
+        weights = recipe.weights(classes, input.device, class_weight, likelihood_weight, pos_weight)
+    return Call(operators_of(options.backend, input.device), plan, weights, ranks)
+
+
+def reraise(error: RuntimeError) -> NoReturn:
+    """Raise a kernel's complaint as the error it is, where nothing is being compiled."""
+    if torch.compiler.is_compiling():
+        raise error
+    _checks.reraise(error)
+
+
+def run(
+    plan: Plan,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    weights: Weights = NO_WEIGHTS,
+) -> Tensor:
+    """Return the loss of a ready ``plan``: for the adapters, whose options no recipe has.
+
+    The tensors are plain, and ``weights`` as the operators take them.
+    """
+    check_inputs(input, target, weight, plan.confusion.ignore_index)
+    call = Call(operators_of("auto", input.device), plan, weights)
+    try:
+        return _differentiable(input, target, weight, call)
+    except RuntimeError as error:
+        reraise(error)
+
+
+def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
+    if torch.compiler.is_compiling() or _registry.functorch_active():
+        # The operators' own autograd, which compilers and torch.func can trace.
+        stats = _sums(input, target, weight, call)
+        return loss_of_call(call, stats, input.dtype == torch.float64)
+    _checks.refuse_forward_mode(input)
+    if torch.is_grad_enabled() and input.requires_grad:
+        loss: Tensor = _Fused.apply(input, target, weight, call)  # type: ignore[no-untyped-call]
+        return loss
+    return _forward(input, target, weight, call)[0]
+
+
+def _by_voxel(
+    recipe: Recipe, input: Tensor, target: Tensor, weight: Tensor | None, call: Call
+) -> Tensor:
+    """A map of the voxels, or the mean of the worst of them."""
+    arguments = likelihood_arguments(call.plan, call.weights)
+    percent = recipe.likelihood.top_percent if recipe.likelihood is not None else None
+    if percent is None:
+        if call.ranks is not None:
+            raise ValueError(
+                "process_group: reduction='none' gives every voxel its own loss, to which no other "
+                "rank adds; leave process_group at None, or reduce by 'mean' or 'sum'"
+            )
+        _checks.refuse_forward_mode(input)
+        loss: Tensor = call.operators.likelihood_map(input, target, weight, **arguments)
+        return loss
+    weight = worst_voxels(percent, input, target, weight, arguments, call.ranks)
+    return _differentiable(input, target, weight, call)
+
+
+def _sums(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
+    plan = call.plan
+    stats: Tensor = call.operators.soft_confusion(
+        input, target, weight, full=plan.full, **plan.confusion._asdict()
+    )
+    return stats
+
+
+def _loss_and_slopes(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, Tensor]:
+    weights = call.weights
+    result: tuple[Tensor, Tensor] = call.operators.ratio_loss(
+        stats,
+        **call.plan.ratio._asdict(),
+        class_weight=weights.class_weight,
+        nll_weight=weights.nll_weight,
+        off_weight=weights.off_weight,
+        double_loss=double_loss,
+    )
+    return result
+
+
+def _forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its slopes at the sums."""
+    with _below_autograd():
+        stats = _sums(input, target, weight, call)
+        if call.ranks is not None:
+            stats = total_over_ranks(stats, call.plan.ratio.batch, call.ranks)
+        return _loss_and_slopes(call, stats, input.dtype == torch.float64)
+
+
+class _Fused(torch.autograd.Function):
+    """Both operators as one node that keeps the slopes at the sums and nothing volume-sized."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: Call
+    ) -> Tensor:
+        loss, cotangents = _forward(input, target, weight, call)
+        ctx.save_for_backward(input, target, weight, cotangents)
+        ctx.call = call
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        input, target, weight, cotangents = ctx.saved_tensors
+        call: Call = ctx.call
+        ratio = call.plan.ratio
+        with _below_autograd():
+            grad = call.operators.ratio_loss_backward(
+                grad_loss,
+                cotangents,
+                first_class=ratio.first_class,
+                batch=ratio.batch,
+                class_pooling=ratio.class_pooling,
+            )
+            if call.ranks is not None:
+                grad = share_of_rank(grad, input.shape[0], call.ranks)
+            gradient = call.operators.soft_confusion_backward(
+                grad, input, target, weight, **call.plan.confusion._asdict()
+            )
+        return once_differentiable(gradient, input), None, None, None
+
+
+def sums(plan: Plan, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sums that ``plan`` is about, with autograd."""
+    check_inputs(input, target, weight, plan.confusion.ignore_index)
+    _checks.refuse_forward_mode(input)
+    try:
+        return _sums(input, target, weight, Call(operators_of("auto", input.device), plan))
+    except RuntimeError as error:
+        reraise(error)
+
+
+def loss_of_sums(plan: Plan, stats: Tensor, weights: Weights, double_loss: bool) -> Tensor:
+    """The loss as a function of the sums, with autograd."""
+    call = Call(operators_of("auto", stats.device), plan, weights)
+    return _loss_and_slopes(call, stats, double_loss)[0]
+
+
+def loss_of_call(call: Call, stats: Tensor, double_loss: bool) -> Tensor:
+    """The same for the sums of one of several ranks."""
+    if call.ranks is not None:
+        stats = sum_over_ranks(stats, call.plan.ratio.batch, call.ranks)
+    return _loss_and_slopes(call, stats, double_loss)[0]

@@ -1,0 +1,115 @@
+"""What every loss shares. A loss is declared once, as a class whose fields are its options.
+
+The class is a module; ``voxfuse.losses.functional`` makes the function of the same options.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from voxfuse.losses.declared import Declared
+from voxfuse.losses.engine import evaluate
+from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions
+from voxfuse.losses.plan import Recipe
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Loss(Declared):
+    """A loss whose options are attributes; changing one takes effect at the next call."""
+
+    process_group: Any = None
+    ddp_average: bool = False
+    backend: str = "auto"
+    class_weight: ClassWeights = None
+
+    #: Options always shown by repr; others are shown where they differ from the default.
+    shown: ClassVar[tuple[str, ...]] = ()
+
+    def set_up(self, *args: Any, **options: Any) -> None:
+        for name in WEIGHT_NAMES:
+            self.register_buffer(name, None)
+        super().set_up(**options)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise for options that do not fit."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        """The loss with ``options``, which has the attributes of a module."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        r"""Return the loss.
+
+        Args:
+            input: logits (or probabilities with ``activation="none"``) (B, C, \*spatial).
+            target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial); with C = 1 the
+                foreground indicator.
+            weight: voxel weights or mask (B, [1,] \*spatial); weight 0 leaves a voxel out.
+        """
+        return self.of(self, input, target, weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in WEIGHT_NAMES and value is not None and not isinstance(value, Tensor):
+            value = torch.as_tensor(value, dtype=torch.float64)
+        super().__setattr__(name, value)
+        if name in self.defaults:
+            self.__dict__["_recipe"] = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loss:
+        """A copy in this process shares the ``process_group``."""
+        twin: Any = self.__new__(type(self))
+        memo[id(self)] = twin
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        result: Loss = twin
+        return result
+
+    def extra_repr(self) -> str:
+        parts = []
+        for name, default in self.defaults.items():
+            value = getattr(self, name)
+            if name in WEIGHT_NAMES:
+                if value is not None:
+                    parts.append(f"{name}={[round(x, 6) for x in value.flatten().tolist()]}")
+            elif name in self.shown or value != default:
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LossModule(Loss):
+    """A loss that is made of sums over the voxels."""
+
+    def make_recipe(self) -> Recipe:
+        """Validate the options; a function calls it with options that are no module."""
+        raise NotImplementedError
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the options say now."""
+        recipe: Recipe | None = self.__dict__["_recipe"]
+        if recipe is None:
+            recipe = self.__dict__["_recipe"] = self.make_recipe()
+        return recipe
+
+    def validate(self) -> None:
+        self.recipe  # noqa: B018
+
+    @classmethod
+    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        recipe = options.recipe if isinstance(options, LossModule) else cls.make_recipe(options)
+        return evaluate(recipe, input, target, weight, options)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OverlapLoss(LossModule, OverlapOptions):
+    """A loss with a ratio of sums."""

@@ -1,0 +1,116 @@
+"""Options that losses share, and their validation.
+
+What they mean is said once, in :class:`voxfuse.TverskyLoss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from voxfuse.contract import Activation, Code, Reduction
+from voxfuse.ops import _checks
+
+ClassWeights = Tensor | Sequence[float] | float | None
+
+#: Weights of the classes that a loss may have; buffers of the modules.
+WEIGHT_NAMES = ("class_weight", "likelihood_weight", "pos_weight")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OverlapOptions:
+    """Of every loss with a ratio of sums."""
+
+    activation: str = "softmax"
+    include_background: bool = True
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    batch: bool = False
+    reduction: str = "mean"
+    ignore_index: int | None = None
+    absent: str = "keep"
+    log: bool = False
+    overlap: str = "product"
+
+
+class LikelihoodOptions(NamedTuple):
+    """``scale`` times a cross-entropy or focal loss, as validated by :func:`likelihood_options`.
+
+    A mean is over the voxels, each with its class's weight ("weighted", PyTorch's cross-entropy),
+    over the "voxels", or over the "elements" (voxels x classes, MONAI's focal loss). A sigmoid
+    likelihood has a term for every element, so its mean is always over the elements.
+    """
+
+    activation: int
+    scale: float
+    gamma: float
+    alpha: float | None
+    label_smoothing: float
+    include_background: bool
+    reduction: int
+    mean: str = "weighted"
+    top_percent: float | None = None
+    focal_classes: int | None = None
+
+
+def likelihood_options(
+    activation: str,
+    *,
+    scale: float = 1.0,
+    gamma: float = 0.0,
+    alpha: float | None = None,
+    label_smoothing: float = 0.0,
+    include_background: bool = True,
+    reduction: str = "mean",
+    mean: str = "weighted",
+    top_percent: float | None = None,
+    focal_classes: int | None = None,
+) -> LikelihoodOptions:
+    code = _checks.choice("activation", activation, Activation)
+    if label_smoothing and code != Activation.softmax:
+        raise ValueError(
+            "label_smoothing: needs a softmax cross-entropy; with a sigmoid pass the smoothed "
+            "target g (1 - s) + s/2, dense"
+        )
+    return LikelihoodOptions(
+        code,
+        scale,
+        number("gamma", gamma, 0.0),
+        None if alpha is None else number("alpha", alpha, 0.0, 1.0),
+        number("label_smoothing", label_smoothing, 0.0, 1.0),
+        bool(include_background),
+        reduction_code(reduction, allow_none=top_percent is None),
+        mean,
+        top_percent,
+        focal_classes,
+    )
+
+
+def number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
+    """Return ``value`` as a float in [low, high], or raise naming the argument."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected a number") from None
+    if not (low <= result <= high and math.isfinite(result)):
+        allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: got {value}, expected a finite number {allowed}")
+    return result
+
+
+def exponent(name: str, value: float) -> float:
+    result = number(name, value)
+    if result == 0:
+        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
+    return result
+
+
+def reduction_code(value: str, allow_none: bool = True) -> int:
+    if allow_none:
+        return _checks.choice("reduction", value, Reduction)
+    reduced: dict[str, Code] = {x.name: x for x in Reduction if x != Reduction.none}
+    return _checks.choice("reduction", value, reduced)
