@@ -194,11 +194,11 @@ def few_channels(dtype: torch.dtype, backend: str) -> int:
         from voxfuse.triton_kernels import overlap_add as kernels
 
         return int(kernels.FEW)
-    source = (CUDA_SOURCES / "overlap_add.cu").read_text()
+    source = (CUDA_SOURCES / "overlap_add_patch.cuh").read_text()
     found = re.search(r"kChannels = sizeof\(T\) == 2 \? (\d+) : (\d+);", source)
-    assert found, "overlap_add.cu does not say how many channels a thread adds up"
+    assert found, "overlap_add_patch.cuh does not say how many channels a thread adds up"
     half, other = map(int, found.groups())
-    groups = cuda_constants("overlap_add.cu")["kFewGroups"]
+    groups = cuda_constants("overlap_add_patch.cuh")["kFewGroups"]
     return groups * (half if dtype.itemsize == 2 else other)
 
 

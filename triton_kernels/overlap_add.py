@@ -752,6 +752,7 @@ def _add(
     flip: int = 0,
     floor: float = 0.0,
     activation: int = Activation.none,
+    cover: Sequence[torch.Tensor] = (),
 ) -> None:
     """Fuse ``patches`` (None: only the weights) into ``output`` (C, *extent), or add to a ring."""
     axes = output.ndim - 1
@@ -759,14 +760,13 @@ def _add(
     channels, size = output.shape[0], _three(output.shape[1:])
     if output.numel() == 0 or (ring is not None and origins.shape[0] == 0):
         return
-    least, cover, covers, cover_sizes = None, [None] * 3, [1] * 3, [1] * 3
+    least, overs, covers, cover_sizes = None, [None] * 3, [1] * 3, [1] * 3
     if floor > 0:
         # A number would reach the kernel as float32.
         least = torch.full((1,), floor, dtype=torch.float64, device=device)
-        for axis, table in enumerate(weights[axes:], 3 - axes):
-            cover[axis] = table.to(device).contiguous()
+        for axis, table in enumerate(cover, 3 - axes):
+            overs[axis] = table.to(device).contiguous()
             covers[axis], cover_sizes[axis] = table.shape
-        weights = weights[:axes]
     tables, lengths, dense = _tables(weights, axes, device)
     ring_axis, start, stop = (-1, 0, 0) if ring is None else ring
     extent = _three(patch_shape)
@@ -793,7 +793,7 @@ def _add(
             *tables,
             total,
             least,
-            *cover,
+            *overs,
             *covers,
             *cover_sizes,
             softmax,
@@ -855,12 +855,13 @@ def overlap_add_(
     flip: int = 0,
     floor: float = 0.0,
     activation: int = Activation.none,
+    cover: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Add patches into ``ring``, which holds the coordinates [start, stop) of one axis."""
     place = (ring_axis, start, stop)
     total = None if total is None else total.contiguous()
     tables = (origins, rows, weights, total, patches.shape[2:])
-    _add(ring, patches, *tables, place, flip, floor, checked_activation(activation))
+    _add(ring, patches, *tables, place, flip, floor, checked_activation(activation), cover or ())
 
 
 def overlap_weights_(

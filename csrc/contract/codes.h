@@ -21,4 +21,7 @@ struct Sum {
 // How many of the columns there are: TP to NLL, or all.
 inline constexpr int CORE = 4, FULL = 8;
 
+// What the message of an error begins with that a value in the data is the reason of.
+inline constexpr char VALUE_ERROR[] = "ValueError: ";
+
 }  // namespace voxfuse

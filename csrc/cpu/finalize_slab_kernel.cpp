@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "contract/finalize_slab.h"
 #include "cpu/rows.h"
-#include "math/finalize_slab.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
@@ -40,7 +40,7 @@ class Chunk {
   explicit Chunk(const Slab& q)
       : q(q),
         room((q.chunk + kWidth - 1) / kWidth * kWidth),
-        activate(!q.applied && q.activation != 0 && q.mode != Finish::labels),
+        activate(!q.applied && q.activation != Activation::none && q.mode != Finish::labels),
         direct(q.weight == nullptr && q.divisor == 1 && !activate && q.mode != Finish::entropy),
         tile(direct ? 0 : q.classes * room),
         features(q.weight == nullptr ? 0 : q.channels * room),
@@ -149,7 +149,7 @@ class Chunk {
   void apply(int64_t n) {
     for (int64_t j = 0; j < n; j += kWidth) {
       R* column = tile.data() + j;
-      if (q.activation == 1) {
+      if (q.activation == Activation::sigmoid) {
         for (int64_t c = 0; c < q.classes; ++c) {
           const Vec<R> z = load_vector(column + c * room);
           const Vec<R> e = exponential(-absolute(z));
@@ -232,7 +232,7 @@ class Chunk {
   // The greatest value of all channels but the background; with a sigmoid, or one channel, there is
   // no background.
   void foreground(const Values<R>& values, int64_t n) {
-    const int64_t first = q.classes > 1 && q.activation != 1 ? 1 : 0;
+    const int64_t first = q.classes > 1 && q.activation != Activation::sigmoid ? 1 : 0;
     std::copy(values.data + first * values.stride, values.data + first * values.stride + n,
               best.data());
     for (int64_t c = first + 1; c < q.classes; ++c) {
@@ -245,7 +245,7 @@ class Chunk {
   // -sum p log p in nats over the classes; for a sigmoid, or one channel, the sum of the channels'
   // binary entropies.
   void entropy(const Values<R>& values, int64_t n) {
-    const bool binary = q.classes == 1 || q.activation == 1;
+    const bool binary = q.classes == 1 || q.activation == Activation::sigmoid;
     for (int64_t j = 0; j < n; j += kWidth) {
       Vec<R> sum{};
       for (int64_t c = 0; c < q.classes; ++c) {

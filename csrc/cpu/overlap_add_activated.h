@@ -11,12 +11,12 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/overlap_add_gather.h"
 #include "cpu/rows.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
-constexpr int kSoftmax = 2;    // else sigmoid
 constexpr int kRegisters = 8;  // channels whose softmax fits into them
 
 template <class R>
@@ -163,7 +163,8 @@ class ActivatedGather {
   explicit ActivatedGather(const Fusion& q)
       : q(q),
         in_place(q.accumulate || std::is_same_v<T, R>),
-        registers(!(q.flip & 4) && (q.activation != kSoftmax || q.channels <= kRegisters)),
+        registers(!(q.flip & 4) &&
+                  (q.activation != Activation::softmax || q.channels <= kRegisters)),
         patch_voxels(q.patch[0] * q.patch[1] * q.patch[2]),
         block(registers ? 0 : q.channels),
         shares(q),
@@ -231,7 +232,7 @@ class ActivatedGather {
     }
     if (!registers) {
       add_from_block(source, sums, rows, size, stride);
-    } else if (q.activation == kSoftmax) {
+    } else if (q.activation == Activation::softmax) {
       add_softmax_from_registers(source, sums, rows, size, stride);
     } else {
       add_sigmoid_from_registers(source, sums, rows, size, stride);
@@ -254,7 +255,7 @@ class ActivatedGather {
       }
     }
     const int64_t n = rows * size;
-    if (q.activation == kSoftmax) {
+    if (q.activation == Activation::softmax) {
       block.softmax(n);
       block.divide_weights(n);
     } else {
@@ -349,7 +350,7 @@ void backward_activated(const Fusion& q, int64_t first_task, int64_t last_task) 
     }
     const double* total = q.total == nullptr ? nullptr : q.total + line + first;
     make_weights(q, shares, i, tz, ty, tx + first, count, total, block.weights.data());
-    if (q.activation == kSoftmax) {
+    if (q.activation == Activation::softmax) {
       block.softmax(count);
       block.divide_weights(count);
       for (int64_t j = 0; j < count; j += width) {
@@ -365,7 +366,7 @@ void backward_activated(const Fusion& q, int64_t first_task, int64_t last_task) 
       const R* slope = slopes.data() + c * block.room;
       for (int64_t j = 0; j < count; j += width) {
         const V w = load(block.weights.data() + j), z = load(value + j), g = load(slope + j);
-        if (q.activation == kSoftmax) {
+        if (q.activation == Activation::softmax) {
           store(value + j, w * z * (g - load(means.data() + j)));
         } else {
           // p (1 - p), whichever of the two is the small one

@@ -1,37 +1,29 @@
-#include "../ops/ratio_loss.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+// The ratio loss on the CPU. The statistics are tiny (samples x classes x 8), so everything here is
+// one thread's work.
+#include "math/ratio_loss.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <tuple>
+#include <cmath>
+#include <vector>
 
-// The statistics are tiny (samples x classes x 8), so everything here is one thread's work.
+#include "ops/ratio_loss.h"
+
 namespace voxfuse {
 namespace {
-
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-const double* weights_or_null(const std::optional<Tensor>& weights) {
-  return weights.has_value() ? weights->const_data_ptr<double>() : nullptr;
-}
 
 // One row of the statistics, a sample or the pooled batch: its terms, one a class or one pooled.
 class Row {
  public:
   Row(const double* sums, int64_t classes, const double* class_weight, const RatioOptions& options)
-      : options_(options), pooled_(options.class_pooling != kUnpooled) {
-    const double* first = sums + options.first_class * options.sums;
+      : options_(options), pooled_(options.class_pooling != ClassPooling::none) {
+    const double* first = sums + options.first_class * options.width;
     const int64_t count = classes - options.first_class;
     std::vector<RatioSums> ratios(count);
     std::vector<bool> present(count);
     for (int64_t c = 0; c < count; ++c) {
-      const double* s = first + c * options.sums;
+      const double* s = first + c * options.width;
       ratios[c] = ratio_sums(s, options);
-      volumes_.push_back(s[kTp] + s[kFn]);
+      volumes_.push_back(s[Sum::TP] + s[Sum::FN]);
       present[c] = volumes_[c] != 0;
     }
     if (pooled_) {
@@ -60,10 +52,10 @@ class Row {
 
   // Write scale times the slopes of every class at or above the first.
   void write_slopes(double scale, double* cotangents) const {
-    double* out = cotangents + options_.first_class * options_.sums;
+    double* out = cotangents + options_.first_class * options_.width;
     for (size_t c = 0; c < weights_.size(); ++c) {
       const RatioTerm& term = terms_[pooled_ ? 0 : c];
-      for (int k = 0; k < options_.sums; ++k) {
+      for (int k = 0; k < options_.width; ++k) {
         *out++ = scale * (weights_[c] * ratio_slope(term, k, options_));
       }
     }
@@ -71,9 +63,9 @@ class Row {
 
  private:
   void add_term(const RatioSums& sums, bool present, double exponent) {
-    const bool keep = present || options_.absent == kKeepAbsent;
+    const bool keep = present || options_.absent == Absent::keep;
     terms_.push_back(keep ? ratio_term(sums, exponent, options_) : RatioTerm{0, 0, 0});
-    if (present || options_.absent != kIgnoreAbsent) ++counted_;
+    if (present || options_.absent != Absent::ignore) ++counted_;
   }
 
   // Infinite weights borrow the largest finite one, or are 1 in a row that has none.
@@ -85,7 +77,7 @@ class Row {
     }
     for (size_t c = 0; c < weights_.size(); ++c) {
       if (std::isinf(weights_[c])) weights_[c] = largest == 0 ? 1 : largest;
-      if (options_.absent == kIgnoreAbsent && !present[c]) weights_[c] = 0;
+      if (options_.absent == Absent::ignore && !present[c]) weights_[c] = 0;
       if (class_weight != nullptr) weights_[c] *= class_weight[c];
     }
   }
@@ -99,151 +91,109 @@ class Row {
 };
 
 // Add the weighted log-likelihood's slopes to the cotangents and return its value.
-double likelihood(const double* stats, int64_t samples, int64_t classes, const double* nll_weight,
-                  const double* off_weight, const RatioOptions& options, double* cotangents) {
+double likelihood(const RatioLoss& q) {
+  const RatioOptions& o = q.options;
   const auto weight = [](const double* weights, int64_t c) {
     return weights == nullptr ? 1.0 : weights[c];
   };
   double total = 0;
-  double divisor = options.normaliser == kByOne ? 1 : 0;
-  for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const double* s = stats + (b * classes + c) * options.sums;
-      const double w = weight(nll_weight, c);
-      divisor += normaliser_part(s, static_cast<int>(c), w, options.normaliser);
-      total += likelihood_part(s[kNll], w, options.nll_scale);
-      if (options.off_scale != 0) {
-        total += likelihood_part(s[kOff], weight(off_weight, c), options.off_scale);
-      }
+  double divisor = o.normaliser == Normaliser::one ? 1 : 0;
+  for (int64_t i = 0; i < q.samples * q.classes; ++i) {
+    const int64_t c = i % q.classes;
+    const double* s = q.stats + i * o.width;
+    const double w = weight(q.nll_weight, c);
+    divisor += normaliser_part(s, static_cast<int>(c), w, o.normaliser);
+    total += likelihood_part(s[Sum::NLL], w, o.nll_scale);
+    if (o.off_scale != 0) {
+      total += likelihood_part(s[Sum::OFF], weight(q.off_weight, c), o.off_scale);
     }
   }
   if (divisor == 0) return 0;
-  for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t c = 0; c < classes; ++c) {
-      double* out = cotangents + (b * classes + c) * options.sums;
-      if (options.nll_scale != 0) out[kNll] += options.nll_scale * weight(nll_weight, c) / divisor;
-      if (options.off_scale != 0) out[kOff] += options.off_scale * weight(off_weight, c) / divisor;
-    }
+  for (int64_t i = 0; i < q.samples * q.classes; ++i) {
+    const int64_t c = i % q.classes;
+    double* out = q.cotangents + i * o.width;
+    if (o.nll_scale != 0) out[Sum::NLL] += o.nll_scale * weight(q.nll_weight, c) / divisor;
+    if (o.off_scale != 0) out[Sum::OFF] += o.off_scale * weight(q.off_weight, c) / divisor;
   }
   return total / divisor;
 }
 
-void store(const Tensor& loss, int64_t index, double value) {
-  if (loss.scalar_type() == ScalarType::Double) {
-    loss.mutable_data_ptr<double>()[index] = value;
+void store(const RatioLoss& q, int64_t index, double value) {
+  if (q.double_loss) {
+    static_cast<double*>(q.loss)[index] = value;
   } else {
-    loss.mutable_data_ptr<float>()[index] = static_cast<float>(value);
+    static_cast<float*>(q.loss)[index] = static_cast<float>(value);
   }
 }
 
-std::tuple<Tensor, Tensor> ratio_loss(const Tensor& stats_in, const std::vector<double>& numerator,
-                                      const std::vector<double>& denominator, double smooth_nr,
-                                      double smooth_dr, double min_denominator, double exponent,
-                                      bool log, const std::optional<Tensor>& class_weight,
-                                      int64_t first_class, bool batch, int64_t class_pooling,
-                                      int64_t absent, int64_t reduction, double ratio_scale,
-                                      const std::optional<Tensor>& nll_weight,
-                                      const std::optional<Tensor>& off_weight, double nll_scale,
-                                      double off_scale, int64_t normaliser, bool double_loss,
-                                      int64_t exponent_from) {
-  const RatioOptions options = ratio_options(
-      stats_in, numerator, denominator, smooth_nr, smooth_dr, min_denominator, exponent, log,
-      class_weight, first_class, batch, class_pooling, absent, reduction, ratio_scale, nll_weight,
-      off_weight, nll_scale, off_scale, normaliser, exponent_from);
-  const Tensor stats = stats_in.is_contiguous() ? stats_in : torch::stable::contiguous(stats_in);
-  const int64_t samples = stats.size(0);
-  const int64_t classes = stats.size(1);
-  const int64_t row_length = classes * options.sums;
-  const double* const data = stats.const_data_ptr<double>();
-
-  Tensor loss = new_tensor(stats, ratio_loss_shape(stats, options),
-                           double_loss ? ScalarType::Double : ScalarType::Float);
-  Tensor cotangents_tensor =
-      new_tensor(stats, {samples, classes, stats.size(2)}, ScalarType::Double);
-  double* const cotangents = cotangents_tensor.mutable_data_ptr<double>();
-  std::fill(cotangents, cotangents + samples * row_length, 0.0);
-
+// Writes the slopes of the terms; stores the terms, or returns their sum.
+double ratio(const RatioLoss& q) {
+  const RatioOptions& o = q.options;
+  const int64_t rows = o.batch ? 1 : q.samples, length = q.classes * o.width;
+  std::vector<double> pooled(o.batch ? length : 0, 0.0);
+  if (o.batch) {
+    for (int64_t i = 0; i < q.samples * length; ++i) pooled[i % length] += q.stats[i];
+  }
+  std::vector<Row> terms;
+  terms.reserve(rows);
+  int64_t counted = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    terms.emplace_back(o.batch ? pooled.data() : q.stats + r * length, q.classes, q.class_weight,
+                       o);
+    counted += terms.back().counted();
+  }
+  double scale = o.ratio_scale;
+  if (o.reduction == Reduction::mean) scale /= static_cast<double>(std::max<int64_t>(counted, 1));
   double value = 0;
-  if (options.ratio_scale != 0) {
-    std::vector<double> pooled(batch ? row_length : 0, 0.0);
-    if (batch) {
-      for (int64_t i = 0; i < samples * row_length; ++i) pooled[i % row_length] += data[i];
-    }
-    const int64_t rows = batch ? 1 : samples;
-    std::vector<Row> terms;
-    terms.reserve(rows);
-    int64_t counted = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      terms.emplace_back(batch ? pooled.data() : data + r * row_length, classes,
-                         weights_or_null(class_weight), options);
-      counted += terms.back().counted();
-    }
-    double scale = ratio_scale;
-    if (options.reduction == kMean) scale /= static_cast<double>(std::max<int64_t>(counted, 1));
-    int64_t index = 0;
-    for (const Row& row : terms) {
-      for (const RatioTerm& term : row.terms()) {
-        if (options.reduction == kNoReduction) {
-          store(loss, index++, scale * term.value);
-        } else {
-          value += scale * term.value;
-        }
+  int64_t index = 0;
+  for (const Row& row : terms) {
+    for (const RatioTerm& term : row.terms()) {
+      if (o.reduction == Reduction::none) {
+        store(q, index++, scale * term.value);
+      } else {
+        value += scale * term.value;
       }
     }
-    for (int64_t b = 0; b < samples; ++b) {
-      terms[batch ? 0 : b].write_slopes(scale, cotangents + b * row_length);
-    }
-  } else if (options.reduction == kNoReduction) {
-    for (int64_t i = 0; i < loss.numel(); ++i) store(loss, i, 0);
   }
-  if (options.reduction != kNoReduction) {
-    if (nll_scale != 0 || off_scale != 0) {
-      value += likelihood(data, samples, classes, weights_or_null(nll_weight),
-                          weights_or_null(off_weight), options, cotangents);
-    }
-    store(loss, 0, value);
+  for (int64_t b = 0; b < q.samples; ++b) {
+    terms[o.batch ? 0 : b].write_slopes(scale, q.cotangents + b * length);
   }
-  return {loss, cotangents_tensor};
+  return value;
 }
 
-Tensor ratio_loss_backward(const Tensor& grad_loss_in, const Tensor& cotangents_in,
-                           int64_t first_class, bool batch, int64_t class_pooling) {
-  check_ratio_loss_backward(grad_loss_in, cotangents_in, first_class, batch, class_pooling);
-  const auto contiguous = [](const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  };
-  const Tensor grad_loss = contiguous(grad_loss_in);
-  const Tensor cotangents = contiguous(cotangents_in);
-  const int64_t samples = cotangents.size(0);
-  const int64_t classes = cotangents.size(1);
-  const int64_t sums = cotangents.size(2);
-  Tensor result = new_tensor(cotangents, {samples, classes, sums}, ScalarType::Double);
-  const double* in = cotangents.const_data_ptr<double>();
-  double* out = result.mutable_data_ptr<double>();
+void forward(const RatioLoss& q, const Tensor&) {
+  const RatioOptions& o = q.options;
+  std::fill(q.cotangents, q.cotangents + q.samples * q.classes * o.width, 0.0);
+  double value = 0;
+  if (o.ratio_scale != 0) {
+    value = ratio(q);
+  } else if (o.reduction == Reduction::none) {
+    const int64_t rows = o.batch ? 1 : q.samples;
+    const int64_t losses =
+        o.class_pooling == ClassPooling::none ? rows * (q.classes - o.first_class) : rows;
+    for (int64_t i = 0; i < losses; ++i) store(q, i, 0);
+  }
+  if (o.reduction == Reduction::none) return;
+  if (o.nll_scale != 0 || o.off_scale != 0) value += likelihood(q);
+  store(q, 0, value);
+}
 
-  const bool is_double = grad_loss.scalar_type() == ScalarType::Double;
-  const void* const grads = grad_loss.const_data_ptr();
+void backward(const RatioLossBackward& q, const Tensor&) {
   const auto grad_at = [&](int64_t index) {
-    return is_double ? static_cast<const double*>(grads)[index]
-                     : static_cast<double>(static_cast<const float*>(grads)[index]);
+    return q.double_grad ? static_cast<const double*>(q.grad_loss)[index]
+                         : static_cast<double>(static_cast<const float*>(q.grad_loss)[index]);
   };
-  const bool scalar = grad_loss.dim() == 0;
-  const bool per_class = class_pooling == kUnpooled;
-  const int64_t row = scalar || batch ? 0 : (per_class ? classes - first_class : 1);
-  for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const int64_t column = scalar || !per_class ? 0 : c - first_class;
-      const double grad = column < 0 ? 0 : grad_at(b * row + column);
-      for (int64_t k = 0; k < sums; ++k) *out++ = grad * *in++;
-    }
+  for (int64_t i = 0; i < q.samples * q.classes; ++i) {
+    const int64_t b = i / q.classes, c = i % q.classes - q.first_class;
+    const double grad = c < 0 ? 0 : grad_at(b * q.sample_stride + c * q.class_stride);
+    for (int64_t k = i * q.width; k < (i + 1) * q.width; ++k) q.result[k] = grad * q.cotangents[k];
   }
-  return result;
-}
-
-STABLE_TORCH_LIBRARY_IMPL(voxfuse, CPU, m) {
-  m.impl("ratio_loss", TORCH_BOX(&ratio_loss));
-  m.impl("ratio_loss_backward", TORCH_BOX(&ratio_loss_backward));
 }
 
 }  // namespace
 }  // namespace voxfuse
+
+STABLE_TORCH_LIBRARY_IMPL(voxfuse, CPU, m) {
+  m.impl("ratio_loss", TORCH_BOX(&voxfuse::ratio_loss_on<voxfuse::forward>));
+  m.impl("ratio_loss_backward", TORCH_BOX(&voxfuse::ratio_loss_backward_on<voxfuse::backward>));
+}

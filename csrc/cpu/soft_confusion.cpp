@@ -78,19 +78,19 @@ void raise_wrong_label(const Confusion& q, const Tensor& target) {
     for (int64_t v = 0; v < q.voxels; ++v) {
       const int64_t offset = b * q.target_stride.batch + v * q.target_stride.voxel;
       const double x = value_at(q.target, q.target_type, offset);
-      STD_TORCH_CHECK(std::trunc(x) == x && std::isfinite(x), "target: label ", written(x),
-                      " is no integer, first at ", place_of(target, b, v));
+      VOXFUSE_CHECK_VALUE(std::trunc(x) == x && std::isfinite(x), "target: label ", written(x),
+                          " is no integer, first at ", place_of(target, b, v));
       const int64_t label = q.target_type == Element::i64
                                 ? static_cast<const int64_t*>(q.target)[offset]
                                 : static_cast<int64_t>(std::clamp(x, -9.2e18, 9.2e18));
       if (q.has_ignore && label == q.ignore_index) continue;
       if (label >= 0 && label < classes) continue;
-      STD_TORCH_CHECK(false, "target: label ", label, " is outside [0, ", classes, ")",
-                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "",
-                      ", first at ", place_of(target, b, v));
+      VOXFUSE_CHECK_VALUE(false, "target: label ", label, " is outside [0, ", classes, ")",
+                          q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "",
+                          ", first at ", place_of(target, b, v));
     }
   }
-  STD_TORCH_CHECK(false, "target: a label is outside [0, ", classes, ")");
+  VOXFUSE_CHECK_VALUE(false, "target: a label is outside [0, ", classes, ")");
 }
 
 namespace {

@@ -5,12 +5,10 @@
 #include <cstdint>
 #include <limits>
 
+#include "contract/codes.h"
 #include "math/layout.h"
 
 namespace voxfuse {
-
-enum class Activation : int { none, sigmoid, softmax };
-enum class Overlap : int { product, min };
 
 struct Confusion {
   int64_t batch, classes, voxels;

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTile = 8;  // classes in registers
-constexpr int kSigmoid = 1, kSoftmax = 2;
 
 template <class Real>
 constexpr int kRun = 16 / sizeof(Real);  // voxels of a thread
@@ -178,8 +177,9 @@ __global__ void __launch_bounds__(kThreads, 3) finalize(const __grid_constant__ 
   const Place place{row * q.turn + (wrapped ? 0 : q.first) + column,
                     row * q.out_outer + (wrapped ? before : 0) + column,
                     left < kCount ? static_cast<int>(left) : kCount};
-  const int activation = q.applied || kMode == Finish::labels ? 0 : q.activation;
-  const bool binary = q.activation == kSigmoid || q.classes == 1;
+  const Activation activation =
+      q.applied || kMode == Finish::labels ? Activation::none : q.activation;
+  const bool binary = q.activation == Activation::sigmoid || q.classes == 1;
 
   bool covered[kCount];
 #pragma unroll
@@ -195,10 +195,10 @@ __global__ void __launch_bounds__(kThreads, 3) finalize(const __grid_constant__ 
     where[i] = 0;
   }
   Real z[kTile][kCount];
-  const bool first_walk = !kByClass || activation == kSoftmax;
+  const bool first_walk = !kByClass || activation == Activation::softmax;
   for (int64_t base = 0; first_walk && base < q.classes; base += kTile) {
     load_tile<Real>(q, place, base, z);
-    if (kMode != Finish::labels && activation == kSoftmax) {
+    if (kMode != Finish::labels && activation == Activation::softmax) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         Real greatest = sum[i] == 0 ? Real(-INFINITY) : shift[i];
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 3) finalize(const __grid_constant__ 
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const Real p = z[c][i];
-          if (activation == kSigmoid) {
+          if (activation == Activation::sigmoid) {
             const Real distance = p < 0 ? -p : p, e = exponential(-distance);
             sum[i] += math::log1p_accurate(e) + (e == 0 ? Real(0) : distance * e) / (1 + e);
           } else {
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 3) finalize(const __grid_constant__ 
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           p[i] = z[c][i];
-          if (activation == kSigmoid) p[i] = sigmoid_of(p[i]);
-          if (activation == kSoftmax) p[i] = exponential(p[i] - shift[i]) / sum[i];
+          if (activation == Activation::sigmoid) p[i] = sigmoid_of(p[i]);
+          if (activation == Activation::softmax) p[i] = exponential(p[i] - shift[i]) / sum[i];
           above[i] = p[i] > static_cast<Real>(q.threshold);
         }
         if constexpr (kMode == Finish::mask) {
@@ -284,11 +284,12 @@ __global__ void __launch_bounds__(kThreads, 3) finalize(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (kMode == Finish::entropy) {
-        best[i] =
-            activation == kSoftmax ? math::log_accurate(sum[i]) - product[i] / sum[i] : sum[i];
-      } else if (activation == kSigmoid) {
+        best[i] = activation == Activation::softmax
+                      ? math::log_accurate(sum[i]) - product[i] / sum[i]
+                      : sum[i];
+      } else if (activation == Activation::sigmoid) {
         best[i] = sigmoid_of(best[i]);
-      } else if (activation == kSoftmax) {
+      } else if (activation == Activation::softmax) {
         best[i] = exponential(best[i] - shift[i]) / sum[i];
       }
     }

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "math/finalize_slab.h"
+#include "contract/finalize_slab.h"
 
 namespace voxfuse::cuda {
 

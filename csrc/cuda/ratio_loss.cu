@@ -2,6 +2,7 @@
 // so one block does everything, in float64 and in a fixed order.
 #include "cuda/launch.h"
 #include "cuda/ratio_loss.h"
+#include "math/ratio_loss.h"
 
 namespace voxfuse::cuda {
 namespace {
@@ -28,16 +29,15 @@ __device__ inline double warp_max(double value) {
 }
 
 /// The sums of class c in row r: a sample's, or all samples' together.
-__device__ inline void load_row(const RatioLoss& q, int64_t r, int64_t c,
-                                double (&sums)[kMaxSums]) {
+__device__ inline void load_row(const RatioLoss& q, int64_t r, int64_t c, double (&sums)[FULL]) {
   const RatioOptions& o = q.options;
 #pragma unroll
-  for (int k = 0; k < kMaxSums; ++k) sums[k] = 0;
+  for (int k = 0; k < FULL; ++k) sums[k] = 0;
   const int64_t first = o.batch ? 0 : r, last = o.batch ? q.samples : r + 1;
   for (int64_t b = first; b < last; ++b) {
 #pragma unroll
-    for (int k = 0; k < kMaxSums; ++k) {
-      if (k < o.sums) sums[k] += q.stats[(b * q.classes + c) * o.sums + k];
+    for (int k = 0; k < FULL; ++k) {
+      if (k < o.width) sums[k] += q.stats[(b * q.classes + c) * o.width + k];
     }
   }
 }
@@ -56,19 +56,19 @@ __device__ inline void store_slopes(const RatioLoss& q, int64_t r, int64_t c, do
   const RatioOptions& o = q.options;
   const int64_t first = o.batch ? 0 : r, last = o.batch ? q.samples : r + 1;
   for (int64_t b = first; b < last; ++b) {
-    for (int k = 0; k < o.sums; ++k) {
-      q.cotangents[(b * q.classes + c) * o.sums + k] = scale * (factor * ratio_slope(term, k, o));
+    for (int k = 0; k < o.width; ++k) {
+      q.cotangents[(b * q.classes + c) * o.width + k] = scale * (factor * ratio_slope(term, k, o));
     }
   }
 }
 
 __device__ inline bool is_counted(const RatioOptions& o, bool present) {
-  return present || o.absent != kIgnoreAbsent;
+  return present || o.absent != Absent::ignore;
 }
 
 __device__ inline RatioTerm term_of(const RatioOptions& o, const RatioSums& sums, bool present,
                                     double exponent) {
-  return present || o.absent == kKeepAbsent ? ratio_term(sums, exponent, o) : RatioTerm{0, 0, 0};
+  return present || o.absent == Absent::keep ? ratio_term(sums, exponent, o) : RatioTerm{0, 0, 0};
 }
 
 /// Terms of single classes: a thread takes every kThreads-th (row, class).
@@ -76,12 +76,12 @@ __device__ inline double class_terms(const RatioLoss& q, int64_t rows, double* s
   const RatioOptions& o = q.options;
   const int64_t count = q.classes - o.first_class, items = rows * count;
   double scale = o.ratio_scale;
-  if (o.reduction == kMean) {
+  if (o.reduction == Reduction::mean) {
     double counted = 0;
     for (int64_t i = threadIdx.x; i < items; i += kThreads) {
-      double sums[kMaxSums];
+      double sums[FULL];
       load_row(q, i / count, o.first_class + i % count, sums);
-      counted += is_counted(o, sums[kTp] + sums[kFn] != 0) ? 1 : 0;
+      counted += is_counted(o, sums[Sum::TP] + sums[Sum::FN] != 0) ? 1 : 0;
     }
     counted = block_sum(counted, scratch);
     scale /= counted < 1 ? 1 : counted;
@@ -89,13 +89,13 @@ __device__ inline double class_terms(const RatioLoss& q, int64_t rows, double* s
   double value = 0;
   for (int64_t i = threadIdx.x; i < items; i += kThreads) {
     const int64_t r = i / count, c = i % count;
-    double sums[kMaxSums];
+    double sums[FULL];
     load_row(q, r, o.first_class + c, sums);
     const double factor = q.class_weight == nullptr ? 1 : q.class_weight[c];
-    const RatioTerm term = term_of(o, ratio_sums(sums, o), sums[kTp] + sums[kFn] != 0,
+    const RatioTerm term = term_of(o, ratio_sums(sums, o), sums[Sum::TP] + sums[Sum::FN] != 0,
                                    exponent_of(o.first_class + c, o));
     const double part = scale * (term.value * factor);
-    if (o.reduction == kNoReduction) store_loss(q, i, part);
+    if (o.reduction == Reduction::none) store_loss(q, i, part);
     value += part;
     store_slopes(q, r, o.first_class + c, scale, factor, term);
   }
@@ -108,7 +108,7 @@ __device__ inline double pooled_weight(const RatioLoss& q, int64_t c, double vol
   const RatioOptions& o = q.options;
   double weight = pooling_weight(volume, o.class_pooling);
   if (std::isinf(weight)) weight = largest == 0 ? 1 : largest;
-  if (o.absent == kIgnoreAbsent && volume == 0) weight = 0;
+  if (o.absent == Absent::ignore && volume == 0) weight = 0;
   return q.class_weight == nullptr ? weight : weight * q.class_weight[c];
 }
 
@@ -118,15 +118,15 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
   const int64_t count = q.classes - o.first_class;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  double sums[kMaxSums];
+  double sums[FULL];
   double scale = o.ratio_scale;
-  if (o.reduction == kMean) {
+  if (o.reduction == Reduction::mean) {
     double counted = 0;
     for (int64_t r = warp; r < rows; r += kWarps) {
       bool present = false;
       for (int64_t c = lane; c < count; c += kWarp) {
         load_row(q, r, o.first_class + c, sums);
-        present = present || sums[kTp] + sums[kFn] != 0;
+        present = present || sums[Sum::TP] + sums[Sum::FN] != 0;
       }
       present = __any_sync(kAllLanes, present);
       counted += lane == 0 && is_counted(o, present) ? 1 : 0;
@@ -140,7 +140,7 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
     double largest = 0;
     for (int64_t c = lane; c < count; c += kWarp) {
       load_row(q, r, o.first_class + c, sums);
-      const double volume = sums[kTp] + sums[kFn];
+      const double volume = sums[Sum::TP] + sums[Sum::FN];
       present = present || volume != 0;
       const double weight = pooling_weight(volume, o.class_pooling);
       if (!std::isinf(weight) && weight > largest) largest = weight;
@@ -150,7 +150,7 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
     RatioSums total{0, 0, 0};
     for (int64_t c = lane; c < count; c += kWarp) {
       load_row(q, r, o.first_class + c, sums);
-      const double weight = pooled_weight(q, c, sums[kTp] + sums[kFn], largest);
+      const double weight = pooled_weight(q, c, sums[Sum::TP] + sums[Sum::FN], largest);
       const RatioSums part = ratio_sums(sums, o);
       total.misses += weight * part.misses;
       total.hits += weight * part.hits;
@@ -160,11 +160,11 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
     const RatioTerm term = term_of(o, total, present, o.exponent);
     if (lane == 0) {
       value += scale * term.value;
-      if (o.reduction == kNoReduction) store_loss(q, r, scale * term.value);
+      if (o.reduction == Reduction::none) store_loss(q, r, scale * term.value);
     }
     for (int64_t c = lane; c < count; c += kWarp) {
       load_row(q, r, o.first_class + c, sums);
-      const double weight = pooled_weight(q, c, sums[kTp] + sums[kFn], largest);
+      const double weight = pooled_weight(q, c, sums[Sum::TP] + sums[Sum::FN], largest);
       store_slopes(q, r, o.first_class + c, scale, weight, term);
     }
   }
@@ -179,21 +179,21 @@ __device__ inline double likelihood(const RatioLoss& q, double* scratch) {
   const auto off_weight = [&](int64_t c) { return q.off_weight == nullptr ? 1 : q.off_weight[c]; };
   double total = 0, divisor = 0;
   for (int64_t i = threadIdx.x; i < items; i += kThreads) {
-    const double* s = q.stats + i * o.sums;
+    const double* s = q.stats + i * o.width;
     const int64_t c = i % q.classes;
     divisor += normaliser_part(s, static_cast<int>(c), nll_weight(c), o.normaliser);
-    total += likelihood_part(s[kNll], nll_weight(c), o.nll_scale);
-    if (o.off_scale != 0) total += likelihood_part(s[kOff], off_weight(c), o.off_scale);
+    total += likelihood_part(s[Sum::NLL], nll_weight(c), o.nll_scale);
+    if (o.off_scale != 0) total += likelihood_part(s[Sum::OFF], off_weight(c), o.off_scale);
   }
   total = block_sum(total, scratch);
   divisor = block_sum(divisor, scratch);
-  if (o.normaliser == kByOne) divisor = 1;
+  if (o.normaliser == Normaliser::one) divisor = 1;
   if (divisor == 0) return 0;
   for (int64_t i = threadIdx.x; i < items; i += kThreads) {
-    double* out = q.cotangents + i * o.sums;
+    double* out = q.cotangents + i * o.width;
     const int64_t c = i % q.classes;
-    if (o.nll_scale != 0) out[kNll] += o.nll_scale * nll_weight(c) / divisor;
-    if (o.off_scale != 0) out[kOff] += o.off_scale * off_weight(c) / divisor;
+    if (o.nll_scale != 0) out[Sum::NLL] += o.nll_scale * nll_weight(c) / divisor;
+    if (o.off_scale != 0) out[Sum::OFF] += o.off_scale * off_weight(c) / divisor;
   }
   return total / divisor;
 }
@@ -202,19 +202,19 @@ __global__ void __launch_bounds__(kThreads) epilogue(const __grid_constant__ Rat
   VOXFUSE_SHARED(double, scratch, [kWarps]);
   const RatioOptions& o = q.options;
   const int64_t rows = o.batch ? 1 : q.samples;
-  const int64_t values = q.samples * q.classes * o.sums;
+  const int64_t values = q.samples * q.classes * o.width;
   for (int64_t i = threadIdx.x; i < values; i += kThreads) q.cotangents[i] = 0;
   __syncthreads();
-  const bool pooled = o.class_pooling != kUnpooled;
+  const bool pooled = o.class_pooling != ClassPooling::none;
   double value = 0;
   if (o.ratio_scale != 0) {
     value = pooled ? pooled_terms(q, rows, scratch) : class_terms(q, rows, scratch);
     value = block_sum(value, scratch);  // also: every slope is written before more is added
-  } else if (o.reduction == kNoReduction) {
+  } else if (o.reduction == Reduction::none) {
     const int64_t losses = rows * (pooled ? 1 : q.classes - o.first_class);
     for (int64_t i = threadIdx.x; i < losses; i += kThreads) store_loss(q, i, 0);
   }
-  if (o.reduction == kNoReduction) return;
+  if (o.reduction == Reduction::none) return;
   if (o.nll_scale != 0 || o.off_scale != 0) value += likelihood(q, scratch);
   if (threadIdx.x == 0) store_loss(q, 0, value);
 }
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads) epilogue(const __grid_constant__ Rat
 __global__ void __launch_bounds__(kThreads)
     epilogue_backward(const __grid_constant__ RatioLossBackward q) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= q.samples * q.classes * q.sums) return;
-  const int64_t c = i / q.sums % q.classes, b = i / q.sums / q.classes;
+  if (i >= q.samples * q.classes * q.width) return;
+  const int64_t c = i / q.width % q.classes, b = i / q.width / q.classes;
   double grad = 0;
   if (c >= q.first_class) {
     const int64_t at = b * q.sample_stride + (c - q.first_class) * q.class_stride;
@@ -240,7 +240,7 @@ cudaError_t ratio_loss(const RatioLoss& q, cudaStream_t stream) {
 }
 
 cudaError_t ratio_loss_backward(const RatioLossBackward& q, cudaStream_t stream) {
-  const int64_t values = q.samples * q.classes * q.sums;
+  const int64_t values = q.samples * q.classes * q.width;
   if (values == 0) return cudaSuccess;
   return launch(epilogue_backward, dim3(static_cast<unsigned>((values + kThreads - 1) / kThreads)),
                 dim3(kThreads), stream, q);

@@ -3,41 +3,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
+#include "contract/ratio_loss.h"
+#include "math/host_device.h"
 
 // The scalar mathematics of the ratio losses, in double precision throughout. The definition and
 // the names are those of src/voxfuse/reference/ratio_loss.py.
 namespace voxfuse {
-
-// Order of the sums of one (sample, class) in the last axis of the statistics.
-enum Sum : int { kTp, kFp, kFn, kNll, kOff, kP2, kG2, kWeight, kMaxSums };
-
-enum ClassPooling : int { kUnpooled, kUniform, kSimple, kSquare };
-enum Absent : int { kKeepAbsent, kIgnoreAbsent, kZeroAbsent };
-enum Reduction : int { kNoReduction, kMean, kSum };
-enum Normaliser : int { kByOne, kByTarget, kByVoxels, kByElements, kByVolume };
-
-// Everything about a ratio loss that does not depend on the data.
-struct RatioOptions {
-  double numerator[kMaxSums];
-  double denominator[kMaxSums];
-  double smooth_nr;
-  double smooth_dr;
-  double min_denominator;
-  double exponent;
-  double ratio_scale;
-  double nll_scale;
-  double off_scale;
-  int sums;  // 4 or 8
-  int first_class;
-  int exponent_from;  // classes before have the exponent 1
-  int class_pooling;
-  int absent;
-  int reduction;
-  int normaliser;
-  bool log;
-  bool batch;
-};
 
 // Numerator (hits), denominator (size) and their difference (misses), without the smoothing.
 struct RatioSums {
@@ -56,7 +27,7 @@ struct RatioTerm {
 // A sum with coefficient 0 is not looked at: it may be infinite.
 VOXFUSE_HOST_DEVICE inline RatioSums ratio_sums(const double* sums, const RatioOptions& options) {
   RatioSums result{0, 0, 0};
-  for (int k = 0; k < kMaxSums; ++k) {  // coefficients beyond options.sums are 0
+  for (int k = 0; k < FULL; ++k) {  // coefficients beyond options.width are 0
     const double num = options.numerator[k];
     const double den = options.denominator[k];
     if (num != 0) result.hits += num * sums[k];
@@ -108,23 +79,23 @@ VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums, double ex
 }
 
 // Weight of a class of this target volume in the generalised Dice loss; may be infinite.
-VOXFUSE_HOST_DEVICE inline double pooling_weight(double volume, int class_pooling) {
-  if (class_pooling == kUniform) return 1;
-  return 1 / (class_pooling == kSimple ? volume : volume * volume);
+VOXFUSE_HOST_DEVICE inline double pooling_weight(double volume, ClassPooling class_pooling) {
+  if (class_pooling == ClassPooling::uniform) return 1;
+  return 1 / (class_pooling == ClassPooling::simple ? volume : volume * volume);
 }
 
 // The part of one (sample, class) in what the log-likelihood is divided by.
 VOXFUSE_HOST_DEVICE inline double normaliser_part(const double* sums, int class_index,
-                                                  double nll_weight, int normaliser) {
+                                                  double nll_weight, Normaliser normaliser) {
   switch (normaliser) {
-    case kByTarget:
-      return nll_weight * (sums[kTp] + sums[kFn]);
-    case kByVoxels:
-      return class_index == 0 ? sums[kWeight] : 0;
-    case kByElements:
-      return sums[kWeight];
-    case kByVolume:
-      return sums[kTp] + sums[kFn];
+    case Normaliser::target:
+      return nll_weight * (sums[Sum::TP] + sums[Sum::FN]);
+    case Normaliser::voxels:
+      return class_index == 0 ? sums[Sum::W] : 0;
+    case Normaliser::elements:
+      return sums[Sum::W];
+    case Normaliser::volume:
+      return sums[Sum::TP] + sums[Sum::FN];
     default:
       return 0;
   }

@@ -1,7 +1,8 @@
-// Checks of the finalisation's arguments, for every device: tensors to a Slab.
+// The finalisation from tensors to a Slab, the same for every device. What is checked here keeps
+// memory safe for callers that reach the operator directly; the rest is the Python wrapper's.
 #pragma once
 
-#include "math/finalize_slab.h"
+#include "contract/finalize_slab.h"
 #include "ops/tensor.h"
 
 namespace voxfuse {
@@ -116,7 +117,7 @@ struct SlabPlan {
     q.voxels = (stop - start) * inner;
     q.ring = ring.mutable_data_ptr();
     q.out = out.mutable_data_ptr();
-    q.activation = static_cast<int>(activation);
+    q.activation = static_cast<Activation>(activation);
     q.applied = applied;
     q.divisor = divisor;
     q.threshold = threshold;

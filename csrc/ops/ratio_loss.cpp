@@ -1,5 +1,4 @@
-#include "ratio_loss.h"
-
+// Schemas of the ratio loss operator. The contract is in src/voxfuse/ops/ratio_loss.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(voxfuse, m) {

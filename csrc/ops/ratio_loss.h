@@ -1,118 +1,136 @@
+// The ratio loss from tensors to a problem, the same for every device. What is checked here keeps
+// memory safe for callers that reach the operator directly; the rest is the Python wrapper's.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <vector>
+#include <tuple>
 
-#include "../math/ratio_loss.h"
+#include "contract/ratio_loss.h"
+#include "ops/tensor.h"
 
-// Checks of the ratio loss, the same for every device.
 namespace voxfuse {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline void check_class_weights(const char* name, const std::optional<Tensor>& weights,
-                                int64_t length) {
-  if (!weights.has_value()) return;
+inline const double* class_weights(const char* name, const std::optional<Tensor>& weights,
+                                   int64_t length, const Tensor& stats) {
+  if (!weights) return nullptr;
   STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Double && weights->dim() == 1 &&
                       weights->size(0) == length && weights->is_contiguous(),
                   name, ": expected a contiguous float64 tensor of shape (", length, ",)");
+  STD_TORCH_CHECK(weights->device() == stats.device(), name, ": is on another device than stats");
+  return static_cast<const double*>(weights->const_data_ptr());
 }
 
-inline void check_coefficients(const char* name, const std::vector<double>& coefficients,
-                               int64_t sums) {
-  STD_TORCH_CHECK(static_cast<int64_t>(coefficients.size()) <= sums, name, ": got ",
-                  coefficients.size(), " numbers for ", sums, " sums");
-}
-
-// Check the arguments of ratio_loss and collect those that do not depend on the data.
-inline RatioOptions ratio_options(const Tensor& stats, const std::vector<double>& numerator,
-                                  const std::vector<double>& denominator, double smooth_nr,
-                                  double smooth_dr, double min_denominator, double exponent,
-                                  bool log, const std::optional<Tensor>& class_weight,
-                                  int64_t first_class, bool batch, int64_t class_pooling,
-                                  int64_t absent, int64_t reduction, double ratio_scale,
-                                  const std::optional<Tensor>& nll_weight,
-                                  const std::optional<Tensor>& off_weight, double nll_scale,
-                                  double off_scale, int64_t normaliser, int64_t exponent_from) {
-  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double, "stats: expected float64");
-  STD_TORCH_CHECK(stats.dim() == 3 && (stats.size(2) == 4 || stats.size(2) == 8),
-                  "stats: expected shape (B, C, 4) or (B, C, 8)");
-  const int64_t classes = stats.size(1);
-  const int64_t sums = stats.size(2);
-  STD_TORCH_CHECK(first_class >= 0 && first_class <= classes, "first_class: got ", first_class,
-                  " for ", classes, " classes");
-  check_coefficients("numerator", numerator, sums);
-  check_coefficients("denominator", denominator, sums);
-  check_class_weights("class_weight", class_weight, classes - first_class);
-  check_class_weights("nll_weight", nll_weight, classes);
-  check_class_weights("off_weight", off_weight, classes);
-  STD_TORCH_CHECK(class_pooling >= kUnpooled && class_pooling <= kSquare, "class_pooling: got ",
-                  class_pooling, ", expected 0 to 3");
-  STD_TORCH_CHECK(absent >= kKeepAbsent && absent <= kZeroAbsent, "absent: got ", absent,
-                  ", expected 0 to 2");
-  STD_TORCH_CHECK(reduction >= kNoReduction && reduction <= kSum, "reduction: got ", reduction,
-                  ", expected 0 to 2");
-  STD_TORCH_CHECK(normaliser >= kByOne && normaliser <= kByVolume, "normaliser: got ", normaliser,
-                  ", expected 0 to 4");
-  STD_TORCH_CHECK(
-      sums == 8 || (off_scale == 0 && normaliser != kByVoxels && normaliser != kByElements),
-      "stats: off_scale and the normalisers 'voxels' and 'elements' need all 8 sums");
-
-  STD_TORCH_CHECK(exponent_from == 0 || (exponent_from > 0 && class_pooling == kUnpooled),
-                  "exponent_from: got ", exponent_from,
-                  ", expected an int >= 0, and 0 with pooled classes");
-
-  RatioOptions options{};
-  for (size_t k = 0; k < numerator.size(); ++k) options.numerator[k] = numerator[k];
-  for (size_t k = 0; k < denominator.size(); ++k) options.denominator[k] = denominator[k];
-  options.smooth_nr = smooth_nr;
-  options.smooth_dr = smooth_dr;
-  options.min_denominator = min_denominator;
-  options.exponent = exponent;
-  options.ratio_scale = ratio_scale;
-  options.nll_scale = nll_scale;
-  options.off_scale = off_scale;
-  options.sums = static_cast<int>(sums);
-  options.first_class = static_cast<int>(first_class);
-  options.exponent_from = static_cast<int>(std::min(exponent_from, classes));
-  options.class_pooling = static_cast<int>(class_pooling);
-  options.absent = static_cast<int>(absent);
-  options.reduction = static_cast<int>(reduction);
-  options.normaliser = static_cast<int>(normaliser);
-  options.log = log;
-  options.batch = batch;
-  return options;
+inline void take_coefficients(const char* name, const std::vector<double>& given,
+                              double (&coefficients)[FULL]) {
+  STD_TORCH_CHECK(given.size() <= FULL, name, ": got ", given.size(), " numbers for ", FULL,
+                  " sums");
+  std::copy(given.begin(), given.end(), coefficients);
 }
 
 // Shape of the loss: () unless there is no reduction.
-inline std::vector<int64_t> ratio_loss_shape(const Tensor& stats, const RatioOptions& options) {
+inline std::vector<int64_t> ratio_loss_shape(const RatioLoss& q) {
   std::vector<int64_t> shape;
-  if (options.reduction != kNoReduction) return shape;
-  if (!options.batch) shape.push_back(stats.size(0));
-  if (options.class_pooling == kUnpooled) shape.push_back(stats.size(1) - options.first_class);
+  if (q.options.reduction != Reduction::none) return shape;
+  if (!q.options.batch) shape.push_back(q.samples);
+  if (q.options.class_pooling == ClassPooling::none) {
+    shape.push_back(q.classes - q.options.first_class);
+  }
   return shape;
 }
 
-inline void check_ratio_loss_backward(const Tensor& grad_loss, const Tensor& cotangents,
-                                      int64_t first_class, bool batch, int64_t class_pooling) {
-  STD_TORCH_CHECK(cotangents.scalar_type() == ScalarType::Double && cotangents.dim() == 3,
-                  "cotangents: expected float64 of shape (B, C, S)");
+// The operator, of which the device's part is `run(problem, stats)`.
+template <auto run>
+std::tuple<Tensor, Tensor> ratio_loss_on(const Tensor& stats_in, std::vector<double> numerator,
+                                         std::vector<double> denominator, double smooth_nr,
+                                         double smooth_dr, double min_denominator, double exponent,
+                                         bool log, const std::optional<Tensor>& class_weight,
+                                         int64_t first_class, bool batch, int64_t class_pooling,
+                                         int64_t absent, int64_t reduction, double ratio_scale,
+                                         const std::optional<Tensor>& nll_weight,
+                                         const std::optional<Tensor>& off_weight, double nll_scale,
+                                         double off_scale, int64_t normaliser, bool double_loss,
+                                         int64_t exponent_from) {
+  STD_TORCH_CHECK(stats_in.scalar_type() == ScalarType::Double, "stats: expected float64");
+  STD_TORCH_CHECK(stats_in.dim() == 3 && (stats_in.size(2) == CORE || stats_in.size(2) == FULL),
+                  "stats: expected shape (B, C, 4) or (B, C, 8)");
+  const Tensor stats = torch::stable::contiguous(stats_in);
+  RatioLoss q;
+  q.samples = stats.size(0);
+  q.classes = stats.size(1);
+  STD_TORCH_CHECK(first_class >= 0 && first_class <= q.classes, "first_class: got ", first_class,
+                  " for ", q.classes, " classes");
+  RatioOptions& o = q.options;
+  take_coefficients("numerator", numerator, o.numerator);
+  take_coefficients("denominator", denominator, o.denominator);
+  o.smooth_nr = smooth_nr;
+  o.smooth_dr = smooth_dr;
+  o.min_denominator = min_denominator;
+  o.exponent = exponent;
+  o.ratio_scale = ratio_scale;
+  o.nll_scale = nll_scale;
+  o.off_scale = off_scale;
+  o.width = static_cast<int>(stats.size(2));
+  o.first_class = static_cast<int>(first_class);
+  o.exponent_from = static_cast<int>(std::min(exponent_from, q.classes));
+  o.class_pooling = static_cast<ClassPooling>(class_pooling);
+  o.absent = static_cast<Absent>(absent);
+  o.reduction = static_cast<Reduction>(reduction);
+  o.normaliser = static_cast<Normaliser>(normaliser);
+  o.log = log;
+  o.batch = batch;
   STD_TORCH_CHECK(
-      grad_loss.scalar_type() == ScalarType::Float || grad_loss.scalar_type() == ScalarType::Double,
-      "grad_loss: expected float32 or float64");
-  if (grad_loss.dim() == 0) return;
-  const bool pooled = class_pooling != kUnpooled;
-  const int64_t classes = cotangents.size(1) - first_class;
-  const int64_t expected = (batch ? 1 : cotangents.size(0)) * (pooled ? 1 : classes);
-  STD_TORCH_CHECK(grad_loss.numel() == expected, "grad_loss: got ", grad_loss.numel(),
-                  " elements, expected ", expected);
+      o.width == FULL || (off_scale == 0 && o.normaliser != Normaliser::voxels &&
+                          o.normaliser != Normaliser::elements &&
+                          std::max(numerator.size(), denominator.size()) <= CORE),
+      "stats: off_scale, the normalisers 'voxels' and 'elements' and further coefficients need all "
+      "8 sums");
+  q.class_weight = class_weights("class_weight", class_weight, q.classes - first_class, stats);
+  q.nll_weight = class_weights("nll_weight", nll_weight, q.classes, stats);
+  q.off_weight = class_weights("off_weight", off_weight, q.classes, stats);
+
+  Tensor loss = torch::stable::new_empty(stats, ratio_loss_shape(q),
+                                         double_loss ? ScalarType::Double : ScalarType::Float);
+  Tensor cotangents = torch::stable::empty_like(stats);
+  q.stats = static_cast<const double*>(stats.const_data_ptr());
+  q.double_loss = double_loss;
+  q.loss = loss.mutable_data_ptr();
+  q.cotangents = static_cast<double*>(cotangents.mutable_data_ptr());
+  run(q, stats);
+  return {loss, cotangents};
+}
+
+template <auto run>
+Tensor ratio_loss_backward_on(const Tensor& grad_loss_in, const Tensor& cotangents_in,
+                              int64_t first_class, bool batch, int64_t class_pooling) {
+  STD_TORCH_CHECK(cotangents_in.scalar_type() == ScalarType::Double && cotangents_in.dim() == 3,
+                  "cotangents: expected float64 of shape (B, C, S)");
+  STD_TORCH_CHECK(grad_loss_in.scalar_type() == ScalarType::Float ||
+                      grad_loss_in.scalar_type() == ScalarType::Double,
+                  "grad_loss: expected float32 or float64");
+  STD_TORCH_CHECK(grad_loss_in.device() == cotangents_in.device(),
+                  "grad_loss: is on another device than cotangents");
+  const Tensor grad_loss = torch::stable::contiguous(grad_loss_in);
+  const Tensor cotangents = torch::stable::contiguous(cotangents_in);
+  Tensor result = torch::stable::empty_like(cotangents);
+  RatioLossBackward q;
+  q.samples = cotangents.size(0);
+  q.classes = cotangents.size(1);
+  q.width = cotangents.size(2);
+  q.double_grad = grad_loss.scalar_type() == ScalarType::Double;
+  q.grad_loss = grad_loss.const_data_ptr();
+  if (grad_loss.dim() > 0) {
+    const bool pooled = static_cast<ClassPooling>(class_pooling) != ClassPooling::none;
+    const int64_t losses = pooled ? 1 : q.classes - first_class;
+    STD_TORCH_CHECK(grad_loss.numel() == (batch ? 1 : q.samples) * losses, "grad_loss: got ",
+                    grad_loss.numel(), " elements, expected ", (batch ? 1 : q.samples) * losses);
+    q.first_class = pooled ? 0 : first_class;
+    q.class_stride = pooled ? 0 : 1;
+    q.sample_stride = batch ? 0 : losses;
+  }
+  q.cotangents = static_cast<const double*>(cotangents.const_data_ptr());
+  q.result = static_cast<double*>(result.mutable_data_ptr());
+  run(q, cotangents);
+  return result;
 }
 
 }  // namespace voxfuse

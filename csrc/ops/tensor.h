@@ -12,12 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "contract/codes.h"
 #include "math/layout.h"
 
 namespace voxfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// As STD_TORCH_CHECK for what depends on the data, or on a device's limits: Python knows it by the
+// tag, and raises a ValueError with the rest.
+#define VOXFUSE_CHECK_VALUE(condition, ...) STD_TORCH_CHECK(condition, VALUE_ERROR, __VA_ARGS__)
 
 inline bool has_element(ScalarType type) {
   switch (type) {

@@ -60,6 +60,11 @@ CORE: Final = 4
 FULL: Final = 8
 
 
+#: What the message of a kernel's error begins with that a value in the data is the reason of; the
+#: stable ABI knows no ValueError.
+VALUE_ERROR: Final = "ValueError: "
+
+
 class ClassPooling(Code):
     """Weights of the classes that are summed before the ratio; none: each has its own."""
 
@@ -136,3 +141,46 @@ class RatioOptions(NamedTuple):
     nll_scale: float = 0.0
     off_scale: float = 0.0
     normaliser: int = Normaliser.one
+
+
+_CONFUSION = (
+    "int activation, int likelihood, int overlap, int? ignore_index, float gamma, {}"
+    "int? focal_classes=None"
+)
+_HEAD = (
+    "Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? voxel_weight, "
+    + _CONFUSION
+)
+
+#: The operators' schemas. C++ declares them in ``csrc/ops``; a test compares the two.
+SCHEMAS: Final = {
+    "soft_confusion": "(Tensor input, Tensor target, Tensor? weight, "
+    + _CONFUSION.format("bool full, ")
+    + ") -> Tensor",
+    "soft_confusion_backward": "(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
+    + _CONFUSION.format("")
+    + ") -> Tensor",
+    "head_confusion": f"({_HEAD.format('bool full, int chunk_bytes, ')}) -> Tensor",
+    "head_confusion_backward": "(Tensor grad, "
+    + _HEAD.format("int chunk_bytes, bool need_features, bool need_head, ")
+    + ") -> (Tensor, Tensor, Tensor)",
+    "ratio_loss": "(Tensor stats, float[] numerator, float[] denominator, float smooth_nr, "
+    "float smooth_dr, float min_denominator, float exponent, bool log, Tensor? class_weight, "
+    "int first_class, bool batch, int class_pooling, int absent, int reduction, float ratio_scale, "
+    "Tensor? nll_weight, Tensor? off_weight, float nll_scale, float off_scale, int normaliser, "
+    "bool double_loss, int exponent_from=0) -> (Tensor loss, Tensor cotangents)",
+    "ratio_loss_backward": "(Tensor grad_loss, Tensor cotangents, int first_class, bool batch, "
+    "int class_pooling) -> Tensor",
+    "overlap_add": "(Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
+    "int[] volume_shape, int activation=0) -> Tensor",
+    "overlap_add_backward": "(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, "
+    "Tensor? total, Tensor? patches=None, int activation=0) -> Tensor",
+    "overlap_add_": "(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, "
+    "Tensor[] weights, Tensor? total, int ring_axis, int start, int stop, int flip=0, "
+    "float floor=0.0, int activation=0, Tensor[]? cover=None) -> ()",
+    "overlap_weights_": "(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
+    "int ring_axis, int start, int stop) -> ()",
+    "finalize_slab": "(Tensor(a!) ring, Tensor(b!) out, Tensor? total, Tensor? weight, "
+    "Tensor? bias, int ring_axis, int start, int stop, int activation, bool applied, int mode, "
+    "float divisor, float threshold, float fill, bool clear) -> ()",
+}

@@ -515,10 +515,11 @@ class OverlapAdd(Operators):
         flip: int = 0,
         floor: float = 0.0,
         activation: int = 0,
+        cover: Sequence[Tensor] | None = None,
         patches: Tensor | None = None,
     ) -> Tensor:
         axes = len(extent)
-        weights, cover = (weights[:axes], weights[axes:]) if floor else (weights, [])
+        cover = cover or []
         separable = len(weights) == axes
         shape = [w.shape[1] for w in weights] if separable else list(weights[0].shape[1:])
         lead = [1] * (3 - axes)
@@ -598,10 +599,11 @@ class OverlapAdd(Operators):
         flip: int = 0,
         floor: float = 0.0,
         activation: int = 0,
+        cover: Sequence[Tensor] | None = None,
     ) -> None:
         place = (ring_axis, start, stop)
         tables = (origins, rows, weights, total, ring.shape[1:])
-        options = (flip, floor, activation)
+        options = (flip, floor, activation, cover)
         result = self._call(self.RING, patches, ring, *tables, place, *options)
         ring.copy_(result)
 

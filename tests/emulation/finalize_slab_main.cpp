@@ -24,7 +24,7 @@ int main() {
     q.type = static_cast<Element>(x[7]);
     q.out_channel = x[8];
     q.out_outer = x[9];
-    q.activation = static_cast<int>(x[11]);
+    q.activation = static_cast<voxfuse::Activation>(x[11]);
     q.applied = x[12] != 0;
     q.mode = static_cast<Finish>(x[13]);
     q.clear = x[14] != 0;

@@ -39,7 +39,7 @@ int main() {
       if (buffers[8 + axis].size() > 0) q.cover[axis] = buffers[8 + axis].as<const double>();
     }
     q.floor = record.doubles[0];
-    q.activation = static_cast<int>(x[29]);
+    q.activation = static_cast<voxfuse::Activation>(x[29]);
     if (buffers[11].size() > 0) q.activated = buffers[11].get();
     const std::int64_t kept = x[0] < 2 ? voxfuse::cuda::softmax_workspace(q) : 0;
     const voxfuse::emulation::Buffer workspace(kept * (q.type == Element::f64 ? 8 : 4));

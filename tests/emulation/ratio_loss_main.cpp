@@ -13,18 +13,18 @@ const double* or_null(const Buffer& buffer) {
 }
 
 cudaError_t forward(const Record& record) {
-  voxfuse::cuda::RatioLoss q;
+  voxfuse::RatioLoss q;
   const std::int64_t* x = record.integers.data() + 1;
   const double* d = record.doubles.data();
   q.samples = x[0];
   q.classes = x[1];
   voxfuse::RatioOptions& o = q.options;
-  o.sums = static_cast<int>(x[2]);
+  o.width = static_cast<int>(x[2]);
   o.first_class = static_cast<int>(x[3]);
-  o.class_pooling = static_cast<int>(x[4]);
-  o.absent = static_cast<int>(x[5]);
-  o.reduction = static_cast<int>(x[6]);
-  o.normaliser = static_cast<int>(x[7]);
+  o.class_pooling = static_cast<voxfuse::ClassPooling>(x[4]);
+  o.absent = static_cast<voxfuse::Absent>(x[5]);
+  o.reduction = static_cast<voxfuse::Reduction>(x[6]);
+  o.normaliser = static_cast<voxfuse::Normaliser>(x[7]);
   o.log = x[8] != 0;
   o.batch = x[9] != 0;
   q.double_loss = x[10] != 0;
@@ -36,9 +36,9 @@ cudaError_t forward(const Record& record) {
   o.ratio_scale = d[4];
   o.nll_scale = d[5];
   o.off_scale = d[6];
-  for (int k = 0; k < voxfuse::kMaxSums; ++k) {
+  for (int k = 0; k < voxfuse::FULL; ++k) {
     o.numerator[k] = d[7 + k];
-    o.denominator[k] = d[7 + voxfuse::kMaxSums + k];
+    o.denominator[k] = d[7 + voxfuse::FULL + k];
   }
   q.stats = record.buffers[0].as<const double>();
   q.class_weight = or_null(record.buffers[1]);
@@ -53,11 +53,11 @@ cudaError_t forward(const Record& record) {
 }
 
 cudaError_t backward(const Record& record) {
-  voxfuse::cuda::RatioLossBackward q;
+  voxfuse::RatioLossBackward q;
   const std::int64_t* x = record.integers.data() + 1;
   q.samples = x[0];
   q.classes = x[1];
-  q.sums = x[2];
+  q.width = x[2];
   q.double_grad = x[3] != 0;
   q.sample_stride = x[4];
   q.class_stride = x[5];

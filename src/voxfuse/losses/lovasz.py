@@ -269,9 +269,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(inputs[0], output[1])
 
 
-def _backward(operators: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(operators: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> dict[str, Tensor]:
     input, gradient = ctx.saved_tensors
-    return ((once_differentiable(gradient, input) * grad).to(input.dtype),) + (None,) * 10
+    return {"input": (once_differentiable(gradient, input) * grad).to(input.dtype)}
 
 
 _registry.register_composed(

@@ -146,7 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = options
 
 
-def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     """The fused backward pass, with the incoming gradient as the voxels' weight."""
     input, target, weight, on, off = ctx.saved_tensors
     likelihood, ignore_index, gamma, on_scale, off_scale = ctx.options
@@ -160,7 +160,7 @@ def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     gradient = operators.soft_confusion_backward(
         cotangents, input, target, grad, likelihood, likelihood, 0, ignore_index, gamma
     )
-    return (gradient,) + (None,) * 9
+    return {"input": gradient}
 
 
 _registry.register_composed(

@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from voxfuse.contract import Code
+from voxfuse.contract import VALUE_ERROR, Code
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -110,27 +110,9 @@ def _range(dtype: torch.dtype) -> tuple[int, int]:
     return info.min, info.max
 
 
-#: Prefixes of messages that the kernels raise for bad values (RuntimeError under the stable ABI).
-_VALUE_ERRORS = (
-    "target:",
-    "weight:",
-    "input:",
-    "origins:",
-    "rows:",
-    "weights:",
-    "total:",
-    "patches:",
-    "ring:",
-    "stats:",
-    "grad:",
-)
-
-
 def reraise(error: RuntimeError) -> NoReturn:
-    """Raise a kernel's complaint about an argument's value as the ValueError it is."""
-    message = str(error)
-    for prefix in _VALUE_ERRORS:
-        position = message.find(prefix)
-        if position >= 0:
-            raise ValueError(message[position:].split("\n")[0]) from None
+    """Raise a kernel's complaint about a value in the data as the ValueError it is."""
+    _, tag, message = str(error).partition(VALUE_ERROR)
+    if tag:
+        raise ValueError(message.split("\n")[0]) from None
     raise error

@@ -14,6 +14,7 @@ An operator lives in three ``torch.library`` namespaces with one schema:
 from __future__ import annotations
 
 import importlib
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +22,20 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from voxfuse.contract import SCHEMAS
 from voxfuse.ops import _checks
 
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
 
 _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES}
 
-#: Every schema that Python declares, by operator name; tests compare it with the compiled one.
-schemas: dict[str, str] = {}
+
+def _inputs_of(schema: Any) -> Callable[..., Any]:
+    """The type of a tuple of an operator's arguments: the names and defaults of its schema."""
+    defaults = [x.default_value for x in schema.arguments if x.has_default_value()]
+    names = [x.name for x in schema.arguments]
+    kind: Callable[..., Any] = namedtuple("Inputs", names, defaults=defaults)  # type: ignore[misc]
+    return kind
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -47,27 +54,32 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
 
 def register(
     name: str,
-    signature: str,
-    fake: Callable[..., Any],
+    fake: Callable[[Any], Any],
     *,
     stem: str,
     vmap: Callable[..., Any] | None = None,
 ) -> None:
     """Declare operator ``name`` in every namespace, with its implementations and its fake.
 
-    ``signature`` is the schema without the name. Implementations are the functions called
-    ``name`` in ``voxfuse.reference.<stem>`` and ``voxfuse.triton_kernels.<stem>``. ``vmap`` is
-    the rule under ``torch.func.vmap``, by default one call an element.
+    ``fake`` gets the arguments as one tuple with the schema's names. Implementations are the
+    functions called ``name`` in ``voxfuse.reference.<stem>`` and
+    ``voxfuse.triton_kernels.<stem>``. ``vmap`` is the rule under ``torch.func.vmap``, by default
+    one call an element.
     """
-    schemas[name] = name + signature
+    schema = name + SCHEMAS[name]
+    inputs_of = _inputs_of(torch._C.parse_schema(schema))
+
+    def bound(*args: Any, **named: Any) -> Any:
+        return fake(inputs_of(*args, **named))
+
     reference = _lazy(f"voxfuse.reference.{stem}", name)
     triton = _lazy(f"voxfuse.triton_kernels.{stem}", name)
     for namespace, library in _libraries.items():
         # The compiled library declares its operators when it is loaded; a second definition of a
         # schema would raise.
         if not torch._C._dispatch_has_kernel(f"{namespace}::{name}"):
-            library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", bound, lib=library)
 
     for key, implementation in (("CPU", reference), ("CUDA", triton)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"voxfuse::{name}", key):
@@ -144,24 +156,50 @@ def fold_into_batch(operator: Any, size: int, in_dims: Any, *args: Any) -> Any:
 def register_autograd(
     name: str,
     setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    backward: Callable[..., dict[str, Any]],
 ) -> None:
-    """Register ``backward(operators, ctx, *grads)`` in every namespace.
+    """Register a formula in every namespace, with arguments and gradients under their names.
 
+    ``setup_context(ctx, inputs, output)`` gets the arguments as a tuple with the schema's names,
+    ``backward(operators, ctx, *grads)`` returns gradients by those names; the others have none.
     ``operators`` is the namespace's operator table (``torch.ops.voxfuse`` and so on), so that a
     forward pass on one backend is followed by a backward pass on the same one.
     """
+    schema = getattr(torch.ops.voxfuse, name).default._schema
+    arguments, inputs_of = schema.arguments, _inputs_of(schema)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.lists = {
+            x.name: len(value)
+            for x, value in zip(arguments, inputs, strict=True)
+            if str(x.type) == "List[Tensor]"
+        }
+        # The dispatcher drops defaults at the end, and wants a gradient for all others.
+        ctx.passed = len(inputs)
+        while ctx.passed and _is_default(arguments[ctx.passed - 1], inputs[ctx.passed - 1]):
+            ctx.passed -= 1
+        setup_context(ctx, inputs_of(*inputs), output)
+
     for namespace, library in _libraries.items():
         operators = getattr(torch.ops, namespace)
 
         def bound(ctx: Any, *grads: Any, operators: Any = operators) -> Any:
-            return backward(operators, ctx, *grads)
+            gradients = backward(operators, ctx, *grads)
+            none = {name: [None] * length for name, length in ctx.lists.items()}
+            return tuple((none | gradients).get(x.name) for x in arguments[: ctx.passed])
 
         torch.library.register_autograd(
-            f"{namespace}::{name}", bound, setup_context=setup_context, lib=library
+            f"{namespace}::{name}", bound, setup_context=setup, lib=library
         )
         transformable = _TRANSFORMABLE[namespace]
-        setattr(transformable, name, _transformable(transformable, name, setup_context, backward))
+        function = _transformable(transformable, name, inputs_of, setup_context, backward)
+        setattr(transformable, name, function)
+
+
+def _is_default(argument: Any, value: Any) -> bool:
+    if isinstance(value, Tensor) or not argument.has_default_value():
+        return False
+    return bool(value == argument.default_value)
 
 
 class TransformableOperators:
@@ -184,19 +222,23 @@ _TRANSFORMABLE = {name: TransformableOperators(name) for name in NAMESPACES}
 def _transformable(
     operators: TransformableOperators,
     name: str,
+    inputs_of: Callable[..., Any],
     setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    backward: Callable[..., dict[str, Any]],
 ) -> Callable[..., Any]:
     operator = getattr(getattr(torch.ops, operators.name), name).default
     arguments = operator._schema.arguments
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs_of(*inputs), output)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(_checks.FORWARD_MODE)
 
     def every(ctx: Any, *grads: Any) -> Any:
         # Here defaults are arguments, which the dispatcher drops, and a list is one of them.
-        gradients = [x if isinstance(x, Tensor) else None for x in backward(operators, ctx, *grads)]
-        return (*gradients, *[None] * (len(arguments) - len(gradients)))
+        gradients = backward(operators, ctx, *grads)
+        return tuple(gradients.get(x.name) for x in arguments)
 
     function: Any = type(
         f"Transformable_{name}",
@@ -204,7 +246,7 @@ def _transformable(
         {
             "generate_vmap_rule": True,
             "forward": staticmethod(lambda *args: operator(*args)),
-            "setup_context": staticmethod(setup_context),
+            "setup_context": staticmethod(setup),
             "backward": staticmethod(every),
             "jvp": staticmethod(jvp),
         },
@@ -212,8 +254,7 @@ def _transformable(
 
     def call(*args: Any, **named: Any) -> Any:
         # setup_context counts on every argument, as the dispatcher hands them over.
-        rest = arguments[len(args) :]
-        return function.apply(*args, *(named.get(x.name, x.default_value) for x in rest))
+        return function.apply(*inputs_of(*args, **named))
 
     return call
 

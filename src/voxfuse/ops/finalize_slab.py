@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,15 +214,4 @@ def _is_slab_of_contiguous(out: Tensor, ring_axis: int) -> bool:
     return True
 
 
-def _fake(*args: Any) -> None:
-    return None
-
-
-_registry.register(
-    "finalize_slab",
-    "(Tensor(a!) ring, Tensor(b!) out, Tensor? total, Tensor? weight, Tensor? bias, "
-    "int ring_axis, int start, int stop, int activation, bool applied, int finish, float divisor, "
-    "float threshold, float fill, bool clear) -> ()",
-    _fake,
-    stem="finalize_slab",
-)
+_registry.register("finalize_slab", lambda x: None, stem="finalize_slab")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from voxfuse.contract import CORE, FULL, Activation, Overlap
 from voxfuse.ops import _checks, _registry
-from voxfuse.ops.soft_confusion import check_focal_classes, check_inputs
+from voxfuse.ops.soft_confusion import check_focal_classes, check_inputs, options_of
 
 #: Bytes of logits that may exist at one time, unless the caller says otherwise.
 CHUNK_BYTES = 64 << 20
@@ -169,71 +169,41 @@ def check_head(
     return weight
 
 
-def _fake(features: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    full = rest[8]
-    shape = (features.shape[0], weight.shape[0], FULL if full else CORE)
-    return features.new_empty(shape, dtype=torch.float64)
+def _fake(x: Any) -> Tensor:
+    shape = (x.features.shape[0], x.weight.shape[0], FULL if x.full else CORE)
+    result: Tensor = x.features.new_empty(shape, dtype=torch.float64)
+    return result
 
 
-def _fake_backward(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    # After target and voxel_weight: five options, gamma last, and chunk_bytes.
-    need_features, need_head = rest[8:10]
+def _fake_backward(x: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_bias = x.need_head and x.bias is not None
     return (
-        torch.empty_like(features) if need_features else features.new_empty(0),
-        weight.new_empty(weight.shape) if need_head else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if need_head and bias is not None else 0),
+        torch.empty_like(x.features) if x.need_features else x.features.new_empty(0),
+        x.weight.new_empty(x.weight.shape if x.need_head else 0),
+        x.weight.new_empty(x.weight.shape[0] if need_bias else 0),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weight, bias, target, voxel_weight, *options, _, chunk_bytes, focal = inputs
-    ctx.save_for_backward(features, weight, bias, target, voxel_weight)
-    ctx.options = (*options, chunk_bytes)
-    ctx.focal_classes = focal
+def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
+    ctx.save_for_backward(x.features, x.weight, x.bias, x.target, x.voxel_weight)
+    ctx.options = {**options_of(x)._asdict(), "chunk_bytes": x.chunk_bytes}
 
 
-def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    features, weight, bias, target, voxel_weight = ctx.saved_tensors
-    need_features, need_weight, need_bias = ctx.needs_input_grad[:3]
-    df, dw, db = operators.head_confusion_backward(
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    needed = ctx.needs_input_grad[:3]
+    gradients = operators.head_confusion_backward(
         grad.contiguous(),
-        features,
-        weight,
-        bias,
-        target,
-        voxel_weight,
-        *ctx.options,
-        need_features,
-        need_weight or need_bias,
-        ctx.focal_classes,
+        *ctx.saved_tensors,
+        **ctx.options,
+        need_features=needed[0],
+        need_head=needed[1] or needed[2],
     )
-    return (
-        df if need_features else None,
-        dw if need_weight else None,
-        db if need_bias else None,
-        *(None,) * 10,
-    )
+    named = zip(("features", "weight", "bias"), gradients, needed, strict=True)
+    return {name: gradient for name, gradient, need in named if need}
 
 
-_HEAD = (
-    "Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? voxel_weight, "
-    "int activation, int likelihood, int overlap, int? ignore_index, float gamma, "
-)
-_registry.register(
-    "head_confusion",
-    f"({_HEAD}bool full, int chunk_bytes, int? focal_classes=None) -> Tensor",
-    _fake,
-    stem="head_confusion",
-)
-_registry.register(
-    "head_confusion_backward",
-    f"(Tensor grad, {_HEAD}int chunk_bytes, bool need_features, bool need_head, "
-    "int? focal_classes=None) -> (Tensor, Tensor, Tensor)",
-    _fake_backward,
-    stem="head_confusion",
-)
+_registry.register("head_confusion", _fake, stem="head_confusion")
+_registry.register("head_confusion_backward", _fake_backward, stem="head_confusion")
 _registry.register_autograd("head_confusion", _setup_context, _backward)
 _registry.register_no_double_backward(
     "head_confusion_backward",

@@ -65,14 +65,14 @@ def overlap_add(
         tensor([[1., 2., 3.]])
     """
     patches = _checks.require_tensor("patches", patches)
-    activated = _activation(activation)
+    activation_code = _checks.choice("activation", activation, Activation)
     origins, rows, weights, total = _check(
         patches, origins, rows, weights, total, volume_shape, ring_axis=None
     )
     operators = _registry.namespace_of(backend, patches.device)
     try:
         result: Tensor = operators.overlap_add(
-            patches, origins, rows, weights, total, list(volume_shape), *activated
+            patches, origins, rows, weights, total, list(volume_shape), activation_code
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -151,22 +151,27 @@ def overlap_add_(
     axes = ring.ndim - 1
     if not set(flip) <= set(range(axes)) or len(set(flip)) != len(flip):
         raise ValueError(f"flip: got {tuple(flip)}, expected axes in [0, {axes}), each once")
-    # Without flips, a floor and an activation, the schema's defaults stand.
-    activated = _activation(activation)
-    options: list[Any] = []
-    if flip or floor or activated:
-        options.append(sum(1 << int(axis) for axis in flip))
+    covered = list(ring.shape[1:])
+    covered[ring_axis] = stop
     if floor or cover:
-        covered = list(ring.shape[1:])
-        covered[ring_axis] = stop
-        weights = [*weights, *_check_cover(cover, floor, total, covered, ring_axis, ring.device)]
-    if floor or activated:
-        options.append(float(floor))
-    options += activated
+        cover = _check_cover(cover, floor, total, covered, ring_axis, ring.device)
+    activation_code = _checks.choice("activation", activation, Activation)
     operators = _registry.namespace_of(backend, patches.device)
     try:
         operators.overlap_add_(
-            ring, patches, origins, rows, weights, total, ring_axis, start, stop, *options
+            ring,
+            patches,
+            origins,
+            rows,
+            weights,
+            total,
+            ring_axis,
+            start,
+            stop,
+            sum(1 << int(axis) for axis in flip),
+            float(floor),
+            activation_code,
+            *((cover,) if cover else ()),
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -210,12 +215,6 @@ def overlap_weights_(
     except RuntimeError as error:
         _checks.reraise(error)
     return total
-
-
-def _activation(name: str) -> list[int]:
-    """The schema's last argument; none where its default stands."""
-    code = _checks.choice("activation", name, Activation)
-    return [code] if code else []
 
 
 def _check_cover(
@@ -388,109 +387,62 @@ def rows_error(row: int, axis: int, count: int) -> str:
     return f"rows: {row} on axis {axis} is outside [0, {count}), the rows of weights[{axis}]"
 
 
-def _fake(
-    patches: Tensor,
-    origins: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    total: Tensor | None,
-    volume_shape: Sequence[int],
-    activation: int = 0,
-) -> Tensor:
-    return patches.new_empty((patches.shape[1], *volume_shape))
+def _fake(x: Any) -> Tensor:
+    result: Tensor = x.patches.new_empty((x.patches.shape[1], *x.volume_shape))
+    return result
 
 
-def _fake_backward(
-    grad: Tensor,
-    origins: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    total: Tensor | None,
-    patches: Tensor | None = None,
-    activation: int = 0,
-) -> Tensor:
-    return grad.new_empty((origins.shape[0], grad.shape[0], *patch_shape(weights, grad.ndim - 1)))
+def _fake_backward(x: Any) -> Tensor:
+    patch = patch_shape(x.weights, x.grad.ndim - 1)
+    result: Tensor = x.grad.new_empty((x.origins.shape[0], x.grad.shape[0], *patch))
+    return result
 
 
-def _fake_mutating(*args: Any) -> None:
-    return None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    patches, origins, rows, weights, total, _, activation = inputs
+def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
     # Linear without an activation: nothing of the patches is needed.
-    ctx.save_for_backward(patches if activation else None, origins, rows, total, *weights)
-    ctx.activation = activation
+    patches = x.patches if x.activation else None
+    ctx.save_for_backward(patches, x.origins, x.rows, x.total, *x.weights)
+    ctx.activation = x.activation
 
 
-def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    if not ctx.needs_input_grad[0]:
+        return {}
     patches, origins, rows, total, *weights = ctx.saved_tensors
-    gradient = None
-    if ctx.needs_input_grad[0]:
-        activated = (patches, ctx.activation) if ctx.activation else ()
-        gradient = operators.overlap_add_backward(
-            grad.contiguous(), origins, rows, weights, total, *activated
-        )
-    return _gradients(gradient, weights, 3 if ctx.activation else 2)
+    gradient = operators.overlap_add_backward(
+        grad.contiguous(), origins, rows, weights, total, patches, ctx.activation
+    )
+    return {"patches": gradient}
 
 
-def _gradients(gradient: Tensor | None, weights: Sequence[Tensor], others: int) -> tuple[Any, ...]:
-    """One for every argument that was passed on; the dispatcher drops defaults at the end."""
-    return (gradient, None, None, [None] * len(weights), *[None] * others)
+def _setup_double_context(ctx: Any, x: Any, output: Tensor) -> None:
+    ctx.save_for_backward(x.origins, x.rows, x.total, *x.weights)
+    ctx.volume_shape = list(x.grad.shape[1:])
+    ctx.activation = x.activation
 
 
-def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, origins, rows, weights, total, patches, activation = inputs
-    ctx.save_for_backward(origins, rows, total, *weights)
-    ctx.volume_shape = list(grad.shape[1:])
-    ctx.activation = activation
-    ctx.others = 3 if activation else 1 if patches is None else 2
-
-
-def _double_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     if ctx.activation:
         raise RuntimeError(
             "overlap_add_backward cannot be differentiated again with an activation: activate the "
             "patches before overlap_add instead"
         )
+    if not ctx.needs_input_grad[0]:
+        return {}
     # The forward is linear in the patches, so that the adjoint of its adjoint is itself.
     origins, rows, total, *weights = ctx.saved_tensors
-    gradient = None
-    if ctx.needs_input_grad[0]:
-        gradient = operators.overlap_add(
-            grad.contiguous(), origins, rows, weights, total, ctx.volume_shape
-        )
-    return _gradients(gradient, weights, ctx.others)
+    gradient = operators.overlap_add(
+        grad.contiguous(), origins, rows, weights, total, ctx.volume_shape
+    )
+    return {"grad": gradient}
 
 
-_registry.register(
-    "overlap_add",
-    "(Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
-    "int[] volume_shape, int activation=0) -> Tensor",
-    _fake,
-    stem="overlap_add",
-)
-_registry.register(
-    "overlap_add_backward",
-    "(Tensor grad, Tensor origins, Tensor rows, Tensor[] weights, Tensor? total, "
-    "Tensor? patches=None, int activation=0) -> Tensor",
-    _fake_backward,
-    stem="overlap_add",
-)
-_registry.register(
-    "overlap_add_",
-    "(Tensor(a!) ring, Tensor patches, Tensor origins, Tensor rows, Tensor[] weights, "
-    "Tensor? total, int ring_axis, int start, int stop, int flip=0, float floor=0.0, "
-    "int activation=0) -> ()",
-    _fake_mutating,
-    stem="overlap_add",
-)
-_registry.register(
-    "overlap_weights_",
-    "(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, int ring_axis, int start, "
-    "int stop) -> ()",
-    _fake_mutating,
-    stem="overlap_add",
-)
+for _name, _made in (
+    ("overlap_add", _fake),
+    ("overlap_add_backward", _fake_backward),
+    ("overlap_add_", lambda x: None),
+    ("overlap_weights_", lambda x: None),
+):
+    _registry.register(_name, _made, stem="overlap_add")
 _registry.register_autograd("overlap_add", _setup_context, _backward)
 _registry.register_autograd("overlap_add_backward", _setup_double_context, _double_backward)

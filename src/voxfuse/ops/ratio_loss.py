@@ -175,50 +175,28 @@ def _weights(name: str, weights: Tensor | None, length: int, stats: Tensor) -> T
     return weights.to(torch.float64)
 
 
-def _fake(
-    stats: Tensor,
-    numerator: Sequence[float],
-    denominator: Sequence[float],
-    smooth_nr: float,
-    smooth_dr: float,
-    min_denominator: float,
-    exponent: float,
-    log: bool,
-    class_weight: Tensor | None,
-    first_class: int,
-    batch: bool,
-    class_pooling: int,
-    absent: int,
-    reduction: int,
-    ratio_scale: float,
-    nll_weight: Tensor | None,
-    off_weight: Tensor | None,
-    nll_scale: float,
-    off_scale: float,
-    normaliser: int,
-    double_loss: bool,
-    exponent_from: int = 0,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Any) -> tuple[Tensor, Tensor]:
+    samples, classes, _ = x.stats.shape
     shape: list[Any] = []
-    if reduction == Reduction.none:
-        if not batch:
-            shape.append(stats.shape[0])
-        if class_pooling == ClassPooling.none:
-            shape.append(stats.shape[1] - first_class)
-    dtype = torch.float64 if double_loss else torch.float32
-    return stats.new_empty(shape, dtype=dtype), stats.new_empty(stats.shape)
+    if x.reduction == Reduction.none:
+        if not x.batch:
+            shape.append(samples)
+        if x.class_pooling == ClassPooling.none:
+            shape.append(classes - x.first_class)
+    dtype = torch.float64 if x.double_loss else torch.float32
+    return x.stats.new_empty(shape, dtype=dtype), x.stats.new_empty(x.stats.shape)
 
 
-def _fake_backward(
-    grad_loss: Tensor, cotangents: Tensor, first_class: int, batch: bool, class_pooling: int
-) -> Tensor:
-    return cotangents.new_empty(cotangents.shape)
+def _fake_backward(x: Any) -> Tensor:
+    result: Tensor = x.cotangents.new_empty(x.cotangents.shape)
+    return result
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.options = (inputs[9], inputs[10], inputs[11])
+def _setup_context(ctx: Any, x: Any, output: tuple[Tensor, Tensor]) -> None:
+    cotangents = output[1]
+    ctx.mark_non_differentiable(cotangents)
+    ctx.save_for_backward(x.stats, cotangents)
+    ctx.rows = (x.first_class, x.batch, x.class_pooling)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -256,33 +234,16 @@ def once_differentiable(gradient: Tensor, origin: Tensor) -> Tensor:
 
 def _backward(
     operators: Any, ctx: Any, grad_loss: Tensor, grad_cotangents: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
+    if not ctx.needs_input_grad[0]:
+        return {}
     stats, cotangents = ctx.saved_tensors
-    gradient = None
-    if ctx.needs_input_grad[0]:
-        gradient = operators.ratio_loss_backward(
-            grad_loss, once_differentiable(cotangents, stats), *ctx.options
-        )
-    return (gradient,) + (None,) * 21
+    slopes = once_differentiable(cotangents, stats)
+    return {"stats": operators.ratio_loss_backward(grad_loss, slopes, *ctx.rows)}
 
 
-_registry.register(
-    "ratio_loss",
-    "(Tensor stats, float[] numerator, float[] denominator, float smooth_nr, float smooth_dr, "
-    "float min_denominator, float exponent, bool log, Tensor? class_weight, int first_class, "
-    "bool batch, int class_pooling, int absent, int reduction, float ratio_scale, "
-    "Tensor? nll_weight, Tensor? off_weight, float nll_scale, float off_scale, int normaliser, "
-    "bool double_loss, int exponent_from=0) -> (Tensor loss, Tensor cotangents)",
-    _fake,
-    stem="ratio_loss",
-)
-_registry.register(
-    "ratio_loss_backward",
-    "(Tensor grad_loss, Tensor cotangents, int first_class, bool batch, int class_pooling) "
-    "-> Tensor",
-    _fake_backward,
-    stem="ratio_loss",
-)
+_registry.register("ratio_loss", _fake, stem="ratio_loss")
+_registry.register("ratio_loss_backward", _fake_backward, stem="ratio_loss")
 _registry.register_autograd("ratio_loss", _setup_context, _backward)
 _registry.register_no_double_backward(
     "ratio_loss_backward",

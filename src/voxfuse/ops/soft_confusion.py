@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL, Activation, Overlap
+from voxfuse.contract import CORE, FULL, Activation, ConfusionOptions, Overlap
 from voxfuse.ops import _checks, _registry
 from voxfuse.reference.soft_confusion import label_complaint
 
@@ -230,54 +230,37 @@ def validate_labels(target: Tensor, classes: int, ignore_index: int | None) -> N
         raise ValueError(complaint)
 
 
-def _fake(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    activation: int,
-    likelihood: int,
-    overlap: int,
-    ignore_index: int | None,
-    gamma: float,
-    full: bool,
-    focal_classes: int | None = None,
-) -> Tensor:
-    shape = (input.shape[0], input.shape[1], FULL if full else CORE)
-    return input.new_empty(shape, dtype=torch.float64)
+def _fake(x: Any) -> Tensor:
+    shape = (x.input.shape[0], x.input.shape[1], FULL if x.full else CORE)
+    result: Tensor = x.input.new_empty(shape, dtype=torch.float64)
+    return result
 
 
-def _fake_backward(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(input)
+def _fake_backward(x: Any) -> Tensor:
+    return torch.empty_like(x.input)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, target, weight, *options, _, focal_classes = inputs
-    ctx.save_for_backward(input, target, weight)
-    ctx.options = (*options, focal_classes)
+def options_of(x: Any) -> ConfusionOptions:
+    """The options among the arguments of an operator."""
+    return ConfusionOptions(*(getattr(x, name) for name in ConfusionOptions._fields))
 
 
-def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, target, weight = ctx.saved_tensors
-    gradient = None
-    if ctx.needs_input_grad[0]:
-        gradient = operators.soft_confusion_backward(
-            grad.contiguous(), input, target, weight, *ctx.options
-        )
-    return (gradient,) + (None,) * 9
+def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
+    ctx.save_for_backward(x.input, x.target, x.weight)
+    ctx.options = options_of(x)
 
 
-_registry.register(
-    "soft_confusion",
-    "(Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, int overlap, "
-    "int? ignore_index, float gamma, bool full, int? focal_classes=None) -> Tensor",
-    _fake,
-    stem="soft_confusion",
-    vmap=_registry.fold_into_batch,
-)
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    if not ctx.needs_input_grad[0]:
+        return {}
+    saved = ctx.saved_tensors
+    gradient = operators.soft_confusion_backward(grad.contiguous(), *saved, *ctx.options)
+    return {"input": gradient}
+
+
+_registry.register("soft_confusion", _fake, stem="soft_confusion", vmap=_registry.fold_into_batch)
 _registry.register(
     "soft_confusion_backward",
-    "(Tensor grad, Tensor input, Tensor target, Tensor? weight, int activation, int likelihood, "
-    "int overlap, int? ignore_index, float gamma, int? focal_classes=None) -> Tensor",
     _fake_backward,
     stem="soft_confusion",
     vmap=_registry.fold_into_batch,

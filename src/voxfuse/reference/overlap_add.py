@@ -113,13 +113,13 @@ def _raised(
     origin: Sequence[int],
     rows: Sequence[int],
     weights: Sequence[Tensor],
+    cover: Sequence[Tensor],
     floor: float,
 ) -> Tensor:
-    """Weight of every voxel of ``part``: the windows of its patch, then the tables of all."""
-    axes = len(part.source)
-    own = _outer([w[k][s] for w, k, s in zip(weights[:axes], rows, part.source, strict=True)])
+    """Weight of every voxel of ``part`` over the sum of those of all patches."""
+    own = _outer([w[k][s] for w, k, s in zip(weights, rows, part.source, strict=True)])
     places = [slice(s.start + o, s.stop + o) for s, o in zip(part.source, origin, strict=True)]
-    over = [table[:, place].unbind() for table, place in zip(weights[axes:], places, strict=True)]
+    over = [table[:, place].unbind() for table, place in zip(cover, places, strict=True)]
     sums = torch.zeros_like(own)
     for vectors in product(*over):
         present = _outer([(v >= 0).to(own.dtype) for v in vectors])
@@ -160,15 +160,16 @@ def _add(
     stop: int,
     floor: float = 0.0,
     activation: int = Activation.none,
+    cover: Sequence[Tensor] = (),
     turned: Sequence[int] = (),
 ) -> None:
     checked_activation(activation)
-    weights = [w.to(accumulator.device) for w in weights]
+    weights, cover = ([w.to(accumulator.device) for w in x] for x in (weights, cover))
     extent = accumulator.shape[1:]
     for part in _parts(origins, patches.shape[2:], extent, ring_axis, start, stop):
         if floor > 0:
             place = origins[part.patch].tolist(), rows[part.patch].tolist()
-            weight = _raised(part, *place, weights, floor).to(accumulator.dtype)
+            weight = _raised(part, *place, weights, cover, floor).to(accumulator.dtype)
         else:
             weight = _weight(part, rows, weights, total, accumulator.dtype)
         patch = activated(patches[part.patch].to(accumulator.dtype), activation, 0)
@@ -247,18 +248,20 @@ def overlap_add_(
     flip: int = 0,
     floor: float = 0.0,
     activation: int = Activation.none,
+    cover: Sequence[Tensor] | None = None,
 ) -> None:
     """Add patches into ``ring`` (C, \\*extent), which holds ``start <= x < stop`` of one axis.
 
     Coordinate x of spatial axis ``ring_axis`` lives in slot ``x % extent[ring_axis]``; parts of
     patches outside [start, stop) are left out. ``total`` has the ring's spatial layout. Patches are
     mirrored along axis a where bit a of ``flip`` is set, and turned back: voxel t of the patch is
-    ``patch[size - 1 - t]``. With ``floor`` > 0 ``weights`` are a window an axis and then a table an
-    axis of all patches' weights, and there is no ``total``.
+    ``patch[size - 1 - t]``. With ``floor`` > 0 ``cover`` has a table an axis of all patches'
+    weights, and there is no ``total``.
     """
     turned = [1 + axis for axis in range(patches.ndim - 2) if flip >> axis & 1]
     place = ring_axis, start, stop
-    _add(ring, patches, origins, rows, weights, total, *place, floor, activation, turned)
+    tables = (origins, rows, weights, total)
+    _add(ring, patches, *tables, *place, floor, activation, cover or (), turned)
 
 
 def overlap_weights_(

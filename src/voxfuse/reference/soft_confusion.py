@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL, Activation, Overlap, Sum
+from voxfuse.contract import CORE, FULL, VALUE_ERROR, Activation, Overlap, Sum
 
 
 class Probabilities(NamedTuple):
@@ -148,7 +148,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         complaint = label_complaint(target, classes, ignore_index)
         if complaint is not None:
-            raise RuntimeError(complaint)
+            raise RuntimeError(VALUE_ERROR + complaint)
 
 
 def label_complaint(

@@ -347,10 +347,8 @@ def test_opcheck(namespace, layout, general):
         namespace.overlap_add_.default, (ring, case.patches, *tables, 1, 2, 2 + 5, 6, 0.0, 2)
     )
     tall = torch.zeros(2, 5, 5, 7)
-    factors = (case.origins, case.rows, [*case.weights, *COVER])
-    torch.library.opcheck(
-        namespace.overlap_add_.default, (tall, case.patches, *factors, None, 0, 1, 6, 3, 0.5)
-    )
+    factors = (case.patches, case.origins, case.rows, case.weights, None, 0, 1, 6, 3, 0.5, 0, COVER)
+    torch.library.opcheck(namespace.overlap_add_.default, (tall, *factors))
     total = torch.zeros(case.volume, dtype=torch.float64)
     torch.library.opcheck(namespace.overlap_weights_.default, (total, *tables[:3], 0, 0, 6))
 
@@ -482,7 +480,8 @@ GRIDS = dict(
 
 
 def floored_case(volume, patch, overlap, floor, dtype=torch.float32, seed=0):
-    """Arguments of ``overlap_add_`` from the patches on, by a grid, and the same by a total."""
+    """Arguments of ``overlap_add_`` from the patches on, by a grid, its cover, and the same by a
+    total."""
     grid = plan_grid(volume, patch, overlap)
     generator = torch.Generator().manual_seed(seed)
     vectors = [torch.rand(p, dtype=torch.float64, generator=generator).numpy() for p in patch]
@@ -498,7 +497,8 @@ def floored_case(volume, patch, overlap, floor, dtype=torch.float32, seed=0):
     ops.overlap_weights_(total, grid.origins, grid.rows * 0, [dense], backend="reference")
     tables = (grid.origins, grid.rows * 0)
     return (
-        (patches, *tables, [*table.weights, *table.cover]),
+        (patches, *tables, table.weights),
+        table.cover,
         (patches, *tables, [dense], total),
     )
 
@@ -509,7 +509,7 @@ def test_a_floor_is_what_the_dense_window_and_its_sum_give(namespace, data, **op
     """In a ring along any axis, of mirrored patches, too."""
     options["patch"] = options["patch"][: len(options["volume"])]
     volume, floor, dtype = options["volume"], options["floor"], options["dtype"]
-    factors, dense = floored_case(**options)
+    factors, cover, dense = floored_case(**options)
     axes = len(volume)
     axis = data.draw(st.integers(0, axes - 1))
     depth = data.draw(st.integers(1, volume[axis]))
@@ -519,7 +519,7 @@ def test_a_floor_is_what_the_dense_window_and_its_sum_give(namespace, data, **op
     extent[axis] = depth
     wide = compute_dtype(dtype)
     ring = torch.zeros(2, *extent, dtype=wide)
-    namespace.overlap_add_(ring, *factors, None, axis, start, start + depth, flip, floor)
+    namespace.overlap_add_(ring, *factors, None, axis, start, start + depth, flip, floor, 0, cover)
     # The truth: the volume's sums, turned into the ring's slots.
     full = torch.zeros(2, *volume, dtype=torch.float64)
     size = torch.zeros_like(full)
@@ -544,12 +544,13 @@ def test_a_floor_is_what_the_dense_window_and_its_sum_give(namespace, data, **op
 def test_activated_patches_with_a_floor(namespace, dtype, activation):
     """In a ring and of mirrored patches; what is activated beforehand gives the same."""
     volume, floor = (23, 20, 31), 0.2
-    (patches, *tables), _ = floored_case(volume, (9, 10, 16), 0.5, floor, dtype)
+    (patches, *tables), cover, _ = floored_case(volume, (9, 10, 16), 0.5, floor, dtype)
     wide = compute_dtype(dtype)
     place = (None, 2, 3, 28, 5, floor)
     rings = [torch.zeros(2, 23, 20, 25, dtype=wide) for _ in range(2)]
-    namespace.overlap_add_(rings[0], patches, *tables, *place, activation)
-    namespace.overlap_add_(rings[1], activated(patches.to(wide), activation, 1), *tables, *place)
+    namespace.overlap_add_(rings[0], patches, *tables, *place, activation, cover)
+    before = activated(patches.to(wide), activation, 1)
+    namespace.overlap_add_(rings[1], before, *tables, *place, 0, cover)
     eps = torch.finfo(wide).eps
     torch.testing.assert_close(*rings, rtol=8 * eps, atol=eps)
 
@@ -557,9 +558,9 @@ def test_activated_patches_with_a_floor(namespace, dtype, activation):
 @pytest.mark.parametrize("namespace", ALL, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_voxel_under_one_patch_with_a_floor_keeps_its_bits(namespace, dtype):
-    factors, _ = floored_case((9, 10, 11), (9, 10, 11), 0.5, 0.2, dtype)
+    factors, cover, _ = floored_case((9, 10, 11), (9, 10, 11), 0.5, 0.2, dtype)
     ring = torch.zeros(2, 9, 10, 11, dtype=compute_dtype(dtype))
-    namespace.overlap_add_(ring, *factors, None, 0, 0, 9, 0, 0.2)
+    namespace.overlap_add_(ring, *factors, None, 0, 0, 9, 0, 0.2, 0, cover)
     assert torch.equal(ring.to(dtype), factors[0][0])
 
 
@@ -567,12 +568,12 @@ def test_a_voxel_under_one_patch_with_a_floor_keeps_its_bits(namespace, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_patches_that_the_tables_do_not_name_weigh_nothing(namespace, dtype, axis):
-    (patches, origins, rows, weights), _ = floored_case((9, 10, 40), (5, 6, 21), 0.5, 0.2, dtype)
+    factors, cover, _ = floored_case((9, 10, 40), (5, 6, 21), 0.5, 0.2, dtype)
     full, ring = torch.zeros(2, 2, 9, 10, 40, dtype=compute_dtype(dtype))
-    options = (None, 0, 0, 9, 0, 0.2)
-    namespace.overlap_add_(full, patches, origins, rows, weights, *options)
-    weights[3 + axis][:, 2:5] = -1.0
-    namespace.overlap_add_(ring, patches, origins, rows, weights, *options)
+    options = (None, 0, 0, 9, 0, 0.2, 0, cover)
+    namespace.overlap_add_(full, *factors, *options)
+    cover[axis][:, 2:5] = -1.0
+    namespace.overlap_add_(ring, *factors, *options)
     full.narrow(1 + axis, 2, 3).zero_()
     assert torch.equal(ring, full)
 
@@ -580,7 +581,9 @@ def test_patches_that_the_tables_do_not_name_weigh_nothing(namespace, dtype, axi
 @needs_library
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_floor_gives_the_same_bits_for_any_batches_and_threads(dtype):
-    (patches, origins, rows, weights), _ = floored_case((40, 33, 90), (20, 18, 50), 0.5, 0.1, dtype)
+    (patches, origins, rows, weights), cover, _ = floored_case(
+        (40, 33, 90), (20, 18, 50), 0.5, 0.1, dtype
+    )
     before = torch.get_num_threads()
     results = []
     try:
@@ -590,7 +593,7 @@ def test_a_floor_gives_the_same_bits_for_any_batches_and_threads(dtype):
             for first in range(0, len(patches), size):
                 part = slice(first, first + size)
                 tables = (patches[part], origins[part], rows[part], weights, None)
-                torch.ops.voxfuse.overlap_add_(ring, *tables, 0, 0, 40, 0, 0.1)
+                torch.ops.voxfuse.overlap_add_(ring, *tables, 0, 0, 40, 0, 0.1, 0, cover)
             results.append(ring)
     finally:
         torch.set_num_threads(before)
@@ -617,26 +620,25 @@ def test_a_floor_gives_the_same_bits_for_any_batches_and_threads(dtype):
     ],
 )
 def test_a_bad_floor_is_named(changes, error, message):
-    (patches, origins, rows, weights), _ = floored_case((6, 8), (4, 4), 0.5, 0.1)
-    options = {"floor": 0.1, "cover": weights[2:], **changes}
+    factors, cover, _ = floored_case((6, 8), (4, 4), 0.5, 0.1)
+    options = {"floor": 0.1, "cover": cover, **changes}
     with pytest.raises(error, match=message):
-        ops.overlap_add_(torch.zeros(2, 6, 8), patches, origins, rows, weights[:2], **options)
+        ops.overlap_add_(torch.zeros(2, 6, 8), *factors, **options)
 
 
 @needs_library
 def test_a_bad_floor_is_refused_by_the_operator():
-    (patches, origins, rows, weights), _ = floored_case((6, 8), (4, 4), 0.5, 0.1)
+    factors, cover, _ = floored_case((6, 8), (4, 4), 0.5, 0.1)
     ring = torch.zeros(2, 6, 8)
     for tables, floor, message in (
-        (weights[:2], 0.1, "weights: are 2, expected 4 with floor"),
-        (weights, -1.0, "floor: got -1"),
-        ([*weights[:3], weights[3][:, :7]], 0.1, r"weights: got shape \(2, 7\), expected"),
-        ([weights[0], weights[1], weights[2][:, :5], weights[3]], 0.1, "or more"),
+        (None, 0.1, "cover: are 0, expected 2 with floor"),
+        (cover, 0.0, "cover: are 2, expected 0 without floor"),
+        (cover, -1.0, "floor: got -1"),
+        ([cover[0], cover[1][:, :7]], 0.1, r"cover: got shape \(2, 7\), expected"),
+        ([cover[0][:, :5], cover[1]], 0.1, "or more"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.voxfuse.overlap_add_(
-                ring, patches, origins, rows, tables, None, 0, 0, 6, 0, floor
-            )
+            torch.ops.voxfuse.overlap_add_(ring, *factors, None, 0, 0, 6, 0, floor, 0, tables)
 
 
 @needs_library

@@ -112,23 +112,22 @@ def test_weights_with_a_floor(overlap_add, patch, volume, dtype):
     patches, _, _, tables, _ = fusion_case(patch, volume, len(grid), 3, dtype)
     vectors = [table[0].numpy() for table in tables]
     axes = zip(vectors, grid.starts, volume, strict=True)
-    weights = [table[:1].contiguous() for table in tables] + [_cover(*axis) for axis in axes]
+    weights = [table[:1].contiguous() for table in tables]
+    cover = [_cover(*axis) for axis in axes]
     rows = torch.zeros_like(grid.origins)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     alone = torch.zeros(3, *patch, dtype=accumulator)
     least = [_cover(v, (0,), p) for v, p in zip(vectors, patch, strict=True)]
-    arguments = (grid.origins[:1] * 0, rows[:1], [*weights[: len(patch)], *least])
-    overlap_add.overlap_add_(alone, patches[:1], *arguments, None, 0, 0, patch[0], 0, 0.3)
+    arguments = (patches[:1], grid.origins[:1] * 0, rows[:1], weights, None, 0, 0, patch[0], 0, 0.3)
+    overlap_add.overlap_add_(alone, *arguments, cover=least)
     assert torch.equal(alone.to(dtype), patches[0])
-    nothing = [*weights[: len(patch)], *(torch.full_like(table, -1) for table in least)]
-    overlap_add.overlap_add_(
-        alone, patches[:1], *arguments[:2], nothing, None, 0, 0, patch[0], 0, 0.3
-    )
+    nothing = [torch.full_like(table, -1) for table in least]
+    overlap_add.overlap_add_(alone, *arguments, cover=nothing)
     assert torch.equal(alone.to(dtype), patches[0])
     for axis in range(len(patch)):
         extent = list(volume)
         extent[axis] = volume[axis] - 1
-        place = (axis, 1, volume[axis], 1 << axis, 0.3)
+        place = (axis, 1, volume[axis], 1 << axis, 0.3, 0, cover)
         ring = torch.zeros(3, *extent, dtype=accumulator)
         truth, size = ring.double(), ring.double()
         plain = ring.clone()
@@ -266,15 +265,17 @@ def test_activated_patches_with_a_floor(overlap_add, channels, dtype):
     patches, _, _, tables, _ = fusion_case(patch, volume, len(grid), channels, dtype)
     vectors = [table[0].numpy() for table in tables]
     axes = zip(vectors, grid.starts, volume, strict=True)
-    weights = [table[:1].contiguous() for table in tables] + [_cover(*axis) for axis in axes]
+    weights = [table[:1].contiguous() for table in tables]
+    cover = [_cover(*axis) for axis in axes]
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     ring = torch.zeros(channels, *volume, dtype=accumulator)
-    place = (grid.origins, torch.zeros_like(grid.origins), weights, None, 0, 0, volume[0], 0, 0.3)
-    overlap_add.overlap_add_(ring, patches, *place, 2)
+    rows = torch.zeros_like(grid.origins)
+    place = (grid.origins, rows, weights, None, 0, 0, volume[0], 0, 0.3, 2, cover)
+    overlap_add.overlap_add_(ring, patches, *place)
     torch.testing.assert_close(ring.sum(0), torch.ones_like(ring[0]))  # of weights that sum to 1
     truth, plain = torch.zeros_like(ring).double(), torch.zeros_like(ring)
     for accumulated in (truth, plain):
-        fusion_reference.overlap_add_(accumulated, patches.to(accumulated.dtype), *place, 2)
+        fusion_reference.overlap_add_(accumulated, patches.to(accumulated.dtype), *place)
     assert_accurate(ring, plain, truth, scale=truth, dtype=accumulator, allowance=8)
 
 

@@ -212,7 +212,7 @@ def test_activated_patches_with_a_floor(channels):
     case = RandomPatches(count=4, channels=channels)
     patches, origins, rows, weights, _ = case.tensors()
     cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
-    tables = (origins, rows, [*weights, *cover], None, 0, 0, case.volume[0], 1, 0.3, 2)
+    tables = (origins, rows, weights, None, 0, 0, case.volume[0], 1, 0.3, 2, cover)
     ring, expected = (torch.zeros(channels, *case.volume) for _ in range(2))
     REFERENCE.overlap_add_(expected, patches, *tables)
     ring = ring.to(DEVICE)
@@ -306,16 +306,16 @@ def test_a_floor_is_the_references(volume, dtype):
     origins = torch.tensor(list(itertools.product(*starts)))[: case.count]
     patches = patches[: len(origins)]
     rows = torch.zeros_like(origins)
-    weights = [*(window[None] for window in windows), *cover]
+    weights = [window[None] for window in windows]
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     for axis in range(axes):
         extent = list(volume)
         extent[axis] = 4
         truth = torch.zeros(case.channels, *extent, dtype=torch.float64)
         ring = truth.to(DEVICE, accumulation)
-        options = (axis, 1, 5, 1, floor)
-        REFERENCE.overlap_add_(truth, patches.double(), origins, rows, weights, None, *options)
-        OPERATORS.overlap_add_(ring, *on_device(patches, origins, rows, weights), None, *options)
+        options = (None, axis, 1, 5, 1, floor, 0, cover)
+        REFERENCE.overlap_add_(truth, patches.double(), origins, rows, weights, *options)
+        OPERATORS.overlap_add_(ring, *on_device(patches, origins, rows, weights, *options))
         torch.testing.assert_close(
             ring.cpu().double(), truth, rtol=0, atol=16 * torch.finfo(accumulation).eps
         )
@@ -326,7 +326,7 @@ def test_patches_that_the_tables_do_not_name_weigh_nothing():
     patches, origins, rows, weights, _ = case.tensors()
     cover = [torch.rand(2, size, dtype=torch.float64) for size in case.volume]
     cover[1][:, 2:4] = -1.0
-    tables = (origins, rows, [*weights, *cover], None, 0, 0, case.volume[0], 0, 0.3)
+    tables = (origins, rows, weights, None, 0, 0, case.volume[0], 0, 0.3, 0, cover)
     ring, expected = (torch.zeros(case.channels, *case.volume) for _ in range(2))
     REFERENCE.overlap_add_(expected, patches, *tables)
     ring = ring.to(DEVICE)

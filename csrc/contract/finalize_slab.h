@@ -1,13 +1,12 @@
-// What the finalisation kernels work on, free of any tensor library.
+// What the finalisation works on, on any device, free of any tensor library.
 #pragma once
 
 #include <cstdint>
 
+#include "contract/codes.h"
 #include "math/layout.h"
 
 namespace voxfuse {
-
-enum class Finish : int { values, labels, mask, foreground, entropy };
 
 // Around the ring's axis a ring is (channels, outer, depth, inner), contiguous, and the slab is
 // (classes or 1, outer, slices, inner), whose (slices, inner) are contiguous. Voxel v of the slab's
@@ -27,8 +26,8 @@ struct Slab {
   void* out;
   int64_t out_channel, out_outer;  // strides in elements
 
-  int activation;  // 0 none, 1 sigmoid, 2 softmax
-  bool applied;    // the patches went through the activation already
+  Activation activation;
+  bool applied;  // the patches went through the activation already
   Finish mode;
   double divisor, threshold, fill;
   bool clear;
