@@ -13,6 +13,8 @@ import torch
 from voxfuse import contract
 
 CODES = Path(__file__).parents[2] / "csrc" / "contract" / "codes.h"
+#: Operators with backward passes or variants of their own have one stem.
+STEMS = ("soft_confusion", "head_confusion", "ratio_loss", "overlap_add", "finalize_slab")
 ENUMERATIONS = {
     name: kind
     for name, kind in vars(contract).items()
@@ -89,3 +91,14 @@ def test_options_are_arguments_of_the_schemas(options, operators):
     for name in operators:
         arguments = {a.name for a in torch._C.parse_schema(name + contract.SCHEMAS[name]).arguments}
         assert set(options._fields) <= arguments, name
+
+
+def test_every_operator_stands_where_the_guide_says():
+    root = CODES.parents[2]
+    guide = (root / "CONTRIBUTING.md").read_text()
+    places = re.findall(r"`((?:src|csrc|triton_kernels|tests)/[^`]*)`", guide)
+    assert sum("<stem>" in place for place in places) >= 7
+    for stem in STEMS:
+        for place in {place.replace("<stem>", stem) for place in places}:
+            path = root / place
+            assert path.exists() or path.with_suffix(".py").exists(), place
