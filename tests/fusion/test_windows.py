@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 import voxfuse
 from voxfuse.fusion import windows
+from voxfuse.integrations import monai
 from voxfuse.reference import windows as numpy_twin
 
 SIZES = (1, 2, 3, 5, 16, 33, 128)
@@ -169,6 +170,19 @@ def test_bad_windows(window, error, message):
     with pytest.raises(error) as caught:
         windows.resolve_window(window, (3, 4))
     assert message in str(caught.value)
+
+
+def test_a_window_that_is_to_be_learned_is_an_error_where_no_gradient_would_reach_it():
+    patches, window = torch.rand(2, 1, 4), torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match="window: requires grad, but no gradient flows to it"):
+        voxfuse.overlap_add(patches, [[0, 2]], (6,), [window])
+    volume, net = torch.rand(1, 1, 6), torch.nn.Identity()
+    infer = monai.sliding_window_inference
+    with pytest.raises(ValueError, match="roi_weight_map: requires grad, but no gradient flows"):
+        infer(volume, (4,), 1, net, roi_weight_map=window)
+    with torch.no_grad():
+        result = infer(volume, (4,), 1, net, roi_weight_map=window)
+    torch.testing.assert_close(result, volume)
 
 
 @pytest.mark.parametrize(

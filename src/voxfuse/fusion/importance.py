@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from voxfuse.fusion.windows import WindowLike, monai_gaussian, raised_window, resolve_window
+from voxfuse.fusion.windows import (
+    WindowLike,
+    monai_gaussian,
+    raised_window,
+    refuse_gradient,
+    resolve_window,
+)
 from voxfuse.ops import _checks
 
 MODES = ("constant", "gaussian")
@@ -41,7 +47,9 @@ def importance(
         return Importance([torch.from_numpy(vector) for vector in vectors], floor)
     everywhere = Importance([torch.ones(size, dtype=torch.float64) for size in roi])
     if given is not None:
-        weight = _checks.plain(torch.as_tensor(given)).detach()
+        weight = _checks.plain(torch.as_tensor(given))
+        refuse_gradient("roi_weight_map", weight)
+        weight = weight.detach()
         if weight.is_complex():
             raise TypeError(
                 f"roi_weight_map: got {_checks.describe(weight)}, expected real numbers"

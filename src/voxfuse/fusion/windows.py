@@ -260,10 +260,17 @@ def resolve_window(window: WindowLike, patch: Sequence[int]) -> list[Vector]:
     return vectors
 
 
+def refuse_gradient(name: str, weights: Tensor) -> None:
+    """Raise ValueError where a gradient would be expected that weights of patches do not have."""
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
+
+
 def _real(values: Any) -> Vector:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(f"window: got {_checks.describe(values)}, expected real numbers")
+        refuse_gradient("window", values)
         values = values.detach().to("cpu", torch.float64).numpy()
     try:
         if np.iscomplexobj(values):
