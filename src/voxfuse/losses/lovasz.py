@@ -258,15 +258,15 @@ def _loss_and_gradient(
     return loss, loss.new_empty(0) if gradient is None else gradient.reshape(input.shape)
 
 
-def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(input)
-    shape = input.shape if rest[-1] else (0,)
-    return input.new_empty((), dtype=dtype), input.new_empty(shape, dtype=dtype)
+def _fake(x: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.input)
+    shape = x.input.shape if x.wants_gradient else (0,)
+    return x.input.new_empty((), dtype=dtype), x.input.new_empty(shape, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, x: Any, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], output[1])
+    ctx.save_for_backward(x.input, output[1])
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> dict[str, Tensor]:

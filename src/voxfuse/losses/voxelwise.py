@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxfuse.contract import Activation, Sum
+from voxfuse.contract import FULL, Activation, ConfusionOptions, Sum
 from voxfuse.losses.plan import Plan, Weights
 from voxfuse.losses.ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.ops import _registry
@@ -136,30 +136,31 @@ def likelihood_arguments(plan: Plan, weights: Weights) -> dict[str, Any]:
     }
 
 
-def _fake_map(input: Tensor, *rest: Any) -> Tensor:
-    return input.new_empty((input.shape[0], *input.shape[2:]), dtype=compute_dtype(input))
+def _fake_map(x: Any) -> Tensor:
+    shape = (x.input.shape[0], *x.input.shape[2:])
+    result: Tensor = x.input.new_empty(shape, dtype=compute_dtype(x.input))
+    return result
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, target, weight, on, off, *options = inputs
-    ctx.save_for_backward(input, target, weight, on, off)
-    ctx.options = options
+def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
+    ctx.save_for_backward(x.input, x.target, x.weight, x.on, x.off)
+    ctx.options = ConfusionOptions(
+        x.likelihood, x.likelihood, ignore_index=x.ignore_index, gamma=x.gamma
+    )
+    ctx.scales = (x.on_scale, x.off_scale)
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     """The fused backward pass, with the incoming gradient as the voxels' weight."""
     input, target, weight, on, off = ctx.saved_tensors
-    likelihood, ignore_index, gamma, on_scale, off_scale = ctx.options
-    batch, classes = input.shape[:2]
-    cotangents = input.new_zeros(batch, classes, 8, dtype=torch.float64)
-    for column, factor, scale in ((Sum.NLL, on, on_scale), (Sum.OFF, off, off_scale)):
+    cotangents = input.new_zeros(*input.shape[:2], FULL, dtype=torch.float64)
+    columns = (Sum.NLL, Sum.OFF)
+    for column, factor, scale in zip(columns, (on, off), ctx.scales, strict=True):
         cotangents[..., column] = scale if factor is None else scale * factor
     if weight is not None:
         # An excluded voxel keeps its weight of 0 whatever comes in.
         grad = grad * weight.reshape(grad.shape)
-    gradient = operators.soft_confusion_backward(
-        cotangents, input, target, grad, likelihood, likelihood, 0, ignore_index, gamma
-    )
+    gradient = operators.soft_confusion_backward(cotangents, input, target, grad, *ctx.options)
     return {"input": gradient}
 
 
@@ -190,9 +191,10 @@ def _weights_of(indices: Tensor, input: Tensor, weight: Tensor | None) -> Tensor
     return kept if weight is None else kept * weight.reshape(shape)
 
 
-def _fake_worst(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-    dtype = torch.bool if weight is None else weight.dtype
-    return input.new_empty((input.shape[0], *input.shape[2:]), dtype=dtype)
+def _fake_worst(x: Any) -> Tensor:
+    dtype = torch.bool if x.weight is None else x.weight.dtype
+    result: Tensor = x.input.new_empty((x.input.shape[0], *x.input.shape[2:]), dtype=dtype)
+    return result
 
 
 _registry.register_composed(

@@ -38,6 +38,12 @@ def _inputs_of(schema: Any) -> Callable[..., Any]:
     return kind
 
 
+def _with_inputs(schema: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``function``, which takes one tuple of named arguments, as one of the schema's arguments."""
+    inputs_of = _inputs_of(torch._C.parse_schema(schema))
+    return lambda *args, **named: function(inputs_of(*args, **named))
+
+
 def _lazy(module: str, name: str) -> Callable[..., Any]:
     """Return a function that imports ``module`` at its first call.
 
@@ -67,11 +73,7 @@ def register(
     one call an element.
     """
     schema = name + SCHEMAS[name]
-    inputs_of = _inputs_of(torch._C.parse_schema(schema))
-
-    def bound(*args: Any, **named: Any) -> Any:
-        return fake(inputs_of(*args, **named))
-
+    bound = _with_inputs(schema, fake)
     reference = _lazy(f"voxfuse.reference.{stem}", name)
     triton = _lazy(f"voxfuse.triton_kernels.{stem}", name)
     for namespace, library in _libraries.items():
@@ -94,7 +96,7 @@ def register_composed(
     name: str,
     signature: str,
     implementation: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[[Any], Any],
     *,
     vmap: Callable[..., Any] | None = None,
 ) -> None:
@@ -105,7 +107,9 @@ def register_composed(
     for namespace, library in _libraries.items():
         library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(
+            f"{namespace}::{name}", _with_inputs(name + signature, fake), lib=library
+        )
     _register_vmap(name, vmap or one_by_one)
 
 
