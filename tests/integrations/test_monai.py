@@ -639,3 +639,25 @@ def test_compiles_for_any_size(name, options):
         return (logits, labels, mask) if name.startswith("Masked") else (logits, labels)
 
     assert_compiles_for_any_size(getattr(ours, name)(to_onehot_y=True, **options), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: ours.DiceLoss(softmax=True, to_onehot_y=True),
+        lambda: ours.DiceLoss(softmax=True, to_onehot_y=True, soft_label=True, ignore_index=9),
+        lambda: ours.DiceLoss(to_onehot_y=True, soft_label=True),  # PyTorch computes it
+        lambda: ours.DiceCELoss(softmax=True, to_onehot_y=True),
+        lambda: ours.FocalLoss(to_onehot_y=True, use_softmax=True),
+        lambda: ours.FocalLoss(to_onehot_y=True, reduction="none"),  # PyTorch computes it
+    ],
+)
+def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(loss, dtype):
+    """MONAI truncates it."""
+    target = torch.ones(1, 1, 3, 3, dtype=dtype)
+    target[0, 0, 1, 2] = 1.5
+    with pytest.raises(ValueError, match=r"label 1.5 is no integer, first at target\[0, 0, 1, 2\]"):
+        loss()(torch.zeros(1, 3, 3, 3).softmax(1), target)
+    target[0, 0, 1, 2] = 2
+    assert bool(loss()(torch.zeros(1, 3, 3, 3).softmax(1), target).isfinite().all())

@@ -461,3 +461,27 @@ def test_ddp_equals_the_peer_on_two_ranks(tmp_path):
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, y: ours.SoftDiceLoss(ours.softmax_helper_dim1, ddp=False)(z, y),
+        lambda z, y: ours.RobustCrossEntropyLoss()(z, y),
+        # PyTorch computes these two.
+        lambda z, y: ours.RobustCrossEntropyLoss()(z[0].flatten(1).T, y.flatten()),
+        lambda z, y: ours.DC_and_CE_loss({"ddp": False}, {})(z, y),
+        lambda z, y: ours.get_tp_fp_fn_tn(z.softmax(1), y, square=True)[0],
+    ],
+)
+def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(call, dtype):
+    """nnU-Net truncates it."""
+    target = torch.ones(1, 1, 3, 3, dtype=dtype)
+    target[0, 0, 1, 2] = 1.5
+    with pytest.raises(
+        ValueError, match=r"label 1.5 is no integer, first at target\[(0, .*1, 2|5)\]"
+    ):
+        call(torch.zeros(1, 3, 3, 3), target)
+    target[0, 0, 1, 2] = 2
+    call(torch.zeros(1, 3, 3, 3), target)

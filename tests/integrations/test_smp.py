@@ -306,3 +306,13 @@ def test_compiles_for_any_size(name, mode):
         return logits, torch.randint(0, 2, logits.shape, dtype=torch.uint8)
 
     assert_compiles_for_any_size(getattr(ours, name)(mode), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["DiceLoss", "LovaszLoss"])
+def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(name, dtype):
+    target = torch.ones(1, 3, 3, dtype=dtype)
+    target[0, 1, 2] = 1.5
+    loss = getattr(ours, name)("multiclass")
+    with pytest.raises(ValueError, match=r"label 1.5 is no integer, first at target\[0, "):
+        loss(torch.zeros(1, 3, 3, 3), target)

@@ -244,8 +244,20 @@ def readable(voxels: Voxels) -> Tensor:
 
 
 def whole_labels(target: Tensor) -> Tensor:
-    """The labels as int64."""
-    return target.to(torch.int64)
+    """The labels as int64; elsewhere than on the CPU one that is no integer is no class."""
+    labels = target.to(torch.int64)
+    if not target.is_floating_point():
+        return labels
+    whole = labels == target
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(whole, labels, -1)
+    if not bool(whole.all()):
+        place = tuple((~whole).nonzero()[0].tolist())
+        raise LabelError(
+            f"target: label {float(target[place]):.9g} is no integer, first at "
+            f"target[{', '.join(map(str, place))}]"
+        )
+    return labels
 
 
 def _readable_weight(weight: Tensor | None) -> Tensor | None:
