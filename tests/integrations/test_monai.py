@@ -661,3 +661,25 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(loss, dtype):
         loss()(torch.zeros(1, 3, 3, 3).softmax(1), target)
     target[0, 0, 1, 2] = 2
     assert bool(loss()(torch.zeros(1, 3, 3, 3).softmax(1), target).isfinite().all())
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_are_not_rounded_to_a_half_default_dtype(dtype):
+    default = torch.get_default_dtype()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 5, 5, generator=generator)
+    labels = torch.randint(0, 3, (1, 1, 5, 5), generator=generator)
+    weight = [0.3, 0.7, 1.1]
+    makes = (
+        lambda: ours.DiceLoss(softmax=True, to_onehot_y=True, weight=weight),
+        lambda: ours.DiceFocalLoss(softmax=True, to_onehot_y=True, weight=weight),
+        lambda: ours.FocalLoss(to_onehot_y=True, alpha=weight, weight=weight),
+        lambda: ours.FocalLoss(to_onehot_y=True, use_softmax=True, alpha=0.3),
+    )
+    for make in makes:
+        expected = make()(logits, labels)
+        torch.set_default_dtype(dtype)
+        try:
+            actual = make()(logits, labels)
+        finally:
+            torch.set_default_dtype(default)
+        assert torch.equal(actual, expected)

@@ -69,7 +69,13 @@ def check_activation(sigmoid: bool, softmax: bool, other_act: CustomActivation |
 
 
 def as_weight(weight: ClassWeight) -> Tensor | None:
-    return None if weight is None else torch.as_tensor(weight)
+    """MONAI's ``torch.as_tensor``, but numbers are not rounded to a half default dtype."""
+    if weight is None or isinstance(weight, Tensor):
+        return weight
+    made = torch.as_tensor(weight)
+    if made.dtype in (torch.float16, torch.bfloat16):
+        made = torch.as_tensor(weight, dtype=torch.float32)
+    return made
 
 
 def warn_ignored(option: str) -> None:
