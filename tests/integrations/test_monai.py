@@ -662,6 +662,7 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(loss, dtype):
     target[0, 0, 1, 2] = 2
     assert bool(loss()(torch.zeros(1, 3, 3, 3).softmax(1), target).isfinite().all())
 
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_numbers_are_not_rounded_to_a_half_default_dtype(dtype):
     default = torch.get_default_dtype()

@@ -535,6 +535,21 @@ def test_nan_logits_give_a_nan_loss(name):
     assert bool(MODULES[name]()(logits, labels).isnan())
 
 
+@everyone
+def test_a_nan_weight_gives_a_nan_loss_and_gradient(name):
+    logits, labels = batch()
+    weight = torch.ones(logits.shape[0], *logits.shape[2:])
+    weight[0, 2, 2, 2] = math.nan
+    loss = MODULES[name]()
+    for voxels, classes in ((weight, None), (None, [1.0, math.nan, 1.0])):
+        loss.class_weight = classes
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, labels, voxels)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        assert bool(value.isnan())
+        assert bool(gradient.isnan().any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @everyone
 def test_half_precision_logits(name, dtype):

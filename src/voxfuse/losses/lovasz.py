@@ -26,12 +26,14 @@ from voxfuse.reference.soft_confusion import classes_of, finite, is_ignored, lab
 
 
 class _Rows(NamedTuple):
-    """(B, C, V) values, the target as it came, and the (B, V) mask of the voxels that count."""
+    """(B, C, V) values, the target as it came, and (B, V) masks: of the voxels that count, and of
+    those of weight NaN, if there can be any."""
 
     values: Tensor
     target: Tensor
     dense: bool
     included: Tensor
+    unknown: Tensor | None
 
     def foreground(self, c: int) -> Tensor:
         """The (B, V) indicator of class ``c``."""
@@ -50,15 +52,18 @@ def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     if ignore_index is not None:
         labels = flattened[:, 0] if dense else flattened
         included = included & ~is_ignored(labels, ignore_index)
+    unknown = None
     if weight is not None:
-        included = included & (weight.reshape(batch, count) != 0)
+        weight = weight.reshape(batch, count)
+        included = included & (weight != 0)
+        unknown = weight.isnan() if weight.is_floating_point() else None
     if not dense:
         labels, known = classes_of(flattened, classes, ignore_index)
         if input.device.type == "cpu" and not bool((known | ~included).all()):
             raise ValueError(label_complaint(target, classes, ignore_index, included))
         included = included & known
         flattened = labels if flattened.is_floating_point() else flattened
-    return _Rows(values, flattened, dense, included)
+    return _Rows(values, flattened, dense, included, unknown)
 
 
 def _class_loss(errors: Tensor, foreground: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +141,7 @@ def _evaluate(
     rows: _Rows, options: _Options, ranks: Ranks | None, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss and, if wanted, its (B, C, V) gradient."""
-    values, _, _, included = rows
+    values, included, unknown = rows.values, rows.included, rows.unknown
     batch, channels, count = values.shape
     dtype = compute_dtype(values)
     device = values.device
@@ -151,6 +156,8 @@ def _evaluate(
     for c in options.classes if images.number * images.size else ():
         foreground = rows.foreground(c)
         errors = _errors(values[:, c].to(dtype), foreground, lse, options.activation, options.hinge)
+        if unknown is not None:
+            errors.masked_fill_(unknown, torch.nan)
         rising = ~foreground  # where the error grows with the logit or the probability
         foreground = images(foreground)
         loss, slopes = _class_loss(images(errors), foreground, counting)
@@ -190,6 +197,8 @@ def _through_activation(
         elif activation == Activation.sigmoid:
             z = finite(z.to(h.dtype))
             h = h * z.sigmoid() * (-z).sigmoid()
+        if rows.unknown is not None:
+            h = h.masked_fill(rows.unknown[:, None, block], torch.nan)
         gradient[..., block] = h.masked_fill(~rows.included[:, None, block], 0)
 
 
