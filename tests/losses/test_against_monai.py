@@ -107,6 +107,12 @@ PAIRS = {
         lambda: voxfuse.FocalLoss(alpha=0.25),
         lambda: losses.FocalLoss(to_onehot_y=True, use_softmax=True, alpha=0.25),
     ),
+    "focal softmax, an alpha a class": (
+        lambda: voxfuse.FocalLoss(1.5, WEIGHT.tolist()),
+        lambda: losses.FocalLoss(
+            to_onehot_y=True, use_softmax=True, gamma=1.5, alpha=WEIGHT.tolist()
+        ),
+    ),
     "dice + focal": (
         lambda: voxfuse.DiceFocalLoss(focal_activation="sigmoid", focal_alpha=0.3),
         lambda: losses.DiceFocalLoss(alpha=0.3, **SOFTMAX),

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -393,6 +394,60 @@ def test_gradcheck(name, activation):
     assert torch.autograd.gradcheck(
         lambda z: loss(z, labels), logits.requires_grad_(), check_grad_dtypes=True
     )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("include_background", [True, False])
+def test_a_focal_alpha_for_every_class_is_its_formula(reduction, include_background):
+    alpha = [0.5, 2.0, 0.0]
+    logits, labels = batch(dtype=torch.float64)
+    log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    terms = torch.tensor(alpha, dtype=torch.float64)[labels] * (1 - log_p.exp()) ** 2 * -log_p
+    if not include_background:
+        terms = terms * (labels != 0)
+    kept = 3 if include_background else 2
+    expected = {"none": terms, "mean": terms.mean() / kept, "sum": terms.sum()}[reduction]
+    options = dict(reduction=reduction, include_background=include_background)
+    for given in (alpha, tuple(alpha), torch.tensor(alpha), np.array(alpha)):
+        loss = voxfuse.FocalLoss(alpha=given, **options)
+        torch.testing.assert_close(loss(logits, labels), expected)
+    dense = F.one_hot(labels, 3).movedim(-1, 1).double()
+    torch.testing.assert_close(
+        voxfuse.functional.focal_loss(logits, dense, alpha=alpha, **options), expected
+    )
+
+
+def test_an_alpha_for_every_class_in_a_sum_with_a_focal_loss():
+    alpha = [0.2, 1.5, 0.7]
+    logits, labels = batch(dtype=torch.float64)
+    focal = voxfuse.FocalLoss(alpha=alpha)(logits, labels)
+    for loss, part in (
+        (voxfuse.DiceFocalLoss(focal_alpha=alpha, lambda_focal=2.0), voxfuse.DiceLoss()),
+        (voxfuse.TverskyFocalLoss(focal_alpha=alpha, lambda_focal=2.0), voxfuse.TverskyLoss()),
+    ):
+        torch.testing.assert_close(loss(logits, labels), part(logits, labels) + 2 * focal)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(alpha=[1.0, 2.0]), r"alpha: got 2 numbers, expected 3, one for every class"),
+        (dict(alpha=[1.0, -2.0, 1.0]), r"alpha: got -2.0, expected a finite number >= 0"),
+        (
+            dict(alpha=[0.1, 0.2, 0.3], activation="sigmoid"),
+            r"alpha: got \[0.1, 0.2, 0.3\], expected one number in \[0, 1\]; one for every class",
+        ),
+    ],
+)
+def test_an_alpha_for_every_class_that_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        voxfuse.FocalLoss(**options)(*batch())
+
+
+def test_an_alpha_for_every_class_needs_classes():
+    loss = voxfuse.FocalLoss(alpha=[1.0], activation="none")
+    with pytest.raises(ValueError, match=r"alpha: got \[1.0\], expected one number in \[0, 1\]"):
+        loss(torch.full((1, 1, 4), 0.5), torch.ones(1, 1, 4))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +140,8 @@ class TverskyFocalLoss(BinaryCompoundLoss):
 
     Args:
         alpha, beta, gamma: of the Tversky term.
-        focal_gamma, focal_alpha: gamma and alpha of the focal term.
+        focal_gamma, focal_alpha: gamma and alpha of the focal term; alpha may be one number for
+            every class.
         lambda_tversky, lambda_focal: factors of the two terms, >= 0.
         focal_activation: activation of the focal term where it differs from ``activation``.
         class_weight: weights of the classes in the Tversky term.
@@ -156,7 +158,7 @@ class TverskyFocalLoss(BinaryCompoundLoss):
     beta: float = 0.5
     gamma: float = 1.0
     focal_gamma: float = 2.0
-    focal_alpha: float | None = None
+    focal_alpha: float | Sequence[float] | None = None
     lambda_tversky: float = 1.0
     lambda_focal: float = 1.0
     focal_activation: str | None = None
@@ -190,7 +192,7 @@ class DiceFocalLoss(BinaryCompoundLoss):
     """
 
     focal_gamma: float = 2.0
-    focal_alpha: float | None = None
+    focal_alpha: float | Sequence[float] | None = None
     lambda_dice: float = 1.0
     lambda_focal: float = 1.0
     squared: bool = False

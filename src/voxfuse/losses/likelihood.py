@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 
 from voxfuse.losses.declared import declared
@@ -107,7 +108,10 @@ class FocalLoss(LossModule):
     Args:
         gamma: focusing exponent, >= 0.
         alpha: None, or a balance in [0, 1]: positives against negatives for a sigmoid, and for a
-            softmax foreground classes (alpha) against the background (1 - alpha).
+            softmax foreground classes (alpha) against the background (1 - alpha). A softmax takes
+            a sequence too: C numbers >= 0, one for every class, the background included, as
+            ``monai.losses.FocalLoss(use_softmax=True, alpha=...)`` does. The mean stays the plain
+            mean of the weighted terms.
         activation: "softmax", "sigmoid" or "none".
         include_background: whether class 0 counts.
         reduction: "mean", "sum", or "none" for one value a voxel, (B, \*spatial), the sum over the
@@ -124,7 +128,7 @@ class FocalLoss(LossModule):
     """
 
     gamma: float = 2.0
-    alpha: float | None = None
+    alpha: float | Sequence[float] | None = None
     activation: str = "softmax"
     include_background: bool = True
     reduction: str = "mean"

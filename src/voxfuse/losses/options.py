@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from voxfuse.contract import Activation, Code, Reduction
@@ -48,7 +49,7 @@ class LikelihoodOptions(NamedTuple):
     activation: int
     scale: float
     gamma: float
-    alpha: float | None
+    alpha: float | tuple[float, ...] | None
     label_smoothing: float
     include_background: bool
     reduction: int
@@ -62,7 +63,7 @@ def likelihood_options(
     *,
     scale: float = 1.0,
     gamma: float = 0.0,
-    alpha: float | None = None,
+    alpha: float | Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     include_background: bool = True,
     reduction: str = "mean",
@@ -80,7 +81,7 @@ def likelihood_options(
         code,
         scale,
         number("gamma", gamma, 0.0),
-        None if alpha is None else number("alpha", alpha, 0.0, 1.0),
+        _balance(alpha, code),
         number("label_smoothing", label_smoothing, 0.0, 1.0),
         bool(include_background),
         reduction_code(reduction, allow_none=top_percent is None),
@@ -88,6 +89,23 @@ def likelihood_options(
         top_percent,
         focal_classes,
     )
+
+
+def _balance(
+    alpha: float | Sequence[float] | None, activation: int
+) -> float | tuple[float, ...] | None:
+    """One number in [0, 1], or (not for a sigmoid) one >= 0 for every class."""
+    if alpha is None:
+        return None
+    values = alpha.tolist() if isinstance(alpha, (Tensor, np.ndarray)) else alpha
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return number("alpha", values, 0.0, 1.0)
+    if activation == Activation.sigmoid:
+        raise ValueError(
+            f"alpha: got {list(values)}, expected one number in [0, 1]; one for every class needs "
+            "a softmax"
+        )
+    return tuple(number("alpha", value) for value in values)
 
 
 def number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:

@@ -170,6 +170,11 @@ class Recipe:
         if binary:
             if part.label_smoothing:
                 raise ValueError("label_smoothing: needs a softmax cross-entropy")
+            if isinstance(part.alpha, tuple):
+                raise ValueError(
+                    f"alpha: got {list(part.alpha)}, expected one number in [0, 1] for an input "
+                    "with one channel"
+                )
             if part.alpha is not None:
                 on, off = part.alpha, 1 - part.alpha
         elif part.label_smoothing:
@@ -215,10 +220,15 @@ class Recipe:
         off = on
         binary = part.activation == Activation.sigmoid or classes == 1
         if part.alpha is not None and not binary:
-            # MONAI's convention: 1 - alpha for the background, alpha for every other class.
-            balance = torch.full((classes,), part.alpha, dtype=torch.float64, device=device)
-            balance[0] = 1 - part.alpha
-            on = _product(on, balance)
+            alpha = part.alpha
+            if not isinstance(alpha, tuple):
+                # MONAI's convention: 1 - alpha for the background, alpha for every other class.
+                alpha = (1 - alpha, *[alpha] * (classes - 1))
+            if len(alpha) != classes:
+                raise ValueError(
+                    f"alpha: got {len(alpha)} numbers, expected {classes}, one for every class"
+                )
+            on = _product(on, class_weights("alpha", alpha, classes, device))
         if pos_weight is not None:
             if not binary:
                 raise ValueError("pos_weight: needs a sigmoid likelihood; weigh classes instead")
