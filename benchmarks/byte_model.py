@@ -191,9 +191,9 @@ def overlap_add(
 def few_channels(dtype: torch.dtype, backend: str) -> int:
     """Channels up to which a softmax is worked out anew, from what the caches hold."""
     if backend == "triton":
-        from voxfuse.triton_kernels import overlap_add as kernels
+        from voxfuse.triton_kernels.overlap_add import launch
 
-        return int(kernels.FEW)
+        return int(launch.FEW)
     source = (CUDA_SOURCES / "overlap_add_patch.cuh").read_text()
     found = re.search(r"kChannels = sizeof\(T\) == 2 \? (\d+) : (\d+);", source)
     assert found, "overlap_add_patch.cuh does not say how many channels a thread adds up"

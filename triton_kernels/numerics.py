@@ -55,6 +55,15 @@ def sigmoid(z):
 
 
 @triton.jit
+def sigmoid_alone(z):
+    """``sigmoid(z)`` to the bits of ``sigmoid``, in a form that holds one predicate less for long:
+    where nothing else is needed of it, a thread with many values takes a fifth fewer registers.
+    """
+    e = exponential(-tl.abs(z))
+    return tl.where(z < 0, e, 1.0) * reciprocal(1.0 + e)
+
+
+@triton.jit
 def log_one_plus(x):
     """``log(1 + x)`` for 0 <= x <= 1 to 1.5 units in the last place in float32."""
     if x.dtype == tl.float32:

@@ -104,7 +104,7 @@ OPERATOR_FILES = {
     "schema": {"schema": "csrc/ops/{}.cpp"},
     "CPU": {"driver": "csrc/cpu/{}.cpp", "kernel": "csrc/cpu/{}_kernel.cpp"},
     "CUDA": {"kernel": "csrc/cuda/{}.cu", "binding": "csrc/cuda/{}_operator.cpp"},
-    "Triton": {"Triton": "triton_kernels/{}.py"},
+    "Triton": {"kernel": "triton_kernels/{}.py", "kernels": "triton_kernels/{}/"},
 }
 
 

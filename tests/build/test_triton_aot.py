@@ -6,6 +6,7 @@ import collections
 import importlib
 import inspect
 import itertools
+import pkgutil
 import platform
 import re
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
+import voxfuse.triton_kernels  # noqa: E402
 from tests.build.triton_aot import (  # noqa: E402
     AMD,
     AMD_STACKS,
@@ -28,7 +30,8 @@ from tests.build.triton_aot import (  # noqa: E402
     table,
 )
 from voxfuse.triton_kernels import head_confusion as heads  # noqa: E402
-from voxfuse.triton_kernels import overlap_add, soft_confusion  # noqa: E402
+from voxfuse.triton_kernels import soft_confusion  # noqa: E402
+from voxfuse.triton_kernels.overlap_add import launch as fusion  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -84,20 +87,24 @@ def test_registers_hold_everything(compiled, case):
 
 def test_every_kernel_has_a_case():
     """Every jitted function that a launch names, on every generation of GPUs."""
-    jitted = set()
-    operators = ("soft_confusion", "ratio_loss", "overlap_add", "finalize_slab", "head_confusion")
-    for name in (*operators, "reduction"):
-        module = importlib.import_module(f"voxfuse.triton_kernels.{name}")
+    launched = set()
+    package = voxfuse.triton_kernels
+    forms = (
+        r"\b(\w+)\[[^][]+\]\(",
+        r"kernel = (\w+) if",
+        r" if backward else (\w+)",
+        r"Plan\((\w+)",
+    )
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
         source = inspect.getsource(module)
-        forms = (r"\b(\w+)\[\(", r"kernel = (\w+) if", r" if backward else (\w+)", r"Plan\((\w+)")
-        found = {x for form in forms for x in re.findall(form, source)}
-        jitted |= {f"{name}.{x}" for x in found if hasattr(getattr(module, x, None), "arg_names")}
+        names = {name for form in forms for name in re.findall(form, source)}
+        found = (getattr(module, name, None) for name in names)
+        launched |= {kernel.fn for kernel in found if hasattr(kernel, "arg_names")}
     compiled = {}
     for case in (*CASES, *on_amd()):
-        kernel = kernel_of(case)
-        name = f"{kernel.__module__.rsplit('.')[-1]}.{kernel.__name__}"
-        compiled.setdefault(name, set()).add(case.capability)
-    assert set(compiled) == jitted
+        compiled.setdefault(kernel_of(case), set()).add(case.capability)
+    assert set(compiled) == launched
     assert all(found == {80, 90, 100, *AMD} for found in compiled.values()), compiled
 
 
@@ -173,7 +180,7 @@ def test_every_launch_shape_of_the_losses_has_a_case():
 
 def test_every_tile_of_the_fusion_has_a_case():
     """At the most channels and with nothing else, everywhere."""
-    most = {False: overlap_add.MAX_CHANNELS, True: overlap_add.MAX_CHANNELS // 2}
+    most = {False: fusion.MAX_CHANNELS, True: fusion.MAX_CHANNELS // 2}
     for capability in CAPABILITIES:
         options = [dict(c.options) for c in CASES if c.capability == capability]
         for launch in ({}, {"ring": 0}, {"backward": True}):

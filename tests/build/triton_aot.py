@@ -420,50 +420,47 @@ def _overlap_add_instance(
 ) -> Instance:
     import torch
 
-    from voxfuse.triton_kernels import overlap_add as kernels
+    from voxfuse.triton_kernels.overlap_add import gather, launch, scatter, softmax
+    from voxfuse.triton_kernels.overlap_add.views import Axes, Floor, Patches, Placement, Ring
+    from voxfuse.triton_kernels.views import constexprs
 
-    channels = kernels.channels_a_program(channels, ring >= 0)
+    def three(kind: Any, missing: Any, extent: int = axes) -> Axes:
+        return Axes(*[missing] * (3 - extent), *[kind] * extent)
+
     # Even with more than one tile a row.
-    height, width = kernels.tile_shape(1 if axes == 1 else 96, 192)
-    constants: dict[str, Any] = {
-        "AXES": axes,
-        "DENSE": dense,
-        "CHANNELS": channels,
-        "HEIGHT": height,
-        "WIDTH": width,
-        "DTYPE": kernels._accumulation(getattr(torch, dtype)),
-    }
-    if not backward:
-        constants |= {"RING": ring, "ADD": ring >= 0, "WEIGHTS": weights}
-        constants["ORIGINS"] = kernels.ORIGINS
-    if activation or not backward:
-        constants |= {"ACTIVATION": activation, "STEP": kernels.STEP}
-    pointer = TYPES[dtype]
+    options = launch.options_for(
+        getattr(torch, dtype),
+        Axes(1, 1 if axes == 1 else 96, 192),
+        AXES=axes,
+        DENSE=dense,
+        RING=ring,
+        CHANNELS=launch.channels_a_program(channels, ring >= 0),
+        ACTIVATION=activation,
+    )
+    pointer, length = TYPES[dtype], three("i32", 1)
+    tables = three("*fp64", None, 1 if dense else axes)
+    kind = "*fp64" if floor else None
     types: dict[str, Any] = {
         "softmax": "*fp32" if many or normalise else None,
-        "patches": None if weights else pointer,
+        "patches": Patches(None if weights else pointer, "i32", "i32", Axes("i32", "i32", 1)),
         "output": "*fp32" if ring >= 0 and not weights else pointer,
         "grad": pointer,
         "result": pointer,
-        "origins": "*i64",
-        "rows": "*i64",
-        "table_z": "*fp64" if axes > 2 and not dense else None,
-        "table_y": "*fp64" if axes > 1 and not dense else None,
-        "table_x": "*fp64",
+        "placed": Placement("*i64", "*i64", length, tables, length),
         "total": "*fp64" if total else None,
-        **dict.fromkeys(("floor", "cover_z", "cover_y", "cover_x"), "*fp64" if floor else None),
-        "patches_x": 1,
+        "floor": Floor(kind, *[three(x, y) for x, y in ((kind, None), ("i32", 1), ("i32", 1))]),
+        "extent": length,
+        "size": length,
+        "ring": Ring("i32", "i32", "i32"),
     }
-    if axes == 1:
-        ones = ("size_z", "size_y", "patch_z", "patch_y", "length_z", "length_y")
-        types |= dict.fromkeys(ones, 1)
-    kernel, registers = kernels._gather, kernels.REGISTERS
+    kernel, registers = gather.gather, launch.REGISTERS
     if backward:
-        kernel, registers = kernels._scatter_activated if activation else kernels._scatter, None
+        kernel = scatter.scatter_activated if activation else scatter.scatter
+        registers = None
     if normalise:
-        kernel, registers = kernels._normalise, None
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return Instance(kernel, constants, types, 4, ("size_x",), registers)
+        kernel, registers = softmax.normalise, None
+    constants = {"OPTIONS": constexprs(options)}
+    return Instance(kernel, constants, types, launch.WARPS, ("size.x",), registers)
 
 
 def _finalize_slab_instance(
@@ -476,10 +473,10 @@ def _finalize_slab_instance(
     total: bool = False,
     divide: bool = False,
 ) -> Instance:
-    import torch
+
+    import triton.language as tl
 
     from voxfuse.triton_kernels import finalize_slab as kernels
-    from voxfuse.triton_kernels import overlap_add
 
     constants: dict[str, Any] = {
         "MODE": mode,
@@ -487,7 +484,7 @@ def _finalize_slab_instance(
         "BINARY": activation == 1,
         "DIVIDE": divide,
         "CLEAR": True,
-        "DTYPE": overlap_add._accumulation(getattr(torch, dtype)),
+        "DTYPE": tl.float64 if dtype == "float64" else tl.float32,
         **kernels.tiles(classes, 128**3),
     }
     pointer = TYPES[dtype]

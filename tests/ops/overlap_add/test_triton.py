@@ -14,7 +14,7 @@ from tests.ops.overlap_add.cases import CHANNELS, FLOATS, gradient_scale, specia
 from voxfuse.ops import overlap_add as wrappers
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from voxfuse.triton_kernels import overlap_add as kernels
+from voxfuse.triton_kernels.overlap_add import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
@@ -235,9 +235,9 @@ def test_channels_last_patches_are_read_in_place():
 
 
 def test_tiles_smaller_than_the_volume_and_more_patches_than_a_block(monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", 16)
-    monkeypatch.setattr(kernels, "MAX_WIDTH", 4)
-    monkeypatch.setattr(kernels, "ORIGINS", 4)
+    monkeypatch.setattr(launch, "TILE", 16)
+    monkeypatch.setattr(launch, "MAX_WIDTH", 4)
+    monkeypatch.setattr(launch, "ORIGINS", 4)
     check(RandomPatches(volume=(2, 5, 6), count=7, channels=1))
     check(RandomPatches(volume=(9, 6), patch=(4, 4), count=9, total=True, dtype=torch.float64))
 
@@ -426,7 +426,7 @@ def test_opcheck():
     ("height", "width"), [*itertools.product((1, 3, 96, 512), (1, 5, 96, 512))]
 )
 def test_tiles_have_a_bounded_size(height, width):
-    block_y, block_x = kernels.tile_shape(height, width)
-    assert block_y * block_x <= kernels.TILE
+    block_y, block_x = launch.tile_shape(height, width)
+    assert block_y * block_x <= launch.TILE
     assert block_y < 2 * height
     assert block_x < 2 * width
