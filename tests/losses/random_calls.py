@@ -125,7 +125,7 @@ def _emulators() -> dict[str, Callable[..., Any]]:
 
 
 def emulated_operators() -> Answers:
-    """The CUDA kernels in the host emulation, in the place of the reference."""
+    """The CUDA kernels in the host emulation, called as the reference is."""
     return Answers(_emulators())
 
 

@@ -70,7 +70,7 @@ class Voxels(NamedTuple):
     activation: int = Activation.none
     overlap: int = Overlap.product
     ignore_index: int | None = None
-    #: Activation of the zeros that a mask puts in the place of the values and the target of the
+    #: Activation of the zeros that a mask puts for the values and the target of the
     #: voxels of weight 0; None where such voxels do not count at all.
     blank: int | None = None
 
