@@ -209,8 +209,8 @@ SURE_AND_WRONG = _sure_and_wrong()
 def on_interpreter(case: ConfusionCase) -> ConfusionCase:
     """Eight samples of a case for Triton's interpreter, which takes a tenth of a second for each.
 
-    They show what forty show: kernels that add the classes up before they form differences fail
-    here at 100 and 300 classes.
+    Kernels that add the classes up before they form differences still fail with them, at 100 and
+    300 classes.
     """
     return dataclasses.replace(case, batch=min(case.batch, 8))
 
