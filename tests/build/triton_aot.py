@@ -473,32 +473,25 @@ def _finalize_slab_instance(
     total: bool = False,
     divide: bool = False,
 ) -> Instance:
-
-    import triton.language as tl
+    import torch
 
     from voxfuse.triton_kernels import finalize_slab as kernels
+    from voxfuse.triton_kernels.views import constexprs
 
-    constants: dict[str, Any] = {
-        "MODE": mode,
-        "ACTIVATION": activation,
-        "BINARY": activation == 1,
-        "DIVIDE": divide,
-        "CLEAR": True,
-        "DTYPE": tl.float64 if dtype == "float64" else tl.float32,
-        **kernels.tiles(classes, 128**3),
-    }
+    options = kernels.options_for(
+        mode, activation, activation == 1, divide, True, getattr(torch, dtype), classes, 128**3
+    )
     pointer = TYPES[dtype]
+    weights = pointer if head else None
+    written = TYPES[output or ("uint8" if mode in (1, 2) else "float32")]
     types: dict[str, Any] = {
-        "ring": pointer,
-        "out": TYPES[output or ("uint8" if mode in (1, 2) else "float32")],
-        "total": "*fp64" if total else None,
-        "weight": pointer if head else None,
-        "bias": pointer if head else None,
-        "outer": 1,
+        "tensors": kernels.Tensors(pointer, written, "*fp64" if total else None, weights, weights),
+        "slab": kernels.Slab(1, *["i32"] * 6),
         **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
     }
-    lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
-    return Instance(kernels._finalize, constants, types, kernels.WARPS, lengths)
+    lengths = tuple(f"slab.{field}" for field in kernels.Slab._fields[1:])
+    constants = {"OPTIONS": constexprs(options)}
+    return Instance(kernels.finalize, constants, types, kernels.WARPS, lengths)
 
 
 def _floating_sum_instance(dtype: str) -> Instance:
