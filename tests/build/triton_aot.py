@@ -369,39 +369,39 @@ def _ratio_loss_instance(
     tiny: bool = False,
 ) -> Instance:
     from voxfuse.triton_kernels import ratio_loss as kernels
+    from voxfuse.triton_kernels.views import constexprs
 
-    constants = kernels.forward_constants(
-        sums,
-        rows,
-        classes,
-        True,
-        nll,
-        off,
-        False,
-        pooling,
-        absent,
-        1,
-        2 if off else 1,
-        log,
-        not log,
+    options = kernels.Options(
+        SUMS=sums,
+        RATIO=True,
+        NLL=nll,
+        OFF=off,
+        BATCH=False,
+        POOLING=pooling,
+        ABSENT=absent,
+        REDUCTION=1,
+        NORMALISER=2 if off else 1,
+        LOG=log,
+        LINEAR=not log,
+        MIXED=False,
+        **dict(zip(("ROWS", "CLASSES"), kernels.tile_shape(rows, classes), strict=True)),
     )
     scalars = [f"{letter}{i}" for letter in "nd" for i in range(8)]
     scalars += ["smooth_nr", "smooth_dr", "min_denominator", "exponent", "ratio_scale"]
     scalars += ["nll_scale", "off_scale"]
-    weight = "*fp64" if nll else None
     types: dict[str, Any] = {"stats": "*fp64", "loss": "*fp32", "cotangents": "*fp64"}
-    types |= dict.fromkeys(("class_weight", "nll_weight", "off_weight"), weight)
+    types["weights"] = kernels.Weights(*["*fp64" if nll else None] * 3)
+    types["shape"] = kernels.Shape(*[1 if tiny else "i32"] * 5, "i32")
     types |= dict.fromkeys(scalars, "fp64")
-    if tiny:
-        types |= dict.fromkeys(("samples", "rows", "classes", "first_class", "terms"), 1)
-    return Instance(kernels._forward, constants, types)
+    return Instance(kernels.forward, {"OPTIONS": constexprs(options)}, types)
 
 
 def _ratio_loss_backward_instance() -> Instance:
     from voxfuse.triton_kernels import ratio_loss as kernels
 
     types = {"grad_loss": "*fp32", "cotangents": "*fp64", "result": "*fp64"}
-    return Instance(kernels._backward, {"SUMS": 4, "BY_CLASS": True, "BLOCK": 1024}, types)
+    constants = {"SUMS": 4, "BY_CLASS": True, "BLOCK": kernels.BLOCK}
+    return Instance(kernels.backward, constants, types)
 
 
 def _overlap_add_instance(
