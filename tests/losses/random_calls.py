@@ -10,6 +10,11 @@ but cancels (generalised Dice among them, whose cotangents are nearly those of a
 values with ``squared``, which cancel down to a rounding of the sums. Of the kernels before they
 formed the differences of the classes first, the first 4,000 cases find 71, none of them as plain
 float32 beside it.
+
+Of 2,000 with at most 200 logits none is beyond the bar on the emulated CUDA kernels. Of 557 in
+Triton's interpreter two are as plain float32 beside them, and one is not: Triton's exponential is a
+power of 2 whose exponent is rounded, which costs 1.5e-6 where logits differ by 30 and more. With
+that exponential, PyTorch errs as much.
 """
 
 from __future__ import annotations
