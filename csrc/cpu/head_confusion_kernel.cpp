@@ -15,8 +15,9 @@
 
 namespace voxfuse::VOXFUSE_ISA {
 
-int64_t confusion_forward(const Confusion& q, int64_t b, int64_t begin, int64_t end, double* out);
-int64_t confusion_backward(const Confusion& q, int64_t b, int64_t begin, int64_t end);
+bool confusion_forward(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end, double* out);
+bool confusion_backward(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end,
+                        bool past_caches);
 
 namespace {
 
@@ -193,19 +194,21 @@ struct Tiles {
         forward(packed_weight(h)),
         features(channels * stride),
         logits(classes * stride) {
-    if (h.bias != nullptr) forward.offset = converted<R>(h.bias, h.type, classes);
-    if (interleaves(h.features_stride) || interleaves(h.gradient_stride)) {
+    if (h.bias != nullptr) forward.offset = converted<R>(h.bias, h.features.type, classes);
+    if (interleaves(h.features.stride) || interleaves(h.gradient_stride)) {
       interleaved.resize(kInterleavedVoxels * channels + Lanes<R>::width);
     }
   }
 
   static Packed<R> packed_weight(const Head& h) {
-    const std::vector<R> weight = converted<R>(h.weight, h.type, h.confusion.classes * h.channels);
+    const std::vector<R> weight =
+        converted<R>(h.weight, h.features.type, h.confusion.classes * h.channels);
     return Packed<R>(h.confusion.classes, h.channels,
                      [&](int64_t c, int64_t k) { return weight[c * h.channels + k]; });
   }
   static Packed<R> packed_transpose(const Head& h) {
-    const std::vector<R> weight = converted<R>(h.weight, h.type, h.confusion.classes * h.channels);
+    const std::vector<R> weight =
+        converted<R>(h.weight, h.features.type, h.confusion.classes * h.channels);
     return Packed<R>(h.channels, h.confusion.classes,
                      [&](int64_t k, int64_t c) { return weight[c * h.channels + k]; });
   }
@@ -216,9 +219,10 @@ struct Tiles {
 
   // Brings the features of voxels [begin, begin + n) into rows, 0 up to `padded`.
   void read_features(int64_t b, int64_t begin, int64_t n, int64_t padded) {
-    const Strides& s = head.features_stride;
-    with_float(head.type, [&](auto tag) {
-      const auto* source = element<decltype(tag)>(head.features, b * s.batch + begin * s.voxel);
+    const Strides& s = head.features.stride;
+    with_float(head.features.type, [&](auto tag) {
+      const auto* source =
+          element<decltype(tag)>(head.features.data, b * s.batch + begin * s.voxel);
       if (interleaves(s)) {
         for (int64_t v = 0; v < n; v += kInterleavedVoxels) {
           const int64_t count = std::min(kInterleavedVoxels, n - v);
@@ -240,7 +244,7 @@ struct Tiles {
   // Writes rows of features' gradient to voxels [begin, begin + n).
   void write_gradient(int64_t b, int64_t begin, int64_t n) {
     const Strides& s = head.gradient_stride;
-    with_float(head.type, [&](auto tag) {
+    with_float(head.features.type, [&](auto tag) {
       using T = decltype(tag);
       T* out = static_cast<T*>(head.gradient) + b * s.batch + begin * s.voxel;
       if (interleaves(s)) {
@@ -259,44 +263,44 @@ struct Tiles {
 
   // The soft-confusion problem of this tile. The logits' gradient takes the logits' place, which
   // the kernels allow: they write a voxel's gradient when they have read all its logits.
-  Confusion confusion(int64_t b, int64_t begin, int64_t n) {
-    Confusion q = head.confusion;
-    const auto advance = [&](const void* p, Element type, const Strides& s) {
-      return static_cast<const char*>(p) + (b * s.batch + begin * s.voxel) * size_of(type);
+  SoftConfusion confusion(int64_t b, int64_t begin, int64_t n) {
+    SoftConfusion q = head.confusion;
+    const auto advance = [&](const View& x) {
+      return static_cast<const char*>(x.data) +
+             (b * x.stride.batch + begin * x.stride.voxel) * size_of(x.type);
     };
     q.batch = 1;
     q.voxels = n;
-    q.input = logits.data();
-    q.input_type = std::is_same_v<R, float> ? Element::f32 : Element::f64;
-    q.input_stride = {0, stride, 1};
-    q.target = advance(q.target, q.target_type, q.target_stride);
-    if (q.weight != nullptr) q.weight = advance(q.weight, q.weight_type, q.weight_stride);
-    if (q.cotangent != nullptr) {
-      q.cotangent += b * classes * q.statistics;
+    q.input = {
+        logits.data(), std::is_same_v<R, float> ? Element::f32 : Element::f64, {0, stride, 1}};
+    q.target.data = advance(q.target);
+    if (q.weight.data != nullptr) q.weight.data = advance(q.weight);
+    if (q.cotangents != nullptr) {
+      q.cotangents += b * classes * q.columns;
       q.gradient = logits.data();
-      q.gradient_stride = q.input_stride;
+      q.gradient_stride = q.input.stride;
     }
     return q;
   }
 
   // Sets `excluded` for the tile's voxels; returns whether there is any.
-  bool find_excluded(const Confusion& q) {
+  bool find_excluded(const SoftConfusion& q) {
     excluded.assign(q.voxels, 0);
     uint8_t any = 0;
-    if (q.weight != nullptr) {
-      with_element(q.weight_type, [&](auto tag) {
-        const auto* source = element<decltype(tag)>(q.weight, 0);
+    if (q.weight.data != nullptr) {
+      with_element(q.weight.type, [&](auto tag) {
+        const auto* source = element<decltype(tag)>(q.weight.data, 0);
         for (int64_t v = 0; v < q.voxels; ++v) {
-          excluded[v] |= to_real<R>(source[v * q.weight_stride.voxel]) == 0;
+          excluded[v] |= to_real<R>(source[v * q.weight.stride.voxel]) == 0;
           any |= excluded[v];
         }
       });
     }
     if (q.has_ignore) {
-      with_element(q.target_type, [&](auto tag) {
-        const auto* source = element<decltype(tag)>(q.target, 0);
+      with_element(q.target.type, [&](auto tag) {
+        const auto* source = element<decltype(tag)>(q.target.data, 0);
         for (int64_t v = 0; v < q.voxels; ++v) {
-          excluded[v] |= integer_label(source[v * q.target_stride.voxel]) == q.ignore_index;
+          excluded[v] |= integer_label(source[v * q.target.stride.voxel]) == q.ignore_index;
           any |= excluded[v];
         }
       });
@@ -316,24 +320,23 @@ struct Tiles {
 int64_t padded_to_tile(int64_t n) { return (n + kTileVoxels - 1) / kTileVoxels * kTileVoxels; }
 
 template <class R>
-int64_t forward_range(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
+bool forward_range(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
   Tiles<R> tiles(head);
-  const int64_t rows = tiles.classes * head.confusion.statistics;
+  const int64_t rows = tiles.classes * head.confusion.columns;
   std::vector<double> sums(rows);
   std::fill(out, out + rows, 0.0);
   for (int64_t at = begin; at < end; at += head.tile) {
     const int64_t n = std::min(head.tile, end - at), padded = padded_to_tile(n);
     tiles.read_features(b, at, n, padded);
     multiply(tiles.forward, tiles.features.data(), tiles.stride, padded, tiles.logits.data());
-    const int64_t wrong = confusion_forward(tiles.confusion(b, at, n), 0, 0, n, sums.data());
-    if (wrong != 0) return wrong;
+    if (confusion_forward(tiles.confusion(b, at, n), 0, 0, n, sums.data())) return true;
     for (int64_t i = 0; i < rows; ++i) out[i] += sums[i];
   }
-  return 0;
+  return false;
 }
 
 template <class R>
-int64_t backward_range(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
+bool backward_range(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
   Tiles<R> tiles(head);
   const Packed<R> backward = Tiles<R>::packed_transpose(head);
   const int64_t classes = tiles.classes, channels = tiles.channels, stride = tiles.stride;
@@ -342,14 +345,13 @@ int64_t backward_range(const Head& head, int64_t b, int64_t begin, int64_t end, 
   if (head.need_head) std::fill(out, out + classes * (channels + 1), 0.0);
   for (int64_t at = begin; at < end; at += head.tile) {
     const int64_t n = std::min(head.tile, end - at), padded = padded_to_tile(n);
-    const Confusion q = tiles.confusion(b, at, n);
+    const SoftConfusion q = tiles.confusion(b, at, n);
     tiles.read_features(b, at, n, padded);
     // Zero gradients times NaN features would be NaN in the sums over voxels.
     const bool some_excluded = tiles.find_excluded(q);
     if (some_excluded) tiles.clear_excluded_features();
     multiply(tiles.forward, features, stride, padded, logits);
-    const int64_t wrong = confusion_backward(q, 0, 0, n);
-    if (wrong != 0) return wrong;
+    if (confusion_backward(q, 0, 0, n, false)) return true;
     for (int64_t c = 0; c < classes; ++c) {
       std::fill(logits + c * stride + n, logits + c * stride + padded, R{0});
     }
@@ -369,23 +371,23 @@ int64_t backward_range(const Head& head, int64_t b, int64_t begin, int64_t end, 
       tiles.write_gradient(b, at, n);
     }
   }
-  return 0;
+  return false;
 }
 
 }  // namespace
 
-// Sums of voxels [begin, end) of sample b to out (classes, statistics); returns 0, or the number of
-// labels without a class that were met before the walk stopped.
-int64_t head_forward(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
-  return head.type == Element::f64 ? forward_range<double>(head, b, begin, end, out)
-                                   : forward_range<float>(head, b, begin, end, out);
+// Sums of voxels [begin, end) of sample b to out (classes, columns); returns whether a label
+// without a class was met, which ends the walk.
+bool head_forward(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
+  return head.features.type == Element::f64 ? forward_range<double>(head, b, begin, end, out)
+                                            : forward_range<float>(head, b, begin, end, out);
 }
 
 // Writes the features' gradient of voxels [begin, end) of sample b and, to out (classes,
 // channels + 1), their sums for weight and bias; returns as head_forward.
-int64_t head_backward(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
-  return head.type == Element::f64 ? backward_range<double>(head, b, begin, end, out)
-                                   : backward_range<float>(head, b, begin, end, out);
+bool head_backward(const Head& head, int64_t b, int64_t begin, int64_t end, double* out) {
+  return head.features.type == Element::f64 ? backward_range<double>(head, b, begin, end, out)
+                                            : backward_range<float>(head, b, begin, end, out);
 }
 
 }  // namespace voxfuse::VOXFUSE_ISA

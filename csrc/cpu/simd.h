@@ -100,6 +100,27 @@ VOXFUSE_INLINE Vec<double> absolute(Vec<double> x) {
   return reinterpret_cast<Vec<double>>(reinterpret_cast<Mask<double>>(x) & 0x7fffffffffffffffll);
 }
 
+// a b + c, in one rounding where there is an instruction for it: which of several products is
+// rounded alone is then not the compiler's choice.
+VOXFUSE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+VOXFUSE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // exp(x) for x <= 0 within about 1 ulp; below -87.33, where the result would be subnormal, 0. NaN
 // survives.
 #if defined(__AVX512F__)
@@ -277,6 +298,11 @@ VOXFUSE_INLINE uint32_t lanes_of(Choice c) {
 
 VOXFUSE_INLINE Ints load(const int32_t* p) {
   Ints v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+VOXFUSE_INLINE Lanes<double>::I load(const int64_t* p) {
+  Lanes<double>::I v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }

@@ -1,26 +1,14 @@
-// What the CPU operators around the soft-confusion kernels share: tensors as pointers and strides,
-// the division of the voxels, the complaint about a label.
+// What the CPU operators around the soft-confusion kernels share: the division of the voxels, and
+// the complaint about a label.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/soft_confusion.h"
 #include "ops/tensor.h"
 
 namespace voxfuse {
-
-// A tensor with collapsible strides, and those strides: the tensor itself or, at the price of one
-// copy, a contiguous one.
-struct View {
-  Tensor tensor;
-  Strides strides;
-};
-
-inline View view_of(const Tensor& tensor, bool has_channel) {
-  if (const auto strides = strides_of(tensor, has_channel)) return {tensor, *strides};
-  const Tensor copy = torch::stable::contiguous(tensor);
-  return {copy, *strides_of(copy, has_channel)};
-}
 
 // Fixed division of a sample's voxels into at most `most` ranges of whole chunks: it depends on the
 // shape alone.
@@ -35,6 +23,33 @@ struct Ranges {
 };
 
 // Finds the first label that no class has, and raises. Only called when a kernel met one.
-[[noreturn]] void raise_wrong_label(const Confusion& q, const Tensor& target);
+[[noreturn]] void raise_wrong_label(const SoftConfusion& q, const Tensor& target);
+
+// Runs kernel(b, begin, end, task) for every range of every sample; raises if one has met a label
+// that no class has.
+template <class Kernel>
+void run_ranges(const SoftConfusion& q, const Tensor& target, const Ranges& ranges, Kernel kernel) {
+  std::atomic<bool> wrong{false};
+  torch::stable::parallel_for(0, q.batch * ranges.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last && !wrong.load(std::memory_order_relaxed); ++task) {
+      const int64_t begin = task % ranges.count * ranges.voxels;
+      const int64_t end = std::min(begin + ranges.voxels, q.voxels);
+      if (kernel(task / ranges.count, begin, end, task)) {
+        wrong.store(true, std::memory_order_relaxed);
+      }
+    }
+  });
+  if (wrong) raise_wrong_label(q, target);
+}
+
+// Adds the ranges' rows of sums in order: out (batch, rows) from partial (batch, ranges, rows).
+inline void add_ranges(const double* partial, int64_t batch, int64_t ranges, int64_t rows,
+                       double* out) {
+  std::fill(out, out + batch * rows, 0.0);
+  for (int64_t task = 0; task < batch * ranges; ++task) {
+    double* row = out + task / ranges * rows;
+    for (int64_t i = 0; i < rows; ++i) row[i] += partial[task * rows + i];
+  }
+}
 
 }  // namespace voxfuse

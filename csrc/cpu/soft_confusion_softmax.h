@@ -1,5 +1,6 @@
 // The common case in registers: softmax of float32 arithmetic, labels, product overlap, one
-// activation, no focal modulation. Included only by soft_confusion_kernel.cpp.
+// activation, no focal modulation. Part of soft_confusion_kernel.cpp. It stands for the general
+// core, with csrc/math/confusion.h, where a test holds the two against each other.
 //
 // With one label a voxel, everything follows from a few numbers a voxel: the label's own
 // exponential and the sum of the others', so that 1 - p of the label is a sum, never a difference.
@@ -13,29 +14,16 @@
 
 #include "cpu/rows.h"
 #include "cpu/simd.h"
+#include "cpu/soft_confusion_staging.h"
+#include "math/confusion.h"
 
 namespace voxfuse::VOXFUSE_ISA {
-
-// How the logits of a block lie, and its gradient: a row a class, of float32 or of halves, or the
-// classes of a voxel side by side (channels last).
-enum class Form { rows, halves, interleaved };
-
-// A block of voxels: logits, a label or -1 for each voxel, a weight (0 for the label -1).
-struct LabelledBlock {
-  int64_t voxels;  // a multiple of the vector width
-  const float* logits;
-  const uint16_t* halves;  // instead of logits, in Form::halves
-  bool bfloat;             // what the halves are
-  int64_t logits_stride;
-  const int32_t* labels;
-  const float* weight;  // only read if weighted
-};
 
 // Vectors whose 1 + u may be multiplied without leaving float32's range: 16^16 = 2^64.
 inline constexpr int kVectorsALogarithm = 16;
 
 template <Form F, bool Weighted>
-VOXFUSE_INLINE Vec<float> logit_of(const LabelledBlock& block, int64_t c, int64_t v,
+VOXFUSE_INLINE Vec<float> logit_of(const Block<float>& block, int64_t c, int64_t v,
                                    Choice excluded) {
   static_assert(F != Form::interleaved);
   const int64_t at = c * block.logits_stride + v;
@@ -46,7 +34,7 @@ VOXFUSE_INLINE Vec<float> logit_of(const LabelledBlock& block, int64_t c, int64_
 
 // Those of all classes, which C knows.
 template <int C, Form F, bool Weighted>
-VOXFUSE_INLINE void logits_of(const LabelledBlock& block, int64_t v, Choice excluded,
+VOXFUSE_INLINE void logits_of(const Block<float>& block, int64_t v, Choice excluded,
                               Vec<float>* z) {
   if constexpr (F == Form::interleaved) {
     constexpr int width = Lanes<float>::width;
@@ -94,10 +82,10 @@ struct TwoClasses {
 };
 
 template <bool Full, bool Weighted, Form F>
-void two_classes_forward(const LabelledBlock& block, float* sums) {
+void two_classes_forward(int64_t, const Block<float>& block, float*, float* sums) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
-  constexpr int S = Full ? 8 : 4;
+  constexpr int S = Full ? FULL : CORE;
   const auto row = [&](int c, int s) { return sums + (c * S + s) * width; };
   V tp0{}, tp1{}, fn0{}, fn1{}, nll0{}, nll1{}, square0{}, square1{}, count0{}, count1{};
   for (int64_t v = 0; v < block.voxels;) {
@@ -141,11 +129,11 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
         const V off = select(x.wrong, V{}, x.gap);
         if constexpr (Weighted) {
           const V all = (off + log1p(x.others, x.total, x.inverse)) * w;
-          accumulate(row(0, 4), select(x.one, all));
-          accumulate(row(1, 4), select(zero, all));
+          accumulate(row(0, Sum::OFF), select(x.one, all));
+          accumulate(row(1, Sum::OFF), select(zero, all));
         } else {
-          accumulate(row(0, 4), select(x.one, off));
-          accumulate(row(1, 4), select(zero, off));
+          accumulate(row(0, Sum::OFF), select(x.one, off));
+          accumulate(row(1, Sum::OFF), select(zero, off));
         }
       }
     }
@@ -154,27 +142,27 @@ void two_classes_forward(const LabelledBlock& block, float* sums) {
       nll0 += log0;
       nll1 += log1;
       if constexpr (Full) {
-        accumulate(row(0, 4), log1);
-        accumulate(row(1, 4), log0);
+        accumulate(row(0, Sum::OFF), log1);
+        accumulate(row(1, Sum::OFF), log0);
       }
     }
   }
-  accumulate(row(0, 0), tp0);
-  accumulate(row(1, 0), tp1);
+  accumulate(row(0, Sum::TP), tp0);
+  accumulate(row(1, Sum::TP), tp1);
   // What one class misses is what the other wrongly claims.
-  accumulate(row(0, 1), fn1);
-  accumulate(row(1, 1), fn0);
-  accumulate(row(0, 2), fn0);
-  accumulate(row(1, 2), fn1);
-  accumulate(row(0, 3), nll0);
-  accumulate(row(1, 3), nll1);
+  accumulate(row(0, Sum::FP), fn1);
+  accumulate(row(1, Sum::FP), fn0);
+  accumulate(row(0, Sum::FN), fn0);
+  accumulate(row(1, Sum::FN), fn1);
+  accumulate(row(0, Sum::NLL), nll0);
+  accumulate(row(1, Sum::NLL), nll1);
   if constexpr (Full) {
-    accumulate(row(0, 5), square0);
-    accumulate(row(1, 5), square1);
-    accumulate(row(0, 6), count0);
-    accumulate(row(1, 6), count1);
-    accumulate(row(0, 7), count0 + count1);
-    accumulate(row(1, 7), count0 + count1);
+    accumulate(row(0, Sum::P2), square0);
+    accumulate(row(1, Sum::P2), square1);
+    accumulate(row(0, Sum::G2), count0);
+    accumulate(row(1, Sum::G2), count1);
+    accumulate(row(0, Sum::W), count0 + count1);
+    accumulate(row(1, Sum::W), count0 + count1);
   }
 }
 
@@ -204,13 +192,13 @@ struct Softmax {
     }
   }
 
-  VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label) {
+  VOXFUSE_INLINE void compute(const Block<float>& block, int64_t classes, int64_t v, Ints label) {
     compute(block, classes, v, label, [](int64_t, V) {});
   }
 
   // Calls seen(class, its exponential) for every class on the way.
   template <class Seen>
-  VOXFUSE_INLINE void compute(const LabelledBlock& block, int64_t classes, int64_t v, Ints label,
+  VOXFUSE_INLINE void compute(const Block<float>& block, int64_t classes, int64_t v, Ints label,
                               Seen seen) {
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
     if constexpr (F == Form::interleaved) logits_of<C, F, Weighted>(block, v, excluded, e);
@@ -262,11 +250,11 @@ VOXFUSE_INLINE void for_each_label(Ints label, const int32_t* labels, uint32_t e
 }
 
 template <int C, bool Full, bool Weighted, Form F>
-void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
+void softmax_forward(int64_t runtime_classes, const Block<float>& block, float* scratch,
                      float* sums) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
-  constexpr int S = Full ? 8 : 4;
+  constexpr int S = Full ? FULL : CORE;
   // Few classes: sums in registers, logarithms put off.
   constexpr bool few = C > 0 && C <= 4;
   constexpr bool products = few && !Weighted;
@@ -309,13 +297,13 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
       } else {
         for (int64_t c = 0; c < classes; ++c) {
           const Choice is = equal(label, static_cast<int32_t>(c));
-          float* sum = row(c, 1);
+          float* sum = row(c, Sum::FP);
           store(sum, add_product_where(~is, load(sum), x.exponential_of(c), scale));
         }
         for_each_label(label, block.labels + v, lanes_of(excluded), [&](int64_t c, Choice is) {
-          accumulate(row(c, 0), select(is, hit));
-          accumulate(row(c, 2), select(is, missed));
-          accumulate(row(c, 3), select(is, below));
+          accumulate(row(c, Sum::TP), select(is, hit));
+          accumulate(row(c, Sum::FN), select(is, missed));
+          accumulate(row(c, Sum::NLL), select(is, below));
         });
       }
       if constexpr (Full) {
@@ -325,9 +313,9 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
           const V p = x.exponential_of(c) * x.inverse;
           V off = (x.largest - z) + log_total;
           if constexpr (Weighted) off *= w;
-          accumulate(row(c, 4), select(is, V{}, off));
-          accumulate(row(c, 5), Weighted ? V(p * p * w) : V(p * p));
-          accumulate(row(c, 6), select(is, w));
+          accumulate(row(c, Sum::OFF), select(is, V{}, off));
+          accumulate(row(c, Sum::P2), Weighted ? V(p * p * w) : V(p * p));
+          accumulate(row(c, Sum::G2), select(is, w));
         }
         weights += w;
       }
@@ -342,20 +330,20 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
         for (int64_t c = 0; c < classes; ++c) {
           V off{};
           for (int64_t k = 0; k < classes; ++k) off += k == c ? V{} : logarithms[k];
-          accumulate(row(c, 4), off);
+          accumulate(row(c, Sum::OFF), off);
         }
       }
     }
   }
   if constexpr (Full) {
-    for (int64_t c = 0; c < classes; ++c) accumulate(row(c, 7), weights);
+    for (int64_t c = 0; c < classes; ++c) accumulate(row(c, Sum::W), weights);
   }
   if constexpr (few) {
     for (int64_t c = 0; c < classes; ++c) {
-      accumulate(row(c, 0), tp[c]);
-      accumulate(row(c, 1), fp[c]);
-      accumulate(row(c, 2), fn[c]);
-      accumulate(row(c, 3), nll[c]);
+      accumulate(row(c, Sum::TP), tp[c]);
+      accumulate(row(c, Sum::FP), fp[c]);
+      accumulate(row(c, Sum::FN), fn[c]);
+      accumulate(row(c, Sum::NLL), nll[c]);
     }
   }
 }
@@ -364,16 +352,16 @@ void softmax_forward(int64_t runtime_classes, const LabelledBlock& block, float*
 
 // The cotangents of a sample, laid out for look-ups by label; index -1 finds zeros.
 struct Cotangents {
-  std::vector<float> own, likelihood, off;  // t - n and -l, one element in front; f
+  std::vector<float> hit, likelihood, miss;  // the first two with one element in front; -NLL's
 
   Cotangents() = default;
-  Cotangents(const float* cotangent, int64_t classes, int statistics)
-      : own(room(classes)), likelihood(room(classes)), off(classes) {
+  Cotangents(const float* cotangents, int64_t classes, int columns)
+      : hit(room(classes)), likelihood(room(classes)), miss(classes) {
     for (int64_t c = 0; c < classes; ++c) {
-      const float* t = cotangent + c * statistics;
-      own[c + 1] = t[0] - t[2];
-      likelihood[c + 1] = -t[3];
-      off[c] = t[1];
+      const math::Slope<float> slope(cotangents + c * columns, false);
+      hit[c + 1] = slope.hit;
+      likelihood[c + 1] = -slope.nll;
+      miss[c] = slope.miss;
     }
   }
 
@@ -436,16 +424,16 @@ struct BlockGradient {
   }
 };
 
-// With A = t - n of the label, F = f of the other class and K = -l of the label, the label's logit
-// has the gradient (1 - p) (K - p (F - A)), the other's is its negative.
+// With A = hit of the label, F = miss of the other class and K = -nll of the label, the label's
+// logit has the gradient (1 - p) (K - p (F - A)), the other's is its negative.
 template <bool Weighted, Form F>
-void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangent,
+void two_classes_backward(int64_t, const Block<float>& block, float*, const Cotangents& cotangent,
                           const BlockGradient& gradient) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
   const V k0 = broadcast(cotangent.likelihood[1]), k1 = broadcast(cotangent.likelihood[2]);
-  const V d0 = broadcast(cotangent.off[1] - cotangent.own[1]);
-  const V d1 = broadcast(cotangent.off[0] - cotangent.own[2]);
+  const V d0 = broadcast(cotangent.miss[1] - cotangent.hit[1]);
+  const V d1 = broadcast(cotangent.miss[0] - cotangent.hit[2]);
   for (int64_t v = 0; v < block.voxels; v += width) {
     const Ints label = load(block.labels + v);
     const Choice excluded = Weighted ? equal(label, -1) : Choice{};
@@ -459,14 +447,14 @@ void two_classes_backward(const LabelledBlock& block, const Cotangents& cotangen
   }
 }
 
-// With h_c = f_c off the label and A = t - n on it, K = -l of the label, and every h less that of
-// the class with the greatest logit, which the gradient does not see: D = sum_k p_k h_k,
+// With h_c = miss_c off the label and A = hit on it, K = -nll of the label, and every h less that
+// of the class with the greatest logit, which the gradient does not see: D = sum_k p_k h_k,
 //   dz_c = p_c (h_c - D - K)  off the label,   K (1 - p) + p (h - D)  on it.
 // Where that class is nearly certain, whether it is the label or not, D is as small as the other
 // probabilities, and nothing large is left to cancel. Added back, the greatest one's h would round
 // the differences away.
 template <int C, bool Weighted, Form F>
-void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float* scratch,
+void softmax_backward(int64_t runtime_classes, const Block<float>& block, float* scratch,
                       const Cotangents& cotangent, const BlockGradient& gradient) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
@@ -477,10 +465,10 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
     const Ints label = load(block.labels + v);
     V best{};  // h of the greatest: of several, the last one's
     x.compute(block, classes, v, label, [&](int64_t c, V e) __attribute__((always_inline)) {
-      best = select(equal(e, 1.f), broadcast(cotangent.off[c]), best);
+      best = select(equal(e, 1.f), broadcast(cotangent.miss[c]), best);
     });
     // Whatever an excluded voxel finds: its scale is 0.
-    const V own = look_up<C>(cotangent.own.data() + 1, label);
+    const V own = look_up<C>(cotangent.hit.data() + 1, label);
     const V k = look_up<C>(cotangent.likelihood.data() + 1, label);
     best = select(equal(x.own, 1.f), own, best);
     const V a = own - best;
@@ -488,7 +476,7 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
-      d = add_product_where(~is, d, x.exponential_of(c), broadcast(cotangent.off[c]) - best);
+      d = add_product_where(~is, d, x.exponential_of(c), broadcast(cotangent.miss[c]) - best);
     }
     d *= x.inverse;
     const V base = d + k;
@@ -498,7 +486,7 @@ void softmax_backward(int64_t runtime_classes, const LabelledBlock& block, float
 #pragma GCC unroll 16
     for (int64_t c = 0; c < classes; ++c) {
       const Choice is = equal(label, static_cast<int32_t>(c));
-      const V off_label = x.exponential_of(c) * scale * ((cotangent.off[c] - best) - base);
+      const V off_label = x.exponential_of(c) * scale * ((cotangent.miss[c] - best) - base);
       if constexpr (F == Form::interleaved) {
         x.keep(c, select(is, on_label, off_label));
       } else {

@@ -20,20 +20,4 @@ inline void check_launch(cudaError_t error, const char* operation) {
   STD_TORCH_CHECK(error == cudaSuccess, operation, ": ", cudaGetErrorString(error));
 }
 
-/// A tensor that kernels can walk, kept alive as long as they are being launched: the tensor
-/// itself or, at the price of one copy, a contiguous one.
-struct Walkable {
-  Tensor tensor;
-  Strides strides;
-
-  Walkable(const Tensor& original, bool has_channel) : tensor(original) {
-    std::optional<Strides> own = strides_of(tensor, has_channel);
-    if (!own) {
-      tensor = torch::stable::contiguous(tensor);
-      own = strides_of(tensor, has_channel);
-    }
-    strides = *own;
-  }
-};
-
 }  // namespace voxfuse::cuda

@@ -25,7 +25,7 @@ constexpr int64_t kChunk = 2048, kLargestChunk = 8 * kChunk;   // a multiple of 
 constexpr int64_t kCountersOfStream = 512, kCounters = 64 * kCountersOfStream;
 
 /// One for every group of rows of every sample and one for every sample.
-int64_t counters_needed(const SoftConfusion& q) {
+int64_t counters_needed(const Launched& q) {
   return q.batch * ((q.rows + q.group - 1) / q.group + 1);
 }
 
@@ -85,13 +85,13 @@ unsigned* counters_for(cudaStream_t stream, int64_t count) {
   return found;
 }
 
-void plan(SoftConfusion& q) {
+void plan(Launched& q) {
   // Larger chunks cost fewer reductions, as long as there are enough for every multiprocessor.
   q.chunk = kChunk;
   while (q.chunk < kLargestChunk && q.batch * q.voxels / (2 * q.chunk) >= 8 * kRowsAtLeast) {
     q.chunk *= 2;
   }
-  int64_t most = std::min(kWorkspace / (q.classes * q.statistics), kRowsAtMost);
+  int64_t most = std::min(kWorkspace / (q.classes * q.columns), kRowsAtMost);
   most = std::max(most / kRowsAtLeast, int64_t{1}) * kRowsAtLeast;
   most = std::max(most / q.batch, int64_t{1});
 #ifdef VOXFUSE_EMULATE_CUDA
@@ -105,7 +105,7 @@ void plan(SoftConfusion& q) {
 }
 
 /// Rows of a group: so that groups and the rows of one are about as many, and counters enough.
-void plan_groups(SoftConfusion& q) {
+void plan_groups(Launched& q) {
   q.group = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(q.rows))));
   if (q.rows <= 32) q.group = q.rows;
   while (q.group < q.rows && counters_needed(q) > kCountersOfStream) q.group *= 2;
@@ -117,9 +117,9 @@ constexpr int kMostThreads = 512;  // of a forward kernel
 /// What the last blocks of the forward kernels do, in the same order and so with the same bits:
 /// every block adds up one group of rows of one sample or, with `groups`, the groups.
 __global__ void __launch_bounds__(kMostThreads)
-    finish(const __grid_constant__ SoftConfusion q, bool groups) {
+    finish(const __grid_constant__ Launched q, bool groups) {
   VOXFUSE_SHARED(double, partial, [kMostThreads]);
-  const int count = static_cast<int>(q.classes) * q.statistics;
+  const int count = static_cast<int>(q.classes) * q.columns;
   double* base = q.workspace + blockIdx.y * q.rows * count;
   double* sums = q.sums + int64_t{blockIdx.y} * count;
   if (groups) {
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kMostThreads)
   add_rows<8>(own, rows, 1, count, q.group == q.rows ? sums : own, partial);
 }
 
-cudaError_t finish_rows_of_all(SoftConfusion q, cudaStream_t stream) {
+cudaError_t finish_rows_of_all(Launched q, cudaStream_t stream) {
   const unsigned groups = static_cast<unsigned>((q.rows + q.group - 1) / q.group);
-  const int64_t count = q.classes * q.statistics;
+  const int64_t count = q.classes * q.columns;
   const dim3 block(static_cast<unsigned>(q.threads));
   while (q.batch > 0) {  // samples are the slower axis of the grid, which holds 65535
     const unsigned samples = static_cast<unsigned>(std::min<int64_t>(q.batch, 65535));
@@ -169,12 +169,16 @@ cudaError_t by_type(Element type, const Launch& start) {
 }  // namespace
 
 int64_t workspace_doubles(const SoftConfusion& problem) {
-  SoftConfusion q = problem;
+  Launched q{problem};
   plan(q);
-  return q.batch * q.rows * q.classes * q.statistics;
+  return q.batch * q.rows * q.classes * q.columns;
 }
 
-cudaError_t soft_confusion_forward(SoftConfusion q, cudaStream_t stream) {
+cudaError_t soft_confusion_forward(const SoftConfusion& problem, double* sums, double* workspace,
+                                   cudaStream_t stream) {
+  Launched q{problem};
+  q.sums = sums;
+  q.workspace = workspace;
   plan(q);
   plan_groups(q);
   q.counters = counters_for(stream, counters_needed(q));
@@ -184,7 +188,8 @@ cudaError_t soft_confusion_forward(SoftConfusion q, cudaStream_t stream) {
   return finish_rows_of_all(q, stream);
 }
 
-cudaError_t soft_confusion_backward(SoftConfusion q, cudaStream_t stream) {
+cudaError_t soft_confusion_backward(const SoftConfusion& problem, cudaStream_t stream) {
+  Launched q{problem};
   return by_type(q.input.type,
                  [&](auto zero) { return launch_backward<decltype(zero)>(q, stream); });
 }

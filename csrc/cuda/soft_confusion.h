@@ -4,19 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <limits>
-
-#include "math/layout.h"
+#include "contract/soft_confusion.h"
 
 namespace voxfuse::cuda {
-
-/// A (batch, class, voxel) view of device memory; strides in elements.
-struct View {
-  const void* data = nullptr;
-  Element type = Element::f32;
-  Strides stride{0, 0, 0};
-  bool vector = false;  // aligned runs of voxels can be read as vectors (set by the launch)
-};
 
 /// How a thread finds its voxels in the logits and in the gradient.
 enum class Layout : int {
@@ -25,23 +15,11 @@ enum class Layout : int {
   kInterleaved  // channels last without gaps: vectors along classes and voxels
 };
 
-struct SoftConfusion {
-  int64_t batch = 0, classes = 0, voxels = 0;
-  View input, target, weight;  // weight.data may be null
-  bool dense = false;          // the target has one value a class
-  int activation = 0, likelihood = 0;
-  bool use_min = false;
-  bool has_ignore = false;
-  int64_t ignore_index = 0;
-  double gamma = 0;
-  int64_t focal_classes = std::numeric_limits<int64_t>::max();  // gamma is 0 from here on
-  int statistics = 4;                                           // 4 or 8 a class
-  double* sums = nullptr;                                       // forward: (B, C, statistics)
-  double* workspace = nullptr;         // forward: workspace_doubles() elements
-  const double* cotangents = nullptr;  // backward: (B, C, statistics)
-  View gradient;                       // backward: written, input's type
+/// A problem and how it is launched: what the kernels are given.
+struct Launched : SoftConfusion {
+  double* sums = nullptr;       // forward: (batch, classes, columns)
+  double* workspace = nullptr;  // forward: workspace_doubles() elements
 
-  // Set by the launch.
   Layout input_layout = Layout::kScalar, gradient_layout = Layout::kScalar;
   int64_t chunk = 0;             // voxels whose sum stays in the compute type
   int64_t chunks_per_row = 0;    // chunks that one block adds up, in float64
@@ -52,13 +30,14 @@ struct SoftConfusion {
 };
 
 int64_t workspace_doubles(const SoftConfusion& problem);
-cudaError_t soft_confusion_forward(SoftConfusion problem, cudaStream_t stream);
-cudaError_t soft_confusion_backward(SoftConfusion problem, cudaStream_t stream);
+cudaError_t soft_confusion_forward(const SoftConfusion& problem, double* sums, double* workspace,
+                                   cudaStream_t stream);
+cudaError_t soft_confusion_backward(const SoftConfusion& problem, cudaStream_t stream);
 
 /// The kernels for one type of logits; each is instantiated in a file of its own.
 template <class T>
-cudaError_t launch_forward(SoftConfusion& problem, cudaStream_t stream);
+cudaError_t launch_forward(Launched& problem, cudaStream_t stream);
 template <class T>
-cudaError_t launch_backward(SoftConfusion& problem, cudaStream_t stream);
+cudaError_t launch_backward(Launched& problem, cudaStream_t stream);
 
 }  // namespace voxfuse::cuda

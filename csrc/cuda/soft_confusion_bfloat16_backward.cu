@@ -4,6 +4,6 @@
 
 namespace voxfuse::cuda {
 
-template cudaError_t launch_backward<__nv_bfloat16>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_backward<__nv_bfloat16>(Launched&, cudaStream_t);
 
 }  // namespace voxfuse::cuda

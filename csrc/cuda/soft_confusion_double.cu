@@ -4,6 +4,6 @@
 
 namespace voxfuse::cuda {
 
-template cudaError_t launch_forward<double>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_forward<double>(Launched&, cudaStream_t);
 
 }  // namespace voxfuse::cuda

@@ -4,6 +4,6 @@
 
 namespace voxfuse::cuda {
 
-template cudaError_t launch_backward<double>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_backward<double>(Launched&, cudaStream_t);
 
 }  // namespace voxfuse::cuda

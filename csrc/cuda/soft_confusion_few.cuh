@@ -145,7 +145,7 @@ struct Pair {
 template <class T, int kClasses, bool kFull>
 __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
                                   FewForward<T, kClasses, kFull>::kBlocks)
-    few_forward(const __grid_constant__ SoftConfusion q) {
+    few_forward(const __grid_constant__ Launched q) {
   using Shape = FewForward<T, kClasses, kFull>;
   constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads, kWarps = kThreads / kWarp;
   constexpr int kSums = kFull ? 8 : 4, kMarks = kFull ? 4 : 3;
@@ -345,29 +345,29 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
 #pragma unroll
       for (int c = 0; c < 2; ++c) nll[c] += math::log1p_accurate(factors[c]);
     }
-    const auto emit = [&](int c, Statistic s, float value) {
+    const auto emit = [&](int c, Sum::Column s, float value) {
       value = warp_sum(value);
       if (lane == 0) warps[warp][c * kSums + s] = value;
     };
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
       if constexpr (kClasses == 2) {
-        emit(1 - c, kFP, fn[c]);  // the two probabilities sum to 1
+        emit(1 - c, Sum::FP, fn[c]);  // the two probabilities sum to 1
       } else {
-        emit(c, kFP, fp[c]);
+        emit(c, Sum::FP, fp[c]);
       }
       if constexpr (!kCells) {
-        emit(c, kTP, tp[c]);
-        emit(c, kFN, fn[c]);
-        emit(c, kNLL, nll[c]);
-        if constexpr (kFull) emit(c, kG2, g2[c]);
+        emit(c, Sum::TP, tp[c]);
+        emit(c, Sum::FN, fn[c]);
+        emit(c, Sum::NLL, nll[c]);
+        if constexpr (kFull) emit(c, Sum::G2, g2[c]);
       }
       if constexpr (kFull) {
-        emit(c, kOFF, off[c]);
-        emit(c, kP2, p2[c]);
+        emit(c, Sum::OFF, off[c]);
+        emit(c, Sum::P2, p2[c]);
       }
     }
-    if constexpr (kFull) emit(0, kW, voxels);
+    if constexpr (kFull) emit(0, Sum::W, voxels);
     if constexpr (kCells) {
       __syncthreads();
       for (int r = warp; r < kMarks * kClasses; r += kWarps) {
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
         }
         value = warp_sum(value);
         const int mark = r / kClasses, c = r % kClasses;
-        const int s = mark == 0 ? kTP : mark == 1 ? kFN : mark == 2 ? kNLL : kG2;
+        const int s = mark == 0 ? Sum::TP : mark == 1 ? Sum::FN : mark == 2 ? Sum::NLL : Sum::G2;
         if (lane == 0) warps[0][c * kSums + s] = value;
       }
     }
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
   }
   double* sums = Row(q, static_cast<unsigned>(opaque(blockIdx.x))).sums;
   for (int i = thread; i < q.classes * kSums; i += kThreads) {
-    sums[i] = kFull && i % kSums == kW ? totals[kW] : totals[i];
+    sums[i] = kFull && i % kSums == Sum::W ? totals[Sum::W] : totals[i];
   }
   VOXFUSE_SHARED(double, partial, [kThreads]);
   finish_rows<3>(q, blockIdx.x, 1, partial);
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(FewForward<T, kClasses, kFull>::kThreads,
 template <class T, int kClasses>
 __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
                                   FewBackward<T, kClasses>::kBlocks)
-    few_backward(const __grid_constant__ SoftConfusion q) {
+    few_backward(const __grid_constant__ Launched q) {
   using Shape = FewBackward<T, kClasses>;
   constexpr int kVoxels = Shape::kVoxels, kThreads = Shape::kThreads;
   constexpr int kTile = kVoxels * kThreads, kBlock = kTile * Shape::kTiles;
@@ -421,9 +421,10 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
   const unsigned blocks = static_cast<unsigned>((q.voxels + kBlock - 1) / kBlock);
   const int64_t b = blockIdx.x / blocks, begin = int64_t{blockIdx.x % blocks} * kBlock;
   if (thread < kClasses) {
-    Slope slope{};
+    math::Slope<float> slope{};
     if (thread < q.classes) {
-      slope = Slope(q.cotangents + (b * q.classes + thread) * q.statistics, q.statistics);
+      const double* cotangents = q.cotangents + (b * q.classes + thread) * q.columns;
+      slope = math::Slope<float>(cotangents, q.columns == FULL);
     }
     hit[thread] = slope.hit;
     miss[thread] = slope.miss;
@@ -432,7 +433,7 @@ __global__ void __launch_bounds__(FewBackward<T, kClasses>::kThreads,
     square[thread] = slope.square;
   }
   __syncthreads();
-  const bool full = q.statistics == 8;
+  const bool full = q.columns == FULL;
   const float gamma = static_cast<float>(q.gamma);
   const bool can_be_plain = !full && gamma == 0.0f && q.weight.data == nullptr;
 

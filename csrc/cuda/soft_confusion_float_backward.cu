@@ -4,6 +4,6 @@
 
 namespace voxfuse::cuda {
 
-template cudaError_t launch_backward<float>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_backward<float>(Launched&, cudaStream_t);
 
 }  // namespace voxfuse::cuda

@@ -50,15 +50,15 @@ struct Softmax {
 };
 
 template <class Real>
-__device__ inline math::Probability<Real> evaluate(int activation, const Softmax<Real>& softmax,
-                                                   Real z, int c) {
-  if (activation == math::kSoftmax) return softmax.of(z, c);
-  return activation == math::kSigmoid ? math::sigmoid(z) : math::plain(z);
+__device__ inline math::Probability<Real> evaluate(Activation activation,
+                                                   const Softmax<Real>& softmax, Real z, int c) {
+  if (activation == Activation::softmax) return softmax.of(z, c);
+  return activation == Activation::sigmoid ? math::sigmoid(z) : math::plain(z);
 }
 
 /// Target and weight of one voxel and class; a weight of 0 says that it is left out.
 template <class Real>
-__device__ inline Real load_one(const SoftConfusion& q, int64_t b, int c, int64_t voxel, Real& g) {
+__device__ inline Real load_one(const Launched& q, int64_t b, int c, int64_t voxel, Real& g) {
   const Span span{voxel, q.voxels, kGeneralThreads};  // a step that never asks for vectors
   Real w;
   if (q.weight.data != nullptr && q.weight.type == Element::f64) {
@@ -84,7 +84,7 @@ __device__ inline Real load_one(const SoftConfusion& q, int64_t b, int c, int64_
 
 template <class T>
 __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
-    general_forward(const __grid_constant__ SoftConfusion q) {
+    general_forward(const __grid_constant__ Launched q) {
   using Real = typename Compute<T>::Real;
   VOXFUSE_SHARED(Softmax<Real>, softmax, [kGeneralTile]);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
@@ -92,10 +92,11 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   const int classes = static_cast<int>(q.classes);
   const Row row(q, blockIdx.x);
   const auto* input = static_cast<const T*>(q.input.data) + row.sample * q.input.stride.batch;
-  const bool any_softmax = q.activation == math::kSoftmax || q.likelihood == math::kSoftmax;
+  const bool any_softmax =
+      q.activation == Activation::softmax || q.likelihood == Activation::softmax;
   // A class belongs to one warp, and its sums to that warp's first lane.
   for (int c = warp; c < classes; c += kWarps) {
-    if (lane < q.statistics) row.sums[int64_t{c} * q.statistics + lane] = 0;
+    if (lane < q.columns) row.sums[int64_t{c} * q.columns + lane] = 0;
   }
   __syncwarp();
 
@@ -121,25 +122,25 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
         const auto p = evaluate<Real>(q.activation, softmax[i], z, c);
         const auto r =
             q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax[i], z, c);
-        const auto o = math::overlap(p, g, q.use_min);
-        sums[kTP] += w * o.tp;
-        sums[kFP] += w * o.fp;
-        sums[kFN] += w * o.fn;
-        sums[kNLL] += w * math::product(g, math::focal(r.complement, r.minus_log, gamma));
-        if (q.statistics == 8) {
-          const Real off = q.likelihood == math::kSoftmax
+        const auto o = math::overlap(p, g, q.overlap == Overlap::min);
+        sums[Sum::TP] += w * o.tp;
+        sums[Sum::FP] += w * o.fp;
+        sums[Sum::FN] += w * o.fn;
+        sums[Sum::NLL] += w * math::product(g, math::focal(r.complement, r.minus_log, gamma));
+        if (q.columns == FULL) {
+          const Real off = q.likelihood == Activation::softmax
                                ? r.minus_log
                                : math::focal(r.p, r.minus_log_complement, gamma);
-          sums[kOFF] += w * math::product(Real(1) - g, off);
-          sums[kP2] += w * p.p * p.p;
-          sums[kG2] += w * g * g;
-          sums[kW] += w;
+          sums[Sum::OFF] += w * math::product(Real(1) - g, off);
+          sums[Sum::P2] += w * p.p * p.p;
+          sums[Sum::G2] += w * g * g;
+          sums[Sum::W] += w;
         }
       }
-      double* out = row.sums + int64_t{c} * q.statistics;
+      double* out = row.sums + int64_t{c} * q.columns;
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
-        if (s < q.statistics) {
+        if (s < q.columns) {
           const Real sum = warp_sum(sums[s]);
           if (lane == s) out[s] += sum;
         }
@@ -150,88 +151,55 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   finish_rows(q, blockIdx.x, 1, partial);
 }
 
-/// The slopes of one class, straight from the cotangents.
-template <class Real>
-struct GeneralSlope {
-  Real hit, miss, nll, off, square;
-
-  GeneralSlope() = default;
-  __device__ GeneralSlope(const SoftConfusion& q, int64_t b, int c) {
-    const double* x = q.cotangents + (b * q.classes + c) * q.statistics;
-    hit = static_cast<Real>(x[kTP] - x[kFN]);
-    miss = static_cast<Real>(x[kFP]);
-    nll = static_cast<Real>(x[kNLL]);
-    off = q.statistics == 8 ? static_cast<Real>(x[kOFF]) : Real(0);
-    square = q.statistics == 8 ? Real(2) * static_cast<Real>(x[kP2]) : Real(0);
-  }
-
-  __device__ Real overlap(const math::Probability<Real>& p, Real g, bool use_min) const {
-    const Real a = math::overlap_slope(p, g, use_min);
-    return a * hit + (Real(1) - a) * miss + square * p.p;
-  }
-
-  /// overlap() less that of the class `best`. The difference is formed before anything is
-  /// multiplied: of what the two share of hit and of miss, and of what one has as hit and the other
-  /// as miss. See few_backward.
-  __device__ Real difference(Real a, Real p, const GeneralSlope& best, Real a_best,
-                             Real p_best) const {
-    const Real both = a < a_best ? a : a_best, either = a > a_best ? a : a_best;
-    const Real h = both * (hit - best.hit) + (Real(1) - either) * (miss - best.miss) +
-                   (a - both) * (hit - best.miss) + (a_best - both) * (miss - best.hit);
-    return h + (square * p - best.square * p_best);
-  }
-
-  /// u of the softmax likelihood.
-  __device__ Real likelihood(const math::Probability<Real>& r, Real g, Real gamma) const {
-    return math::product(g, nll * math::focal_slope(r.p, r.complement, r.minus_log, gamma)) -
-           off * (Real(1) - g);
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
-    general_backward(const __grid_constant__ SoftConfusion q) {
+    general_backward(const __grid_constant__ Launched q) {
   using Real = typename Compute<T>::Real;
   const int classes = static_cast<int>(q.classes);
   const unsigned blocks = static_cast<unsigned>((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
   const int64_t b = blockIdx.x / blocks;
   const int64_t voxel = int64_t{blockIdx.x % blocks} * kGeneralThreads + threadIdx.x;
   if (voxel >= q.voxels) return;
-  const bool full = q.statistics == 8;
+  const bool full = q.columns == FULL;
   const auto* input =
       static_cast<const T*>(q.input.data) + b * q.input.stride.batch + voxel * q.input.stride.voxel;
-  auto* gradient = static_cast<T*>(const_cast<void*>(q.gradient.data)) +
-                   b * q.gradient.stride.batch + voxel * q.gradient.stride.voxel;
+  auto* gradient =
+      static_cast<T*>(q.gradient) + b * q.gradient_stride.batch + voxel * q.gradient_stride.voxel;
   const auto logit = [&](int c) { return Convert<Real>::from(input[c * q.input.stride.channel]); };
 
   Real g;
   if (load_one<Real>(q, b, 0, voxel, g) == Real(0)) {
-    for (int c = 0; c < classes; ++c) gradient[c * q.gradient.stride.channel] = T(0.0f);
+    for (int c = 0; c < classes; ++c) gradient[c * q.gradient_stride.channel] = T(0.0f);
     return;
   }
   Softmax<Real> softmax{};
-  GeneralSlope<Real> best_slope{};
+  math::Slope<Real> best_slope{};
   Real a_best = 0, p_best = 0, mean = 0;    // of the overlap's slopes
   Real u_best = 0, total_without_best = 0;  // of the likelihood's
-  const auto difference = [&](int c, const GeneralSlope<Real>& slope,
+  const auto slope_of = [&](int c) {
+    return math::Slope<Real>(q.cotangents + (b * q.classes + c) * q.columns, full);
+  };
+  const auto difference = [&](int c, const math::Slope<Real>& slope,
                               const math::Probability<Real>& p) {
     if (c == softmax.at) return Real(0);
-    return slope.difference(math::overlap_slope(p, g, q.use_min), p.p, best_slope, a_best, p_best);
+    return math::slope_difference(slope, math::overlap_slope(p, g, q.overlap == Overlap::min), p.p,
+                                  best_slope.hit, best_slope.miss, a_best,
+                                  best_slope.square * p_best);
   };
-  if (q.activation == math::kSoftmax || q.likelihood == math::kSoftmax) {
+  if (q.activation == Activation::softmax || q.likelihood == Activation::softmax) {
     softmax.read(input, q.input.stride.channel, classes);
     load_one<Real>(q, b, softmax.at, voxel, g);
-    best_slope = GeneralSlope<Real>(q, b, softmax.at);
+    best_slope = slope_of(softmax.at);
     const auto best = softmax.of(logit(softmax.at), softmax.at);
-    a_best = math::overlap_slope(best, g, q.use_min);
+    a_best = math::overlap_slope(best, g, q.overlap == Overlap::min);
     p_best = best.p;
     for (int c = 0; c < classes; ++c) {
       load_one<Real>(q, b, c, voxel, g);
       const auto p = softmax.of(logit(c), c);
-      const GeneralSlope<Real> slope(q, b, c);
-      if (q.activation == math::kSoftmax) mean += p.p * difference(c, slope, p);
-      if (q.likelihood == math::kSoftmax) {
-        const Real u = slope.likelihood(p, g, gamma_of<Real>(q, c));
+      const math::Slope<Real> slope = slope_of(c);
+      if (q.activation == Activation::softmax) mean += p.p * difference(c, slope, p);
+      if (q.likelihood == Activation::softmax) {
+        const Real u = math::likelihood_share(slope, p, g, gamma_of<Real>(q, c), full);
         if (c == softmax.at) {
           u_best = u;
         } else {
@@ -242,27 +210,27 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   }
   for (int c = 0; c < classes; ++c) {
     const Real w = load_one<Real>(q, b, c, voxel, g), z = logit(c);
-    const GeneralSlope<Real> slope(q, b, c);
+    const math::Slope<Real> slope = slope_of(c);
     const Real gamma = gamma_of<Real>(q, c);
     const auto p = evaluate<Real>(q.activation, softmax, z, c);
     Real value;
-    if (q.activation == math::kSoftmax) {
+    if (q.activation == Activation::softmax) {
       value = p.p * (difference(c, slope, p) - mean);
     } else {
-      value = slope.overlap(p, g, q.use_min);
-      if (q.activation == math::kSigmoid) value *= p.p * p.complement;
+      value = math::slope_of_p(slope, math::overlap_slope(p, g, q.overlap == Overlap::min), p.p);
+      if (q.activation == Activation::sigmoid) value *= p.p * p.complement;
     }
     const auto r = q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax, z, c);
-    if (q.likelihood == math::kSoftmax) {
-      const Real u = slope.likelihood(r, g, gamma);
+    if (q.likelihood == Activation::softmax) {
+      const Real u = math::likelihood_share(slope, r, g, gamma, full);
       const Real others = c == softmax.at ? total_without_best : (total_without_best - u) + u_best;
       value += u * r.complement - r.p * others;
-    } else if (q.likelihood == math::kSigmoid) {
-      value += separate_likelihood<math::kSigmoid>(r, g, slope.nll, slope.off, gamma, full);
+    } else if (q.likelihood == Activation::sigmoid) {
+      value += separate_likelihood<kSigmoid>(r, g, slope, gamma, full);
     } else {
-      value += separate_likelihood<math::kNone>(r, g, slope.nll, slope.off, gamma, full);
+      value += separate_likelihood<kNone>(r, g, slope, gamma, full);
     }
-    gradient[c * q.gradient.stride.channel] = Store<T>::from(w * value);
+    gradient[c * q.gradient_stride.channel] = Store<T>::from(w * value);
   }
 }
 

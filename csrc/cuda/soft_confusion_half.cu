@@ -4,6 +4,6 @@
 
 namespace voxfuse::cuda {
 
-template cudaError_t launch_forward<__half>(SoftConfusion&, cudaStream_t);
+template cudaError_t launch_forward<__half>(Launched&, cudaStream_t);
 
 }  // namespace voxfuse::cuda

@@ -10,7 +10,7 @@ namespace voxfuse::cuda {
 namespace {
 
 template <bool kBackward, class T, int kClasses>
-cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t few(Launched& q, cudaStream_t stream) {
   if constexpr (kBackward) {
     using Shape = FewBackward<T, kClasses>;
     constexpr int kBlock = Shape::kVoxels * Shape::kThreads * Shape::kTiles;
@@ -21,13 +21,13 @@ cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(q.batch * q.rows));
     const dim3 block(FewShape<T, kClasses>::kThreads);
     q.threads = static_cast<int>(block.x);
-    return q.statistics == 8 ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
+    return q.columns == FULL ? launch(few_forward<T, kClasses, true>, grid, block, stream, q)
                              : launch(few_forward<T, kClasses, false>, grid, block, stream, q);
   }
 }
 
 template <bool kBackward, class T>
-cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t few(Launched& q, cudaStream_t stream) {
   switch (q.classes) {
     case 2:
       return few<kBackward, T, 2>(q, stream);
@@ -58,7 +58,7 @@ cudaError_t few(SoftConfusion& q, cudaStream_t stream) {
 }
 
 template <bool kBackward, class T, int kClasses>
-cudaError_t many(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t many(Launched& q, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>((q.classes + kClasses - 1) / kClasses * kWarp));
   if constexpr (kBackward) {
     constexpr int kBlock = ManyShape<kClasses>::kTile * ManyShape<kClasses>::kTiles;
@@ -73,7 +73,7 @@ cudaError_t many(SoftConfusion& q, cudaStream_t stream) {
 }
 
 template <bool kBackward, class T, int kActivation>
-cudaError_t separate(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t separate(Launched& q, cudaStream_t stream) {
   const dim3 block(kSeparateThreads);
   if constexpr (kBackward) {
     constexpr int kBlock = kSeparateVoxels<T> * kSeparateThreads * kSeparateTiles;
@@ -83,14 +83,14 @@ cudaError_t separate(SoftConfusion& q, cudaStream_t stream) {
   } else {
     const dim3 grid(static_cast<unsigned>(q.batch * q.rows * q.classes));
     q.threads = static_cast<int>(block.x);
-    return q.statistics == 8
+    return q.columns == FULL
                ? launch(separate_forward<T, kActivation, true>, grid, block, stream, q)
                : launch(separate_forward<T, kActivation, false>, grid, block, stream, q);
   }
 }
 
 template <bool kBackward, class T>
-cudaError_t general(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t general(Launched& q, cudaStream_t stream) {
   const dim3 block(kGeneralThreads);
   if constexpr (kBackward) {
     const int64_t blocks = q.batch * ((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
@@ -111,7 +111,7 @@ bool planar(const View& view) {
 }
 
 template <class T>
-Layout layout_of(const View& view, const SoftConfusion& q) {
+Layout layout_of(const View& view, const Launched& q) {
   constexpr int64_t kElements = 16 / sizeof(T);
   if (planar<T>(view)) return Layout::kPlanar;
   // The kernels for an even number of classes beyond 8 also run with one class less.
@@ -133,28 +133,30 @@ bool aligned(const View& view) {
 }
 
 template <bool kBackward, class T>
-cudaError_t start(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t start(Launched& q, cudaStream_t stream) {
   q.target.vector = aligned(q.target);
   q.weight.vector = aligned(q.weight);
-  const bool softmax = q.activation == math::kSoftmax && q.likelihood == math::kSoftmax;
+  const bool softmax = q.activation == Activation::softmax && q.likelihood == Activation::softmax;
   if constexpr (sizeof(T) < sizeof(double)) {
     q.input_layout = layout_of<T>(q.input, q);
-    if (kBackward) q.gradient_layout = layout_of<T>(q.gradient, q);
+    if (kBackward) {
+      q.gradient_layout = layout_of<T>({q.gradient, q.input.type, q.gradient_stride}, q);
+    }
     if (softmax && !q.dense && q.classes >= 2 && q.classes <= 16) {
       return few<kBackward, T>(q, stream);
     }
     // Here classes are never interleaved in registers.
     if (q.input_layout == Layout::kInterleaved) q.input_layout = Layout::kScalar;
     if (q.gradient_layout == Layout::kInterleaved) q.gradient_layout = Layout::kScalar;
-    if (softmax && !q.dense && q.classes > 16 && q.classes <= 256 && q.statistics == 4) {
+    if (softmax && !q.dense && q.classes > 16 && q.classes <= 256 && q.columns == CORE) {
       return q.classes <= 128 ? many<kBackward, T, 8>(q, stream)
                               : many<kBackward, T, 16>(q, stream);
     }
-    if (q.activation == math::kSigmoid && q.likelihood == math::kSigmoid) {
-      return separate<kBackward, T, math::kSigmoid>(q, stream);
+    if (q.activation == Activation::sigmoid && q.likelihood == Activation::sigmoid) {
+      return separate<kBackward, T, kSigmoid>(q, stream);
     }
-    if (q.activation == math::kNone && q.likelihood == math::kNone) {
-      return separate<kBackward, T, math::kNone>(q, stream);
+    if (q.activation == Activation::none && q.likelihood == Activation::none) {
+      return separate<kBackward, T, kNone>(q, stream);
     }
   }
   return general<kBackward, T>(q, stream);
@@ -163,12 +165,12 @@ cudaError_t start(SoftConfusion& q, cudaStream_t stream) {
 }  // namespace
 
 template <class T>
-cudaError_t launch_forward(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t launch_forward(Launched& q, cudaStream_t stream) {
   return start<false, T>(q, stream);
 }
 
 template <class T>
-cudaError_t launch_backward(SoftConfusion& q, cudaStream_t stream) {
+cudaError_t launch_backward(Launched& q, cudaStream_t stream) {
   return start<true, T>(q, stream);
 }
 

@@ -117,7 +117,7 @@ struct ManyVoxel {
 
 template <class T, int kClasses>
 __global__ void __launch_bounds__(kManyWarps* kWarp)
-    many_forward(const __grid_constant__ SoftConfusion q) {
+    many_forward(const __grid_constant__ Launched q) {
   using Shape = ManyShape<kClasses>;
   constexpr int kVoxels = Shape::kVoxels, kTile = Shape::kTile;
   VOXFUSE_SHARED(ManyShared<kTile>, shared, );
@@ -198,17 +198,17 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
     for (int k = 0; k < kClasses; ++k) {
       const float sum = warp_sum(fp[k]);
       if (lane == 0) {
-        totals[first + k][kFP] += sum;
-        totals[first + k][kTP] += own_sums[first + k][0];
-        totals[first + k][kFN] += own_sums[first + k][1];
-        totals[first + k][kNLL] += own_sums[first + k][2];
+        totals[first + k][Sum::FP] += sum;
+        totals[first + k][Sum::TP] += own_sums[first + k][0];
+        totals[first + k][Sum::FN] += own_sums[first + k][1];
+        totals[first + k][Sum::NLL] += own_sums[first + k][2];
         for (int s = 0; s < 3; ++s) own_sums[first + k][s] = 0;
       }
     }
   }
   if (lane == 0) {
     for (int k = 0; k < kClasses && first + k < q.classes; ++k) {
-      for (int s = 0; s < 4; ++s) row.sums[(first + k) * 4 + s] = totals[first + k][s];
+      for (int s = 0; s < 4; ++s) row.sums[(first + k) * CORE + s] = totals[first + k][s];
     }
   }
   // A warp has 4 kClasses >= 32 totals: one place a thread at least.
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
 
 template <class T, int kClasses>
 __global__ void __launch_bounds__(kManyWarps* kWarp)
-    many_backward(const __grid_constant__ SoftConfusion q) {
+    many_backward(const __grid_constant__ Launched q) {
   using Shape = ManyShape<kClasses>;
   constexpr int kVoxels = Shape::kVoxels, kTile = Shape::kTile;
   VOXFUSE_SHARED(ManyShared<kTile>, shared, );
@@ -236,8 +236,10 @@ __global__ void __launch_bounds__(kManyWarps* kWarp)
   const unsigned blocks = static_cast<unsigned>((q.voxels + kBlock - 1) / kBlock);
   const int64_t b = blockIdx.x / blocks, begin = int64_t{blockIdx.x % blocks} * kBlock;
   for (int c = thread; c < warps * kClasses; c += threads) {
-    Slope slope{};
-    if (c < q.classes) slope = Slope(q.cotangents + (b * q.classes + c) * 4, 4);
+    math::Slope<float> slope{};
+    if (c < q.classes) {
+      slope = math::Slope<float>(q.cotangents + (b * q.classes + c) * CORE, false);
+    }
     hit[c] = slope.hit;
     miss[c] = slope.miss;
     nll[c] = slope.nll;

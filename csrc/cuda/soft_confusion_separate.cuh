@@ -3,6 +3,8 @@
 // are neighbours, and find them in the L2 cache.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/soft_confusion_tile.cuh"
 
 namespace voxfuse::cuda {
@@ -13,31 +15,28 @@ constexpr int kSeparateThreads = 256;
 template <class T>
 constexpr int kSeparateVoxels = 16 / static_cast<int>(sizeof(T));
 
+constexpr int kNone = static_cast<int>(Activation::none);
+constexpr int kSigmoid = static_cast<int>(Activation::sigmoid);
+
 /// Whether the foreground indicator of a single class is to be left out: the ignored value, and
 /// integers that are neither 0 nor 1.
 template <class L>
-__device__ inline bool indicator_excluded(L raw, const SoftConfusion& q) {
-  const int64_t value = static_cast<int64_t>(raw);
-  return (q.has_ignore && value == q.ignore_index) || (value != 0 && value != 1);
-}
-
-__device__ inline bool indicator_excluded(double raw, const SoftConfusion& q) {
-  // The conversion is defined only inside the range of int64.
-  return q.has_ignore && raw > -9.2e18 && raw < 9.2e18 &&
-         static_cast<int64_t>(raw) == q.ignore_index;
-}
-__device__ inline bool indicator_excluded(float raw, const SoftConfusion& q) {
-  return indicator_excluded(static_cast<double>(raw), q);
-}
-__device__ inline bool indicator_excluded(__half raw, const SoftConfusion& q) {
-  return indicator_excluded(static_cast<double>(to_float(raw)), q);
-}
-__device__ inline bool indicator_excluded(__nv_bfloat16 raw, const SoftConfusion& q) {
-  return indicator_excluded(static_cast<double>(to_float(raw)), q);
+__device__ inline bool indicator_excluded(L raw, const Launched& q) {
+  if constexpr (std::is_integral_v<L>) {
+    const int64_t value = static_cast<int64_t>(raw);
+    return (q.has_ignore && value == q.ignore_index) || (value != 0 && value != 1);
+  } else {
+    using Real = typename Compute<L>::Real;
+    const Real x = Convert<Real>::from(raw);
+    // The conversion is defined only inside the range of int64.
+    if (!q.has_ignore || !(x > Real(-9.2e18) && x < Real(9.2e18))) return false;
+    const int64_t value = static_cast<int64_t>(x);
+    return value == q.ignore_index && static_cast<Real>(value) == x;
+  }
 }
 
 template <class L, class Real, int kVoxels>
-__device__ inline void load_dense_as(const SoftConfusion& q, int64_t b, int64_t c, const Span& span,
+__device__ inline void load_dense_as(const Launched& q, int64_t b, int64_t c, const Span& span,
                                      Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
   L raw[kVoxels];
   const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch +
@@ -52,7 +51,7 @@ __device__ inline void load_dense_as(const SoftConfusion& q, int64_t b, int64_t 
 
 /// The dense target of class c at a thread's voxels.
 template <class Real, int kVoxels>
-__device__ inline void load_dense(const SoftConfusion& q, int64_t b, int64_t c, const Span& span,
+__device__ inline void load_dense(const Launched& q, int64_t b, int64_t c, const Span& span,
                                   Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
   switch (q.target.type) {
     case Element::boolean:
@@ -77,7 +76,7 @@ __device__ inline void load_dense(const SoftConfusion& q, int64_t b, int64_t c, 
 
 /// Target values of class c and weights; both are 0 for voxels that are left out.
 template <int kVoxels>
-__device__ inline void load_class(const SoftConfusion& q, int64_t b, int c, const Span& span,
+__device__ inline void load_class(const Launched& q, int64_t b, int c, const Span& span,
                                   float (&g)[kVoxels], float (&weight)[kVoxels]) {
   if (q.dense) {
     bool excluded[kVoxels];
@@ -98,7 +97,7 @@ __device__ inline void load_class(const SoftConfusion& q, int64_t b, int c, cons
 
 /// The logits of one class: as load_logits, but a class's voxels are never interleaved here.
 template <class T, int kVoxels>
-__device__ inline void load_plane(const SoftConfusion& q, int64_t b, int c, const Span& span,
+__device__ inline void load_plane(const Launched& q, int64_t b, int c, const Span& span,
                                   float (&z)[kVoxels]) {
   T raw[kVoxels];
   const auto* base =
@@ -110,12 +109,12 @@ __device__ inline void load_plane(const SoftConfusion& q, int64_t b, int c, cons
 
 template <int kActivation, class Real>
 __device__ inline math::Probability<Real> probability(Real z) {
-  return kActivation == math::kSigmoid ? math::sigmoid(z) : math::plain(z);
+  return kActivation == kSigmoid ? math::sigmoid(z) : math::plain(z);
 }
 
 template <class T, int kActivation, bool kFull>
 __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
-    separate_forward(const __grid_constant__ SoftConfusion q) {
+    separate_forward(const __grid_constant__ Launched q) {
   constexpr int kVoxels = kSeparateVoxels<T>, kSums = kFull ? 8 : 4;
   constexpr int kWarps = kSeparateThreads / kWarp;
   VOXFUSE_SHARED(float, warps, [kWarps][kSums]);
@@ -139,17 +138,17 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
       for (int i = 0; i < kVoxels; ++i) {
         const float w = weight[i];
         const auto r = probability<kActivation>(w == 0.0f ? 0.5f : z[i]);
-        const auto o = math::overlap(r, g[i], q.use_min);
-        sums[kTP] = fmaf(w, o.tp, sums[kTP]);
-        sums[kFP] = fmaf(w, o.fp, sums[kFP]);
-        sums[kFN] = fmaf(w, o.fn, sums[kFN]);
-        sums[kNLL] += w * math::product(g[i], math::focal(r.complement, r.minus_log, gamma));
+        const auto o = math::overlap(r, g[i], q.overlap == Overlap::min);
+        sums[Sum::TP] = fmaf(w, o.tp, sums[Sum::TP]);
+        sums[Sum::FP] = fmaf(w, o.fp, sums[Sum::FP]);
+        sums[Sum::FN] = fmaf(w, o.fn, sums[Sum::FN]);
+        sums[Sum::NLL] += w * math::product(g[i], math::focal(r.complement, r.minus_log, gamma));
         if constexpr (kFull) {
           const float off = math::focal(r.p, r.minus_log_complement, gamma);
-          sums[kOFF] += w * math::product(1.0f - g[i], off);
-          sums[kP2] = fmaf(w, r.p * r.p, sums[kP2]);
-          sums[kG2] = fmaf(w, g[i] * g[i], sums[kG2]);
-          sums[kW] += w;
+          sums[Sum::OFF] += w * math::product(1.0f - g[i], off);
+          sums[Sum::P2] = fmaf(w, r.p * r.p, sums[Sum::P2]);
+          sums[Sum::G2] = fmaf(w, g[i] * g[i], sums[Sum::G2]);
+          sums[Sum::W] += w;
         }
       }
     }
@@ -172,18 +171,15 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
 
 /// Gradient of the likelihood terms of a sigmoid or of plain probabilities.
 template <int kActivation, class Real>
-__device__ inline Real separate_likelihood(const math::Probability<Real>& r, Real g, Real nll,
-                                           Real off, Real gamma, bool full) {
-  const bool sigmoid = kActivation == math::kSigmoid;
-  const Real chain = sigmoid ? r.complement : math::reciprocal(r.p);
-  // Without a cotangent there is no slope, not even an infinite one (r = 0).
-  Real value =
-      math::product(nll * g, math::focal_slope(r.p, r.complement, r.minus_log, gamma) * chain);
+__device__ inline Real separate_likelihood(const math::Probability<Real>& r, Real g,
+                                           const math::Slope<Real>& slope, Real gamma, bool full) {
+  constexpr bool sigmoid = kActivation == kSigmoid;
+  Real value = math::likelihood_slope(slope.nll * g, r.p, r.complement, r.minus_log, gamma,
+                                      sigmoid ? r.complement : math::reciprocal(r.p));
   if (full) {
-    const Real back = sigmoid ? r.p : math::reciprocal(r.complement);
     value -=
-        math::product(off * (Real(1) - g),
-                      math::focal_slope(r.complement, r.p, r.minus_log_complement, gamma) * back);
+        math::likelihood_slope(slope.off * (Real(1) - g), r.complement, r.p, r.minus_log_complement,
+                               gamma, sigmoid ? r.p : math::reciprocal(r.complement));
   }
   return value;
 }
@@ -192,7 +188,7 @@ constexpr int kSeparateTiles = 4;  // of a block of the backward pass
 
 template <class T, int kActivation>
 __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
-    separate_backward(const __grid_constant__ SoftConfusion q) {
+    separate_backward(const __grid_constant__ Launched q) {
   constexpr int kVoxels = kSeparateVoxels<T>;
   constexpr int kTile = kVoxels * kSeparateThreads, kBlock = kTile * kSeparateTiles;
   const int thread = static_cast<int>(threadIdx.x);
@@ -202,11 +198,11 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
   const int64_t b = blockIdx.x / classes / blocks;
   const int64_t begin = int64_t{blockIdx.x / classes % blocks} * kBlock;
   const int64_t end = begin + kBlock < q.voxels ? begin + kBlock : q.voxels;
-  const Slope slope(q.cotangents + (b * q.classes + c) * q.statistics, q.statistics);
-  const bool full = q.statistics == 8;
+  const bool full = q.columns == FULL;
+  const math::Slope<float> slope(q.cotangents + (b * q.classes + c) * q.columns, full);
   const float gamma = gamma_of<float>(q, c);
-  auto* gradient = static_cast<T*>(const_cast<void*>(q.gradient.data)) +
-                   b * q.gradient.stride.batch + c * q.gradient.stride.channel;
+  auto* gradient =
+      static_cast<T*>(q.gradient) + b * q.gradient_stride.batch + c * q.gradient_stride.channel;
 
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const Span span = span_of<kVoxels>(q.input_layout, tile, q.voxels, thread, kSeparateThreads);
@@ -218,11 +214,10 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
     for (int i = 0; i < kVoxels; ++i) {
       const float w = weight[i];
       const auto r = probability<kActivation>(w == 0.0f ? 0.5f : z[i]);
-      const float a = math::overlap_slope(r, g[i], q.use_min);
-      float h = fmaf(a, slope.hit, (1.0f - a) * slope.miss);
-      if (full) h = fmaf(slope.square, r.p, h);
-      if (kActivation == math::kSigmoid) h *= r.p * r.complement;
-      h += separate_likelihood<kActivation>(r, g[i], slope.nll, slope.off, gamma, full);
+      const float a = math::overlap_slope(r, g[i], q.overlap == Overlap::min);
+      float h = math::slope_of_p(slope, a, r.p);
+      if (kActivation == kSigmoid) h *= r.p * r.complement;
+      h += separate_likelihood<kActivation>(r, g[i], slope, gamma, full);
       out[i] = Store<T>::from(w == 0.0f ? 0.0f : w * h);
     }
     if (q.gradient_layout == Layout::kPlanar && span.step == 1 &&
@@ -231,7 +226,7 @@ __global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
     } else {
 #pragma unroll
       for (int i = 0; i < kVoxels; ++i) {
-        if (span.holds(i)) gradient[span.voxel(i) * q.gradient.stride.voxel] = out[i];
+        if (span.holds(i)) gradient[span.voxel(i) * q.gradient_stride.voxel] = out[i];
       }
     }
   }

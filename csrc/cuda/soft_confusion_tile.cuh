@@ -9,13 +9,11 @@
 namespace voxfuse::cuda {
 namespace {
 
-enum Statistic : int { kTP = 0, kFP, kFN, kNLL, kOFF, kP2, kG2, kW };
-
 /// What makes a label a class: in 32 bits, which holds every class.
 struct Labels {
   int classes, ignored;  // ignored is -1 if no class is
 
-  __device__ explicit Labels(const SoftConfusion& q) : classes(static_cast<int>(q.classes)) {
+  __device__ explicit Labels(const Launched& q) : classes(static_cast<int>(q.classes)) {
     const bool is_class = q.has_ignore && q.ignore_index >= 0 && q.ignore_index < q.classes;
     ignored = is_class ? static_cast<int>(q.ignore_index) : -1;
   }
@@ -39,7 +37,7 @@ struct Labels {
 };
 
 template <class L, int kVoxels>
-__device__ inline void load_labels_as(const SoftConfusion& q, int64_t b, const Span& span,
+__device__ inline void load_labels_as(const Launched& q, int64_t b, const Span& span,
                                       int (&label)[kVoxels]) {
   L raw[kVoxels];
   const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch;
@@ -56,7 +54,7 @@ __device__ inline void load_labels_as(const SoftConfusion& q, int64_t b, const S
 
 /// The classes of a thread's voxels, -1 for those that are left out or past the end.
 template <int kVoxels>
-__device__ inline void load_labels(const SoftConfusion& q, int64_t b, const Span& span,
+__device__ inline void load_labels(const Launched& q, int64_t b, const Span& span,
                                    int (&label)[kVoxels]) {
   switch (q.target.type) {
     case Element::boolean:
@@ -76,7 +74,7 @@ __device__ inline void load_labels(const SoftConfusion& q, int64_t b, const Span
 }
 
 template <class L, int kVoxels>
-__device__ inline void load_weights_as(const SoftConfusion& q, int64_t b, const Span& span,
+__device__ inline void load_weights_as(const Launched& q, int64_t b, const Span& span,
                                        float (&weight)[kVoxels]) {
   L raw[kVoxels];
   const auto* base = static_cast<const L*>(q.weight.data) + b * q.weight.stride.batch;
@@ -86,7 +84,7 @@ __device__ inline void load_weights_as(const SoftConfusion& q, int64_t b, const 
 }
 
 template <int kVoxels>
-__device__ inline void load_weights(const SoftConfusion& q, int64_t b, const Span& span,
+__device__ inline void load_weights(const Launched& q, int64_t b, const Span& span,
                                     float (&weight)[kVoxels]) {
   if (q.weight.data == nullptr) {
 #pragma unroll
@@ -110,7 +108,7 @@ __device__ inline void load_weights(const SoftConfusion& q, int64_t b, const Spa
 /// Labels and weights together; `label` is -1 and `weight` 0 for voxels that are left out. Returns
 /// whether there are any.
 template <int kVoxels>
-__device__ inline bool load_voxels(const SoftConfusion& q, int64_t b, const Span& span,
+__device__ inline bool load_voxels(const Launched& q, int64_t b, const Span& span,
                                    int (&label)[kVoxels], float (&weight)[kVoxels]) {
   load_labels<kVoxels>(q, b, span, label);
   load_weights<kVoxels>(q, b, span, weight);
@@ -136,7 +134,7 @@ __device__ inline bool load_voxels(const SoftConfusion& q, int64_t b, const Span
 /// Logits of classes [first, first + kClasses) at a thread's voxels; those beyond q.classes are
 /// -infinity. The first kSure classes are known to exist.
 template <class T, int kSure, int kClasses, int kVoxels>
-__device__ inline void load_logits(const SoftConfusion& q, int64_t b, int first, const Span& span,
+__device__ inline void load_logits(const Launched& q, int64_t b, int first, const Span& span,
                                    float (&z)[kClasses][kVoxels]) {
   const int64_t channel = opaque(q.input.stride.channel);
   const T* plane = static_cast<const T*>(q.input.data) + b * q.input.stride.batch + first * channel;
@@ -180,11 +178,10 @@ __device__ inline void load_logits(const SoftConfusion& q, int64_t b, int first,
 }
 
 template <class T, int kSure, int kClasses, int kVoxels>
-__device__ inline void store_gradient(const SoftConfusion& q, int64_t b, int first,
-                                      const Span& span, const float (&value)[kClasses][kVoxels]) {
-  const int64_t channel = opaque(q.gradient.stride.channel);
-  T* plane = static_cast<T*>(const_cast<void*>(q.gradient.data)) + b * q.gradient.stride.batch +
-             first * channel;
+__device__ inline void store_gradient(const Launched& q, int64_t b, int first, const Span& span,
+                                      const float (&value)[kClasses][kVoxels]) {
+  const int64_t channel = opaque(q.gradient_stride.channel);
+  T* plane = static_cast<T*>(q.gradient) + b * q.gradient_stride.batch + first * channel;
   const bool whole = span.step == 1 && span.first + kVoxels <= span.end;
   if (kSure > 0 && q.gradient_layout == Layout::kInterleaved && whole) {
     T raw[kClasses * kVoxels];
@@ -208,7 +205,7 @@ __device__ inline void store_gradient(const SoftConfusion& q, int64_t b, int fir
 #pragma unroll
       for (int i = 0; i < kVoxels; ++i) {
         if (span.holds(i)) {
-          plane[span.voxel(i) * q.gradient.stride.voxel] = Store<T>::from(value[c][i]);
+          plane[span.voxel(i) * q.gradient_stride.voxel] = Store<T>::from(value[c][i]);
         }
       }
     }
@@ -236,7 +233,7 @@ __device__ inline void clear_excluded(const int (&label)[kVoxels], float (&z)[kC
 
 /// The likelihood's exponent of class c.
 template <class Real>
-__device__ inline Real gamma_of(const SoftConfusion& q, int c) {
+__device__ inline Real gamma_of(const Launched& q, int c) {
   return c < q.focal_classes ? static_cast<Real>(q.gamma) : Real(0);
 }
 
@@ -246,33 +243,18 @@ __device__ inline float label_minus_log(float own, float others, float inverse, 
   return own >= others ? tail : tail + math::kLn2 * (math::log2_fast(others) - exponent);
 }
 
-/// The cotangents of one class in float: hit = TP's - FN's counts where g = 1, miss = FP's where
-/// g = 0, then NLL's, OFF's and twice P2's.
-struct Slope {
-  float hit, miss, nll, off, square;
-
-  Slope() = default;
-  __device__ Slope(const double* cotangent, int statistics) {
-    hit = static_cast<float>(cotangent[kTP] - cotangent[kFN]);
-    miss = static_cast<float>(cotangent[kFP]);
-    nll = static_cast<float>(cotangent[kNLL]);
-    off = statistics == 8 ? static_cast<float>(cotangent[kOFF]) : 0.0f;
-    square = statistics == 8 ? 2.0f * static_cast<float>(cotangent[kP2]) : 0.0f;
-  }
-};
-
 /// The chunks whose sums this block adds up, and where they go.
 struct Row {
   int64_t sample, first, last;  // chunks [first, last)
-  double* sums;                 // (classes, statistics)
+  double* sums;                 // (classes, columns)
 
-  __device__ Row(const SoftConfusion& q, unsigned index) {
+  __device__ Row(const Launched& q, unsigned index) {
     const unsigned rows = static_cast<unsigned>(q.rows);
     sample = index / rows;
     first = index % rows * q.chunks_per_row;
     const int64_t chunks = (q.voxels + q.chunk - 1) / q.chunk;
     last = first + q.chunks_per_row < chunks ? first + q.chunks_per_row : chunks;
-    sums = q.workspace + index * q.classes * q.statistics;
+    sums = q.workspace + index * q.classes * q.columns;
   }
 };
 
@@ -323,7 +305,7 @@ __device__ inline void add_rows(const double* rows, int64_t number, int64_t stri
 /// The end of a forward kernel: the last block of a group of rows adds them up, into the first of
 /// them, and the last block to do so adds up the groups. Which block that is changes no order.
 template <int kAhead = 8>
-__device__ inline void finish_rows(const SoftConfusion& q, unsigned block, unsigned blocks_of_row,
+__device__ inline void finish_rows(const Launched& q, unsigned block, unsigned blocks_of_row,
                                    double* partial) {
   if (q.counters == nullptr) return;
   // Computed again rather than kept in registers all along.
@@ -332,7 +314,7 @@ __device__ inline void finish_rows(const SoftConfusion& q, unsigned block, unsig
   const unsigned rows = static_cast<unsigned>(q.rows), size = static_cast<unsigned>(q.group);
   const unsigned groups = (rows + size - 1) / size, group = index % rows / size;
   const unsigned first = group * size, here = rows - first < size ? rows - first : size;
-  const int count = static_cast<int>(q.classes) * q.statistics;
+  const int count = static_cast<int>(q.classes) * q.columns;
   double* base = q.workspace + row.sample * q.rows * count;
   double* sums = q.sums + row.sample * count;
   unsigned* counters = q.counters + row.sample * (groups + 1);

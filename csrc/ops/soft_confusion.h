@@ -1,19 +1,26 @@
-// Checks of soft_confusion's arguments, shared by the CPU and the CUDA operator. They repeat the
-// Python wrapper's, with the same words, for callers that reach the operator directly.
+// soft_confusion from tensors to its problem, the same for every device. What is checked here keeps
+// memory safe for callers that reach the operator directly; the rest is the Python wrapper's.
 #pragma once
 
-#include <limits>
-
+#include "contract/soft_confusion.h"
 #include "ops/tensor.h"
 
 namespace voxfuse {
 
-// Whether the target holds one value a class (or the foreground indicator of one class).
-inline bool target_is_dense(const Tensor& input, int64_t classes, const Tensor& target) {
-  return classes == 1 || (target.dim() == input.dim() && target.size(1) == classes);
-}
-inline bool target_is_dense(const Tensor& input, const Tensor& target) {
-  return target_is_dense(input, input.size(1), target);
+// The options of the schema that forward and backward share.
+struct ConfusionOptions {
+  int64_t activation, likelihood, overlap;
+  const std::optional<int64_t>& ignore_index;
+  double gamma;
+  const std::optional<int64_t>& focal_classes;
+};
+
+inline void check_floats(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16 || type == ScalarType::Double,
+                  name, ": got ", torch::headeronly::toString(type),
+                  ", expected float32, float16, bfloat16 or float64");
 }
 
 inline bool is_companion(const Tensor& tensor, const Tensor& input, int64_t channels) {
@@ -28,69 +35,93 @@ inline bool is_companion(const Tensor& tensor, const Tensor& input, int64_t chan
   return true;
 }
 
-// Target, weight and options for an input with the batch and spatial axes of `input` and `classes`
-// channels.
-inline void check_confusion_companions(const Tensor& input, int64_t classes, const Tensor& target,
-                                       const std::optional<Tensor>& weight, int64_t activation,
-                                       int64_t likelihood, int64_t overlap,
-                                       const std::optional<int64_t>& ignore_index, double gamma) {
-  STD_TORCH_CHECK(has_element(target.scalar_type()), "target: got ",
-                  torch::headeronly::toString(target.scalar_type()),
-                  ", expected bool, uint8, int16, int32, int64 or a float");
-  STD_TORCH_CHECK(is_companion(target, input, classes), "target: got shape ", shape_of(target),
-                  ", expected (B, *spatial), (B, 1, *spatial) or (B, C, *spatial)",
-                  " to go with input of shape ", shape_of(input));
-  STD_TORCH_CHECK(target.device() == input.device(), "target: is on another device than input");
-  if (weight) {
-    STD_TORCH_CHECK(is_companion(*weight, input, 1), "weight: got shape ", shape_of(*weight),
+inline View view_of(const Walkable& walkable, const char* name) {
+  return {walkable.tensor.const_data_ptr(), element_of(walkable.tensor, name), walkable.strides};
+}
+
+// All of a problem but its input: target, weight and options for `classes` classes and the batch
+// and spatial axes of `input`.
+struct ConfusionCompanions {
+  Walkable target;
+  std::optional<Walkable> weight;
+
+  ConfusionCompanions(SoftConfusion& q, const Tensor& input, int64_t classes, const Tensor& target_,
+                      const std::optional<Tensor>& weight_, const ConfusionOptions& options,
+                      int64_t columns)
+      : target(checked_target(target_, input, classes), target_.dim() == input.dim()) {
+    q.batch = input.size(0);
+    q.classes = classes;
+    q.voxels = 1;
+    for (int64_t axis = 2; axis < input.dim(); ++axis) q.voxels *= input.size(axis);
+    q.target = view_of(target, "target");
+    // One value a class, or the indicator of the only one.
+    q.dense = classes == 1 || (target_.dim() == input.dim() && target_.size(1) == classes);
+    if (weight_) {
+      check_weight(*weight_, input);
+      weight.emplace(*weight_, weight_->dim() == input.dim());
+      q.weight = view_of(*weight, "weight");
+    }
+    q.activation = static_cast<Activation>(options.activation);
+    q.likelihood = static_cast<Activation>(options.likelihood);
+    q.overlap = static_cast<Overlap>(options.overlap);
+    q.has_ignore = options.ignore_index.has_value();
+    q.ignore_index = options.ignore_index.value_or(0);
+    q.gamma = options.gamma;
+    q.focal_classes = options.focal_classes.value_or(q.focal_classes);
+    q.columns = static_cast<int>(columns);
+  }
+
+  static const Tensor& checked_target(const Tensor& target, const Tensor& input, int64_t classes) {
+    STD_TORCH_CHECK(has_element(target.scalar_type()), "target: got ",
+                    torch::headeronly::toString(target.scalar_type()),
+                    ", expected bool, uint8, int16, int32, int64 or a float");
+    STD_TORCH_CHECK(is_companion(target, input, classes), "target: got shape ", shape_of(target),
+                    ", expected (B, *spatial), (B, 1, *spatial) or (B, C, *spatial)",
+                    " to go with input of shape ", shape_of(input));
+    STD_TORCH_CHECK(target.device() == input.device(), "target: is on another device than input");
+    return target;
+  }
+
+  static void check_weight(const Tensor& weight, const Tensor& input) {
+    STD_TORCH_CHECK(is_companion(weight, input, 1), "weight: got shape ", shape_of(weight),
                     ", expected (B, *spatial) or (B, 1, *spatial) to go with input of shape ",
                     shape_of(input));
-    const ScalarType w = weight->scalar_type();
-    STD_TORCH_CHECK(w == ScalarType::Bool || w == ScalarType::Float || w == ScalarType::Half ||
-                        w == ScalarType::BFloat16 || w == ScalarType::Double,
-                    "weight: got ", torch::headeronly::toString(w), ", expected bool or float");
-    STD_TORCH_CHECK(weight->device() == input.device(), "weight: is on another device than input");
+    if (weight.scalar_type() != ScalarType::Bool) check_floats(weight, "weight");
+    STD_TORCH_CHECK(weight.device() == input.device(), "weight: is on another device than input");
   }
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: got ", activation,
-                  ", expected 0 (none), 1 (sigmoid) or 2 (softmax)");
-  STD_TORCH_CHECK(likelihood >= 0 && likelihood <= 2, "likelihood: got ", likelihood,
-                  ", expected 0 (none), 1 (sigmoid) or 2 (softmax)");
-  STD_TORCH_CHECK(overlap == 0 || overlap == 1, "overlap: got ", overlap,
-                  ", expected 0 (product) or 1 (min)");
-  STD_TORCH_CHECK(gamma >= 0 && gamma <= 1.7976931348623157e308, "gamma: got ", gamma,
-                  ", expected a finite number >= 0");
-  STD_TORCH_CHECK(!ignore_index || classes == 1 || !target_is_dense(input, classes, target),
-                  "ignore_index: needs labels, but the target is dense");
-}
+};
 
-inline void check_soft_confusion(const Tensor& input, const Tensor& target,
-                                 const std::optional<Tensor>& weight, int64_t activation,
-                                 int64_t likelihood, int64_t overlap,
-                                 const std::optional<int64_t>& ignore_index, double gamma) {
-  STD_TORCH_CHECK(input.dim() >= 2 && input.size(1) >= 1, "input: got shape ", shape_of(input),
-                  ", expected (B, C, *spatial) with C >= 1");
-  const ScalarType type = input.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
-                      type == ScalarType::BFloat16 || type == ScalarType::Double,
-                  "input: got ", torch::headeronly::toString(type),
-                  ", expected float32, float16, bfloat16 or float64");
-  check_confusion_companions(input, input.size(1), target, weight, activation, likelihood, overlap,
-                             ignore_index, gamma);
-}
+// A problem with the tensors that its pointers point into.
+struct ConfusionArguments {
+  Walkable input;
+  SoftConfusion problem;
+  ConfusionCompanions companions;
 
-// How many classes, from the first on, have the likelihood's exponent gamma.
-inline int64_t focal_classes_of(const std::optional<int64_t>& focal_classes) {
-  STD_TORCH_CHECK(!focal_classes || *focal_classes >= 0, "focal_classes: got ", *focal_classes,
-                  ", expected an int >= 0 or None");
-  return focal_classes.value_or(std::numeric_limits<int64_t>::max());
-}
+  ConfusionArguments(const Tensor& input_, const Tensor& target,
+                     const std::optional<Tensor>& weight, const ConfusionOptions& options,
+                     int64_t columns)
+      : input(checked(input_), true),
+        companions(problem, input_, input_.size(1), target, weight, options, columns) {
+    problem.input = view_of(input, "input");
+  }
 
-inline void check_soft_confusion_grad(const Tensor& grad, const Tensor& input) {
+  static const Tensor& checked(const Tensor& input) {
+    STD_TORCH_CHECK(input.dim() >= 2 && input.size(1) >= 1, "input: got shape ", shape_of(input),
+                    ", expected (B, C, *spatial) with C >= 1");
+    check_floats(input, "input");
+    return input;
+  }
+};
+
+// The cotangents of the sums of (batch, classes): how many columns there are.
+inline int64_t checked_columns(const Tensor& grad, const Tensor& input, int64_t classes) {
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double && grad.dim() == 3 &&
-                      grad.size(0) == input.size(0) && grad.size(1) == input.size(1) &&
-                      (grad.size(2) == 4 || grad.size(2) == 8) && grad.device() == input.device(),
-                  "grad: got shape ", shape_of(grad),
-                  ", expected float64 (B, C, 4) or (B, C, 8) for input of shape ", shape_of(input));
+                      grad.size(0) == input.size(0) && grad.size(1) == classes &&
+                      (grad.size(2) == CORE || grad.size(2) == FULL) &&
+                      grad.device() == input.device(),
+                  "grad: got shape ", shape_of(grad), ", expected float64 (", input.size(0), ", ",
+                  classes, ", ", CORE, " or ", FULL, ")");
+  return grad.size(2);
 }
 
 }  // namespace voxfuse

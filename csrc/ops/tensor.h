@@ -106,4 +106,41 @@ inline std::optional<Strides> strides_of(const Tensor& tensor, bool has_channel)
   return Strides{tensor.stride(0), has_channel ? tensor.stride(1) : 0, *voxel};
 }
 
+// A tensor that kernels can walk, kept alive as long as they do: the tensor itself or, at the price
+// of one copy, a contiguous one.
+struct Walkable {
+  Tensor tensor;
+  Strides strides;
+
+  Walkable(const Tensor& original, bool has_channel) : tensor(original) {
+    std::optional<Strides> own = strides_of(tensor, has_channel);
+    if (!own) {
+      tensor = torch::stable::contiguous(tensor);
+      own = strides_of(tensor, has_channel);
+    }
+    strides = *own;
+  }
+};
+
+// The gradient of a (B, k, *spatial) tensor, in its layout. Kernels write to `written`: where the
+// tensor's axes do not collapse that is another one, of the layout of `walkable`.
+struct Gradient {
+  Tensor result, written;
+  Strides strides;
+  bool copied;
+
+  Gradient(const Tensor& like, const Walkable& walkable)
+      : result(torch::stable::empty_like(like)), written(result) {
+    const std::optional<Strides> own = strides_of(result, true);
+    copied = !own;
+    if (copied) written = torch::stable::empty_like(walkable.tensor);
+    strides = own ? *own : *strides_of(written, true);
+  }
+
+  Tensor finished() {
+    if (copied) torch::stable::copy_(result, written);
+    return result;
+  }
+};
+
 }  // namespace voxfuse

@@ -40,6 +40,33 @@ def test_only_the_stable_abi_is_used(name):
     assert any(s.startswith(("aoti_torch_", "torch_")) for s in needed), "does not use LibTorch?"
 
 
+def test_no_function_of_a_larger_instruction_set_has_a_name_of_all():
+    """Of functions with one name the linker keeps one, for every machine."""
+    library = PACKAGE / "libvoxfuse_cpu.so"
+    if not library.exists():
+        pytest.skip("libvoxfuse_cpu.so was not built")
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump (binutils) is not installed")
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--no-show-raw-insn", str(library)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    found: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "": set()}
+    function = ""
+    for line in listing.splitlines():
+        head = re.fullmatch(r"[0-9a-f]+ <(.+)>:", line)
+        if head:
+            function = head[1]
+        elif re.match(r"\s+[0-9a-f]+:\s+v[a-z]", line):  # VEX or EVEX: AVX at least
+            of = re.search(r"voxfuse.*\d(avx2|avx512)", function)
+            found[of[1] if of else ""].add(function)
+    assert found["avx2"]
+    assert found["avx512"]
+    assert found[""] == set()
+
+
 def test_host_module_needs_no_torch_symbol():
     modules = list(PACKAGE.glob("_host*.so"))
     if not modules:

@@ -89,8 +89,8 @@ std::string features(const Problem& q) {
     add("target", q.target.type);
     add("weight", q.weight.data == nullptr ? -1 : static_cast<int>(q.weight.type));
     add("layout", q.input_layout);
-    add("gradient", q.gradient.data == nullptr ? -1 : static_cast<int>(q.gradient_layout));
-    add("sums", q.statistics);
+    add("gradient", q.gradient == nullptr ? -1 : static_cast<int>(q.gradient_layout));
+    add("sums", q.columns);
     add("focal", q.gamma != 0);
   } else if constexpr (requires { q.ring_axis; }) {
     add("separable", q.separable);

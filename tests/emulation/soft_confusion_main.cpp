@@ -3,10 +3,12 @@
 #include "cuda/soft_confusion.h"
 #include "records.h"
 
+using voxfuse::Activation;
 using voxfuse::Element;
+using voxfuse::Overlap;
+using voxfuse::SoftConfusion;
 using voxfuse::Strides;
-using voxfuse::cuda::SoftConfusion;
-using voxfuse::cuda::View;
+using voxfuse::View;
 using voxfuse::emulation::Buffer;
 using voxfuse::emulation::Record;
 
@@ -34,12 +36,12 @@ int main() {
     q.classes = x[2];
     q.voxels = x[3];
     q.dense = x[4] != 0;
-    q.activation = static_cast<int>(x[5]);
-    q.likelihood = static_cast<int>(x[6]);
-    q.use_min = x[7] != 0;
+    q.activation = static_cast<Activation>(x[5]);
+    q.likelihood = static_cast<Activation>(x[6]);
+    q.overlap = static_cast<Overlap>(x[7]);
     q.has_ignore = x[8] != 0;
     q.ignore_index = x[9];
-    q.statistics = static_cast<int>(x[10]);
+    q.columns = static_cast<int>(x[10]);
     q.gamma = record.doubles[0];
     q.focal_classes = static_cast<std::int64_t>(record.doubles[1]);
     q.input = view_of(record, 0, 11);
@@ -48,16 +50,16 @@ int main() {
     cudaError_t error = cudaSuccess;
     if (backward) {
       q.cotangents = record.buffers[3].as<const double>();
-      q.gradient = view_of(record, 4, 26);
+      q.gradient = record.buffers[4].get() + x[27];
+      q.gradient_stride = Strides{x[28], x[29], x[30]};
       error = voxfuse::cuda::soft_confusion_backward(q, nullptr);
       voxfuse::emulation::write({&record.buffers[4]});
     } else {
       const auto bytes = static_cast<std::int64_t>(sizeof(double));
-      const Buffer sums(q.batch * q.classes * q.statistics * bytes);
+      const Buffer sums(q.batch * q.classes * q.columns * bytes);
       const Buffer workspace(voxfuse::cuda::workspace_doubles(q) * bytes);
-      q.sums = sums.as<double>();
-      q.workspace = workspace.as<double>();
-      error = voxfuse::cuda::soft_confusion_forward(q, nullptr);
+      error = voxfuse::cuda::soft_confusion_forward(q, sums.as<double>(), workspace.as<double>(),
+                                                    nullptr);
       voxfuse::emulation::write({&sums});
     }
     if (error != cudaSuccess) {

@@ -182,6 +182,41 @@ def test_class_paths(classes, dtype, full):
 
 
 @needs_library
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("weight", [None, torch.float32])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 8, 16, 17])
+def test_the_cores_of_the_common_options_agree_with_the_general_one(
+    classes, activation, weight, layout
+):
+    """Any gamma takes the general core; here no class has it."""
+    case = ConfusionCase(
+        classes=classes,
+        spatial=(7, 5, 13),
+        weight=weight,
+        activation=activation,
+        layout=layout,
+        full=True,
+    )
+    given = tensors(case)
+    options = schema_arguments(case)[:-1]
+    grad = torch.randn(2, classes, 4, generator=torch.Generator().manual_seed(1)).double()
+    rounding = torch.finfo(torch.float32).eps
+    found = []
+    for gamma, focal_classes in ((0.0, None), (2.0, 0)):
+        sums = torch.ops.voxfuse.soft_confusion(*given, *options, gamma, True, focal_classes)
+        gradient = torch.ops.voxfuse.soft_confusion_backward(
+            grad, *given, *options, gamma, focal_classes
+        )
+        found.append((sums, gradient))
+    (sums, gradient), (general_sums, general_gradient) = found
+    # A lane adds some 30 terms, each of a few roundings.
+    torch.testing.assert_close(sums, general_sums, rtol=32 * rounding, atol=0)
+    largest = float(general_gradient.abs().max())
+    torch.testing.assert_close(gradient, general_gradient, rtol=0, atol=8 * rounding * largest)
+
+
+@needs_library
 @pytest.mark.parametrize("target_dtype", LABEL_TYPES)
 @pytest.mark.parametrize("ignore_index", [None, 255, -1])
 def test_label_types(target_dtype, ignore_index):
@@ -669,6 +704,12 @@ def test_a_fraction_is_not_ignored_for_its_integer_part(operators):
     with pytest.raises(RuntimeError, match="target: label 255.5 is no integer"):
         operators.soft_confusion(
             torch.zeros(1, 2, 2), torch.tensor([[0, 255.5]]), None, 2, 2, 0, 255, 0.0, False
+        )
+    with pytest.raises(RuntimeError, match=r"target: label 1\.00000001 is no integer"):
+        operators.soft_confusion(
+            torch.zeros(1, 2, 2),
+            torch.tensor([[0, 1 + 1e-8]], dtype=torch.float64),
+            *(None, 2, 2, 0, 255, 0.0, False),
         )
     sums = operators.soft_confusion(
         torch.zeros(1, 1, 2), torch.tensor([[0, 0.5]]), None, 1, 1, 0, 0, 0.0, False

@@ -154,6 +154,17 @@ def test_dense_targets(soft_confusion, activation, overlap, target_dtype):
         )
 
 
+@pytest.mark.parametrize("target_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soft_indicator_is_not_ignored_for_its_integer_part(soft_confusion, dtype, target_dtype):
+    target = torch.tensor([[0, 0.5, 1.5]], dtype=target_dtype)
+    sums = soft_confusion.soft_confusion(
+        torch.zeros(1, 1, 3, dtype=dtype), target, None, 1, 1, 0, 0, 0.0, False
+    )
+    expected = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # p = 1/2, of g = 1/2 and 3/2
+    torch.testing.assert_close(sums[0, 0, :3], expected)
+
+
 @pytest.mark.parametrize("target_dtype", [torch.int16, torch.int32, torch.int64, torch.float32])
 def test_indicator_with_an_ignored_value(soft_confusion, target_dtype):
     for activation in ("sigmoid", "softmax"):
