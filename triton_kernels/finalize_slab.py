@@ -11,21 +11,18 @@ one axis of length ``turn`` that the slab enters at ``first``. Where it wraps ar
 begins, so that the voxels of a block are neighbours in memory.
 """
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from voxfuse import contract
 from voxfuse.contract import Activation, Finish
 from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS, device_guard, power_of_two
-from voxfuse.triton_kernels.numerics import exponential, log_of_sum, reciprocal
-
-VALUES: tl.constexpr = tl.constexpr(int(Finish.values))
-LABELS: tl.constexpr = tl.constexpr(int(Finish.labels))
-MASK: tl.constexpr = tl.constexpr(int(Finish.mask))
-FOREGROUND: tl.constexpr = tl.constexpr(int(Finish.foreground))
-ENTROPY: tl.constexpr = tl.constexpr(int(Finish.entropy))
-SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
-SOFTMAX: tl.constexpr = tl.constexpr(int(Activation.softmax))
+from voxfuse.triton_kernels.numerics import exponential, log_of_sum, reciprocal, sigmoid_alone
+from voxfuse.triton_kernels.views import constexprs
 
 #: Classes that a program holds in registers at once.
 TILE = 8
@@ -34,62 +31,104 @@ BLOCK = 512
 WARPS = 4
 
 
+class Tensors(NamedTuple):
+    """The ring, what is written, the sums of weights, and a linear layer from channels to classes.
+
+    The last three may be None; all but ``out`` are contiguous.
+    """
+
+    ring: Any
+    out: Any
+    total: Any
+    weight: Any
+    bias: Any
+
+
+class Slab(NamedTuple):
+    """A ring as (channels, outer, turn): where on the turn the slab's ``voxels`` begin, and how
+    many lie before it wraps around; strides of what is written, in elements.
+    """
+
+    outer: Any
+    turn: Any
+    first: Any
+    before: Any
+    voxels: Any
+    out_channel: Any
+    out_outer: Any
+
+
+class Options(NamedTuple):
+    """What the kernel is compiled for."""
+
+    MODE: int
+    ACTIVATION: int
+    BINARY: bool  # every channel is a probability of its own
+    DIVIDE: bool
+    CLEAR: bool
+    DTYPE: tl.dtype
+    SINGLE: bool  # TILE holds all classes
+    TILE: int
+    WIDTH: int
+    BLOCK: int = BLOCK
+
+
+class Voxels(NamedTuple):
+    """A program's voxels: where in a channel of the ring and of what is written, which of them
+    there are, and which of those patches cover (None: all); a channel's stride in the ring.
+    """
+
+    source: Any
+    target: Any
+    stride: Any
+    inside: Any
+    covered: Any
+
+
+class Kept(NamedTuple):
+    """What is kept of every voxel: the greatest value and its class, and the sums."""
+
+    best: Any
+    where: Any
+    shift: Any
+    sums: Any
+    products: Any
+
+
 @triton.jit
-def _features(ring, k, place, inside, stride, divisor, DIVIDE: tl.constexpr, DTYPE: tl.constexpr):
+def _feature(ring, k, voxels, mask, divisor, OPTIONS: tl.constexpr):
     """Channel ``k`` of the ring over the divisor."""
-    value = tl.load(ring + k * stride + place, mask=inside, other=0.0)
-    if DIVIDE:
+    value = tl.load(ring + k * voxels.stride + voxels.source, mask=mask, other=0.0)
+    if OPTIONS.DIVIDE:
         # Rounded correctly: a tie stays a tie.
-        if DTYPE == tl.float32:
-            value = tl.div_rn(value, tl.full(value.shape, divisor, DTYPE))
+        if OPTIONS.DTYPE == tl.float32:
+            value = tl.div_rn(value, tl.full(value.shape, divisor, OPTIONS.DTYPE))
         else:
-            value = value / tl.full(value.shape, divisor, DTYPE)
+            value = value / tl.full(value.shape, divisor, OPTIONS.DTYPE)
     return value
 
 
 @triton.jit
-def _tile(
-    ring,
-    weight,
-    bias,
-    base,
-    place,
-    inside,
-    channels,
-    classes,
-    stride,
-    divisor,
-    DIVIDE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _values(tensors, base, channels, classes, voxels, divisor, OPTIONS: tl.constexpr):
     """The values ``z`` of TILE classes from ``base`` on; what is not a class is 0."""
     values = ()
-    if weight is None:
-        for c in tl.static_range(TILE):
-            mask = inside & (base + c < classes)
-            value = _features(ring, base + c, place, mask, stride, divisor, DIVIDE, DTYPE)
-            values = values + (value,)
+    if tensors.weight is None:
+        for c in tl.static_range(OPTIONS.TILE):
+            mask = voxels.inside & (base + c < classes)
+            values = values + (_feature(tensors.ring, base + c, voxels, mask, divisor, OPTIONS),)
     else:
-        for c in tl.static_range(TILE):
-            offset = tl.load(bias + base + c, mask=base + c < classes, other=0.0)
-            values = values + (tl.zeros([BLOCK], DTYPE) + offset,)
+        for c in tl.static_range(OPTIONS.TILE):
+            offset = tl.load(tensors.bias + base + c, mask=base + c < classes, other=0.0)
+            values = values + (tl.zeros([OPTIONS.BLOCK], OPTIONS.DTYPE) + offset,)
         for k in range(channels):
-            value = _features(ring, k, place, inside, stride, divisor, DIVIDE, DTYPE)
+            value = _feature(tensors.ring, k, voxels, voxels.inside, divisor, OPTIONS)
             new = ()
-            row = weight + base * channels + k
-            for c in tl.static_range(TILE):
+            row = tensors.weight + base * channels + k
+            for c in tl.static_range(OPTIONS.TILE):
                 factor = tl.load(row + c * channels, mask=base + c < classes, other=0.0)
                 new = new + (values[c] + factor * value,)
             values = new
     return values
-
-
-@triton.jit
-def _sigmoid(z, DTYPE: tl.constexpr):
-    e = exponential(-tl.abs(z))
-    return tl.where(z < 0, e, 1.0) * reciprocal(1.0 + e)
 
 
 @triton.jit
@@ -99,41 +138,44 @@ def _surprise(p):
 
 
 @triton.jit
-def _store(out, place, value, covered, fill, mask, TOTAL: tl.constexpr):
+def _entropy(z, OPTIONS: tl.constexpr):
+    """What a class contributes where it is no softmax."""
+    if OPTIONS.ACTIVATION == contract.Activation.sigmoid:
+        distance = tl.abs(z)
+        e = exponential(-distance)
+        rest = tl.where(e == 0, 0.0, distance * e)
+        result = log_of_sum(1.0, e, 1.0 + e) + rest * reciprocal(1.0 + e)
+    else:
+        result = _surprise(z)
+        if OPTIONS.BINARY:
+            result += _surprise(1.0 - z)
+    return result
+
+
+@triton.jit
+def _store(out, place, value, voxels, fill, mask):
     element = out.dtype.element_ty
     if not element.is_int() and element != tl.float64:
         value = value.to(tl.float32)
     value = value.to(element)
-    if TOTAL:
+    if voxels.covered is not None:
         if element.is_int():
             other = tl.full([1], fill, tl.float64).to(tl.int64)
         else:
             other = tl.full([1], fill, tl.float32)
-        value = tl.where(covered, value, other.to(element))
+        value = tl.where(voxels.covered, value, other.to(element))
     tl.store(out + place, value, mask=mask)
 
 
 @triton.jit
-def _take(
-    values,
-    base,
-    classes,
-    best,
-    where,
-    shift,
-    sums,
-    products,
-    MODE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BINARY: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _take(kept, values, base, classes, OPTIONS: tl.constexpr):
     """What is kept of every voxel after TILE more classes."""
-    if ACTIVATION == SOFTMAX:
-        greatest = tl.full([BLOCK], -float("inf"), DTYPE)
-        for c in tl.static_range(TILE):
+    best, where, shift, sums, products = kept
+    entropy: tl.constexpr = OPTIONS.MODE == contract.Finish.entropy
+    foreground: tl.constexpr = OPTIONS.MODE == contract.Finish.foreground
+    if OPTIONS.ACTIVATION == contract.Activation.softmax:
+        greatest = tl.full([OPTIONS.BLOCK], -float("inf"), OPTIONS.DTYPE)
+        for c in tl.static_range(OPTIONS.TILE):
             z = tl.where(base + c < classes, values[c], -float("inf"))
             greatest = tl.maximum(greatest, z)
         greatest = tl.maximum(greatest, tl.where(sums == 0, -float("inf"), shift))
@@ -141,291 +183,162 @@ def _take(
         greatest = tl.where(greatest == -float("inf"), 0.0, greatest)
         step = shift - greatest
         scale = exponential(step)
-        if MODE == ENTROPY:
+        if entropy:
             products = tl.where(sums == 0, 0.0, scale * (products + step * sums))
         sums = tl.where(sums == 0, 0.0, scale * sums)
         shift = greatest
-        for c in tl.static_range(TILE):
+        for c in tl.static_range(OPTIONS.TILE):
             gap = values[c] - shift
             e = tl.where(base + c < classes, exponential(gap), 0.0)
             sums += e
-            if MODE == ENTROPY:
+            if entropy:
                 products += tl.where(e == 0, 0.0, e * gap)
-    elif MODE == ENTROPY:
-        for c in tl.static_range(TILE):
-            z = values[c]
-            if ACTIVATION == SIGMOID:
-                distance = tl.abs(z)
-                e = exponential(-distance)
-                rest = tl.where(e == 0, 0.0, distance * e)
-                entropy = log_of_sum(1.0, e, 1.0 + e) + rest * reciprocal(1.0 + e)
-            else:
-                entropy = _surprise(z)
-                if BINARY:
-                    entropy += _surprise(1.0 - z)
-            sums += tl.where(base + c < classes, entropy, 0.0)
-    if MODE == LABELS or MODE == FOREGROUND:
-        for c in tl.static_range(TILE):
+    elif entropy:
+        for c in tl.static_range(OPTIONS.TILE):
+            sums += tl.where(base + c < classes, _entropy(values[c], OPTIONS), 0.0)
+    if foreground or OPTIONS.MODE == contract.Finish.labels:
+        for c in tl.static_range(OPTIONS.TILE):
             z = values[c]
             better = ((z > best) | ((z != z) & (best == best))) & (base + c < classes)
-            if MODE == FOREGROUND and not BINARY:
+            if foreground and not OPTIONS.BINARY:
                 better = better & (base + c > 0)
             best = tl.where(better, z, best)
             where = tl.where(better, (base + c).to(tl.int32), where)
-    return best, where, shift, sums, products
+    return Kept(best, where, shift, sums, products)
+
+
+@triton.jit
+def _probability(z, kept, OPTIONS: tl.constexpr):
+    """The activated value."""
+    if OPTIONS.ACTIVATION == contract.Activation.sigmoid:
+        z = sigmoid_alone(z)
+    elif OPTIONS.ACTIVATION == contract.Activation.softmax:
+        z = exponential(z - kept.shift) / kept.sums
+    return z
 
 
 @triton.jit
 def _write_classes(
-    out,
-    values,
-    base,
-    classes,
-    out_channel,
-    target,
-    inside,
-    covered,
-    shift,
-    sums,
-    threshold,
-    fill,
-    MODE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TOTAL: tl.constexpr,
-    TILE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    out, stride, values, base, classes, voxels, kept, threshold, fill, OPTIONS: tl.constexpr
 ):
     """Write the values or the mask of TILE classes."""
-    for c in tl.static_range(TILE):
-        p = values[c]
-        if ACTIVATION == SIGMOID:
-            p = _sigmoid(p, DTYPE)
-        elif ACTIVATION == SOFTMAX:
-            p = exponential(p - shift) / sums
-        if MODE == MASK:
-            p = p > tl.full([1], threshold, DTYPE)
-        place = (base + c) * out_channel + target
-        _store(out, place, p, covered, fill, inside & (base + c < classes), TOTAL)
+    for c in tl.static_range(OPTIONS.TILE):
+        p = _probability(values[c], kept, OPTIONS)
+        if OPTIONS.MODE == contract.Finish.mask:
+            p = p > tl.full([1], threshold, OPTIONS.DTYPE)
+        place = (base + c) * stride + voxels.target
+        _store(out, place, p, voxels, fill, voxels.inside & (base + c < classes))
 
 
 @triton.jit
-def _finalize(
-    ring,
-    out,
-    total,
-    weight,
-    bias,
+def finalize(
+    tensors,
     channels,
     classes,
-    outer,
-    turn,
-    first,
-    before,
-    voxels,
-    out_channel,
-    out_outer,
+    slab,
     divisor: tl.float64,
     threshold: tl.float64,
     fill: tl.float64,
-    MODE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BINARY: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    CLEAR: tl.constexpr,
-    SINGLE: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
-    """BLOCK / WIDTH outer indices by WIDTH voxels; ``before`` voxels lie before the wrap.
-
-    BINARY: every channel is a probability of its own. SINGLE: TILE holds all classes.
-    """
-    blocks_before = tl.cdiv(before, WIDTH)
-    blocks = blocks_before + tl.cdiv(voxels - before, WIDTH)
+    """BLOCK / WIDTH outer indices by WIDTH voxels of the slab."""
+    out = tensors.out
+    WIDTH: tl.constexpr = OPTIONS.WIDTH
+    blocks_before = tl.cdiv(slab.before, WIDTH)
+    blocks = blocks_before + tl.cdiv(slab.voxels - slab.before, WIDTH)
     program = tl.program_id(0)
     block = (program % blocks).to(tl.int64)
     wrapped = block >= blocks_before
-    index = tl.arange(0, BLOCK)
-    row = (program // blocks).to(tl.int64) * (BLOCK // WIDTH) + index // WIDTH
+    index = tl.arange(0, OPTIONS.BLOCK)
+    row = (program // blocks).to(tl.int64) * (OPTIONS.BLOCK // WIDTH) + index // WIDTH
     start = tl.where(wrapped, block - blocks_before, block) * WIDTH
     column = start + index % WIDTH
-    inside = (row < outer) & (column < tl.where(wrapped, voxels - before, before))
-    place = row * turn + tl.where(wrapped, 0, first) + column
-    target = row * out_outer + tl.where(wrapped, before, 0) + column
-    stride = tl.cast(turn, tl.int64) * outer
+    after = slab.voxels - slab.before
+    inside = (row < slab.outer) & (column < tl.where(wrapped, after, slab.before))
+    source = row * slab.turn + tl.where(wrapped, 0, slab.first) + column
+    target = row * slab.out_outer + tl.where(wrapped, slab.before, 0) + column
+    stride = tl.cast(slab.turn, tl.int64) * slab.outer
+    covered = None
+    if tensors.total is not None:
+        covered = tl.load(tensors.total + source, mask=inside, other=0.0) != 0
+    voxels = Voxels(source, target, stride, inside, covered)
 
-    covered = inside
-    if total is not None:
-        covered = tl.load(total + place, mask=inside, other=0.0) != 0
-    best = tl.full([BLOCK], -float("inf"), DTYPE)
-    where = tl.zeros([BLOCK], tl.int32)
-    shift = tl.zeros([BLOCK], DTYPE)
-    sums = tl.zeros([BLOCK], DTYPE)
-    products = tl.zeros([BLOCK], DTYPE)
+    zeros = tl.zeros([OPTIONS.BLOCK], OPTIONS.DTYPE)
+    lowest = tl.full([OPTIONS.BLOCK], -float("inf"), OPTIONS.DTYPE)
+    kept = Kept(lowest, tl.zeros([OPTIONS.BLOCK], tl.int32), zeros, zeros, zeros)
     zero = tl.zeros([1], tl.int64)
-    by_class: tl.constexpr = MODE == VALUES or MODE == MASK
-    if SINGLE:
-        values = _tile(
-            ring,
-            weight,
-            bias,
-            zero,
-            place,
-            inside,
-            channels,
-            classes,
-            stride,
-            divisor,
-            DIVIDE,
-            TILE,
-            BLOCK,
-            DTYPE,
-        )
-        best, where, shift, sums, products = _take(
-            values,
-            zero,
-            classes,
-            best,
-            where,
-            shift,
-            sums,
-            products,
-            MODE,
-            ACTIVATION,
-            BINARY,
-            TILE,
-            BLOCK,
-            DTYPE,
-        )
+    softmax: tl.constexpr = OPTIONS.ACTIVATION == contract.Activation.softmax
+    by_class: tl.constexpr = (
+        OPTIONS.MODE == contract.Finish.values or OPTIONS.MODE == contract.Finish.mask
+    )
+    if OPTIONS.SINGLE:
+        values = _values(tensors, zero, channels, classes, voxels, divisor, OPTIONS)
+        kept = _take(kept, values, zero, classes, OPTIONS)
         if by_class:
             _write_classes(
-                out,
-                values,
-                zero,
-                classes,
-                out_channel,
-                target,
-                inside,
-                covered,
-                shift,
-                sums,
-                threshold,
-                fill,
-                MODE,
-                ACTIVATION,
-                total is not None,
-                TILE,
-                DTYPE,
+                out, slab.out_channel, values, zero, classes, voxels, kept, threshold, fill, OPTIONS
             )
     else:
         # The probabilities of a softmax need the sum over all classes first.
-        if (not by_class) or ACTIVATION == SOFTMAX:
-            for begin in range(0, classes, TILE):
-                part = _tile(
-                    ring,
-                    weight,
-                    bias,
-                    zero + begin,
-                    place,
-                    inside,
-                    channels,
-                    classes,
-                    stride,
-                    divisor,
-                    DIVIDE,
-                    TILE,
-                    BLOCK,
-                    DTYPE,
-                )
-                best, where, shift, sums, products = _take(
-                    part,
-                    zero + begin,
-                    classes,
-                    best,
-                    where,
-                    shift,
-                    sums,
-                    products,
-                    MODE,
-                    ACTIVATION,
-                    BINARY,
-                    TILE,
-                    BLOCK,
-                    DTYPE,
-                )
+        if (not by_class) or softmax:
+            for begin in range(0, classes, OPTIONS.TILE):
+                base = zero + begin
+                part = _values(tensors, base, channels, classes, voxels, divisor, OPTIONS)
+                kept = _take(kept, part, base, classes, OPTIONS)
         if by_class:
-            for begin in range(0, classes, TILE):
-                part = _tile(
-                    ring,
-                    weight,
-                    bias,
-                    zero + begin,
-                    place,
-                    inside,
-                    channels,
-                    classes,
-                    stride,
-                    divisor,
-                    DIVIDE,
-                    TILE,
-                    BLOCK,
-                    DTYPE,
-                )
+            for begin in range(0, classes, OPTIONS.TILE):
+                base = zero + begin
+                part = _values(tensors, base, channels, classes, voxels, divisor, OPTIONS)
                 _write_classes(
                     out,
+                    slab.out_channel,
                     part,
-                    zero + begin,
+                    base,
                     classes,
-                    out_channel,
-                    target,
-                    inside,
-                    covered,
-                    shift,
-                    sums,
+                    voxels,
+                    kept,
                     threshold,
                     fill,
-                    MODE,
-                    ACTIVATION,
-                    total is not None,
-                    TILE,
-                    DTYPE,
+                    OPTIONS,
                 )
 
-    if MODE == LABELS:
-        _store(out, target, where, covered, fill, inside, total is not None)
-    elif MODE == FOREGROUND:
-        if ACTIVATION == SIGMOID:
-            best = _sigmoid(best, DTYPE)
-        elif ACTIVATION == SOFTMAX:
-            best = exponential(best - shift) / sums
-        _store(out, target, best, covered, fill, inside, total is not None)
-    elif MODE == ENTROPY:
-        if ACTIVATION == SOFTMAX:
-            sums = tl.log(sums) - products / sums
-        _store(out, target, sums, covered, fill, inside, total is not None)
+    if OPTIONS.MODE == contract.Finish.labels:
+        _store(out, target, kept.where, voxels, fill, inside)
+    elif OPTIONS.MODE == contract.Finish.foreground:
+        best = _probability(kept.best, kept, OPTIONS)
+        _store(out, target, best, voxels, fill, inside)
+    elif OPTIONS.MODE == contract.Finish.entropy:
+        entropy = kept.sums
+        if softmax:
+            entropy = tl.log(entropy) - kept.products / entropy
+        _store(out, target, entropy, voxels, fill, inside)
 
-    if CLEAR:
+    if OPTIONS.CLEAR:
         # Another thread of the program may still have to read.
         tl.debug_barrier()
-        nothing = tl.zeros([BLOCK], DTYPE)
         for k in range(channels):
-            tl.store(ring + (zero + k) * stride + place, nothing, mask=inside)
+            tl.store(tensors.ring + (zero + k) * stride + source, zeros, mask=inside)
 
 
 # --- launches ------------------------------------------------------------------------------------
 
 
-def tiles(classes: int, voxels: int) -> dict[str, int | bool]:
-    """Classes and voxels of a program, as compile-time values of the kernel."""
-    tile = min(power_of_two(classes), TILE)
-    return {
-        "SINGLE": classes <= tile,
-        "TILE": tile,
-        "WIDTH": min(power_of_two(voxels), BLOCK),
-        "BLOCK": BLOCK,
-    }
+def options_for(
+    mode: int,
+    activation: int,
+    binary: bool,
+    divide: bool,
+    clear: bool,
+    dtype: torch.dtype,
+    classes: int,
+    voxels: int,
+) -> Options:
+    """What a launch for so many classes and voxels compiles; ``dtype`` is the ring's."""
+    accumulation = tl.float64 if dtype == torch.float64 else tl.float32
+    tile, width = min(power_of_two(classes), TILE), min(power_of_two(voxels), BLOCK)
+    return Options(
+        mode, activation, binary, divide, clear, accumulation, classes <= tile, tile, width
+    )
 
 
 def finalize_slab(
@@ -448,51 +361,39 @@ def finalize_slab(
     """Write the slab into ``out`` and, if ``clear``, zeros into the ring where it was."""
     if out.numel() == 0:
         return
-    channels = ring.shape[0]
+    channels, *extent = ring.shape
     classes = channels if weight is None else weight.shape[0]
-    depth = ring.shape[1 + ring_axis]
-    inner, outer = 1, 1
-    for axis, size in enumerate(ring.shape[1:]):
-        if axis > ring_axis:
-            inner *= size
-        elif axis < ring_axis:
-            outer *= size
+    inner, outer = math.prod(extent[ring_axis + 1 :]), math.prod(extent[:ring_axis])
+    depth = extent[ring_axis]
     turn, first, voxels = depth * inner, start % depth * inner, (stop - start) * inner
     before = min(voxels, turn - first)
+    walked = (outer, turn, first, before, voxels)
     if out.dtype == torch.bool:
         out = out.view(torch.uint8)
-    total, weight, bias = (None if x is None else x.contiguous() for x in (total, weight, bias))
-    kept = 0 if applied or mode == LABELS.value else activation
-    constants = tiles(classes, voxels)
-    width, block = constants["WIDTH"], constants["BLOCK"]
-    columns = triton.cdiv(before, width) + triton.cdiv(voxels - before, width)
+    given = (None if x is None else x.contiguous() for x in (total, weight, bias))
+    options = options_for(
+        mode,
+        Activation.none if applied or mode == Finish.labels else activation,
+        activation == Activation.sigmoid or classes == 1,
+        divisor != 1,
+        clear,
+        ring.dtype,
+        classes,
+        voxels,
+    )
+    columns = triton.cdiv(before, options.WIDTH) + triton.cdiv(voxels - before, options.WIDTH)
+    programs = columns * triton.cdiv(outer, options.BLOCK // options.WIDTH)
     with device_guard(ring):
-        _finalize[(columns * triton.cdiv(outer, block // width),)](
-            ring,
-            out,
-            total,
-            weight,
-            bias,
+        finalize[(programs,)](
+            Tensors(ring, out, *given),
             channels,
             classes,
-            outer,
-            turn,
-            first,
-            before,
-            voxels,
-            out.stride(0),
-            _outer_stride(out, ring_axis),
+            Slab(*walked, out.stride(0), _outer_stride(out, ring_axis)),
             float(divisor),
             float(threshold),
-            float(fill != 0) if mode == MASK.value else float(fill),
-            MODE=mode,
-            ACTIVATION=kept,
-            BINARY=activation == SIGMOID.value or classes == 1,
-            DIVIDE=divisor != 1,
-            CLEAR=clear,
-            DTYPE=tl.float64 if ring.dtype == torch.float64 else tl.float32,
+            float(fill != 0) if mode == Finish.mask else float(fill),
+            constexprs(options),
             num_warps=WARPS,
-            **constants,
             **LAUNCH_OPTIONS,
         )
 

@@ -5,32 +5,79 @@ the pooled batch) and all classes is held in registers, in float64, and everythi
 is elementwise or a sum over the tile. More rows than fit are walked over in order.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from voxfuse.contract import Absent, ClassPooling, Normaliser, Reduction, Sum
+from voxfuse import contract
+from voxfuse.contract import Reduction
 from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS, device_guard, power_of_two
 from voxfuse.triton_kernels.numerics import log_of_sum
+from voxfuse.triton_kernels.views import constexprs
 
 #: Numbers in a tile, as long as there are fewer classes.
 TILE = 1024
+#: Elements and warps of a program of the backward pass.
+BLOCK = 1024
+WARPS = 4
 
-UNIFORM: tl.constexpr = tl.constexpr(int(ClassPooling.uniform))
-SIMPLE: tl.constexpr = tl.constexpr(int(ClassPooling.simple))
-KEEP: tl.constexpr = tl.constexpr(int(Absent.keep))
-IGNORE: tl.constexpr = tl.constexpr(int(Absent.ignore))
-SUM_TP: tl.constexpr = tl.constexpr(int(Sum.TP))
-SUM_FN: tl.constexpr = tl.constexpr(int(Sum.FN))
-SUM_NLL: tl.constexpr = tl.constexpr(int(Sum.NLL))
-SUM_OFF: tl.constexpr = tl.constexpr(int(Sum.OFF))
-SUM_W: tl.constexpr = tl.constexpr(int(Sum.W))
-BY_ONE: tl.constexpr = tl.constexpr(int(Normaliser.one))
-BY_TARGET: tl.constexpr = tl.constexpr(int(Normaliser.target))
-BY_VOXELS: tl.constexpr = tl.constexpr(int(Normaliser.voxels))
-BY_ELEMENTS: tl.constexpr = tl.constexpr(int(Normaliser.elements))
+
+class Shape(NamedTuple):
+    """Sizes of the statistics (samples, classes, SUMS) and of the loss.
+
+    ``rows`` is 1 where the batch is pooled; ``exponent_from`` the first class whose term is raised
+    to the exponent.
+    """
+
+    samples: Any
+    rows: Any
+    classes: Any
+    first_class: Any
+    terms: Any
+    exponent_from: Any
+
+
+class Weights(NamedTuple):
+    """Weights of the classes, or None: of the terms, the likelihood and that of the negatives."""
+
+    terms: Any
+    nll: Any
+    off: Any
+
+
+class Options(NamedTuple):
+    """What the forward kernel is compiled for."""
+
+    SUMS: int
+    RATIO: bool
+    NLL: bool
+    OFF: bool
+    BATCH: bool
+    POOLING: int
+    ABSENT: int
+    REDUCTION: int
+    NORMALISER: int
+    LOG: bool
+    LINEAR: bool
+    MIXED: bool  # linear up to exponent_from
+    ROWS: int  # of a tile
+    CLASSES: int
+
+
+class Numbers(NamedTuple):
+    """The scalars of the loss. They are float64, and would be float32 in a tuple from the host."""
+
+    numerator: Any
+    denominator: Any
+    smooth_nr: Any
+    smooth_dr: Any
+    min_denominator: Any
+    exponent: Any
+    ratio_scale: Any
+    nll_scale: Any
+    off_scale: Any
 
 
 @triton.jit
@@ -39,16 +86,25 @@ def _constant(x):
 
 
 @triton.jit
-def _load_sum(
-    stats, k: tl.constexpr, row, column, samples, rows, classes, SUMS: tl.constexpr, BATCH
-):
-    """Sum k of a tile of rows and classes; a row is a sample, or with BATCH all of them."""
-    place = stats + (row * classes + column) * SUMS + k
-    mask = (row < rows) & (column < classes)
-    if BATCH:
-        result = tl.zeros([row.shape[0], column.shape[1]], tl.float64)
-        for sample in range(samples):
-            result += tl.load(place + sample * classes * SUMS, mask=mask, other=0.0)
+def _over_tile(x):
+    """Sum of a tile."""
+    return tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _rows_from(start, OPTIONS: tl.constexpr):
+    return (start + tl.arange(0, OPTIONS.ROWS))[:, None].to(tl.int64)
+
+
+@triton.jit
+def _load_sum(stats, k: tl.constexpr, row, column, rows, shape, POOLED: tl.constexpr, OPTIONS):
+    """Sum k of a tile of rows and classes; a row is a sample, or where POOLED all of them."""
+    place = stats + (row * shape.classes + column) * OPTIONS.SUMS + k
+    mask = (row < rows) & (column < shape.classes)
+    if POOLED:
+        result = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+        for sample in range(shape.samples):
+            result += tl.load(place + sample * shape.classes * OPTIONS.SUMS, mask=mask, other=0.0)
     else:
         result = tl.load(place, mask=mask, other=0.0)
     return result
@@ -69,19 +125,171 @@ def _load_weight(weight, column, mask):
 
 
 @triton.jit
-def _forward(
+def _count_terms(stats, column, valid, shape, OPTIONS: tl.constexpr):
+    """How many terms there are; where absent classes are ignored, of the others."""
+    count = tl.zeros([1, 1], tl.float64) + shape.terms
+    if OPTIONS.ABSENT == contract.Absent.ignore:
+        count = tl.zeros([1, 1], tl.float64)
+        for start in range(0, shape.rows, OPTIONS.ROWS):
+            row = _rows_from(start, OPTIONS)
+            tp = _load_sum(
+                stats, contract.Sum.TP, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS
+            )
+            fn = _load_sum(
+                stats, contract.Sum.FN, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS
+            )
+            present = tl.where((tp + fn != 0) & valid & (row < shape.rows), 1.0, 0.0)
+            if OPTIONS.POOLING:
+                present = tl.max(present, axis=1, keep_dims=True)
+            count += _over_tile(present)
+    return count.to(tl.float64)
+
+
+@triton.jit
+def _likelihood(stats, on, off, column, shape, numbers, OPTIONS: tl.constexpr):
+    """The likelihood terms, and one over what they are divided by; 0 where that is 0."""
+    by_voxels: tl.constexpr = OPTIONS.NORMALISER == contract.Normaliser.voxels
+    total = tl.zeros([1, 1], tl.float64)
+    divisor = tl.zeros([1, 1], tl.float64)
+    for start in range(0, shape.samples, OPTIONS.ROWS):
+        row = _rows_from(start, OPTIONS)
+        inside = (row < shape.samples) & (column < shape.classes)
+        part = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+        if OPTIONS.NLL:
+            x = _load_sum(
+                stats, contract.Sum.NLL, row, column, shape.samples, shape, False, OPTIONS
+            )
+            part += tl.where(on == 0, 0.0, _constant(numbers.nll_scale) * on * x)
+        if OPTIONS.OFF:
+            x = _load_sum(
+                stats, contract.Sum.OFF, row, column, shape.samples, shape, False, OPTIONS
+            )
+            part += tl.where(off == 0, 0.0, _constant(numbers.off_scale) * off * x)
+        total += _over_tile(part)
+        if by_voxels or OPTIONS.NORMALISER == contract.Normaliser.elements:
+            size = _load_sum(
+                stats, contract.Sum.W, row, column, shape.samples, shape, False, OPTIONS
+            )
+            if by_voxels:
+                inside = inside & (column == 0)
+        else:
+            size = _load_sum(
+                stats, contract.Sum.TP, row, column, shape.samples, shape, False, OPTIONS
+            )
+            size += _load_sum(
+                stats, contract.Sum.FN, row, column, shape.samples, shape, False, OPTIONS
+            )
+            if OPTIONS.NORMALISER == contract.Normaliser.target:
+                size = size * on
+        divisor += _over_tile(tl.where(inside, size, 0.0))
+    if OPTIONS.NORMALISER == contract.Normaliser.one:
+        divisor = tl.full([1, 1], 1.0, tl.float64)
+    nothing = divisor == 0
+    divisor = tl.where(nothing, 1.0, divisor)
+    scale = tl.where(nothing, 0.0, 1.0 / divisor)
+    return tl.where(nothing, 0.0, total / divisor), scale
+
+
+@triton.jit
+def _pooling_weights(volume, present, inside, OPTIONS: tl.constexpr):
+    """Weights of the classes in the generalised Dice loss, without the class weights."""
+    if OPTIONS.POOLING == contract.ClassPooling.uniform:
+        weights = volume * 0.0 + 1.0
+    else:
+        base = volume if OPTIONS.POOLING == contract.ClassPooling.simple else volume * volume
+        infinite = tl.abs(1.0 / base) == float("inf")
+        weights = tl.where(infinite, 0.0, 1.0 / base)
+        largest = tl.max(tl.where(inside, weights, 0.0), axis=1, keep_dims=True)
+        largest = tl.where(largest == 0, 1.0, largest)
+        weights = tl.where(infinite, largest, weights)
+    if OPTIONS.ABSENT == contract.Absent.ignore:
+        weights = tl.where(present, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def _terms(misses, hits, size, numbers, LOG: tl.constexpr, LINEAR: tl.constexpr):
+    """The terms and their slopes: d term / d s_k = a (den_k - num_k) + b den_k."""
+    smooth_nr, smooth_dr = _constant(numbers.smooth_nr), _constant(numbers.smooth_dr)
+    least, exponent = _constant(numbers.min_denominator), _constant(numbers.exponent)
+    n = hits + smooth_nr
+    d = size + smooth_dr
+    clamped = d < least
+    d = tl.where(clamped, least, d)
+    empty = d == 0
+    d = tl.where(empty, 1.0, d)
+    index = tl.where(clamped, d - n, misses + (smooth_dr - smooth_nr)) / d
+    index = tl.where(empty, 0.0, index)
+    if LOG:
+        ratio = n / d
+        floored = ratio < least
+        small = -log_of_sum(1.0, -index, 1.0 - index)
+        large = -tl.log(tl.where(floored, least, ratio))
+        value = tl.where((index < 0.5) & (floored == 0), small, large)
+        a = tl.where(empty | floored, 0.0, 1.0 / n)
+    elif LINEAR:
+        value = index
+        a = tl.where(empty, 0.0, 1.0 / d)
+    else:
+        flat = index <= 0
+        logarithm = tl.log(tl.where(flat, 1.0, index))
+        value = tl.where(flat, 0.0, tl.exp(exponent * logarithm))
+        a = tl.where(flat, 0.0, exponent * tl.exp((exponent - 1.0) * logarithm) / d)
+    return value, a, tl.where(clamped, -a, -index * a)
+
+
+@triton.jit
+def _ratio(stats, class_weight, row, column, inside, scale, shape, numbers, OPTIONS: tl.constexpr):
+    """Values of the terms of a tile and slopes as of ``_terms``, times ``scale``; what the classes
+    weigh in a slope where they are pooled.
+    """
+    hits = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+    size = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+    misses = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+    volume = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+    for k in tl.static_range(OPTIONS.SUMS):
+        x = _load_sum(stats, k, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS)
+        n, d = _constant(numbers.numerator[k]), _constant(numbers.denominator[k])
+        hits += _multiply(n, x)
+        size += _multiply(d, x)
+        misses += _multiply(d - n, x)
+        if k == contract.Sum.TP or k == contract.Sum.FN:
+            volume += x
+    present = volume != 0
+    weight = tl.full([1, OPTIONS.CLASSES], 1.0, tl.float64)
+    if class_weight is not None:
+        valid = (column >= shape.first_class) & (column < shape.classes)
+        weight = tl.load(class_weight + (column - shape.first_class), mask=valid, other=0.0)
+    pooling = tl.full([1, 1], 1.0, tl.float64)
+    if OPTIONS.POOLING:
+        pooling = _pooling_weights(volume, present, inside, OPTIONS) * weight
+        hits = tl.sum(tl.where(inside, pooling * hits, 0.0), axis=1, keep_dims=True)
+        size = tl.sum(tl.where(inside, pooling * size, 0.0), axis=1, keep_dims=True)
+        misses = tl.sum(tl.where(inside, pooling * misses, 0.0), axis=1, keep_dims=True)
+        anything = tl.where(present & inside, 1.0, 0.0)
+        present = tl.max(anything, axis=1, keep_dims=True) != 0
+    value, a, b = _terms(misses, hits, size, numbers, OPTIONS.LOG, OPTIONS.LINEAR)
+    if OPTIONS.MIXED:
+        flat_value, flat_a, flat_b = _terms(misses, hits, size, numbers, OPTIONS.LOG, True)
+        plain = column < shape.exponent_from
+        value = tl.where(plain, flat_value, value)
+        a, b = tl.where(plain, flat_a, a), tl.where(plain, flat_b, b)
+    if class_weight is not None and not OPTIONS.POOLING:
+        value, a, b = value * weight, a * weight, b * weight
+    if OPTIONS.ABSENT != contract.Absent.keep:
+        value = tl.where(present, value, 0.0)
+        a = tl.where(present, a, 0.0)
+        b = tl.where(present, b, 0.0)
+    return value * scale, a * scale, b * scale, pooling
+
+
+@triton.jit
+def forward(
     stats,
-    class_weight,
-    nll_weight,
-    off_weight,
+    weights,
     loss,
     cotangents,
-    samples,
-    rows,
-    classes,
-    first_class,
-    terms,
-    exponent_from,
+    shape,
     n0: tl.float64,
     n1: tl.float64,
     n2: tl.float64,
@@ -105,234 +313,79 @@ def _forward(
     ratio_scale: tl.float64,
     nll_scale: tl.float64,
     off_scale: tl.float64,
-    SUMS: tl.constexpr,
-    RATIO: tl.constexpr,
-    NLL: tl.constexpr,
-    OFF: tl.constexpr,
-    BATCH: tl.constexpr,
-    POOLING: tl.constexpr,
-    ABSENT: tl.constexpr,
-    NO_REDUCTION: tl.constexpr,
-    MEAN: tl.constexpr,
-    NORMALISER: tl.constexpr,
-    LOG: tl.constexpr,
-    LINEAR: tl.constexpr,
-    MIXED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
-    column = tl.arange(0, CLASSES)[None, :].to(tl.int64)
-    valid = (column >= first_class) & (column < classes)
-    numerator = (n0, n1, n2, n3, n4, n5, n6, n7)
-    denominator = (d0, d1, d2, d3, d4, d5, d6, d7)
+    """The loss of all rows, and its derivative at the statistics."""
+    numbers = Numbers(
+        (n0, n1, n2, n3, n4, n5, n6, n7),
+        (d0, d1, d2, d3, d4, d5, d6, d7),
+        smooth_nr,
+        smooth_dr,
+        min_denominator,
+        exponent,
+        ratio_scale,
+        nll_scale,
+        off_scale,
+    )
+    column = tl.arange(0, OPTIONS.CLASSES)[None, :].to(tl.int64)
+    valid = (column >= shape.first_class) & (column < shape.classes)
+    unreduced: tl.constexpr = OPTIONS.REDUCTION == contract.Reduction.none
 
     scale = _constant(ratio_scale)
-    if RATIO and MEAN:
-        count = tl.zeros([1, 1], tl.float64) + terms
-        if ABSENT == IGNORE:
-            count = tl.zeros([1, 1], tl.float64)
-            for start in range(0, rows, ROWS):
-                row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
-                tp = _load_sum(stats, SUM_TP, row, column, samples, rows, classes, SUMS, BATCH)
-                fn = _load_sum(stats, SUM_FN, row, column, samples, rows, classes, SUMS, BATCH)
-                present = tl.where((tp + fn != 0) & valid & (row < rows), 1.0, 0.0)
-                if POOLING:
-                    present = tl.max(present, axis=1, keep_dims=True)
-                count += tl.sum(tl.sum(present, axis=1, keep_dims=True), axis=0, keep_dims=True)
-        scale = scale / tl.maximum(count.to(tl.float64), 1.0)
-
+    if OPTIONS.RATIO and OPTIONS.REDUCTION == contract.Reduction.mean:
+        scale = scale / tl.maximum(_count_terms(stats, column, valid, shape, OPTIONS), 1.0)
     total = tl.zeros([1, 1], tl.float64)
     likelihood_scale = tl.zeros([1, 1], tl.float64)
-    on = _load_weight(nll_weight, column, column < classes)
-    off = _load_weight(off_weight, column, column < classes)
-    if NLL or OFF:
-        divisor = tl.zeros([1, 1], tl.float64)
-        for start in range(0, samples, ROWS):
-            row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
-            inside = (row < samples) & (column < classes)
-            part = tl.zeros([ROWS, CLASSES], tl.float64)
-            if NLL:
-                x = _load_sum(stats, SUM_NLL, row, column, 1, samples, classes, SUMS, False)
-                part += tl.where(on == 0, 0.0, _constant(nll_scale) * on * x)
-            if OFF:
-                x = _load_sum(stats, SUM_OFF, row, column, 1, samples, classes, SUMS, False)
-                part += tl.where(off == 0, 0.0, _constant(off_scale) * off * x)
-            total += tl.sum(tl.sum(part, axis=1, keep_dims=True), axis=0, keep_dims=True)
-            if NORMALISER == BY_VOXELS or NORMALISER == BY_ELEMENTS:
-                size = _load_sum(stats, SUM_W, row, column, 1, samples, classes, SUMS, False)
-                if NORMALISER == BY_VOXELS:
-                    inside = inside & (column == 0)
-            else:
-                size = _load_sum(stats, SUM_TP, row, column, 1, samples, classes, SUMS, False)
-                size += _load_sum(stats, SUM_FN, row, column, 1, samples, classes, SUMS, False)
-                if NORMALISER == BY_TARGET:
-                    size = size * on
-            size = tl.where(inside, size, 0.0)
-            divisor += tl.sum(tl.sum(size, axis=1, keep_dims=True), axis=0, keep_dims=True)
-        if NORMALISER == BY_ONE:
-            divisor = tl.full([1, 1], 1.0, tl.float64)
-        likelihood_scale = tl.where(divisor == 0, 0.0, 1.0 / tl.where(divisor == 0, 1.0, divisor))
-        total = tl.where(divisor == 0, 0.0, total / tl.where(divisor == 0, 1.0, divisor))
+    on = _load_weight(weights.nll, column, column < shape.classes)
+    off = _load_weight(weights.off, column, column < shape.classes)
+    if OPTIONS.NLL or OPTIONS.OFF:
+        total, likelihood_scale = _likelihood(stats, on, off, column, shape, numbers, OPTIONS)
 
-    for start in range(0, rows, ROWS):
-        row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
-        inside = (row < rows) & valid
-        a = tl.zeros([ROWS, CLASSES], tl.float64)
-        b = tl.zeros([ROWS, CLASSES], tl.float64)
-        if RATIO:
-            hits = tl.zeros([ROWS, CLASSES], tl.float64)
-            size = tl.zeros([ROWS, CLASSES], tl.float64)
-            misses = tl.zeros([ROWS, CLASSES], tl.float64)
-            volume = tl.zeros([ROWS, CLASSES], tl.float64)
-            for k in tl.static_range(SUMS):
-                x = _load_sum(stats, k, row, column, samples, rows, classes, SUMS, BATCH)
-                n, d = _constant(numerator[k]), _constant(denominator[k])
-                hits += _multiply(n, x)
-                size += _multiply(d, x)
-                misses += _multiply(d - n, x)
-                if k == SUM_TP or k == SUM_FN:
-                    volume += x
-            present = volume != 0
-            weight = tl.full([1, CLASSES], 1.0, tl.float64)
-            if class_weight is not None:
-                weight = tl.load(class_weight + (column - first_class), mask=valid, other=0.0)
-            pooling = tl.full([1, 1], 1.0, tl.float64)
-            if POOLING:
-                pooling = _pooling_weights(volume, present, inside, POOLING, ABSENT) * weight
-                hits = tl.sum(tl.where(inside, pooling * hits, 0.0), axis=1, keep_dims=True)
-                size = tl.sum(tl.where(inside, pooling * size, 0.0), axis=1, keep_dims=True)
-                misses = tl.sum(tl.where(inside, pooling * misses, 0.0), axis=1, keep_dims=True)
-                anything = tl.where(present & inside, 1.0, 0.0)
-                present = tl.max(anything, axis=1, keep_dims=True) != 0
-            value, a, b = _terms(
-                misses,
-                hits,
-                size,
-                _constant(smooth_nr),
-                _constant(smooth_dr),
-                _constant(min_denominator),
-                _constant(exponent),
-                LOG,
-                LINEAR,
+    for start in range(0, shape.rows, OPTIONS.ROWS):
+        row = _rows_from(start, OPTIONS)
+        inside = (row < shape.rows) & valid
+        a = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+        b = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
+        if OPTIONS.RATIO:
+            value, a, b, pooling = _ratio(
+                stats, weights.terms, row, column, inside, scale, shape, numbers, OPTIONS
             )
-            if MIXED:
-                flat_value, flat_a, flat_b = _terms(
-                    misses,
-                    hits,
-                    size,
-                    _constant(smooth_nr),
-                    _constant(smooth_dr),
-                    _constant(min_denominator),
-                    _constant(exponent),
-                    LOG,
-                    True,
-                )
-                plain = column < exponent_from
-                value = tl.where(plain, flat_value, value)
-                a, b = tl.where(plain, flat_a, a), tl.where(plain, flat_b, b)
-            if class_weight is not None and not POOLING:
-                value, a, b = value * weight, a * weight, b * weight
-            if ABSENT != KEEP:
-                value = tl.where(present, value, 0.0)
-                a = tl.where(present, a, 0.0)
-                b = tl.where(present, b, 0.0)
-            value, a, b = value * scale, a * scale, b * scale
-            if NO_REDUCTION:
-                if POOLING:
-                    tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < rows)
-                else:
-                    place = loss + row * (classes - first_class) + (column - first_class)
-                    tl.store(place, value.to(loss.dtype.element_ty), mask=inside)
+            place, mask = row, row < shape.rows
+            if not OPTIONS.POOLING:
+                place = row * (shape.classes - shape.first_class) + (column - shape.first_class)
+                mask = inside
+            if unreduced:
+                tl.store(loss + place, value.to(loss.dtype.element_ty), mask=mask)
             else:
-                if POOLING:
-                    value = tl.where(row < rows, value, 0.0)
-                else:
-                    value = tl.where(inside, value, 0.0)
-                total += tl.sum(tl.sum(value, axis=1, keep_dims=True), axis=0, keep_dims=True)
+                total += _over_tile(tl.where(mask, value, 0.0))
             a = tl.where(inside, a * pooling, 0.0)
             b = tl.where(inside, b * pooling, 0.0)
-        for k in tl.static_range(SUMS):
-            n, d = _constant(numerator[k]), _constant(denominator[k])
+        for k in tl.static_range(OPTIONS.SUMS):
+            n, d = _constant(numbers.numerator[k]), _constant(numbers.denominator[k])
             slope = a * (d - n) + b * d
-            if k == SUM_NLL and NLL:
+            if k == contract.Sum.NLL and OPTIONS.NLL:
                 slope += _constant(nll_scale) * on * likelihood_scale
-            if k == SUM_OFF and OFF:
+            if k == contract.Sum.OFF and OPTIONS.OFF:
                 slope += _constant(off_scale) * off * likelihood_scale
-            place = cotangents + (row * classes + column) * SUMS + k
-            mask = (row < rows) & (column < classes)
-            if BATCH:
-                for sample in range(samples):
-                    tl.store(place + sample * classes * SUMS, slope, mask=mask)
+            place = cotangents + (row * shape.classes + column) * OPTIONS.SUMS + k
+            mask = (row < shape.rows) & (column < shape.classes)
+            if OPTIONS.BATCH:
+                for sample in range(shape.samples):
+                    tl.store(place + sample * shape.classes * OPTIONS.SUMS, slope, mask=mask)
             else:
                 tl.store(place, slope, mask=mask)
-    if not NO_REDUCTION:
+    if not unreduced:
         here = tl.zeros([1, 1], tl.int32)
         tl.store(loss + here, total.to(loss.dtype.element_ty))
-    elif not RATIO:
-        for start in range(0, terms, CLASSES):
+    elif not OPTIONS.RATIO:
+        for start in range(0, shape.terms, OPTIONS.CLASSES):
             place = start + column
-            tl.store(loss + place, tl.zeros([1, CLASSES], tl.float32), mask=place < terms)
+            nothing = tl.zeros([1, OPTIONS.CLASSES], tl.float32)
+            tl.store(loss + place, nothing, mask=place < shape.terms)
 
 
 @triton.jit
-def _pooling_weights(volume, present, inside, POOLING: tl.constexpr, ABSENT: tl.constexpr):
-    """Weights of the classes in the generalised Dice loss, without the class weights."""
-    if POOLING == UNIFORM:
-        weights = volume * 0.0 + 1.0
-    else:
-        base = volume if POOLING == SIMPLE else volume * volume
-        infinite = tl.abs(1.0 / base) == float("inf")
-        weights = tl.where(infinite, 0.0, 1.0 / base)
-        largest = tl.max(tl.where(inside, weights, 0.0), axis=1, keep_dims=True)
-        largest = tl.where(largest == 0, 1.0, largest)
-        weights = tl.where(infinite, largest, weights)
-    if ABSENT == IGNORE:
-        weights = tl.where(present, weights, 0.0)
-    return weights
-
-
-@triton.jit
-def _terms(
-    misses,
-    hits,
-    size,
-    smooth_nr,
-    smooth_dr,
-    min_denominator,
-    exponent,
-    LOG: tl.constexpr,
-    LINEAR: tl.constexpr,
-):
-    """The terms and their slopes: d term / d s_k = a (den_k - num_k) + b den_k."""
-    n = hits + smooth_nr
-    d = size + smooth_dr
-    clamped = d < min_denominator
-    d = tl.where(clamped, min_denominator, d)
-    empty = d == 0
-    d = tl.where(empty, 1.0, d)
-    index = tl.where(clamped, d - n, misses + (smooth_dr - smooth_nr)) / d
-    index = tl.where(empty, 0.0, index)
-    if LOG:
-        ratio = n / d
-        floored = ratio < min_denominator
-        small = -log_of_sum(1.0, -index, 1.0 - index)
-        large = -tl.log(tl.where(floored, min_denominator, ratio))
-        value = tl.where((index < 0.5) & (floored == 0), small, large)
-        a = tl.where(empty | floored, 0.0, 1.0 / n)
-    elif LINEAR:
-        value = index
-        a = tl.where(empty, 0.0, 1.0 / d)
-    else:
-        flat = index <= 0
-        positive = tl.where(flat, 1.0, index)
-        logarithm = tl.log(positive)
-        value = tl.where(flat, 0.0, tl.exp(exponent * logarithm))
-        a = tl.where(flat, 0.0, exponent * tl.exp((exponent - 1.0) * logarithm) / d)
-    return value, a, tl.where(clamped, -a, -index * a)
-
-
-@triton.jit
-def _backward(
+def backward(
     grad_loss,
     cotangents,
     result,
@@ -345,6 +398,7 @@ def _backward(
     BY_CLASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """``grad_loss`` times ``cotangents``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     sample = i // (classes * SUMS)
@@ -357,6 +411,15 @@ def _backward(
     grad = tl.load(place, mask=used, other=0.0).to(tl.float64)
     slope = tl.load(cotangents + i, mask=inside, other=0.0)
     tl.store(result + i, grad * slope, mask=inside)
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def tile_shape(rows: int, classes: int) -> tuple[int, int]:
+    """Rows and classes of a tile."""
+    columns = power_of_two(classes)
+    return min(power_of_two(rows), max(1, TILE // columns)), columns
 
 
 def _coefficients(values: list[float]) -> tuple[float, ...]:
@@ -390,95 +453,50 @@ def ratio_loss(
     """Return the loss and its derivative at ``stats``; see voxfuse.ops.ratio_loss."""
     samples, classes, sums = stats.shape
     rows = 1 if batch else samples
+    unreduced = reduction == Reduction.none
     shape: tuple[int, ...] = ()
-    if reduction == Reduction.none:
+    if unreduced:
         shape = () if batch else (samples,)
         shape = shape if class_pooling else (*shape, classes - first_class)
     dtype = torch.float64 if double_loss else torch.float32
     loss = torch.empty(shape, dtype=dtype, device=stats.device)
     cotangents = torch.empty(stats.shape, dtype=torch.float64, device=stats.device)
-    weights = [
+    weights = (
         None if w is None else w.to(torch.float64).contiguous()
         for w in (class_weight, nll_weight, off_weight)
-    ]
+    )
+    terms = rows if class_pooling else rows * (classes - first_class)
+    scalars = (smooth_nr, smooth_dr, min_denominator, exponent, ratio_scale, nll_scale, off_scale)
+    options = Options(
+        SUMS=sums,
+        RATIO=ratio_scale != 0,
+        NLL=nll_scale != 0 and not unreduced,
+        OFF=off_scale != 0 and not unreduced,
+        BATCH=batch,
+        POOLING=class_pooling,
+        ABSENT=absent,
+        REDUCTION=reduction,
+        NORMALISER=normaliser,
+        LOG=log,
+        LINEAR=exponent == 1,
+        MIXED=exponent_from > 0 and exponent != 1,
+        **dict(zip(("ROWS", "CLASSES"), tile_shape(rows, classes), strict=True)),
+    )
     with device_guard(stats):
-        _forward[(1,)](
+        forward[(1,)](
             stats.contiguous(),
-            *weights,
+            Weights(*weights),
             loss,
             cotangents,
-            samples,
-            rows,
-            classes,
-            first_class,
-            rows if class_pooling else rows * (classes - first_class),
-            exponent_from,
+            Shape(samples, rows, classes, first_class, terms, exponent_from),
             *_coefficients(numerator),
             *_coefficients(denominator),
-            float(smooth_nr),
-            float(smooth_dr),
-            float(min_denominator),
-            float(exponent),
-            float(ratio_scale),
-            float(nll_scale),
-            float(off_scale),
-            **forward_constants(
-                sums,
-                rows,
-                classes,
-                ratio_scale != 0,
-                nll_scale != 0 and reduction != Reduction.none,
-                off_scale != 0 and reduction != Reduction.none,
-                batch,
-                class_pooling,
-                absent,
-                reduction,
-                normaliser,
-                log,
-                exponent == 1,
-                exponent_from > 0 and exponent != 1,
-            ),
-            num_warps=4,
+            *map(float, scalars),
+            constexprs(options),
+            num_warps=WARPS,
             **LAUNCH_OPTIONS,
         )
     return loss, cotangents
-
-
-def forward_constants(
-    sums: int,
-    rows: int,
-    classes: int,
-    ratio: bool,
-    nll: bool,
-    off: bool,
-    batch: bool,
-    pooling: int,
-    absent: int,
-    reduction: int,
-    normaliser: int,
-    log: bool,
-    linear: bool,
-    mixed: bool = False,
-) -> dict[str, Any]:
-    """The kernel's compile-time parameters."""
-    block_classes = power_of_two(classes)
-    return {
-        "SUMS": sums,
-        "RATIO": ratio,
-        "NLL": nll,
-        "OFF": off,
-        "BATCH": batch,
-        "POOLING": pooling,
-        "ABSENT": absent,
-        "NO_REDUCTION": reduction == Reduction.none,
-        "MEAN": reduction == Reduction.mean,
-        "NORMALISER": normaliser,
-        "LOG": log,
-        "LINEAR": linear,
-        "MIXED": mixed,
-        "ROWS": min(power_of_two(rows), max(1, TILE // block_classes)),
-        "CLASSES": block_classes,
-    }
 
 
 def ratio_loss_backward(
@@ -494,23 +512,20 @@ def ratio_loss_backward(
         return result
     by_class = grad_loss.ndim > 0 and not class_pooling
     strides = grad_loss.stride()
-    grad_b = strides[0] if grad_loss.ndim > 0 and not batch else 0
-    grad_c = strides[-1] if by_class else 0
-    block = 1024
     with device_guard(cotangents):
-        _backward[(triton.cdiv(result.numel(), block),)](
+        backward[(triton.cdiv(result.numel(), BLOCK),)](
             grad_loss,
             cotangents.contiguous(),
             result,
             result.numel(),
             cotangents.shape[1],
             first_class,
-            grad_b,
-            grad_c,
+            strides[0] if grad_loss.ndim > 0 and not batch else 0,
+            strides[-1] if by_class else 0,
             SUMS=cotangents.shape[2],
             BY_CLASS=by_class,
-            BLOCK=block,
-            num_warps=4,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             **LAUNCH_OPTIONS,
         )
     return result

@@ -180,7 +180,8 @@ SCHEMAS: Final = {
     "float floor=0.0, int activation=0, Tensor[]? cover=None) -> ()",
     "overlap_weights_": "(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
     "int ring_axis, int start, int stop) -> ()",
+    # Not "mode": PyTorch's functionalisation calls by name, and has a "mode" of its own.
     "finalize_slab": "(Tensor(a!) ring, Tensor(b!) out, Tensor? total, Tensor? weight, "
-    "Tensor? bias, int ring_axis, int start, int stop, int activation, bool applied, int mode, "
+    "Tensor? bias, int ring_axis, int start, int stop, int activation, bool applied, int finish, "
     "float divisor, float threshold, float fill, bool clear) -> ()",
 }

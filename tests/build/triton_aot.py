@@ -369,39 +369,39 @@ def _ratio_loss_instance(
     tiny: bool = False,
 ) -> Instance:
     from voxfuse.triton_kernels import ratio_loss as kernels
+    from voxfuse.triton_kernels.views import constexprs
 
-    constants = kernels.forward_constants(
-        sums,
-        rows,
-        classes,
-        True,
-        nll,
-        off,
-        False,
-        pooling,
-        absent,
-        1,
-        2 if off else 1,
-        log,
-        not log,
+    options = kernels.Options(
+        SUMS=sums,
+        RATIO=True,
+        NLL=nll,
+        OFF=off,
+        BATCH=False,
+        POOLING=pooling,
+        ABSENT=absent,
+        REDUCTION=1,
+        NORMALISER=2 if off else 1,
+        LOG=log,
+        LINEAR=not log,
+        MIXED=False,
+        **dict(zip(("ROWS", "CLASSES"), kernels.tile_shape(rows, classes), strict=True)),
     )
     scalars = [f"{letter}{i}" for letter in "nd" for i in range(8)]
     scalars += ["smooth_nr", "smooth_dr", "min_denominator", "exponent", "ratio_scale"]
     scalars += ["nll_scale", "off_scale"]
-    weight = "*fp64" if nll else None
     types: dict[str, Any] = {"stats": "*fp64", "loss": "*fp32", "cotangents": "*fp64"}
-    types |= dict.fromkeys(("class_weight", "nll_weight", "off_weight"), weight)
+    types["weights"] = kernels.Weights(*["*fp64" if nll else None] * 3)
+    types["shape"] = kernels.Shape(*[1 if tiny else "i32"] * 5, "i32")
     types |= dict.fromkeys(scalars, "fp64")
-    if tiny:
-        types |= dict.fromkeys(("samples", "rows", "classes", "first_class", "terms"), 1)
-    return Instance(kernels._forward, constants, types)
+    return Instance(kernels.forward, {"OPTIONS": constexprs(options)}, types)
 
 
 def _ratio_loss_backward_instance() -> Instance:
     from voxfuse.triton_kernels import ratio_loss as kernels
 
     types = {"grad_loss": "*fp32", "cotangents": "*fp64", "result": "*fp64"}
-    return Instance(kernels._backward, {"SUMS": 4, "BY_CLASS": True, "BLOCK": 1024}, types)
+    constants = {"SUMS": 4, "BY_CLASS": True, "BLOCK": kernels.BLOCK}
+    return Instance(kernels.backward, constants, types)
 
 
 def _overlap_add_instance(
@@ -473,32 +473,25 @@ def _finalize_slab_instance(
     total: bool = False,
     divide: bool = False,
 ) -> Instance:
-
-    import triton.language as tl
+    import torch
 
     from voxfuse.triton_kernels import finalize_slab as kernels
+    from voxfuse.triton_kernels.views import constexprs
 
-    constants: dict[str, Any] = {
-        "MODE": mode,
-        "ACTIVATION": activation,
-        "BINARY": activation == 1,
-        "DIVIDE": divide,
-        "CLEAR": True,
-        "DTYPE": tl.float64 if dtype == "float64" else tl.float32,
-        **kernels.tiles(classes, 128**3),
-    }
+    options = kernels.options_for(
+        mode, activation, activation == 1, divide, True, getattr(torch, dtype), classes, 128**3
+    )
     pointer = TYPES[dtype]
+    weights = pointer if head else None
+    written = TYPES[output or ("uint8" if mode in (1, 2) else "float32")]
     types: dict[str, Any] = {
-        "ring": pointer,
-        "out": TYPES[output or ("uint8" if mode in (1, 2) else "float32")],
-        "total": "*fp64" if total else None,
-        "weight": pointer if head else None,
-        "bias": pointer if head else None,
-        "outer": 1,
+        "tensors": kernels.Tensors(pointer, written, "*fp64" if total else None, weights, weights),
+        "slab": kernels.Slab(1, *["i32"] * 6),
         **dict.fromkeys(("divisor", "threshold", "fill"), "fp64"),
     }
-    lengths = ("turn", "first", "before", "voxels", "out_channel", "out_outer")
-    return Instance(kernels._finalize, constants, types, kernels.WARPS, lengths)
+    lengths = tuple(f"slab.{field}" for field in kernels.Slab._fields[1:])
+    constants = {"OPTIONS": constexprs(options)}
+    return Instance(kernels.finalize, constants, types, kernels.WARPS, lengths)
 
 
 def _floating_sum_instance(dtype: str) -> Instance:

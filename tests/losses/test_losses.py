@@ -1075,6 +1075,16 @@ def test_a_step_compiles_into_one_graph(name):
     assert graphs.frame_count <= 2
 
 
+def test_a_loss_can_be_made_inside_a_compiled_function():
+    logits, labels = torch.randn(1, 3, 6, 5), torch.randint(0, 3, (1, 6, 5))
+
+    def made(input, target):
+        return voxfuse.DiceCELoss(class_weight=[1.0, 2.0, 3.0])(input, target)
+
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits, labels), made(logits, labels))
+
+
 @every_loss
 def test_a_compiled_step_of_half_precision_logits_and_a_mask(name):
     dtype = torch.bfloat16

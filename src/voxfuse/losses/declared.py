@@ -31,19 +31,31 @@ def declared(kind: Kind) -> Kind:
     signature = inspect.signature(made.__init__)
     _, *options = signature.parameters.values()
     made.defaults = {option.name: option.default for option in options}
+    positional = [x.name for x in options if x.kind is x.POSITIONAL_OR_KEYWORD]
+    required = [x.name for x in options if x.default is x.empty]
 
+    # By hand and not by ``signature.bind``, into which torch.compile does not look.
     def __init__(self: Any, *args: Any, **named: Any) -> None:
-        for name in named:
-            if name not in made.defaults:
-                raise TypeError(
-                    f"{name}: not an option of {type(self).__name__}, which has "
-                    + ", ".join(made.defaults)
-                )
-        bound = signature.bind(self, *args, **named)
-        bound.apply_defaults()
-        _, *given = bound.arguments.items()
-        nn.Module.__init__(self)
-        self.set_up(**dict(given))
+        name = type(self).__name__
+        for option in named:
+            if option not in made.defaults:
+                listed = ", ".join(made.defaults)
+                raise TypeError(f"{option}: not an option of {name}, which has {listed}")
+        if len(args) > len(positional):
+            raise TypeError(
+                f"{name}: too many positional arguments, got {len(args)}, expected at most "
+                f"{len(positional)}"
+            )
+        placed = dict(zip(positional, args, strict=False))
+        for option in placed:
+            if option in named:
+                raise TypeError(f"{option}: given to {name} by position and by name")
+        given = {**made.defaults, **placed, **named}
+        for option in required:
+            if option not in placed and option not in named:
+                raise TypeError(f"{option}: {name} needs it")
+        super(Declared, self).__init__()
+        self.set_up(**given)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     made.__init__ = __init__

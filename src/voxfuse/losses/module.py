@@ -18,6 +18,12 @@ from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions
 from voxfuse.losses.plan import Recipe
 
 
+def _as_tensor(weights: Any) -> Tensor | None:
+    if weights is None or isinstance(weights, Tensor):
+        return weights
+    return torch.as_tensor(weights, dtype=torch.float64)
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class Loss(Declared):
     """A loss whose options are attributes; changing one takes effect at the next call."""
@@ -32,7 +38,7 @@ class Loss(Declared):
 
     def set_up(self, *args: Any, **options: Any) -> None:
         for name in WEIGHT_NAMES:
-            self.register_buffer(name, None)
+            self.register_buffer(name, _as_tensor(options.pop(name, None)))
         super().set_up(**options)
         self.validate()
 
@@ -57,8 +63,8 @@ class Loss(Declared):
         return self.of(self, input, target, weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in WEIGHT_NAMES and value is not None and not isinstance(value, Tensor):
-            value = torch.as_tensor(value, dtype=torch.float64)
+        if name in WEIGHT_NAMES:
+            value = _as_tensor(value)
         super().__setattr__(name, value)
         if name in self.defaults:
             self.__dict__["_recipe"] = None
