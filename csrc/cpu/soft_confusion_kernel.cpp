@@ -3,6 +3,7 @@
 // A range of voxels of one sample is walked in blocks that fit the first-level cache, each of which
 // is brought into one form (soft_confusion_staging.h). Then a core works on vectors of voxels:
 //   - softmax: labels, the common options, all classes of a vector in registers (C <= 16);
+//   - dense softmax: the gradient with soft targets and the common options;
 //   - sigmoid: the common options;
 //   - general: every option and any number of classes, the classes of a vector in scratch memory.
 #include <algorithm>
@@ -11,6 +12,7 @@
 
 #include "cpu/simd.h"
 #include "cpu/soft_confusion.h"
+#include "cpu/soft_confusion_dense.h"
 #include "cpu/soft_confusion_general.h"
 #include "cpu/soft_confusion_selection.h"
 #include "cpu/soft_confusion_sigmoid.h"
@@ -67,11 +69,11 @@ bool backward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t en
   Core core = core_of<R>(q);
   Cotangents by_label;
   if constexpr (std::is_same_v<R, float>) {
-    if (core == Core::softmax) {
-      if (basic_cotangents(cotangent, q.classes, q.columns)) {
-        by_label = Cotangents(cotangent.data(), q.classes, q.columns);
-      } else {
+    if (core == Core::softmax || core == Core::dense_softmax) {
+      if (!basic_cotangents(cotangent, q.classes, q.columns)) {
         core = Core::general;
+      } else if (core == Core::softmax) {
+        by_label = Cotangents(cotangent.data(), q.classes, q.columns);
       }
     }
   }
@@ -95,6 +97,10 @@ bool backward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t en
         softmax_backward_of(q.classes, block.weighted, form)(
             q.classes, block, work.scratch.data(), by_label,
             {gradient, half_rows, block.bfloat, stride, direct && streamed});
+        done = true;
+      } else if (core == Core::dense_softmax) {
+        dense_softmax_backward(q.classes, block, work.scratch.data(), cotangent.data(), q.columns,
+                               gradient, stride);
         done = true;
       } else if (core == Core::sigmoid) {
         sigmoid_backward(q, block, cotangent.data(), gradient, stride);

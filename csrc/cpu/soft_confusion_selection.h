@@ -14,7 +14,7 @@
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
-enum class Core { general, sigmoid, softmax };
+enum class Core { general, sigmoid, softmax, dense_softmax };
 
 // What the common options are; the rest goes through the general core.
 template <class R>
@@ -24,12 +24,14 @@ Core core_of(const SoftConfusion& q) {
     return Core::general;
   }
   if (q.activation == Activation::sigmoid) return Core::sigmoid;
-  const bool labels = q.activation == Activation::softmax && !q.dense && q.classes >= 2 &&
-                      q.classes < std::numeric_limits<int32_t>::max();
-  return labels ? Core::softmax : Core::general;
+  if (q.activation != Activation::softmax || q.classes < 2 ||
+      q.classes >= std::numeric_limits<int32_t>::max()) {
+    return Core::general;
+  }
+  return q.dense ? Core::dense_softmax : Core::softmax;
 }
 
-// Whether the softmax core has what the cotangents ask for: none of OFF and of P2.
+// Whether the softmax cores have what the cotangents ask for: none of OFF and of P2.
 template <class R>
 bool basic_cotangents(const std::vector<R>& cotangent, int64_t classes, int columns) {
   if (columns == CORE) return true;

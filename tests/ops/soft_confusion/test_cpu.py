@@ -24,7 +24,7 @@ from tests.ops.soft_confusion.cases import (
     tensors,
 )
 from voxfuse import _library
-from voxfuse.contract import Activation
+from voxfuse.contract import Activation, Sum
 from voxfuse.ops.soft_confusion import validate_labels
 from voxfuse.reference import soft_confusion as reference
 
@@ -186,13 +186,16 @@ def test_class_paths(classes, dtype, full):
 @pytest.mark.parametrize("weight", [None, torch.float32])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("classes", [2, 3, 4, 8, 16, 17])
+@pytest.mark.parametrize("target", ["labels", "dense", "shares"])
 def test_the_cores_of_the_common_options_agree_with_the_general_one(
-    classes, activation, weight, layout
+    target, classes, activation, weight, layout
 ):
     """Any gamma takes the general core; here no class has it."""
     case = ConfusionCase(
         classes=classes,
         spatial=(7, 5, 13),
+        target=target,
+        target_dtype=torch.int64 if target == "labels" else torch.float32,
         weight=weight,
         activation=activation,
         layout=layout,
@@ -201,6 +204,7 @@ def test_the_cores_of_the_common_options_agree_with_the_general_one(
     given = tensors(case)
     options = schema_arguments(case)[:-1]
     grad = torch.randn(2, classes, 4, generator=torch.Generator().manual_seed(1)).double()
+    grad[1, :, Sum.NLL] = 0  # a sample without a likelihood
     rounding = torch.finfo(torch.float32).eps
     found = []
     for gamma, focal_classes in ((0.0, None), (2.0, 0)):
