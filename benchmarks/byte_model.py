@@ -97,9 +97,10 @@ def cuda_groups(batch: int, rows: int) -> int:
 def _triton_slots(
     batch: int, classes: int, voxels: int, dtype: torch.dtype, statistics: int
 ) -> int:
-    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels.soft_confusion import launch as kernels
+    from voxfuse.triton_kernels.soft_confusion.options import Problem
 
-    problem = kernels.Problem(
+    problem = Problem(
         dtype=dtype,
         batch=batch,
         classes=classes,
@@ -272,10 +273,9 @@ def head_confusion(
     chunk_bytes: int = 64 << 20,
 ) -> list[Traffic]:
     """The sums and the three gradients from the features, logits in registers."""
-    from voxfuse.triton_kernels import head_confusion as kernels
+    from voxfuse.triton_kernels.head_confusion import launch as kernels
 
     voxels = math.prod(spatial)
-    features = torch.empty((batch, channels, *spatial), dtype=dtype, device="meta")
     inputs = batch * voxels * (channels * dtype.itemsize + label_bytes)
     head = classes * (channels + 1) * dtype.itemsize
     sums = batch * classes * statistics * DOUBLE
@@ -295,7 +295,7 @@ def head_confusion(
         slots * sums,
     )  # fmt: skip
     floor = inputs + head + sums + batch * voxels * channels * dtype.itemsize + head
-    if not kernels.in_registers(features, classes, fast, backward=True):
+    if not kernels.in_registers(dtype, classes, channels, fast, backward=True):
         # Chunk by chunk through memory: logits and their gradient written and read, the features
         # read again for the weight's gradient.
         logits = batch * voxels * classes * max(dtype.itemsize, 4)

@@ -1,1 +1,1 @@
-"""Triton kernels. One file an operator."""
+"""Triton kernels. One module or package an operator; the others are shared."""

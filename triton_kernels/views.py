@@ -31,12 +31,6 @@ def of_sample(x, sample):
     return View(x.pointer + sample * x.batch, x.batch, x.channel, x.voxel)
 
 
-@triton.jit
-def at_voxels(x, start, lane):
-    """Pointers to the voxels ``start + lane`` of the view ``x`` of one sample, first channel."""
-    return x.pointer + (start * x.voxel + lane * x.voxel)
-
-
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return not isinstance(of_sample, triton.JITFunction)

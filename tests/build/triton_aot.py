@@ -27,6 +27,8 @@ TYPES = {
     "int64": "*i64",
 }
 
+#: Parameters that are views.
+VIEWS = ("input", "output", "target", "weight")
 CAPABILITIES = (80, 90, 100)
 #: Bytes in memory that the largest launches may need on AMD's GPUs, whose threads have at most 256
 #: registers and which no limit was read off for.
@@ -127,20 +129,18 @@ def launch_class(plan: Any) -> tuple[Any, ...]:
     The logits' type is no part of it: what is computed, and how many voxels a thread holds, is.
     Nor are other strides, for which a thread may take more registers.
     """
-    constants = plan.constants
-    path = "two" if constants.get("TWO") else "labels" if constants.get("FAST") else "general"
-    fold = constants.get("FOLD", 1) > 1
+    o = plan.options
     return (
         plan.kernel.__name__,
-        path,
-        constants["CLASSES"],
-        constants["BLOCK"],
+        o.PATH,
+        o.CLASSES,
+        o.BLOCK,
         plan.num_warps,
-        str(constants["DTYPE"]),
-        constants.get("FULL", constants.get("SUMS") == 8),
-        constants.get("LOGS"),
-        fold,
-        fold and constants["CONTIGUOUS"],
+        str(o.DTYPE),
+        o.STATS,
+        o.LOGS,
+        o.FOLD > 1,
+        o.FOLD > 1 and o.CONTIGUOUS,
     )
 
 
@@ -160,16 +160,16 @@ def confusion_cases() -> tuple[Compilation, ...]:
 
     It is the problem with the most classes, of all up to MOST_CLASSES.
     """
-    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels.soft_confusion import launch
 
     found: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
     for name, options in confusion_problems():
         for classes in range(2, MOST_CLASSES + 1):
             problem = _confusion_problem(classes, **options)
             backward = options["backward"]
-            plan = kernels.plan(problem, backward)
+            plan = launch.plan(problem, backward)
             key = launch_class(plan)
-            tiles = plan.constants.get("TILES", 0)
+            tiles = plan.options.TILES
             if key not in found or found[key][0] < tiles:
                 found[key] = tiles, name.format(classes), {**options, "classes": classes}
     return tuple(
@@ -215,10 +215,10 @@ def _confusion_problem(
 ) -> Any:
     import torch
 
-    from voxfuse.triton_kernels import soft_confusion as kernels
+    from voxfuse.triton_kernels.soft_confusion.options import Problem
 
     kinds = {"labels": 0, "dense": 1, "indicator": 2, "binary": 3}
-    return kernels.Problem(
+    return Problem(
         dtype=getattr(torch, dtype),
         batch=1,
         classes=classes,
@@ -247,9 +247,9 @@ def _soft_confusion_instance(
     tiny: bool = False,
     **options: Any,
 ) -> Instance:
-    from voxfuse.triton_kernels import soft_confusion as kernels
     from voxfuse.triton_kernels.reduction import RowViews, shape_of_rows
-    from voxfuse.triton_kernels.views import constexprs
+    from voxfuse.triton_kernels.soft_confusion import launch
+    from voxfuse.triton_kernels.views import View, constexprs
 
     problem = _confusion_problem(
         classes,
@@ -262,34 +262,26 @@ def _soft_confusion_instance(
         tiny=tiny,
         **options,
     )
-    plan = kernels.plan(problem, backward)
-    constants = dict(plan.constants)
+    plan = launch.plan(problem, backward)
+    constants: dict[str, Any] = {"O": constexprs(plan.options)}
     if not backward:
         constants["ROWS"] = constexprs(shape_of_rows(classes * problem.sums, plan.num_warps))
-    pointer = TYPES[dtype]
-    unit = ("input_v", "output_v") if contiguous else ("input_c", "output_c")
+    step = 1 if tiny else "i32"
+    volume = View(TYPES[dtype], step, *((step, 1) if contiguous else (1, "i32")))
     types: dict[str, Any] = {
-        "input": pointer,
-        "output": pointer,
-        "target": TYPES["float32" if target == "dense" else "uint8"],
-        "weight": TYPES["float32"] if weighted else None,
+        "input": volume,
+        "output": volume,
+        "target": View(TYPES["float32" if target == "dense" else "uint8"], step, step, 1),
+        "weight": View(TYPES["float32"], step, "i32", 1) if weighted else None,
         "rows": RowViews("*fp64", "*fp64", "*i32"),
         "grad": "*fp64",
         "gamma": "fp64",
-        **dict.fromkeys((*unit, "target_v", "weight_v"), 1),
     }
-    strides = ("voxels", "input_b", "input_c", "target_b", "target_c", "weight_b")
-    strides += ("output_b", "output_c")
     if tiny:
-        types |= dict.fromkeys((*strides, "chunks", "tiles_a_chunk", "tiles_a_program"), 1)
-    return Instance(
-        plan.kernel,
-        constants,
-        types,
-        plan.num_warps,
-        () if odd else tuple(name for name in strides if types.get(name) != 1),
-        plan.registers,
-    )
+        types |= dict.fromkeys(("voxels", "chunks", "tiles_a_chunk", "tiles_a_program"), 1)
+    fields = [f"{name}.{field}" for name in VIEWS for field in ("batch", "channel")]
+    aligned = () if odd else ("voxels", *fields)
+    return Instance(plan.kernel, constants, types, plan.num_warps, aligned, plan.registers)
 
 
 def _finish_instance() -> Instance:
@@ -315,46 +307,51 @@ def _head_confusion_instance(
     exact: bool = False,
     need_features: bool = True,
     need_head: bool = True,
+    amd: bool = False,
 ) -> Instance:
     import torch
 
-    from voxfuse.triton_kernels import head_confusion as kernels
+    from voxfuse.contract import ConfusionOptions
+    from voxfuse.triton_kernels.head_confusion import launch
+    from voxfuse.triton_kernels.head_confusion.load import Head
     from voxfuse.triton_kernels.reduction import RowViews, shape_of_rows
-    from voxfuse.triton_kernels.views import constexprs
+    from voxfuse.triton_kernels.soft_confusion.options import describe
+    from voxfuse.triton_kernels.views import View, constexprs
 
     shape = (63, 63, 63) if odd else (64, 64, 64)
     features = torch.empty((1, channels, *shape), dtype=getattr(torch, dtype), device="meta")
     target = torch.empty((1, classes if dense else 1, *shape), device="meta")
+    voxel_weight = target if weighted else None
+    sums, options = 8 if full else 4, ConfusionOptions(2, likelihood, gamma=gamma)
+    problem = describe(features, classes, target, voxel_weight, sums, False, options)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if exact else "high")
-    options, sums = (2, likelihood, 0, None, gamma), 8 if full else 4
-    fast = kernels.is_fast(features, classes, target, options, sums)
-    assert kernels.in_registers(features, classes, fast, backward), "goes through memory"
-    constants, num_warps = kernels.constants(
-        features, classes, target, options, sums, backward=backward, interpreting=False
-    )
+    fast = problem.labels_only
+    assert launch.in_registers(problem.dtype, classes, channels, fast, backward), "through memory"
+    plan = launch.plan(problem, channels, backward, need_features, need_head)
     torch.set_float32_matmul_precision(before)
+    kernel = launch.head_backward if backward else launch.head_forward
+    # What launch.precision says for AMD's.
+    head_options = plan.head._replace(PRECISION="ieee") if amd else plan.head
+    constants: dict[str, Any] = {"O": constexprs(plan.options), "H": constexprs(head_options)}
     if not backward:
-        constants["ROWS"] = constexprs(shape_of_rows(classes * constants["SUMS"], num_warps))
-    else:
-        constants |= {"NEED_FEATURES": need_features, "NEED_HEAD": need_head}
-        constants["GRADIENT_PRECISION"] = constants["PRECISION"]
-    pointer = TYPES[dtype]
+        constants["ROWS"] = constexprs(shape_of_rows(classes * sums, plan.num_warps))
+    volume = View(TYPES[dtype], "i32", "i32", 1)
     types: dict[str, Any] = {
-        **dict.fromkeys(("features", "weight", "bias", "output"), pointer),
-        "target": TYPES["float32" if dense else "uint8"],
-        "voxel_weight": TYPES["float32"] if weighted else None,
+        "features": volume,
+        "output": volume,
+        "head": Head(TYPES[dtype], TYPES[dtype]),
+        "target": View(TYPES["float32" if dense else "uint8"], "i32", "i32", 1),
+        "voxel_weight": View(TYPES["float32"], "i32", "i32", 1) if weighted else None,
         "rows": RowViews("*fp64", "*fp64", "*i32"),
         "partial": "*fp64",
         "grad": "*fp64",
         "gamma": "fp64",
-        **dict.fromkeys(("features_v", "target_v", "weight_v", "output_v"), 1),
     }
-    strides = ("voxels", "features_b", "features_c", "target_b", "target_c", "weight_b")
-    strides += ("output_b", "output_c", "channels")
-    kernel = kernels._head_backward if backward else kernels._head_forward
-    aligned = () if odd else strides
-    return Instance(kernel, constants, types, num_warps, aligned, kernels.REGISTERS)
+    names = ("features", "output", "target", "voxel_weight")
+    aligned = [f"{name}.{field}" for name in names for field in ("batch", "channel")]
+    aligned = [] if odd else ["voxels", "channels", *aligned]
+    return Instance(kernel, constants, types, plan.num_warps, tuple(aligned), launch.REGISTERS)
 
 
 def _ratio_loss_instance(
@@ -648,15 +645,13 @@ def compile_kernel(case: Compilation) -> dict[str, Any]:
 
     from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS
 
-    instance = INSTANCES[case.operator](**dict(case.options))
+    options = dict(case.options)
+    if case.operator == "head_confusion":
+        options["amd"] = isinstance(case.capability, str)
+    instance = INSTANCES[case.operator](**options)
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(instance.constants)
     attributes: dict[tuple[int, ...], Any] = {}
-    if isinstance(case.capability, str):
-        # What head_confusion.precision says there.
-        for name in ("PRECISION", "GRADIENT_PRECISION"):
-            if name in constants:
-                constants[name] = "ieee"
 
     def declared(kind: Any, name: str, path: tuple[int, ...]) -> Any:
         if isinstance(kind, tuple):
@@ -665,7 +660,7 @@ def compile_kernel(case: Compilation) -> dict[str, Any]:
                 declared(kind[i], f"{name}.{field}", (*path, i)) for i, field in enumerate(fields)
             )
             return type(kind)(*inner)
-        if kind is None or kind == 1:
+        if not isinstance(kind, str):
             # What Triton does with None and with integers that are 1.
             constants[path] = kind
             return "constexpr"

@@ -13,7 +13,9 @@ from tests.ops.head_confusion.cases import head_tensors
 from tests.ops.soft_confusion.cases import ConfusionCase, schema_arguments, tensors
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-from voxfuse.triton_kernels import head_confusion, reduction, soft_confusion  # noqa: E402
+from voxfuse.triton_kernels import reduction  # noqa: E402
+from voxfuse.triton_kernels.head_confusion import launch as head_confusion  # noqa: E402
+from voxfuse.triton_kernels.soft_confusion import launch as soft_confusion  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton

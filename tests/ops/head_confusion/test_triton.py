@@ -15,9 +15,11 @@ from tests.ops.soft_confusion.cases import (
     check_gradient_of_sure,
     on_interpreter,
 )
+from voxfuse.contract import ConfusionOptions
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-from voxfuse.triton_kernels import head_confusion as kernels  # noqa: E402
+from voxfuse.triton_kernels.head_confusion import launch as kernels  # noqa: E402
+from voxfuse.triton_kernels.soft_confusion.options import describe  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
@@ -100,7 +102,7 @@ class LogitsAsFeatures:
 def test_the_gradient_of_the_sure_and_wrong(name):
     case, kind = SURE_AND_WRONG[name]
     case = on_interpreter(case) if DEVICE == "cpu" else case
-    assert kernels.in_registers(torch.empty(1, case.classes, 1), case.classes, not case.full, True)
+    assert kernels.in_registers(torch.float32, *[case.classes] * 2, not case.full, True)
     check_gradient_of_sure(case, kind, LogitsAsFeatures, DEVICE)
 
 
@@ -205,17 +207,18 @@ def test_only_wanted_gradients_are_made(wanted):
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
 def test_tf32_only_where_torch_allows_it(setting):
-    features, target = torch.empty(1, 32, 64), torch.empty(1, 64, dtype=torch.uint8)
+    target = torch.empty(1, 64, dtype=torch.uint8)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
         for dtype in DTYPES[:3]:
-            chosen, _ = kernels.constants(
-                features.to(dtype), 117, target, OPTIONS, 4, backward=False, interpreting=False
-            )
+            features = torch.empty(1, 32, 64, dtype=dtype)
+            options = ConfusionOptions(*OPTIONS)
+            problem = describe(features, 117, target, None, 4, False, options)
+            chosen = kernels.plan(problem, 32, backward=False).head
             # Half types lose nothing in TF32, which holds their numbers.
             exact = dtype == torch.float32 and setting == "highest"
-            assert chosen["PRECISION"] == ("ieee" if exact else "tf32")
+            assert ("ieee" if exact else "tf32") == chosen.PRECISION
     finally:
         torch.set_float32_matmul_precision(before)
 

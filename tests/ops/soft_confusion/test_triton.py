@@ -23,7 +23,7 @@ from voxfuse.contract import Activation
 from voxfuse.reference import soft_confusion as reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-from voxfuse.triton_kernels import soft_confusion as kernels  # noqa: E402
+from voxfuse.triton_kernels.soft_confusion import launch as kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
@@ -449,9 +449,9 @@ def test_the_workspace_is_bounded_and_every_chunk_has_one_slot(classes, sums, dt
             dtype, batch, classes, voxels, 0, 2, 2, 0, False, False, 0.0, sums, True
         )
         chosen = kernels.plan(problem, backward=False)
-        block = chosen.constants["BLOCK"]
+        block = chosen.options.BLOCK
         tiles_a_chunk, chunks, slots = kernels.reduction_shape(problem, chosen)
-        online = chosen.kernel is kernels._forward_online
+        online = chosen.kernel is kernels.forward_online
         assert not online or classes > (4 if dtype == torch.float64 else 96 if sums == 8 else 256)
         limit = 1 << (23 if online else 20)
         assert slots * batch * classes * sums * 8 <= limit

@@ -1,0 +1,158 @@
+"""Reading a tile of voxels: logits, targets and weights."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from voxfuse.triton_kernels.soft_confusion.options import BINARY, DENSE, LABELS
+
+
+class Tile(NamedTuple):
+    """BLOCK voxels, ``start + lane``, and which exist; ``lane`` and ``inside`` are (1, BLOCK)."""
+
+    start: Any
+    lane: Any
+    inside: Any
+
+
+class Voxels(NamedTuple):
+    """What the voxels of a tile have once, each (1, BLOCK), or (1, 1) where it is constant.
+
+    Labels of excluded voxels are -1, so that no class matches them: ignored, out of range, not
+    whole, of weight 0 or past the end. ``value`` is the target where there is one class.
+    """
+
+    label: Any
+    value: Any
+    weight: Any
+    included: Any
+
+
+class Cotangents(NamedTuple):
+    """Of a block of classes: of TP less FN, FP, NLL, OFF, and twice that of P2."""
+
+    hit: Any
+    fp: Any
+    nll: Any
+    off: Any
+    square: Any
+
+
+@triton.jit
+def tile_at(start, voxels, O: tl.constexpr):
+    """The tile that begins at the voxel ``start``."""
+    lane = tl.arange(0, O.BLOCK)[None, :]
+    if O.EVEN:
+        inside = tl.full([1, O.BLOCK], True, tl.int1)
+    else:
+        inside = lane < tl.minimum(voxels - start, O.BLOCK).to(tl.int32)
+    return Tile(start, lane, inside)
+
+
+@triton.jit
+def offset_of(x, tile):
+    """Where the voxels of a tile lie in the view ``x``, from its pointer on."""
+    return tile.start * x.voxel + tile.lane * x.voxel
+
+
+@triton.jit
+def class_index(first, O: tl.constexpr):
+    """Indices of a block of classes, (CLASSES, 1)."""
+    return (first + tl.arange(0, O.CLASSES))[:, None]
+
+
+@triton.constexpr_function
+def padded(t, options):
+    """Whether the block ``t`` of a tile may have rows beyond the last class."""
+    return options.CLASSES > 1 and t == options.TILES - 1
+
+
+@triton.jit
+def load_values(x, index, tile, mask, classes, PADDED: tl.constexpr, O: tl.constexpr):
+    """A (CLASSES, BLOCK) block of the view ``x``, where ``mask``, in the type of the arithmetic."""
+    mask = mask & (index < classes) if PADDED else mask
+    place = x.pointer + index.to(tl.int64) * x.channel + offset_of(x, tile)
+    return tl.load(place, mask=mask, other=0).to(O.DTYPE)
+
+
+@triton.jit
+def store_values(x, index, tile, value, mask):
+    """Write a block of classes to the view ``x``."""
+    place = x.pointer + index.to(tl.int64) * x.channel
+    place = place + tile.start * x.voxel + tile.lane * x.voxel
+    tl.store(place, value.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_logits(input, tile, classes, O: tl.constexpr):
+    """All blocks of classes of a tile."""
+    zs = ()
+    for t in tl.static_range(O.TILES):
+        index = class_index(t * O.CLASSES, O)
+        zs = zs + (load_values(input, index, tile, tile.inside, classes, padded(t, O), O),)
+    return zs
+
+
+@triton.jit
+def load_voxels(target, weight, tile, classes, ignore, O: tl.constexpr):
+    """The ``Voxels`` of a tile."""
+    included = tile.inside
+    label = tl.full([1, 1], -1, tl.int32)
+    value = tl.full([1, 1], 0.0, O.DTYPE)
+    w = tl.full([1, 1], 1.0, O.DTYPE)
+    if weight is not None:
+        place = weight.pointer + offset_of(weight, tile)
+        w = tl.load(place, mask=tile.inside, other=0).to(O.DTYPE)
+        included = included & (w != 0)
+    if O.TARGET != DENSE:
+        raw = tl.load(target.pointer + offset_of(target, tile), mask=tile.inside, other=0)
+        if O.TARGET == LABELS:
+            if raw.dtype.is_floating():
+                number = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
+                # No class has a label that is not whole, and none has NaN.
+                included = included & (number >= 0) & (number < classes)
+                included = included & (number == tl.floor(number))
+            else:
+                number = raw if raw.dtype == tl.int64 else raw.to(tl.int32)
+                included = included & (number >= 0) & (number < classes)
+            if O.HAS_IGNORE:
+                included = included & (tl.where(included, number, 0).to(tl.int32) != ignore)
+            label = tl.where(included, number, -1).to(tl.int32)
+        else:
+            if O.HAS_IGNORE:
+                included = included & (raw.to(tl.int64) != ignore)
+            if O.TARGET == BINARY:
+                included = included & ((raw == 0) | (raw == 1))
+            value = raw.to(O.DTYPE)
+    return Voxels(label, value, w, included)
+
+
+@triton.jit
+def load_target(target, index, tile, voxels, classes, PADDED: tl.constexpr, O: tl.constexpr):
+    """The target g of a block of classes."""
+    if O.TARGET == LABELS:
+        g = tl.where(voxels.label == index, 1.0, 0.0).to(O.DTYPE)
+    elif O.TARGET == DENSE:
+        g = load_values(target, index, tile, voxels.included, classes, PADDED, O)
+    else:
+        g = voxels.value
+    return g
+
+
+@triton.jit
+def load_cotangents(grad, index, classes, PADDED: tl.constexpr, O: tl.constexpr):
+    """The ``Cotangents`` of a block of classes; OFF and P2 have some with 8 sums alone."""
+    place = grad + index.to(tl.int64) * O.STATS
+    mask = index < classes if PADDED else index >= 0
+    fp = tl.load(place + 1, mask=mask, other=0.0)
+    fn = tl.load(place + 2, mask=mask, other=0.0)
+    hit = tl.load(place, mask=mask, other=0.0) - fn
+    nll = tl.load(place + 3, mask=mask, other=0.0)
+    off, square = nll, nll
+    if O.STATS == 8:
+        off = tl.load(place + 4, mask=mask, other=0.0)
+        square = 2.0 * tl.load(place + 5, mask=mask, other=0.0)
+    return Cotangents(
+        hit.to(O.DTYPE), fp.to(O.DTYPE), nll.to(O.DTYPE), off.to(O.DTYPE), square.to(O.DTYPE)
+    )
