@@ -6,17 +6,16 @@ run this file as a program. ``python -m tests.build.triton_aot`` prints the tabl
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
-import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.build import machine_code
+from tests.build.parallel_compiler import compile_in_parallel, table
 
 TYPES = {
     "float32": "*fp32",
@@ -598,18 +597,12 @@ def on_amd() -> tuple[Compilation, ...]:
     commonest ones.
     """
     names = (
-        *("forward-2-float32", "forward-249-float32", "forward-97-float32-full"),
-        *("backward-2-float32", "backward-185-float32", "backward-81-float32-full"),
-        *(
-            "second-stage",
-            "ratio-loss",
-            "ratio-loss-backward",
-            "head-128x128-ieee-forward",
-            "head-64x32-ieee-backward",
-        ),
-        *("fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather"),
-        *("fusion-backward", "finalize-values-117"),
-    )
+        "forward-2-float32", "forward-249-float32", "forward-97-float32-full", "backward-2-float32",
+        "backward-185-float32", "backward-81-float32-full", "second-stage", "ratio-loss",
+        "ratio-loss-backward", "head-128x128-ieee-forward", "head-64x32-ieee-backward",
+        "fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather", "fusion-backward",
+        "finalize-values-117",
+    )  # fmt: skip
     cases = {case.name: case for case in CASES}
     return tuple(
         dataclasses.replace(cases[f"{name}-sm90"], name=f"{name}-{gpu}", capability=gpu)
@@ -622,19 +615,18 @@ def compile_case(case: Compilation, disassemble: bool = True) -> dict[str, Any]:
     """Compile one case; return its registers and stack, and instructions if they are asked for."""
     compiled = compile_kernel(case)
     if "amdgcn" in compiled:
-        return {"name": case.name, **_amd_resources(compiled["amdgcn"])}
+        return {"name": case.name, **machine_code.amd_resources(compiled["amdgcn"])}
     return {
         "name": case.name,
-        **_ptx_atomics(compiled["ptx"]),
-        **_resources(compiled["cubin"]),
-        **(_instructions(compiled["cubin"]) if disassemble else {}),
+        **machine_code.ptx_atomics(compiled["ptx"]),
+        **machine_code.resources(compiled["cubin"]),
+        **(machine_code.instructions(compiled["cubin"]) if disassemble else {}),
     }
 
 
 def compile_cubin(case: Compilation) -> bytes:
     """The machine code of one case."""
-    cubin: bytes = compile_kernel(case)["cubin"]
-    return cubin
+    return compile_kernel(case)["cubin"]
 
 
 def compile_kernel(case: Compilation) -> dict[str, Any]:
@@ -686,122 +678,6 @@ def compile_kernel(case: Compilation) -> dict[str, Any]:
     )
     stages: dict[str, Any] = compiled.asm
     return stages
-
-
-def _ptx_atomics(ptx: str) -> dict[str, int]:
-    """Integer additions that every GPU thread sees, which count, and all other atomics."""
-    found = re.findall(r"^\s*(?:@!?%\w+\s+)?((?:atom|red)\.[\w.:]+)", ptx, re.M)
-    counters = [name for name in found if re.fullmatch(r"atom\.[\w.:]*\.add\.[us]32", name)]
-    return {"counters": len(counters), "atomics": len(found) - len(counters)}
-
-
-def _tool(name: str, option: str, cubin: bytes) -> str:
-    """What a tool of Triton's package says about machine code."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _resources(cubin: bytes) -> dict[str, Any]:
-    usage = _tool("cuobjdump", "-res-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found, f"cuobjdump reports no resources: {usage}"
-    registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "stack": stack, "shared": shared, "local": local}
-
-
-def _amd_resources(assembly: str) -> dict[str, Any]:
-    """What the assembler's notes say; bytes in memory are those of a thread of its own."""
-
-    def note(name: str) -> int:
-        found = re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.M)
-        return int(found[1]) if found else 0
-
-    return {
-        "registers": note("vgpr_count"),
-        "stack": note("private_segment_fixed_size"),
-        "shared": note("group_segment_fixed_size"),
-        "atomics": len(re.findall(r"^\s*\w+_atomic_(?!add_u32|add )\w+", assembly, re.M)),
-        "counters": len(re.findall(r"^\s*\w+_atomic_add(?:_u32)? ", assembly, re.M)),
-    }
-
-
-def _instructions(cubin: bytes) -> dict[str, int]:
-    """Counts of the machine code; takes a third as long as compiling it."""
-    code = _tool("nvdisasm", "-c", cubin)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9.]+)", code, re.M)
-    counts = collections.Counter(instructions)
-    return {
-        "instructions": len(instructions),
-        "loads_128": sum(n for name, n in counts.items() if re.match(r"LDG.*\.128", name)),
-        "stores_128": sum(n for name, n in counts.items() if re.match(r"STG.*\.128", name)),
-        **_atomics(counts),
-        "fences": sum(n for name, n in counts.items() if re.match(r"MEMBAR\..*GPU", name)),
-    }
-
-
-def _atomics(counts: dict[str, int]) -> dict[str, int]:
-    """Integer additions that every GPU thread sees, which count, and all other atomics."""
-    found = {"machine_counters": 0, "machine_atomics": 0}
-    for name, n in counts.items():
-        if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32)?\.STRONG\.GPU", name):
-            found["machine_counters"] += n
-        # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
-        elif re.match(r"(RED|ATOM)[GS]?\.", name) and name not in ("ATOMS.OR", "ATOMS.AND"):
-            found["machine_atomics"] += n
-    return found
-
-
-def compile_in_parallel(
-    cases: tuple[Compilation, ...], directory: Path, disassemble: Collection[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """Compile ``cases`` in two processes without the interpreter; results by name.
-
-    Those named in ``disassemble`` have their instructions counted.
-    """
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(directory / "cache"),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PYTHONWARNINGS": "ignore",
-    }
-    root = Path(__file__).resolve().parents[2]
-    workers = []
-    for part in range(2):
-        names = json.dumps({case.name: case.name in disassemble for case in cases[part::2]})
-        output = directory / f"part{part}.json"
-        command = [sys.executable, "-m", "tests.build.triton_aot", names, str(output)]
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=root,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        workers.append((process, output))
-    results: dict[str, dict[str, Any]] = {}
-    for process, output in workers:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        results |= {entry["name"]: entry for entry in json.loads(output.read_text())}
-    return results
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The resources of every case, one a line."""
-    columns = ("registers", "stack", "shared", "instructions", "loads_128", "stores_128")
-    lines = [f"{'kernel':36}" + "".join(f"{column:>13}" for column in columns)]
-    for name, entry in results.items():
-        cells = (entry.get(column, "") for column in columns)
-        lines.append(f"{name:36}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:

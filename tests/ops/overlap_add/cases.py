@@ -6,13 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate
+from voxfuse import _library
 from voxfuse.contract import Activation
 from voxfuse.ops import overlap_add as ops
 from voxfuse.reference.overlap_add import activated
+
+ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
+needs_library = pytest.mark.skipif(
+    not _library.defines_operators(), reason="the compiled CPU library is not built"
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -12,6 +12,8 @@ from tests.accuracy import assert_accurate, compute_dtype
 from voxfuse.contract import CORE, FULL, Activation, Overlap, Sum
 from voxfuse.reference import soft_confusion as reference
 
+ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
+
 ACTIVATIONS = ("none", "sigmoid", "softmax")
 
 

@@ -1,0 +1,155 @@
+"""The modules and functions of the losses: options, signatures, state."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import voxfuse
+from tests.losses.cases import (
+    MODULES,
+    batch,
+    everyone,
+    module_of,
+)
+
+# --- Modules -------------------------------------------------------------------------------------
+
+
+@everyone
+def test_modules_pickle_copy_and_print(name):
+    loss = MODULES[name]()
+    logits, labels = batch()
+    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert repr(twin) == repr(loss)
+        torch.testing.assert_close(twin(logits, labels), loss(logits, labels), rtol=0, atol=0)
+
+
+def test_repr_shows_what_matters():
+    loss = voxfuse.TverskyLoss(0.3, 0.7, include_background=False, class_weight=[1.0, 2.0])
+    assert repr(loss) == (
+        "TverskyLoss(alpha=0.3, beta=0.7, include_background=False, class_weight=[1.0, 2.0])"
+    )
+
+
+def test_a_changed_option_takes_effect():
+    logits, labels = batch()
+    loss = voxfuse.TverskyLoss()
+    loss.alpha, loss.beta = 0.3, 0.7
+    torch.testing.assert_close(
+        loss(logits, labels), voxfuse.TverskyLoss(0.3, 0.7)(logits, labels), rtol=0, atol=0
+    )
+    loss.alpha = -1
+    with pytest.raises(ValueError, match="alpha: got -1"):
+        loss(logits, labels)
+
+
+def test_weights_are_buffers_and_survive_a_state_dict():
+    loss = voxfuse.DiceCELoss(class_weight=[1.0, 2.0, 3.0], likelihood_weight=torch.ones(3))
+    assert set(loss.state_dict()) == {"class_weight", "likelihood_weight"}
+    other = voxfuse.DiceCELoss(class_weight=[0.0] * 3, likelihood_weight=torch.zeros(3))
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other.class_weight, loss.class_weight)
+
+
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
+def test_functions_have_the_options_and_defaults_of_their_modules(function):
+    own = list(inspect.signature(getattr(voxfuse.functional, function)).parameters.values())
+    theirs = inspect.signature(module_of(function)).parameters
+    assert [(p.name, p.default) for p in own[:3]] == [
+        ("input", inspect.Parameter.empty),
+        ("target", inspect.Parameter.empty),
+        ("weight", None),
+    ]
+    assert {p.name: p.default for p in own[3:]} == {n: p.default for n, p in theirs.items()}
+    assert all(p.kind is p.KEYWORD_ONLY for p in own[3:])
+
+
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
+def test_functions_go_by_their_names(function):
+    loss = getattr(voxfuse.functional, function)
+    assert (loss.__name__, loss.__module__) == (function, "voxfuse.losses.functional")
+    assert f"see :class:`voxfuse.{module_of(function).__name__}`." in loss.__doc__
+    assert pickle.loads(pickle.dumps(loss)) is loss
+    logits, labels = batch()
+    with pytest.raises(TypeError, match=rf"{function}\(\) takes from 2 to 3 positional arguments"):
+        loss(logits, labels, None, 0.3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alfa'"):
+        loss(logits, labels, alfa=0.3)
+
+
+@pytest.mark.parametrize("function", voxfuse.functional.__all__)
+def test_options_are_the_parameters_of_the_constructor(function):
+    """In their order: what makes the loss first, by position; what all share by keyword."""
+    module = module_of(function)
+    parameters = inspect.signature(module).parameters
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {"process_group", "ddp_average", "backend", "class_weight"} <= set(keywords)
+    loss = module()
+    for option in parameters.values():
+        assert getattr(loss, option.name) == option.default
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        module(*[p.default for p in parameters.values()])
+    with pytest.raises(
+        TypeError, match=f"alfa: not an option of {module.__name__}, which has .*backend"
+    ):
+        module(alfa=0.3)
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_options(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    uses = tmp_path / "uses.py"
+    uses.write_text(
+        "import torch\n"
+        "from voxfuse import functional as F\n"
+        "x = torch.zeros(1)\n"
+        "reveal_type(F.tversky_loss(x, x, alpha=0.3, smooth_nr=0.0, class_weight=[1.0]))\n"
+        "reveal_type(F.bce_loss(x, x, x, pos_weight=2.0))\n"
+        "reveal_type(F.lovasz_softmax_loss(x, x, classes=[1]))\n"
+        "reveal_type(F.dice_ce_loss)\n"
+        "F.tversky_loss(x, x, alfa=0.3)\n"
+        "F.tversky_loss(x, x, alpha='a')\n"
+        "F.tversky_loss(x)\n"
+        "import voxfuse\n"
+        "reveal_type(voxfuse.TverskyLoss)\n"
+        "reveal_type(voxfuse.TverskyLoss(0.3, 0.7, smooth_nr=0.0, class_weight=[1.0]))\n"
+        "from voxfuse.integrations import monai\n"
+        "reveal_type(monai.FocalLoss)\n"
+        "voxfuse.TverskyLoss(0.3, 0.7, 1.0, 'sigmoid')\n"
+        "voxfuse.DiceLoss(pos_weight=2.0)\n"
+        "monai.DiceLoss(squared=True)\n"
+    )
+    told, _, _ = api.run([str(uses), "--no-error-summary"])
+    lines = [line.split("uses.py:")[1] for line in told.splitlines() if "defined in" not in line]
+    for number, line in zip((4, 5, 6), lines, strict=False):
+        assert line == f'{number}: note: Revealed type is "torch._tensor.Tensor"'
+    assert "lambda_dice: float =" in lines[3]
+    assert "likelihood_weight:" in lines[3]
+    assert [line[:9] for line in lines[4:7]] == ["8: error:", "9: error:", "10: error"]
+    constructor, made, peers = lines[7:10]
+    assert "alpha: float =, beta: float =, gamma: float =, *, activation: str =" in constructor
+    assert made == '13: note: Revealed type is "voxfuse.losses.overlap.TverskyLoss"'
+    assert "include_background: bool =, to_onehot_y: bool =, gamma: float =" in peers
+    assert [line[:9] for line in lines[10:]] == ["16: error", "17: error", "18: error"]
+
+
+@everyone
+def test_functions_equal_modules(name):
+    module = MODULES[name]()
+    words = type(module).__name__.removesuffix("Loss")
+    known = {n.replace("_", ""): n for n in voxfuse.functional.__all__}
+    key = {"Lovasz": "lovaszsoftmax"}.get(words, words.lower()) + "loss"
+    function = getattr(voxfuse.functional, known[key])
+    options = {"alpha": 0.3, "beta": 0.7} if "Tversky" in words and "Focal" not in words else {}
+    options = {"beta": 2.0} if words == "FBeta" else options
+    options = {"squared": True} if name == "dice squared" else options
+    logits, labels = batch()
+    torch.testing.assert_close(
+        function(logits, labels, **options), module(logits, labels), rtol=0, atol=0
+    )
