@@ -20,6 +20,7 @@ from voxfuse.triton_kernels.soft_confusion.load import (
     load_target,
     load_values,
     load_voxels,
+    named,
     padded,
     store_values,
     tile_at,
@@ -254,7 +255,7 @@ def gradient(zs, target, tile, voxels, cotangents, classes, gamma, O: tl.constex
             largest = is_largest(zs[t], softmax)
             if O.CLASSES > 1 and t == O.TILES - 1:
                 largest = largest & (class_index(t * O.CLASSES, O) < classes)
-            parts = parts_of_largest(softmax, gs[t], cotangents[t], O)
+            parts = parts_of_largest(softmax, gs[t], named(cotangents[t]), O)
             best = choose_parts(best, parts, largest, t == 0, O)
         if O.CLASSES > 1:
             best = greatest_parts(best)
@@ -262,14 +263,16 @@ def gradient(zs, target, tile, voxels, cotangents, classes, gamma, O: tl.constex
     top, low = mean, mean
     for t in tl.static_range(O.TILES):
         index = class_index(t * O.CLASSES, O)
-        slopes = slopes_of(zs[t], softmax, gs[t], cotangents[t], best, gamma, index, O)
+        own = named(cotangents[t])
+        slopes = slopes_of(zs[t], softmax, gs[t], own, best, gamma, index, O)
         new = shares_of(zs[t], softmax, slopes, index < classes, padded(t, O), O)
         mean, top, low = mean + new.mean, top + new.top, low + new.low
     shares = sum_of_shares(Shares(mean, top, low), O)
     results = ()
     for t in tl.static_range(O.TILES):
         index = class_index(t * O.CLASSES, O)
-        slopes = slopes_of(zs[t], softmax, gs[t], cotangents[t], best, gamma, index, O)
+        own = named(cotangents[t])
+        slopes = slopes_of(zs[t], softmax, gs[t], own, best, gamma, index, O)
         results = results + (combine(zs[t], softmax, slopes, shares, O),)
     return results
 
@@ -278,7 +281,7 @@ def gradient(zs, target, tile, voxels, cotangents, classes, gamma, O: tl.constex
 def _gradient_of_two(zs, label, w, cotangents, gamma, O: tl.constexpr):
     """Two classes, labels with softmax: the gradient of one class is minus the other's."""
     p, other, e, gap = softmax_of_two(zs[0], zs[1], label)
-    a, b = cotangents
+    a, b = named(cotangents[0]), named(cotangents[1])
     first = label == 0
     hit = tl.where(first, a.hit - b.fp, b.hit - a.fp)
     nll = tl.where(first, a.nll, b.nll)
@@ -298,7 +301,8 @@ def _gradient_by_label(grad, zs, label, w, cotangents, classes, gamma, O: tl.con
     es = ()
     for t in tl.static_range(O.TILES):
         hit = label == class_index(t * O.CLASSES, O)
-        h = tl.where(hit, cotangents[t].hit, cotangents[t].fp)
+        own = named(cotangents[t])
+        h = tl.where(hit, own.hit, own.fp)
         e = exponential(gaps[t])
         es = es + (e,)
         others = others + tl.where(hit, 0.0, e)
@@ -309,7 +313,7 @@ def _gradient_by_label(grad, zs, label, w, cotangents, classes, gamma, O: tl.con
             e_label = e_label + tl.where(hit, e, 0.0)
         else:
             best = tl.where(largest, h, best)
-            nll = tl.where(hit, cotangents[t].nll, nll)
+            nll = tl.where(hit, own.nll, nll)
             e_label = tl.where(hit, e, e_label)
         if O.GAMMA != 0:
             d_label = d_label + tl.where(hit, gaps[t], 0.0)
@@ -328,7 +332,8 @@ def _gradient_by_label(grad, zs, label, w, cotangents, classes, gamma, O: tl.con
     low = zero
     for t in tl.static_range(O.TILES):
         hit = label == class_index(t * O.CLASSES, O)
-        low = low + es[t] * (tl.where(hit, cotangents[t].hit, cotangents[t].fp) - best)
+        own = named(cotangents[t])
+        low = low + es[t] * (tl.where(hit, own.hit, own.fp) - best)
     if O.CLASSES > 1:
         low = tl.sum(low, axis=0, keep_dims=True)
     slope = -nll
@@ -342,7 +347,8 @@ def _gradient_by_label(grad, zs, label, w, cotangents, classes, gamma, O: tl.con
     results = ()
     for t in tl.static_range(O.TILES):
         hit = label == class_index(t * O.CLASSES, O)
-        near = tl.where(hit, cotangents[t].hit, cotangents[t].fp) - best
+        own = named(cotangents[t])
+        near = tl.where(hit, own.hit, own.fp) - best
         near = tl.where(hit, near - mean, near - (mean + slope))
         results = results + ((es[t] * scale) * near + tl.where(hit, of_label, 0.0),)
     return results

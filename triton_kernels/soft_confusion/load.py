@@ -141,6 +141,15 @@ def load_target(target, index, tile, voxels, classes, PADDED: tl.constexpr, O: t
 
 
 @triton.jit
+def named(cotangents):
+    """The ``Cotangents`` out of a tuple of blocks: Triton 3.6 forgets the names of what is added to
+    a tuple.
+    """
+    c = cotangents
+    return Cotangents(c[0], c[1], c[2], c[3], c[4])
+
+
+@triton.jit
 def load_cotangents(grad, index, classes, PADDED: tl.constexpr, O: tl.constexpr):
     """The ``Cotangents`` of a block of classes; OFF and P2 have some with 8 sums alone."""
     place = grad + index.to(tl.int64) * O.STATS
