@@ -121,7 +121,12 @@ def load_voxels(target, weight, tile, classes, ignore, O: tl.constexpr):
             label = tl.where(included, number, -1).to(tl.int32)
         else:
             if O.HAS_IGNORE:
-                included = included & (raw.to(tl.int64) != ignore)
+                # The value itself and not its integer part: 1/2 is not 0.
+                if raw.dtype.is_floating():
+                    number = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
+                else:
+                    number = raw.to(tl.int64)
+                included = included & (number != ignore)
             if O.TARGET == BINARY:
                 included = included & ((raw == 0) | (raw == 1))
             value = raw.to(O.DTYPE)

@@ -382,6 +382,16 @@ def test_nearly_perfect_predictions_keep_their_relative_accuracy(gamma, classes,
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("target_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soft_indicator_is_not_ignored_for_its_integer_part(dtype, target_dtype):
+    target = torch.tensor([[0, 0.5, 1.5]], dtype=target_dtype, device=DEVICE)
+    logits = torch.zeros(1, 1, 3, dtype=dtype, device=DEVICE)
+    sums = OPERATORS.soft_confusion(logits, target, None, 1, 1, 0, 0, 0.0, False)
+    expected = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # p = 1/2, of g = 1/2 and 3/2
+    torch.testing.assert_close(sums[0, 0, :3].cpu(), expected)
+
+
 @pytest.mark.parametrize("name", SURE_AND_WRONG)
 def test_the_gradient_of_the_sure_and_wrong(name):
     case, kind = SURE_AND_WRONG[name]
