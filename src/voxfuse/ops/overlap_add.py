@@ -171,7 +171,7 @@ def overlap_add_(
             sum(1 << int(axis) for axis in flip),
             float(floor),
             activation_code,
-            *((cover,) if cover else ()),
+            cover or None,
         )
     except RuntimeError as error:
         _checks.reraise(error)
