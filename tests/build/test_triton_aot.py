@@ -163,7 +163,7 @@ def test_every_launch_shape_of_the_losses_has_a_case():
             backward = options.pop("backward")
             plan = soft_confusion.plan(_confusion_problem(**options), backward)
             key = (case.capability, *launch_class(plan))
-            tiles[key] = max(tiles.get(key, 0), plan.constants.get("TILES", 0))
+            tiles[key] = max(tiles.get(key, 0), plan.options.TILES)
     more = {"target": "binary", "activation": 1, "likelihood": 0, "full": False}
     for _, options in confusion_problems():
         for change in ({}, {"full": True}, {"gamma": 2.0}, {"weighted": True}, more):
@@ -175,7 +175,7 @@ def test_every_launch_shape_of_the_losses_has_a_case():
                 plan = soft_confusion.plan(problem, backward)
                 for capability in CAPABILITIES:
                     key = (capability, *launch_class(plan))
-                    assert tiles.get(key, -1) >= plan.constants.get("TILES", 0), (given, classes)
+                    assert tiles.get(key, -1) >= plan.options.TILES, (given, classes)
 
 
 def test_every_tile_of_the_fusion_has_a_case():

@@ -94,9 +94,10 @@ def head_backward(
             z = logits_of(features, head, tile, own.included, classes, channels, O, H)
             if O.PATH == BY_LABEL:
                 dz = _gradient_by_label(grad, z, own.label, cotangents, classes, gamma, O)
+                dz = dz * own.weight
             else:
                 dz = gradient((z,), target, tile, own, (cotangents,), classes, gamma, O)[0]
-            dz = tl.where(own.included & (index < classes), dz * own.weight, 0.0)
+            dz = tl.where(own.included & (index < classes), dz, 0.0)
             if H.NEED_FEATURES:
                 df = tl.dot(w_transposed, dz, input_precision=H.PRECISION)
                 df = tl.where(own.included, df, 0.0)

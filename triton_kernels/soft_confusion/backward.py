@@ -243,7 +243,7 @@ def combine(z, softmax, slopes, shares, O: tl.constexpr):
 
 @triton.jit
 def gradient(zs, target, tile, voxels, cotangents, classes, gamma, O: tl.constexpr):
-    """The gradient of a tile of any problem, without the voxel weight."""
+    """The gradient of a tile of any problem; 0 at voxels that are left out."""
     softmax = softmax_of(zs, classes, O)
     gs = ()
     best = no_parts(O)
@@ -273,7 +273,8 @@ def gradient(zs, target, tile, voxels, cotangents, classes, gamma, O: tl.constex
         index = class_index(t * O.CLASSES, O)
         own = named(cotangents[t])
         slopes = slopes_of(zs[t], softmax, gs[t], own, best, gamma, index, O)
-        results = results + (combine(zs[t], softmax, slopes, shares, O),)
+        result = combine(zs[t], softmax, slopes, shares, O)
+        results = results + (tl.where(voxels.included, result * voxels.weight, 0.0),)
     return results
 
 
@@ -395,10 +396,7 @@ def backward_resident(
             results = gradient(zs, target, tile, own, cotangents, classes, gamma, O)
         for t in tl.static_range(O.TILES):
             index = class_index(t * O.CLASSES, O)
-            result = results[t]
-            if O.PATH != TWO_CLASSES and O.PATH != BY_LABEL:
-                result = tl.where(own.included, result * own.weight, 0.0)
-            result = tl.broadcast_to(result, [O.CLASSES, O.BLOCK])
+            result = tl.broadcast_to(results[t], [O.CLASSES, O.BLOCK])
             mask = tile.inside & (index < classes) if padded(t, O) else tile.inside
             store_values(output, index, tile, result, mask)
 
