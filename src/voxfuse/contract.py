@@ -101,7 +101,7 @@ class Normaliser(Code):
 
 
 class Finish(Code):
-    """What finalize_slab makes of the sums in a ring (its ``mode``)."""
+    """What finalize_slab makes of the sums in a ring: ``finish`` in the schema."""
 
     values = 0
     labels = 1
