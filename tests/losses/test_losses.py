@@ -644,7 +644,7 @@ def test_bad_tensors(name):
         ((logits.long(), labels), TypeError, "input: got int64 of shape"),
         ((logits, labels.tolist()), TypeError, "target: expected a torch.Tensor, got list"),
         ((logits, labels[:, 1:]), ValueError, "target: got shape"),
-        ((logits, labels, torch.ones(3)), ValueError, "weight: got shape"),
+        ((logits, labels, torch.ones(3)), ValueError, "mask: got shape"),
         ((logits, wrong), ValueError, r"target: label 5 is outside \[0, 3\)"),
     )
     for arguments, error, message in cases:

@@ -17,6 +17,7 @@ from tests.losses.cases import (
     everyone,
     module_of,
 )
+from voxfuse.ops.head_confusion import head_confusion
 
 # --- Modules -------------------------------------------------------------------------------------
 
@@ -64,10 +65,35 @@ def test_functions_have_the_options_and_defaults_of_their_modules(function):
     assert [(p.name, p.default) for p in own[:3]] == [
         ("input", inspect.Parameter.empty),
         ("target", inspect.Parameter.empty),
-        ("weight", None),
+        ("mask", None),
     ]
     assert {p.name: p.default for p in own[3:]} == {n: p.default for n, p in theirs.items()}
     assert all(p.kind is p.KEYWORD_ONLY for p in own[3:])
+
+
+def test_a_mask_is_called_mask_everywhere():
+    """In modules, functions, deep supervision, heads, fused networks and the operators."""
+    logits, labels = batch()
+    mask = torch.rand(2, 5, 4, 3) > 0.3
+    # A convolution that hands its features on as logits.
+    network = torch.nn.Sequential(torch.nn.Conv3d(3, 3, 1))
+    torch.nn.init.dirac_(network[0].weight)
+    torch.nn.init.zeros_(network[0].bias)
+    head = (logits, network[0].weight, network[0].bias, labels)
+    loss = voxfuse.DiceCELoss()
+    expected = loss(logits, labels, mask)
+    assert expected != loss(logits, labels)
+    for value in (
+        loss(logits, labels, mask=mask),
+        voxfuse.functional.dice_ce_loss(logits, labels, mask=mask),
+        voxfuse.DeepSupervisionLoss(loss)([logits], labels, mask=mask),
+        voxfuse.head_loss(loss, *head, mask=mask),
+        voxfuse.HeadDiceCELoss()(*head, mask=mask),
+        voxfuse.fuse_head(network, loss)(logits, labels, mask=mask),
+    ):
+        torch.testing.assert_close(value, expected)
+    sums = voxfuse.soft_confusion(logits, labels, mask=mask)
+    torch.testing.assert_close(head_confusion(*head, mask=mask), sums)
 
 
 @pytest.mark.parametrize("function", voxfuse.functional.__all__)

@@ -134,7 +134,7 @@ def test_the_stack_of_monais_network():
     ],
     ids=["up", "up by two", "up without a channel", "other batch", "an axis less", "an axis more"],
 )
-def test_targets_and_weights_are_never_sampled_up_or_onto_other_axes(shape):
+def test_targets_and_masks_are_never_sampled_up_or_onto_other_axes(shape):
     outputs = [torch.randn(2, 3, *SIZE), torch.randn(2, 3, 2, 3, 2)]
     loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss())
     labels = torch.zeros(2, *SIZE, dtype=torch.uint8)
@@ -142,7 +142,7 @@ def test_targets_and_weights_are_never_sampled_up_or_onto_other_axes(shape):
         loss(outputs, torch.zeros(shape, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"target: got shape"):
         loss(outputs, [torch.zeros(shape, dtype=torch.uint8), labels])
-    with pytest.raises(ValueError, match=r"weight: got shape .* nothing is sampled up"):
+    with pytest.raises(ValueError, match=r"mask: got shape .* nothing is sampled up"):
         loss(outputs, labels, torch.ones(shape))
 
 
@@ -160,7 +160,7 @@ def test_a_fused_head_samples_nothing_up(shape):
     image, labels = torch.randn(1, 1, 4, 4, 4), torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="target: got shape"):
         fused(image, torch.zeros(shape, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="voxel_weight: got shape"):
+    with pytest.raises(ValueError, match="mask: got shape"):
         fused(image, labels, torch.ones(shape))
 
 
@@ -222,10 +222,10 @@ def test_companions_of_a_plain_loss_are_never_broadcast(loss, classes):
     for shape in wrong:
         with pytest.raises(ValueError, match="target: got shape"):
             loss(logits, torch.zeros(shape, dtype=torch.uint8))
-        with pytest.raises(ValueError, match="weight: got shape"):
+        with pytest.raises(ValueError, match="mask: got shape"):
             loss(logits, labels, torch.ones(shape))
     if classes > 1:
-        with pytest.raises(ValueError, match="weight: got shape"):
+        with pytest.raises(ValueError, match="mask: got shape"):
             loss(logits, labels, torch.ones(2, classes, *size))
     torch.testing.assert_close(loss(logits, labels), loss(logits, labels[:, None]))
     ones = torch.ones(2, 1, *size)

@@ -108,7 +108,7 @@ class DeepSupervisionLoss(nn.Module):
     (``process_group``, ``ddp_average``, ``backend``) and hold at every output.
 
     Args:
-        loss: any loss of this package, or another callable of (input, target[, weight]).
+        loss: any loss of this package, or another callable of (input, target[, mask]).
         weights: "exp" (1, 1/2, 1/4, ... not below 1/16), "same", "two" (1, 1/2, 1/2, ...), the
             three of ``monai.losses.DeepSupervisionLoss``; or a number for every output (an output
             of weight 0 is not looked at).
@@ -154,7 +154,7 @@ class DeepSupervisionLoss(nn.Module):
         self,
         input: Tensor | Sequence[Tensor],
         target: Tensor | Sequence[Tensor],
-        weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         r"""Return the weighted sum.
 
@@ -163,10 +163,10 @@ class DeepSupervisionLoss(nn.Module):
                 (B, S, C, \*spatial), which is taken apart if the target has the axes and voxels of
                 one of its parts.
             target: (B, [k,] \*spatial), or a list of one an output.
-            weight: voxel weights (B, [1,] \*spatial), sampled like the target.
+            mask: mask or voxel weights (B, [1,] \*spatial), sampled like the target.
 
         Raises:
-            ValueError: a target or weight has other axes than an output, or fewer voxels along one;
+            ValueError: a target or mask has other axes than an output, or fewer voxels along one;
                 or one tensor could be one output as well as a stack: pass a list then.
         """
         one_target = isinstance(target, Tensor)
@@ -184,8 +184,8 @@ class DeepSupervisionLoss(nn.Module):
             output = outputs[level]
             own = target if isinstance(target, Tensor) else target[level]
             arguments = [output, sampled_down("target", own, output)]
-            if weight is not None:
-                arguments.append(sampled_down("weight", weight, output))
+            if mask is not None:
+                arguments.append(sampled_down("mask", mask, output))
             term = factor * self.loss(*arguments)
             total = term if total is None else total + term
         if total is None:

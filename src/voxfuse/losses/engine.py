@@ -57,7 +57,7 @@ class Call(NamedTuple):
 
 
 def evaluate(
-    recipe: Recipe, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+    recipe: Recipe, input: Tensor, target: Tensor, mask: Tensor | None, options: Any
 ) -> Tensor:
     """Return the loss of ``recipe``; differentiable in ``input``.
 
@@ -70,14 +70,14 @@ def evaluate(
         input = _checks.require_logits(input)
     if type(target) is not Tensor:
         target = _checks.require_tensor("target", target)
-    if weight is not None and type(weight) is not Tensor:
-        weight = _checks.require_tensor("weight", weight)
-    check_inputs(input, target, weight, recipe.ignore_index)
+    if mask is not None and type(mask) is not Tensor:
+        mask = _checks.require_tensor("mask", mask)
+    check_inputs(input, target, mask, recipe.ignore_index)
     call = call_of(recipe, input, input.shape[1], is_dense(input, target), options, ranks)
     try:
         if recipe.by_voxel:
-            return _by_voxel(recipe, input, target, weight, call)
-        return _differentiable(input, target, weight, call)
+            return _by_voxel(recipe, input, target, mask, call)
+        return _differentiable(input, target, mask, call)
     except RuntimeError as error:
         reraise(error)
 

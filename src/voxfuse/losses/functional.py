@@ -1,7 +1,7 @@
 """The losses as functions. Options and formulas are those of the modules of the same names.
 
 Every function takes ``input`` (logits, or probabilities with ``activation="none"``) of shape
-(B, C, *spatial), ``target`` (labels or dense), an optional voxel ``weight`` or mask, and the
+(B, C, *spatial), ``target`` (labels or dense), an optional ``mask`` or voxel weights, and the
 module's options by keyword; ``class_weight`` may be a sequence, a tensor or one number.
 """
 
@@ -63,7 +63,7 @@ class LossFunction(Protocol[Options]):
         self,
         input: Tensor,
         target: Tensor,
-        weight: Tensor | None = None,
+        mask: Tensor | None = None,
         *args: Options.args,
         **options: Options.kwargs,
     ) -> Tensor: ...
@@ -83,11 +83,11 @@ def function_of(
     kind: Any = module
     defaults = {**dict.fromkeys(WEIGHT_NAMES), **kind.defaults}
 
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **given: Any) -> Tensor:
+    def loss(input: Tensor, target: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
         for key in given:
             if key not in kind.defaults:
                 raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
-        result: Tensor = kind.of(Given({**defaults, **given}), input, target, weight)
+        result: Tensor = kind.of(Given({**defaults, **given}), input, target, mask)
         return result
 
     own = inspect.signature(loss)

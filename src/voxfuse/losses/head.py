@@ -25,7 +25,7 @@ def head_loss(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    voxel_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
@@ -43,11 +43,11 @@ def head_loss(
         weight: (C, K), or as a 1x1x1 convolution keeps it (C, K, 1, 1, 1).
         bias: (C,) or None.
         target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial).
-        voxel_weight: voxel weights or mask (B, [1,] \*spatial).
+        mask: mask or voxel weights (B, [1,] \*spatial).
         chunk_bytes: most bytes of logits that exist at one time.
 
     Returns:
-        the loss, as ``loss(logits, target, voxel_weight)`` returns it.
+        the loss, as ``loss(logits, target, mask)`` returns it.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or ``loss`` is not made of sums.
@@ -68,11 +68,9 @@ def head_loss(
     target = _checks.require_tensor("target", target)
     if bias is not None:
         bias = _checks.require_tensor("bias", bias)
-    if voxel_weight is not None:
-        voxel_weight = _checks.require_tensor("voxel_weight", voxel_weight)
-    weight = check_head(
-        features, weight, bias, target, voxel_weight, recipe.ignore_index, chunk_bytes
-    )
+    if mask is not None:
+        mask = _checks.require_tensor("mask", mask)
+    weight = check_head(features, weight, bias, target, mask, recipe.ignore_index, chunk_bytes)
     classes = weight.shape[0]
     dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
     group = loss.process_group
@@ -85,7 +83,7 @@ def head_loss(
             weight,
             bias,
             target,
-            voxel_weight,
+            mask,
             **call.plan.confusion._asdict(),
             full=call.plan.full,
             chunk_bytes=chunk_bytes,
@@ -129,7 +127,7 @@ class HeadLoss(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        voxel_weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :func:`head_loss`."""
         return head_loss(
@@ -138,7 +136,7 @@ class HeadLoss(nn.Module):
             weight,
             bias,
             target,
-            voxel_weight,
+            mask,
             chunk_bytes=self.chunk_bytes,
         )
 
@@ -338,7 +336,7 @@ class FusedHead(nn.Module):
         self,
         input: Tensor,
         target: Tensor | Sequence[Tensor] | None = None,
-        voxel_weight: Tensor | None = None,
+        mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
         r"""Return the loss, or without ``target`` what the network itself returns.
@@ -347,7 +345,7 @@ class FusedHead(nn.Module):
             input: the network's input.
             target: labels or dense target. With several heads it is sampled down to each (nearest
                 voxel centre), or there is one target a resolution, as nnU-Net gives them.
-            voxel_weight: voxel weights or mask (B, [1,] \*spatial), at the input's resolution.
+            mask: mask or voxel weights (B, [1,] \*spatial), at the input's resolution.
             options: further arguments of the network.
         """
         if target is None:
@@ -357,16 +355,16 @@ class FusedHead(nn.Module):
         losses: list[Tensor] = []
 
         def loss_of(head: nn.Module, features: Tensor) -> Tensor:
-            weight = voxel_weight
-            if weight is not None:
-                weight = sampled_down("voxel_weight", weight, features)
+            own_mask = mask
+            if own_mask is not None:
+                own_mask = sampled_down("mask", own_mask, features)
             loss = head_loss(
                 inner,
                 features,
                 head.weight,  # type: ignore[arg-type]
                 head.bias,  # type: ignore[arg-type]
                 _target_of_level(target, features),
-                weight,
+                own_mask,
                 chunk_bytes=self.chunk_bytes,
             )
             losses.append(loss)

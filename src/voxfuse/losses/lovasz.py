@@ -321,16 +321,16 @@ class _LovaszModule(Loss):
         _checks.choice("backend", self.backend, _BACKENDS)
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         activation: int = Activation.none
         if not cls.hinge:
             activation = _checks.choice("activation", options.activation, Activation)
         _checks.choice("backend", options.backend, _BACKENDS)
         input = _checks.require_logits(input)
         target = _checks.require_tensor("target", target)
-        if weight is not None:
-            weight = _checks.require_tensor("weight", weight)
-        check_inputs(input, target, weight, options.ignore_index)
+        if mask is not None:
+            mask = _checks.require_tensor("mask", mask)
+        check_inputs(input, target, mask, options.ignore_index)
         channels = input.shape[1]
         if activation == Activation.softmax and channels == 1:
             raise ValueError(
@@ -355,11 +355,11 @@ class _LovaszModule(Loss):
                 refuse_tracing()
             wants = torch.is_grad_enabled() and (transformed or input.requires_grad)
             operator = _registry.namespace_of("auto", input.device).lovasz
-            traced: Tensor = operator(
-                input, target, weight, **call._asdict(), wants_gradient=wants
-            )[0]
+            traced: Tensor = operator(input, target, mask, **call._asdict(), wants_gradient=wants)[
+                0
+            ]
             return traced
-        rows = _rows(input, target, weight, options.ignore_index)
+        rows = _rows(input, target, mask, options.ignore_index)
         loss: Tensor = _Lovasz.apply(input, rows, call, ranks)  # type: ignore[no-untyped-call]
         return loss
 
@@ -396,7 +396,7 @@ class LovaszLoss(_LovaszModule):
         backend: "auto" or "reference", which are the same here: the sort is PyTorch's own.
 
     Shapes: as :class:`voxfuse.TverskyLoss`; a dense target counts where it exceeds 1/2. The
-    optional third argument of the call is a mask (weights other than 0 count alike).
+    optional third argument of the call, ``mask``, is a mask (weights other than 0 count alike).
 
     Example:
         >>> import torch, voxfuse

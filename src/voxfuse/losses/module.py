@@ -47,20 +47,20 @@ class Loss(Declared):
         raise NotImplementedError
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """The loss with ``options``, which has the attributes of a module."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Return the loss.
 
         Args:
             input: logits (or probabilities with ``activation="none"``) (B, C, \*spatial).
             target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial); with C = 1 the
                 foreground indicator.
-            weight: voxel weights or mask (B, [1,] \*spatial); weight 0 leaves a voxel out.
+            mask: mask or voxel weights (B, [1,] \*spatial); weight 0 leaves a voxel out.
         """
-        return self.of(self, input, target, weight)
+        return self.of(self, input, target, mask)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHT_NAMES:
@@ -111,9 +111,9 @@ class LossModule(Loss):
         self.recipe  # noqa: B018
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         recipe = options.recipe if isinstance(options, LossModule) else cls.make_recipe(options)
-        return evaluate(recipe, input, target, weight, options)
+        return evaluate(recipe, input, target, mask, options)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

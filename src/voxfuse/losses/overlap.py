@@ -74,8 +74,8 @@ class TverskyLoss(OverlapLoss):
 
     Shapes: input (B, C, \*spatial), any number of spatial axes; target labels (B, [1,] \*spatial)
     of any integer type (or integers held in floats), or dense (B, C, \*spatial); with C = 1 the
-    foreground indicator. Optional third argument of the call: voxel weights or a mask
-    (B, [1,] \*spatial), applied after the activation.
+    foreground indicator. Optional third argument of the call, ``mask``: a mask or
+    voxel weights (B, [1,] \*spatial), applied after the activation.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

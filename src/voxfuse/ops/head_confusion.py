@@ -22,7 +22,7 @@ def head_confusion(
     bias: Tensor | None,
     target: Tensor,
     *,
-    voxel_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     activation: str = "softmax",
     likelihood: str | None = None,
     overlap: str = "product",
@@ -50,7 +50,7 @@ def head_confusion(
             the features' dtype.
         bias: (C,) or None.
         target: labels or dense target for C classes, see :func:`voxfuse.soft_confusion`.
-        voxel_weight: voxel weights or mask (B, \*spatial) or (B, 1, \*spatial).
+        mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial).
         activation, likelihood, overlap, ignore_index, gamma, focal_classes, full: see
             :func:`voxfuse.soft_confusion`.
         chunk_bytes: most bytes of logits that exist at one time.
@@ -80,8 +80,8 @@ def head_confusion(
     target = _checks.require_tensor("target", target)
     if bias is not None:
         bias = _checks.require_tensor("bias", bias)
-    if voxel_weight is not None:
-        voxel_weight = _checks.require_tensor("voxel_weight", voxel_weight)
+    if mask is not None:
+        mask = _checks.require_tensor("mask", mask)
     activation_code = _checks.choice("activation", activation, Activation)
     likelihood_code = (
         activation_code
@@ -92,7 +92,7 @@ def head_confusion(
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
-    weight = check_head(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes)
+    weight = check_head(features, weight, bias, target, mask, ignore_index, chunk_bytes)
     operators = _registry.namespace_of(backend, features.device)
     try:
         result: Tensor = operators.head_confusion(
@@ -100,7 +100,7 @@ def head_confusion(
             weight,
             bias,
             target,
-            voxel_weight,
+            mask,
             activation_code,
             likelihood_code,
             overlap_code,
@@ -120,7 +120,7 @@ def check_head(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    voxel_weight: Tensor | None,
+    mask: Tensor | None,
     ignore_index: int | None,
     chunk_bytes: int,
 ) -> Tensor:
@@ -165,7 +165,7 @@ def check_head(
     if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected an int >= 1")
     logits = features[:, :1].expand(features.shape[0], classes, *features.shape[2:])
-    check_inputs(logits, target, voxel_weight, ignore_index)
+    check_inputs(logits, target, mask, ignore_index)
     return weight
 
 

@@ -38,7 +38,7 @@ def soft_confusion(
     input: Tensor,
     target: Tensor,
     *,
-    weight: Tensor | None = None,
+    mask: Tensor | None = None,
     activation: str = "softmax",
     likelihood: str | None = None,
     overlap: str = "product",
@@ -51,7 +51,7 @@ def soft_confusion(
     r"""Soft true positives, false positives, false negatives and log-likelihood in one pass.
 
     With p the prediction after ``activation``, r the probability after ``likelihood`` (the same
-    activation unless given), g the target and w the voxel weight, for every sample b and class c:
+    activation unless given), g the target and w the mask or voxel weight, for every sample b and class c:
 
     .. math::
         TP = \sum_v w p g, \quad FP = \sum_v w p (1-g), \quad FN = \sum_v w (1-p) g, \quad
@@ -68,7 +68,7 @@ def soft_confusion(
         target: labels (B, \*spatial) or (B, 1, \*spatial) in bool, uint8, int16, int32, int64,
             float16 or float32; or dense (B, C, \*spatial) in bool, uint8 or a float. With C = 1
             it is the foreground indicator.
-        weight: voxel weights or mask (B, \*spatial) or (B, 1, \*spatial), bool or float. A voxel
+        mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial), bool or float. A voxel
             of weight 0 contributes exactly 0, even if its logits are NaN.
         activation: "softmax", "sigmoid" or "none".
         likelihood: activation behind NLL and OFF; None means the same as ``activation``.
@@ -99,8 +99,8 @@ def soft_confusion(
     """
     input = _checks.require_logits(input)
     target = _checks.require_tensor("target", target)
-    if weight is not None:
-        weight = _checks.require_tensor("weight", weight)
+    if mask is not None:
+        mask = _checks.require_tensor("mask", mask)
     activation_code = _checks.choice("activation", activation, Activation)
     likelihood_code = (
         activation_code
@@ -108,7 +108,7 @@ def soft_confusion(
         else _checks.choice("likelihood", likelihood, Activation)
     )
     overlap_code = _checks.choice("overlap", overlap, Overlap)
-    check_inputs(input, target, weight, ignore_index)
+    check_inputs(input, target, mask, ignore_index)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
@@ -117,7 +117,7 @@ def soft_confusion(
         result: Tensor = operators.soft_confusion(
             input,
             target,
-            weight,
+            mask,
             activation_code,
             likelihood_code,
             overlap_code,
@@ -146,7 +146,7 @@ def is_dense(input: Tensor, target: Tensor) -> bool:
 
 
 def check_inputs(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
+    input: Tensor, target: Tensor, mask: Tensor | None, ignore_index: int | None
 ) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
     if input.dtype not in _checks.LOGIT_DTYPES:
@@ -173,14 +173,14 @@ def check_inputs(
         if dense and classes > 1:
             raise ValueError(
                 f"ignore_index: got {ignore_index} with a dense target {tuple(target.shape)}; it "
-                "needs labels. Pass the mask of valid voxels as weight instead"
+                "needs labels. Pass the mask of valid voxels as mask= instead"
             )
-    if weight is not None:
-        _check_companion("weight", weight, input, (1,))
-        if weight.dtype not in _WEIGHT_DTYPES:
-            raise TypeError(f"weight: got {_checks.describe(weight)}, expected bool or float")
-        if weight.requires_grad:
-            raise ValueError("weight: requires grad, but no gradient flows to it; detach it")
+    if mask is not None:
+        _check_companion("mask", mask, input, (1,))
+        if mask.dtype not in _WEIGHT_DTYPES:
+            raise TypeError(f"mask: got {_checks.describe(mask)}, expected bool or float")
+        if mask.requires_grad:
+            raise ValueError("mask: requires grad, but no gradient flows to it; detach it")
     if (
         input.device.type != "cpu"
         and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"

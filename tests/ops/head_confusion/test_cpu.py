@@ -300,7 +300,7 @@ def test_gradcheck(backend, classes):
         return head_confusion(
             *head,
             target,
-            voxel_weight=voxel_weight,
+            mask=voxel_weight,
             activation="sigmoid" if classes == 1 else "softmax",
             gamma=2.0,
             full=True,
@@ -364,11 +364,11 @@ def test_autocast_takes_the_head_to_half_precision_and_leaves_the_rest(compiled)
 
     def step(f, w, b):
         with torch.autocast("cpu", torch.bfloat16):
-            return head_confusion(f, w, b, target, voxel_weight=voxel_weight)
+            return head_confusion(f, w, b, target, mask=voxel_weight)
 
     run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
     half = [x.to(torch.bfloat16) for x in (features, weight, bias)]
-    expected = head_confusion(*half, target, voxel_weight=voxel_weight)
+    expected = head_confusion(*half, target, mask=voxel_weight)
     inputs = [x.clone().requires_grad_() for x in (features, weight, bias)]
     sums = run(*inputs)
     assert torch.equal(sums, expected)
@@ -413,7 +413,7 @@ BAD = [
     (dict(target=torch.zeros(1, 5)), ValueError, r"target: got shape \(1, 5\)"),
     (dict(target=torch.tensor([[0, 1, 2, 1]])), ValueError, r"target: label 2 is outside \[0, 2\)"),
     (dict(target=torch.zeros(1, 2, 4, requires_grad=True)), ValueError, "target: requires grad"),
-    (dict(voxel_weight=torch.zeros(1, 3)), ValueError, r"weight: got shape \(1, 3\)"),
+    (dict(mask=torch.zeros(1, 3)), ValueError, r"mask: got shape \(1, 3\)"),
     (dict(ignore_index="x"), TypeError, "ignore_index: got 'x'"),
     (dict(gamma=-1.0), ValueError, "gamma: got -1.0"),
     (dict(activation="relu"), ValueError, "activation: got 'relu'"),

@@ -64,7 +64,7 @@ def test_reference_equals_the_definition():
     p = logits.softmax(1).numpy()
     g = np.stack([(labels.numpy() == c) for c in range(3)], 1).astype(float)
     expected = brute_force(p, g, weight.numpy())
-    actual = voxfuse.soft_confusion(logits, labels, weight=weight, backend="reference")
+    actual = voxfuse.soft_confusion(logits, labels, mask=weight, backend="reference")
     np.testing.assert_allclose(actual[..., :3].numpy(), expected, rtol=1e-13)
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weight
     torch.testing.assert_close(actual[..., 3].sum(1), nll.sum(1), rtol=1e-12, atol=0)
@@ -512,7 +512,7 @@ def test_gradcheck(classes, gamma, backend):
         return voxfuse.soft_confusion(
             x,
             target,
-            weight=weight,
+            mask=weight,
             activation=case.activation,
             gamma=gamma,
             full=True,

@@ -44,9 +44,9 @@ BAD = [
         ValueError,
         r"target: label 5 is outside \[0, 2\) or ignore_index 255",
     ),
-    (dict(weight=torch.zeros(1, 3)), ValueError, r"weight: got shape \(1, 3\)"),
-    (dict(weight=torch.zeros(1, 4, dtype=torch.int32)), TypeError, "weight: got int32"),
-    (dict(weight=torch.ones(1, 4, requires_grad=True)), ValueError, "weight: requires grad"),
+    (dict(mask=torch.zeros(1, 3)), ValueError, r"mask: got shape \(1, 3\)"),
+    (dict(mask=torch.zeros(1, 4, dtype=torch.int32)), TypeError, "mask: got int32"),
+    (dict(mask=torch.ones(1, 4, requires_grad=True)), ValueError, "mask: requires grad"),
     (
         dict(activation="relu"),
         ValueError,
