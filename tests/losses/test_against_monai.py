@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -118,6 +121,48 @@ PAIRS = {
         lambda: losses.DiceFocalLoss(alpha=0.3, **SOFTMAX),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DiceLoss", "DiceCELoss", "DiceFocalLoss", "FocalLoss", "GeneralizedDiceLoss", "TverskyLoss"],
+)
+def test_monais_arguments_are_ours_or_the_error_names_ours(name):
+    """Of the losses of the same name; what ours are worth is what PAIRS compare."""
+    ours = getattr(voxfuse, name)
+    known = inspect.signature(ours).parameters
+    for argument in inspect.signature(getattr(losses, name)).parameters:
+        if argument in known:
+            continue
+        with pytest.raises(TypeError, match=rf"{argument}: not an option of {name}; ") as raised:
+            ours(**{argument: True})
+        named = re.findall(r"(\w+)=", str(raised.value))
+        if argument == "to_onehot_y":
+            assert "not needed: labels are read as they are" in str(raised.value)
+        elif argument == "jaccard":
+            assert "voxfuse.JaccardLoss" in str(raised.value)
+        else:
+            assert named
+            assert set(named) - {"mask"} <= set(known)
+
+
+def test_monais_weight_is_two_of_ours():
+    """Either one alone leaves the other term unweighted; both together are MONAI's one."""
+    message = "MONAI's one weight is two here: class_weight= .* likelihood_weight= .* mask="
+    with pytest.raises(TypeError, match=message):
+        voxfuse.DiceCELoss(weight=WEIGHT)
+    logits, labels = torch.randn(2, 4, 6, 5), torch.randint(0, 4, (2, 1, 6, 5))
+    with pytest.raises(TypeError, match=message):
+        voxfuse.functional.dice_ce_loss(logits, labels, weight=WEIGHT)
+    with pytest.raises(TypeError, match="weight: .* class_weight=; weights of voxels are mask="):
+        voxfuse.CrossEntropyLoss(weight=WEIGHT)
+    loss = voxfuse.DiceCELoss(class_weight=WEIGHT, likelihood_weight=WEIGHT)
+    peer = losses.DiceCELoss(weight=WEIGHT, **SOFTMAX)
+    torch.testing.assert_close(loss(logits, labels), peer(logits.double(), labels).float())
+    alone = voxfuse.DiceLoss(class_weight=WEIGHT)(logits, labels)
+    unweighted = voxfuse.CrossEntropyLoss()(logits, labels)
+    one = voxfuse.DiceCELoss(class_weight=WEIGHT)
+    torch.testing.assert_close(one(logits, labels), alone + unweighted)
 
 
 def compare(ours, theirs, logits, ours_target, theirs_target):

@@ -68,8 +68,11 @@ class TverskyCELoss(BinaryCompoundLoss):
             of the logits beside the likelihood. Pass the smoothed target g (1 - s) + s/2, dense.
         ce_activation: activation of the cross-entropy where it differs from ``activation``; a
             sigmoid makes it a binary cross-entropy.
-        class_weight: weights of the classes in the Tversky term, as in :class:`TverskyLoss`.
-        likelihood_weight: weights (C,) of the classes in the cross-entropy.
+        class_weight: weights of the classes in the Tversky term alone, as in
+            :class:`TverskyLoss`.
+        likelihood_weight: weights (C,) of the classes in the cross-entropy, which ``class_weight``
+            leaves unweighted. MONAI's one ``weight`` is both: the Tversky term's without the
+            background's where ``include_background=False``, the cross-entropy's with it.
         pos_weight: weights (C,) of the positives in a binary cross-entropy.
         options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
 
@@ -144,8 +147,9 @@ class TverskyFocalLoss(BinaryCompoundLoss):
             every class.
         lambda_tversky, lambda_focal: factors of the two terms, >= 0.
         focal_activation: activation of the focal term where it differs from ``activation``.
-        class_weight: weights of the classes in the Tversky term.
-        likelihood_weight, pos_weight: weights (C,) in the focal term.
+        class_weight: weights of the classes in the Tversky term alone.
+        likelihood_weight, pos_weight: weights (C,) in the focal term, which ``class_weight`` leaves
+            unweighted.
         options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
 
     Example:

@@ -18,6 +18,11 @@ class Declared(nn.Module):
     #: Every option with its default, in the constructor's order.
     defaults: ClassVar[dict[str, Any]] = {}
 
+    @classmethod
+    def hint(cls, option: str) -> str | None:
+        """What to say of an ``option`` that is not one of this class."""
+        return None
+
     def set_up(self, *args: Any, **options: Any) -> None:
         """Take the options, every one of them by name."""
         for name, value in options.items():
@@ -39,8 +44,9 @@ def declared(kind: Kind) -> Kind:
         name = type(self).__name__
         for option in named:
             if option not in made.defaults:
-                listed = ", ".join(made.defaults)
-                raise TypeError(f"{option}: not an option of {name}, which has {listed}")
+                hint = made.hint(option)
+                more = f"; {hint}" if hint else f", which has {', '.join(made.defaults)}"
+                raise TypeError(f"{option}: not an option of {name}{more}")
         if len(args) > len(positional):
             raise TypeError(
                 f"{name}: too many positional arguments, got {len(args)}, expected at most "

@@ -86,7 +86,9 @@ def function_of(
     def loss(input: Tensor, target: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
         for key in given:
             if key not in kind.defaults:
-                raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+                hint = kind.hint(key)
+                more = f"; {hint}" if hint else ""
+                raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{more}")
         result: Tensor = kind.of(Given({**defaults, **given}), input, target, mask)
         return result
 

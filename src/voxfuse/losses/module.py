@@ -14,7 +14,7 @@ from torch import Tensor
 
 from voxfuse.losses.declared import Declared
 from voxfuse.losses.engine import evaluate
-from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions
+from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions, monai_hint
 from voxfuse.losses.plan import Recipe
 
 
@@ -35,6 +35,10 @@ class Loss(Declared):
 
     #: Options always shown by repr; others are shown where they differ from the default.
     shown: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def hint(cls, option: str) -> str | None:
+        return monai_hint(option, cls.defaults)
 
     def set_up(self, *args: Any, **options: Any) -> None:
         for name in WEIGHT_NAMES:

@@ -6,7 +6,7 @@ What they mean is said once, in :class:`voxfuse.TverskyLoss`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,40 @@ ClassWeights = Tensor | Sequence[float] | float | None
 
 #: Weights of the classes that a loss may have; buffers of the modules.
 WEIGHT_NAMES = ("class_weight", "likelihood_weight", "pos_weight")
+
+
+#: MONAI's arguments that have another name here: ours, one of which a loss may have, or what to do.
+_MONAI_NAMES: dict[str, tuple[str, ...] | str] = {
+    "sigmoid": "activation='sigmoid' here",
+    "softmax": "activation='softmax' here, the default",
+    "use_softmax": "activation='softmax' here, the default",
+    "other_act": "activation='none' here, and the function applied before the call",
+    "to_onehot_y": "not needed: labels are read as they are, a dense target by its shape",
+    "squared_pred": ("squared",),
+    "jaccard": "voxfuse.JaccardLoss here, and in a compound a Tversky term with alpha = beta = 1",
+    "soft_label": "overlap='min' here",
+    "w_type": ("class_pooling",),
+    "lambda_dice": ("lambda_tversky",),
+    "gamma": ("focal_gamma",),
+    "alpha": ("focal_alpha",),
+}
+
+
+def monai_hint(name: str, options: Container[str]) -> str | None:
+    """What MONAI's argument ``name`` is called in a loss of ours with these ``options``."""
+    if name == "weight":
+        voxels = "; weights of voxels are mask= in the call"
+        if "likelihood_weight" not in options:
+            return "weights of the classes are class_weight=" + voxels
+        return (
+            "MONAI's one weight is two here: class_weight= in the overlap term (without the "
+            "background's where include_background=False) and likelihood_weight= in the likelihood"
+            + voxels
+        )
+    ours = _MONAI_NAMES.get(name, ())
+    if isinstance(ours, tuple):
+        ours = "".join(f"{x}= here" for x in ours if x in options)
+    return f"MONAI's {name} is {ours}" if ours else None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

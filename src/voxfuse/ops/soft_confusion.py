@@ -51,7 +51,8 @@ def soft_confusion(
     r"""Soft true positives, false positives, false negatives and log-likelihood in one pass.
 
     With p the prediction after ``activation``, r the probability after ``likelihood`` (the same
-    activation unless given), g the target and w the mask or voxel weight, for every sample b and class c:
+    activation unless given), g the target and w the mask or voxel weight, for every sample b and
+    class c:
 
     .. math::
         TP = \sum_v w p g, \quad FP = \sum_v w p (1-g), \quad FN = \sum_v w (1-p) g, \quad
