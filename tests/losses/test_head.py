@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import voxfuse
 from tests.ranks import launch
+from voxfuse.ops.head_confusion import CHUNK_BYTES
 
 CLASSES, CHANNELS = 5, 4
 FAMILY = {
@@ -80,10 +82,23 @@ def test_the_modules_are_their_losses():
         voxfuse.DiceCELoss(1.0, 0.5, include_background=False),
     )
     for fused, loss in zip((tversky, dice), plain, strict=True):
-        assert repr(fused.loss) == repr(loss)
+        assert {name: getattr(fused, name) for name in loss.defaults} == {
+            name: getattr(loss, name) for name in loss.defaults
+        }
+        with pytest.raises(TypeError, match=f"alfa: not an option of {type(fused).__name__}"):
+            type(fused)(alfa=0.3)
         torch.testing.assert_close(fused(*call), voxfuse.head_loss(loss, *call))
         torch.testing.assert_close(fused(*call), loss(head(features), labels))
         assert fused(*call).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceCELoss"])
+def test_the_modules_have_the_options_of_their_losses(name):
+    """And one more; a type checker sees the same, in test_modules.py."""
+    own = dict(inspect.signature(getattr(voxfuse, "Head" + name)).parameters)
+    chunk_bytes = own.pop("chunk_bytes")
+    assert (chunk_bytes.kind, chunk_bytes.default) == (chunk_bytes.KEYWORD_ONLY, CHUNK_BYTES)
+    assert own == dict(inspect.signature(getattr(voxfuse, name)).parameters)
 
 
 def test_dense_targets_and_one_class():

@@ -150,6 +150,9 @@ def test_type_checkers_know_the_options(tmp_path):
         "voxfuse.TverskyLoss(0.3, 0.7, 1.0, 'sigmoid')\n"
         "voxfuse.DiceLoss(pos_weight=2.0)\n"
         "monai.DiceLoss(squared=True)\n"
+        "reveal_type(voxfuse.HeadDiceCELoss)\n"
+        "reveal_type(voxfuse.HeadTverskyLoss(0.3, 0.7, smooth_nr=0.0, chunk_bytes=1 << 20))\n"
+        "voxfuse.HeadTverskyLoss(alfa=0.3)\n"
     )
     told, _, _ = api.run([str(uses), "--no-error-summary"])
     lines = [line.split("uses.py:")[1] for line in told.splitlines() if "defined in" not in line]
@@ -162,7 +165,13 @@ def test_type_checkers_know_the_options(tmp_path):
     assert "alpha: float =, beta: float =, gamma: float =, *, activation: str =" in constructor
     assert made == '13: note: Revealed type is "voxfuse.losses.overlap.TverskyLoss"'
     assert "include_background: bool =, to_onehot_y: bool =, gamma: float =" in peers
-    assert [line[:9] for line in lines[10:]] == ["16: error", "17: error", "18: error"]
+    assert [line[:9] for line in lines[10:13]] == ["16: error", "17: error", "18: error"]
+    head, made, wrong = lines[13:]
+    assert "lambda_dice: float =, lambda_ce: float =" in head
+    assert "likelihood_weight:" in head
+    assert "chunk_bytes: int =" in head
+    assert made == '20: note: Revealed type is "voxfuse.losses.head.HeadTverskyLoss"'
+    assert wrong.startswith("21: error")
 
 
 @everyone

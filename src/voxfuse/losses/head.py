@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from voxfuse.losses.compound import DiceCELoss
+from voxfuse.losses.declared import declared
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
 from voxfuse.losses.engine import call_of, loss_of_call, reraise
 from voxfuse.losses.module import LossModule
@@ -105,7 +107,24 @@ def _of_sums(loss: object) -> LossModule:
     return loss
 
 
-class HeadLoss(nn.Module):
+class _OfFeatures(nn.Module):
+    """A loss whose input is the features before the last layer."""
+
+    chunk_bytes: int
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :func:`head_loss`."""
+        return head_loss(self, features, weight, bias, target, mask, chunk_bytes=self.chunk_bytes)
+
+
+class HeadLoss(_OfFeatures):
     """A loss whose input is the features before the last layer, see :func:`head_loss`.
 
     Example:
@@ -121,27 +140,9 @@ class HeadLoss(nn.Module):
         self.loss = _of_sums(loss)
         self.chunk_bytes = chunk_bytes
 
-    def forward(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss; the arguments are those of :func:`head_loss`."""
-        return head_loss(
-            self.loss,
-            features,
-            weight,
-            bias,
-            target,
-            mask,
-            chunk_bytes=self.chunk_bytes,
-        )
 
-
-class HeadTverskyLoss(HeadLoss):
+@declared
+class HeadTverskyLoss(_OfFeatures, TverskyLoss):  # type: ignore[misc]  # other arguments of a call
     """:class:`TverskyLoss` of a linear head, from its features; see :func:`head_loss`.
 
     Args:
@@ -157,19 +158,11 @@ class HeadTverskyLoss(HeadLoss):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
-        *,
-        chunk_bytes: int = CHUNK_BYTES,
-        **options: Any,
-    ) -> None:
-        super().__init__(TverskyLoss(alpha, beta, gamma, **options), chunk_bytes)
+    chunk_bytes: int = field(default=CHUNK_BYTES, kw_only=True)
 
 
-class HeadDiceCELoss(HeadLoss):
+@declared
+class HeadDiceCELoss(_OfFeatures, DiceCELoss):  # type: ignore[misc]  # other arguments of a call
     """:class:`DiceCELoss` of a linear head, from its features; see :func:`head_loss`.
 
     Args:
@@ -185,15 +178,7 @@ class HeadDiceCELoss(HeadLoss):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        *,
-        chunk_bytes: int = CHUNK_BYTES,
-        **options: Any,
-    ) -> None:
-        super().__init__(DiceCELoss(lambda_dice, lambda_ce, **options), chunk_bytes)
+    chunk_bytes: int = field(default=CHUNK_BYTES, kw_only=True)
 
 
 # --- A network whose last layer and loss are one --------------------------------------------------
@@ -304,7 +289,7 @@ class FusedHead(nn.Module):
         _of_sums(levels.loss)
         if chunk_bytes is None:
             inner = levels.loss
-            chunk_bytes = inner.chunk_bytes if isinstance(inner, HeadLoss) else CHUNK_BYTES
+            chunk_bytes = inner.chunk_bytes if isinstance(inner, _OfFeatures) else CHUNK_BYTES
         self.model = model
         self.loss = loss
         self.chunk_bytes = chunk_bytes
