@@ -18,6 +18,7 @@ MODULES = {
     "dice squared": lambda **k: voxfuse.DiceLoss(squared=True, **k),
     "jaccard": lambda **k: voxfuse.JaccardLoss(**k),
     "generalised dice": lambda **k: voxfuse.GeneralizedDiceLoss(**k),
+    "mcc": lambda **k: voxfuse.MCCLoss(**k),
     "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(**k),
     "bce": lambda **k: voxfuse.BCELoss(**{n: v for n, v in k.items() if n != "activation"}),
     "focal": lambda **k: voxfuse.FocalLoss(**k),

@@ -73,6 +73,17 @@ PAIRS = {
         for kind in ("square", "simple", "uniform")
         for batch in (False, True)
     },
+    "mcc": (lambda: voxfuse.MCCLoss(), lambda: losses.MCCLoss(**SOFTMAX)),
+    "mcc sigmoid batch, none": (
+        lambda: voxfuse.MCCLoss(
+            activation="sigmoid", include_background=False, batch=True, reduction="none"
+        ),
+        lambda: losses.MCCLoss(include_background=False, batch=True, reduction="none", **SIGMOID),
+    ),
+    "mcc smooth": (
+        lambda: voxfuse.MCCLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum"),
+        lambda: losses.MCCLoss(smooth_nr=1.0, smooth_dr=2.0, reduction="sum", **SOFTMAX),
+    ),
     "dice + ce": (lambda: voxfuse.DiceCELoss(), lambda: losses.DiceCELoss(**SOFTMAX)),
     "dice + ce weighted": (
         lambda: voxfuse.DiceCELoss(

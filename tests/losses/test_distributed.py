@@ -21,6 +21,7 @@ LOSSES = {
     "tversky": lambda **k: voxfuse.TverskyLoss(0.3, 0.7, 0.75, batch=True, **k),
     "tversky terms": lambda **k: voxfuse.TverskyLoss(batch=True, reduction="none", **k),
     "generalised dice": lambda **k: voxfuse.GeneralizedDiceLoss(batch=True, **k),
+    "mcc": lambda **k: voxfuse.MCCLoss(batch=True, **k),
     "dice + ce": lambda **k: voxfuse.DiceCELoss(batch=True, include_background=False, **k),
     "cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0], **k),
     "focal": lambda **k: voxfuse.FocalLoss(activation="sigmoid", **k),

@@ -23,6 +23,7 @@ from voxfuse.losses.overlap import (
     FocalTverskyLoss,
     GeneralizedDiceLoss,
     JaccardLoss,
+    MCCLoss,
     TverskyLoss,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "JaccardLoss",
     "LovaszHingeLoss",
     "LovaszLoss",
+    "MCCLoss",
     "TopKLoss",
     "TverskyCELoss",
     "TverskyFocalLoss",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
 from voxfuse.losses.ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
@@ -27,6 +28,7 @@ class Operators(NamedTuple):
     soft_confusion_backward: Any
     ratio_loss: Any
     ratio_loss_backward: Any
+    matthews_loss: Any
     likelihood_map: Any
 
 
@@ -161,10 +163,24 @@ def _sums(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> T
 
 
 def _loss_and_slopes(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, Tensor]:
-    weights = call.weights
-    result: tuple[Tensor, Tensor] = call.operators.ratio_loss(
+    weights, ratio = call.weights, call.plan.ratio
+    result: tuple[Tensor, Tensor]
+    if isinstance(ratio, MatthewsOptions):
+        result = call.operators.matthews_loss(
+            stats,
+            weights.class_weight,
+            ratio.smooth_nr,
+            ratio.smooth_dr,
+            ratio.first_class,
+            ratio.batch,
+            ratio.absent,
+            ratio.reduction,
+            double_loss,
+        )
+        return result
+    result = call.operators.ratio_loss(
         stats,
-        **call.plan.ratio._asdict(),
+        **ratio._asdict(),
         class_weight=weights.class_weight,
         nll_weight=weights.nll_weight,
         off_weight=weights.off_weight,

@@ -29,6 +29,7 @@ from voxfuse.losses.overlap import (
     FocalTverskyLoss,
     GeneralizedDiceLoss,
     JaccardLoss,
+    MCCLoss,
     TverskyLoss,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "jaccard_loss",
     "lovasz_hinge_loss",
     "lovasz_softmax_loss",
+    "mcc_loss",
     "top_k_loss",
     "tversky_ce_loss",
     "tversky_focal_loss",
@@ -123,6 +125,7 @@ jaccard_loss = function_of(
 generalized_dice_loss = function_of(
     GeneralizedDiceLoss, "generalized_dice_loss", "Generalised Dice loss"
 )
+mcc_loss = function_of(MCCLoss, "mcc_loss", "One minus the Matthews correlation")
 cross_entropy_loss = function_of(CrossEntropyLoss, "cross_entropy_loss", "Cross-entropy")
 bce_loss = function_of(BCELoss, "bce_loss", "Binary cross-entropy of every class")
 focal_loss = function_of(FocalLoss, "focal_loss", "Focal loss")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
 from voxfuse.losses.declared import declared
+from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.module import OverlapLoss
 from voxfuse.losses.options import exponent, number
 from voxfuse.losses.plan import Recipe, overlap_recipe
@@ -245,3 +247,46 @@ class GeneralizedDiceLoss(OverlapLoss):
             raise ValueError("class_pooling: got 'none', expected 'uniform', 'simple' or 'square'")
         coefficients = dice_coefficients(False)
         return overlap_recipe(self, *coefficients, class_pooling=self.class_pooling)
+
+
+@declared
+class MCCLoss(OverlapLoss):
+    r"""One minus the Matthews correlation of soft counts (Abhishek, Hamarneh 2021, ISBI).
+
+    .. math::
+        loss = \mathrm{mean}_{b,c}\; 1 - \frac{TP\,TN - FP\,FN + s_n}
+            {\sqrt{(TP+FP)(TP+FN)(TN+FP)(TN+FN) + s_d}}
+
+    with TN = W - TP - FP - FN and W the sum of the voxels' weights: the one loss here to which
+    the voxels count that are neither predicted nor true. 0 is agreement, 1 chance, 2 the opposite.
+    The defaults equal ``monai.losses.MCCLoss(softmax=True, to_onehot_y=True)``.
+
+    Where a class fills a sample or is not in it, or its prediction does, the correlation is 0/0. It
+    counts as chance, a term of 1 (1 - s_n / sqrt(s_d) with both smoothing terms), unless FP and FN
+    are exactly 0: then the term is 0. An absent class thus adds a constant without a gradient,
+    however few its false positives; ``absent="ignore"`` leaves it out. The slope at a root of 0
+    and at a perfect prediction is taken as 0. Near a perfect prediction the loss keeps its
+    relative precision: it is not computed as a difference from 1.
+
+    Args:
+        absent: as in :class:`TverskyLoss`, also for a class that fills the sample.
+        log: not of this loss, whose correlation may be negative.
+        options: as in :class:`TverskyLoss`.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> p = torch.tensor([[[0.75, 0.25, 0.25, 0.25]]])
+        >>> voxfuse.MCCLoss(activation="none")(p, torch.tensor([[[1, 0, 0, 0]]])).round(decimals=4)
+        tensor(0.5528)
+    """
+
+    _: dataclasses.KW_ONLY
+    smooth_nr: float = 0.0
+
+    def make_recipe(self) -> Recipe:
+        if self.log:
+            raise ValueError("log: got True, expected False; a correlation may be negative")
+        recipe = overlap_recipe(self, (), ())
+        assert recipe.ratio is not None
+        recipe.ratio = MatthewsOptions(*recipe.ratio)
+        return recipe

@@ -26,6 +26,7 @@ from voxfuse.contract import (
     RatioOptions,
     Reduction,
 )
+from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.options import (
     ClassWeights,
     LikelihoodOptions,
@@ -93,7 +94,8 @@ def plan_of(
     Codes become plain integers, which an operator reads faster.
     """
     terms = ratio or _NO_RATIO
-    full = any(terms.numerator[CORE:]) or any(terms.denominator[CORE:])
+    full = isinstance(terms, MatthewsOptions)
+    full = full or any(terms.numerator[CORE:]) or any(terms.denominator[CORE:])
     predictions, gamma, focal_classes = activation, 0.0, None
     if likelihood is not None:
         predictions, gamma = likelihood.activation, float(likelihood.gamma)
