@@ -45,11 +45,20 @@ def load_losses() -> types.ModuleType:
 
 
 peer = load_losses()
+SINCE_06 = "class_weights" in inspect.signature(peer.DiceLoss).parameters
 
 flag = st.booleans()
 MODES = ["binary", "multiclass", "multilabel"]
 #: Messages of smp for what works here.
-LENIENT = ("one_hot is only applicable to index", "view size is not compatible")
+LENIENT = (
+    "one_hot is only applicable to index",
+    "view size is not compatible",
+    "too many indices for tensor",  # of a multilabel focal loss with ignore_index, in smp 0.6
+)
+
+
+def test_the_adapter_is_that_of_the_installed_version():
+    assert SINCE_06 == ours.SINCE_06
 
 
 @st.composite
@@ -104,6 +113,14 @@ def subsets(channels: int):
     return st.one_of(st.none(), several, several.map(tuple), as_array)
 
 
+def weightings(channels: int):
+    """The option ``class_weights``, where smp has it."""
+    one = st.sampled_from([0.25, 0.5, 1.0, 3.0])
+    several = st.lists(one, min_size=channels, max_size=channels)
+    some = several.map(lambda weights: {"class_weights": weights})
+    return st.one_of(st.just({}), some) if SINCE_06 else st.just({})
+
+
 @given(problem=problems(), data=st.data())
 @settings(max_examples=150)
 def test_overlap_losses(problem, data):
@@ -116,7 +133,7 @@ def test_overlap_losses(problem, data):
         "smooth": data.draw(st.sampled_from([0.0, 1e-3, 1.0])),
         "eps": data.draw(st.sampled_from([1e-7, 1e-3, 2.0])),
     }
-    if name != "JaccardLoss":
+    if name != "JaccardLoss" or SINCE_06:
         options["ignore_index"] = data.draw(st.sampled_from([None, None, 0, 1, 255, -1]))
     if name == "TverskyLoss":
         options["alpha"] = data.draw(st.sampled_from([0.3, 0.5, 1.0]))
@@ -124,6 +141,7 @@ def test_overlap_losses(problem, data):
         options["gamma"] = data.draw(st.sampled_from([1.0, 0.75, 2.0]))
     if mode != "binary":
         options["classes"] = data.draw(subsets(logits.shape[1]))
+        options |= data.draw(weightings(logits.shape[1]))
     if not options["from_logits"]:
         logits = logits.sigmoid()
     check(name, options, logits, with_ignored(target, options.get("ignore_index")))
@@ -142,6 +160,13 @@ def test_focal(problem, data):
         "normalized": data.draw(st.sampled_from([False, False, True])),
         "reduced_threshold": data.draw(st.sampled_from([None, None, 0.5])),
     }
+    if SINCE_06:
+        options["from_logits"] = data.draw(st.sampled_from([True, True, False]))
+        options["eps"] = data.draw(st.sampled_from([1e-7, 1e-2]))
+        if not options["from_logits"]:
+            logits = logits.sigmoid()
+        if mode != "binary" and options["reduction"] in ("mean", "sum"):
+            options |= data.draw(weightings(logits.shape[1]))
     check("FocalLoss", options, logits, with_ignored(target, options["ignore_index"]))
 
 
@@ -271,11 +296,65 @@ def test_the_batch_is_read_once_and_as_it_is(name, mode, ignore_index):
     loss = getattr(ours, name)(mode, ignore_index=ignore_index)
     with Passes() as passes:
         loss(logits, target)
+    if SINCE_06 and (name, mode, ignore_index) == ("FocalLoss", "multilabel", 255):
+        # Each class has voxels of its own that are ignored, and is read by itself.
+        for c, (input, read) in enumerate(passes.seen):
+            assert input.data_ptr() == logits[:, c].data_ptr()
+            assert read.data_ptr() == target[:, c].data_ptr()
+        assert len(passes.seen) == channels
+        assert passes.volumes == 0
+        return
     ((input, read),) = passes.seen
     assert input.data_ptr() == logits.data_ptr()
     if not (name == "FocalLoss" and mode == "multilabel"):
         assert read.data_ptr() == target.data_ptr()
         assert passes.volumes == 0
+
+
+since_06 = pytest.mark.skipif(not SINCE_06, reason="smp 0.6 has these options")
+
+
+@since_06
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"class_weights": [0.5, 0.0, 2.0]}])
+@pytest.mark.parametrize("soft", [False, True])
+def test_every_class_of_a_multilabel_focal_loss_ignores_its_own_voxels(options, soft):
+    """smp 0.6: IndexError, as the mask has the classes' axis and what it is to choose from not."""
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    target = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    target = target if soft else (target > 0.5).double()
+    target[:, 0, :2] = 255
+    target[1, 2] = 255
+    single = {k: v for k, v in options.items() if k != "class_weights"}
+    means = [
+        peer.FocalLoss("binary", alpha=0.3, ignore_index=255, **single)(logits[:, c], target[:, c])
+        for c in range(3)
+    ]
+    weights = torch.tensor(options.get("class_weights", [1.0] * 3))
+    expected = (torch.stack(means) * weights).sum() / weights.sum()
+    loss = ours.FocalLoss("multilabel", alpha=0.3, ignore_index=255, **options)
+    torch.testing.assert_close(loss(logits, target), expected)
+
+
+@since_06
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "JaccardLoss", "FocalLoss"])
+def test_class_weights_that_do_not_fit_are_an_error(name):
+    make, logits = getattr(ours, name), torch.zeros(1, 3, 4, 4)
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="class_weights are not supported with mode=binary"):
+        make("binary", class_weights=[1.0])
+    with pytest.raises(ValueError, match=r"class_weights: got shape \(2,\), expected \(3,\)"):
+        make("multiclass", class_weights=[1.0, 2.0])(logits, labels)
+    with pytest.raises(ValueError, match="class_weights: those of the classes add up to 0"):
+        make("multiclass", class_weights=[0.0, 0.0, 0.0])(logits, labels)
+
+
+@since_06
+def test_probabilities_in_half_precision_have_a_finite_focal_loss():
+    target = torch.tensor([[[[0.0, 1.0]]]])
+    p = torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float16)
+    loss = ours.FocalLoss("binary", from_logits=False)
+    torch.testing.assert_close(loss(p, target), loss(p.float(), target))
+    assert torch.isfinite(loss(p, target))
 
 
 def test_a_perfect_prediction_has_a_finite_gradient_for_any_gamma():

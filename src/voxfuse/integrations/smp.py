@@ -2,9 +2,12 @@
 
     from voxfuse.integrations.smp import TverskyLoss  # instead of smp.losses
 
-Semantics are those of smp 0.5. Labels are read in the dtype they come in. What the kernels cannot
-do (a focal loss of soft targets, ``normalized``, ``reduced_threshold``, ``reduction="none"``) is
-computed by PyTorch. Where the numbers or errors differ, and why:
+Signatures and semantics are those of the installed smp, 0.5 or 0.6 (without one, of 0.6). Version
+0.6 has ``class_weights``, moved arguments of ``FocalLoss`` and ``JaccardLoss``, and takes the mean
+over the classes in the focal loss where 0.5 adds them up. Labels are read in the dtype they come
+in. What the kernels cannot do (a focal loss of soft targets, ``normalized``,
+``reduced_threshold``, ``reduction="none"``) is computed by PyTorch. Where the numbers or errors
+differ, and why:
 
 - labels may have any dtype (smp's one-hot encoding wants int64), and layouts that smp's ``view``
   refuses are read;
@@ -13,11 +16,17 @@ computed by PyTorch. Where the numbers or errors differ, and why:
   (on a GPU such a voxel counts as ignored);
 - without a single voxel that counts the focal loss is 0 (smp: NaN);
 - ``gamma`` of the Tversky loss has slope 0 at a loss of 0 (smp: NaN or infinite below 1);
+- a multilabel focal loss with ``ignore_index`` is the mean of what each class has left (smp 0.6: an
+  IndexError);
+- ``class_weights`` that are not one a class, or add up to 0, are an error (smp broadcasts, or
+  returns NaN);
+- probabilities in half precision are clamped in float32 (smp 0.6: infinite, as 1 - 1e-7 is 1);
 - half-precision logits are computed in float32 and the loss is float32.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
 import operator
@@ -44,7 +53,7 @@ from voxfuse.integrations.lowering import (
 )
 from voxfuse.losses.declared import Declared, declared
 from voxfuse.losses.functional import lovasz_hinge_loss, lovasz_softmax_loss
-from voxfuse.losses.plan import Likelihood
+from voxfuse.losses.plan import Likelihood, class_weights
 
 __all__ = ["DiceLoss", "FocalLoss", "JaccardLoss", "LovaszLoss", "TverskyLoss"]
 
@@ -52,6 +61,19 @@ BINARY_MODE = "binary"
 MULTICLASS_MODE = "multiclass"
 MULTILABEL_MODE = "multilabel"
 MODES = {BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE}
+
+
+def _installed() -> tuple[int, ...]:
+    """Major and minor version of the installed smp, or the newest that is known."""
+    try:
+        version = importlib.metadata.version("segmentation-models-pytorch")
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 6)
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+CPU = torch.device("cpu")
+SINCE_06 = _installed() >= (0, 6)
 
 
 def _predictions(y_pred: Tensor) -> Tensor:
@@ -87,14 +109,36 @@ def _excluding(target: Tensor, ignore_index: int | None) -> tuple[Tensor | None,
     return None, ignore_index
 
 
+def _kept(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else values[kept]
+
+
 class _Moded(Declared, _Loss):
     mode: str
     ignore_index: int | None = None
+    class_weights: Any = None
 
     def set_up(self, *args: Any, **options: Any) -> None:
         assert options["mode"] in MODES
         self.reduction = "mean"
         super().set_up(**options)
+        if self.class_weights is None:
+            return
+        if self.mode == BINARY_MODE:
+            raise ValueError("class_weights are not supported with mode=binary")
+        self.class_weights = torch.as_tensor(self.class_weights, dtype=torch.float64)
+
+    def _class_weights(self, channels: int, chosen: Tensor | None = None) -> Tensor | None:
+        """The weights of the chosen classes as shares of 1; one class may be chosen twice."""
+        if self.class_weights is None:
+            return None
+        weight = class_weights("class_weights", self.class_weights.cpu(), channels, CPU)
+        assert weight is not None
+        weight = weight if chosen is None else weight[chosen]
+        total = weight.sum()
+        if not torch.compiler.is_compiling() and total == 0:
+            raise ValueError(f"class_weights: those of the classes add up to 0: {weight.tolist()}")
+        return weight / total
 
 
 class _OverlapLoss(_Moded):
@@ -190,6 +234,7 @@ class _OverlapLoss(_Moded):
         return input
 
     def _ratio(self) -> RatioOptions:
+        weighted = isinstance(self.classes, Tensor) or self.class_weights is not None
         return ratio_of(
             (1.0,),
             (1.0, float(self.alpha), float(self.beta)),
@@ -199,16 +244,18 @@ class _OverlapLoss(_Moded):
             log=bool(self.log_loss),
             batch=True,
             absent=Absent.zero,
-            reduction=Reduction.sum if isinstance(self.classes, Tensor) else Reduction.mean,
+            reduction=Reduction.sum if weighted else Reduction.mean,
         )
 
     def _shares(self, channels: int) -> Tensor | None:
         """The weights that make a sum ``loss[classes].mean()``; a class may be chosen twice."""
         if not isinstance(self.classes, Tensor):
-            return None
+            return self._class_weights(channels)
         chosen = self.classes.cpu()
         weight = torch.zeros(channels, dtype=torch.float64)
-        share = torch.full(chosen.shape, 1 / max(chosen.numel(), 1), dtype=torch.float64)
+        share = self._class_weights(channels, chosen)
+        if share is None:
+            share = torch.full(chosen.shape, 1 / max(chosen.numel(), 1), dtype=torch.float64)
         return weight.index_put((chosen,), share, accumulate=True)
 
     def _aggregate(self, loss: Tensor) -> Tensor:
@@ -224,7 +271,8 @@ class DiceLoss(_OverlapLoss):
             {\max(TP + FP / 2 + FN / 2 + s,\; \epsilon)}\Bigr)
 
     or the negative logarithm of the ratio with ``log_loss``. Classes without a voxel in the target
-    count as 0.
+    count as 0. ``class_weights`` (smp 0.6) make of the mean a weighted one, with weights that need
+    not add up to 1.
 
     Example:
         >>> import torch
@@ -240,6 +288,8 @@ class DiceLoss(_OverlapLoss):
     smooth: float = 0.0
     ignore_index: int | None = None
     eps: float = 1e-7
+    if SINCE_06:
+        class_weights: list[float] | None = None
 
 
 @declared
@@ -268,6 +318,8 @@ class TverskyLoss(DiceLoss):
     alpha: float = 0.5
     beta: float = 0.5
     gamma: float = 1.0
+    if SINCE_06:
+        class_weights: list[float] | None = None
 
     def _aggregate(self, loss: Tensor) -> Tensor:
         if self.gamma == 1:
@@ -296,7 +348,11 @@ class JaccardLoss(_OverlapLoss):
     log_loss: bool = False
     from_logits: bool = True
     smooth: float = 0.0
+    if SINCE_06:
+        ignore_index: int | None = None
     eps: float = 1e-7
+    if SINCE_06:
+        class_weights: list[float] | None = None
 
 
 @declared
@@ -307,9 +363,11 @@ class FocalLoss(_Moded):
         loss = \mathrm{mean}\; \alpha\, g\, (1-p)^\gamma (-\log p)
             + (1-\alpha)(1-g)\, p^\gamma (-\log(1-p))
 
-    with p the sigmoid of every channel's logit; in mode "multiclass" the classes' means are added
-    up; a voxel whose label has no class is in none of them (on a GPU it counts as ignored). Soft
-    targets, ``normalized``, ``reduced_threshold`` and reductions other than "mean", "sum" and
+    with p the sigmoid of every channel's logit; in mode "multiclass" the classes' means are
+    averaged, with ``class_weights`` where there are any (smp 0.5: added up); a voxel whose label
+    has no class is in none of them (on a GPU it counts as ignored). ``from_logits=False`` (smp
+    0.6) reads probabilities, and makes p of their logits, in mode "multiclass" of their logarithms.
+    Soft targets, ``normalized``, ``reduced_threshold`` and reductions other than "mean", "sum" and
     "batchwise_mean" are computed by PyTorch.
 
     Example:
@@ -323,25 +381,64 @@ class FocalLoss(_Moded):
     alpha: float | None = None
     gamma: float | None = 2.0
     ignore_index: int | None = None
+    if SINCE_06:
+        from_logits: bool = True
+        eps: float = 1e-7
     reduction: Any = "mean"
     normalized: bool = False
     reduced_threshold: float | None = None
+    if SINCE_06:
+        class_weights: list[float] | None = None
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of logits (N, C, *spatial) and targets as in :class:`DiceLoss`."""
         y_pred, y_true = _predictions(y_pred), plain(y_true)
         _check_layout(y_pred, y_true, self.mode != MULTICLASS_MODE)
+        if SINCE_06 and not self.from_logits:
+            y_pred = self._logits(y_pred)
         if self.mode == MULTICLASS_MODE:
             return self._multiclass(y_pred, y_true)
+        if SINCE_06 and self.mode == MULTILABEL_MODE:
+            return self._multilabel(y_pred, y_true)
         self._check_sizes(torch.Size([y_pred.numel()]), torch.Size([y_true.numel()]))
-        input, target = y_pred.reshape(1, 1, -1), y_true.reshape(1, 1, -1)
+        return self._flat(y_pred.reshape(1, 1, -1), y_true.reshape(1, 1, -1))
+
+    def _logits(self, probabilities: Tensor) -> Tensor:
+        """What smp takes for logits of probabilities, in float32 at least."""
+        if probabilities.dtype in (torch.float16, torch.bfloat16):
+            probabilities = probabilities.float()
+        p = probabilities.clamp(self.eps, 1 - self.eps)
+        return p.log() if self.mode == MULTICLASS_MODE else (p / (1 - p)).log()
+
+    def _flat(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of one channel (N, 1, V), or of several that count as one."""
         weight, ignore_index = _excluding(target, self.ignore_index)
-        # Between 0 and 1 smp's formula is not the sum of the two terms.
-        linear = self.gamma == 0 and self.alpha is None
-        if not self._fused() or not (linear or is_binary(target, self.ignore_index)):
-            return self._composed(input.reshape(-1), target.reshape(-1))
+        if not self._readable(target):
+            return self._composed(input.flatten(), target.flatten())
         voxels = Voxels(input, target, weight, Activation.sigmoid, ignore_index=ignore_index)
         return fused_loss(voxels, None, self._likelihood())
+
+    def _readable(self, target: Tensor) -> bool:
+        # Between 0 and 1 smp's formula is not the sum of the two terms.
+        linear = self.gamma == 0 and self.alpha is None
+        return self._fused() and (linear or is_binary(target, self.ignore_index))
+
+    def _multilabel(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """smp 0.6: the mean of the classes' losses."""
+        samples, classes = y_pred.shape[:2]
+        self._check_sizes(*(x.shape[:1] + x.shape[2:] for x in (y_pred, y_true)))
+        if y_true.shape[1] != classes:
+            raise IndexError(f"y_true: got {y_true.shape[1]} channels, expected {classes}")
+        over_batch = self.reduction == "batchwise_mean" and self.ignore_index is None
+        if over_batch or not self._readable(y_true):
+            return self._class_by_class(y_pred, y_true)
+        input, target = (x.reshape(samples, classes, -1) for x in (y_pred, y_true))
+        if self.ignore_index is None:
+            voxels = Voxels(input, target, None, Activation.sigmoid)
+            return fused_loss(voxels, None, self._likelihood(classes))
+        # Each class has voxels of its own that are ignored, and so a mean of its own.
+        channels = zip(input.split(1, 1), target.split(1, 1), strict=True)
+        return self._over_classes([self._flat(x, g) for x, g in channels])
 
     def _multiclass(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         single = torch.Size((y_pred.shape[0], *y_pred.shape[2:]))
@@ -359,7 +456,7 @@ class FocalLoss(_Moded):
             ignore_index = None
         voxels = Voxels(y_pred, target, weight, Activation.sigmoid, ignore_index=ignore_index)
         try:
-            return fused_loss(voxels, None, self._likelihood())
+            return fused_loss(voxels, None, self._likelihood(classes))
         except LabelError:  # to smp a voxel that is of no class
             return self._class_by_class(y_pred, y_true)
 
@@ -382,27 +479,38 @@ class FocalLoss(_Moded):
             and 0 <= self.gamma < math.inf
         )
 
-    def _likelihood(self) -> Likelihood:
+    def _likelihood(self, classes: int | None = None) -> Likelihood:
+        """Of one channel, or of the classes as they are summed up."""
         assert self.gamma is not None
         on, off = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         normaliser = Normaliser.voxels if self.reduction == "mean" else Normaliser.one
-        return Likelihood(Activation.sigmoid, on, off, normaliser, self.gamma)
+        likelihood = Likelihood(Activation.sigmoid, on, off, normaliser, self.gamma)
+        if classes is None or not SINCE_06:
+            return likelihood
+        share = self._class_weights(classes)
+        if share is None:
+            return likelihood.scaled(1 / classes)
+        return likelihood._replace(on_weight=share, off_weight=share)
 
     def _class_by_class(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        kept = None if self.ignore_index is None else y_true != self.ignore_index
         losses = []
         for c in range(y_pred.shape[1]):
-            input, target = y_pred[:, c], y_true == c
-            if kept is not None:
-                input, target = input[kept], target[kept]
-            losses.append(self._voxelwise(input, target))
-        return torch.stack(losses).sum(0)
+            target = y_true == c if self.mode == MULTICLASS_MODE else y_true[:, c]
+            labels = y_true if self.mode == MULTICLASS_MODE else target
+            kept = None if self.ignore_index is None else labels != self.ignore_index
+            losses.append(self._voxelwise(*(_kept(x, kept) for x in (y_pred[:, c], target))))
+        return self._over_classes(losses)
+
+    def _over_classes(self, losses: list[Tensor]) -> Tensor:
+        if not SINCE_06:
+            return torch.stack(losses).sum(0)
+        share = self._class_weights(len(losses))
+        means = torch.stack([loss.mean() for loss in losses])
+        return means.mean() if share is None else (means * share.to(means)).sum()
 
     def _composed(self, input: Tensor, target: Tensor) -> Tensor:
-        if self.ignore_index is not None:
-            kept = target != self.ignore_index
-            input, target = input[kept], target[kept]
-        return self._voxelwise(input, target)
+        kept = None if self.ignore_index is None else target != self.ignore_index
+        return self._voxelwise(_kept(input, kept), _kept(target, kept))
 
     def _voxelwise(self, input: Tensor, target: Tensor) -> Tensor:
         """Voxel by voxel in PyTorch."""

@@ -34,7 +34,12 @@ def declared(kind: Kind) -> Kind:
     """Give ``kind`` a constructor with its fields as arguments, which ``set_up`` gets by name."""
     made: Any = dataclass(eq=False, repr=False)(kind)
     signature = inspect.signature(made.__init__)
-    _, *options = signature.parameters.values()
+    self, *options = signature.parameters.values()
+    # A dataclass puts what its base has first; a class that states every field says their order.
+    stated = list(inspect.get_annotations(kind))
+    if all(option.name in stated for option in options):
+        options.sort(key=lambda option: stated.index(option.name))
+        signature = signature.replace(parameters=[self, *options])
     made.defaults = {option.name: option.default for option in options}
     positional = [x.name for x in options if x.kind is x.POSITIONAL_OR_KEYWORD]
     required = [x.name for x in options if x.default is x.empty]
