@@ -25,7 +25,7 @@ COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format types bench check-torch-matrix clean distclean
+.PHONY: help setup build demo test lint format types bench check-peers check-torch-matrix clean distclean
 
 help:
 	@echo "make setup               create $(VENV) and install voxfuse into it (editable)"
@@ -36,6 +36,7 @@ help:
 	@echo "make format              ruff and clang-format, in place"
 	@echo "make types               mypy"
 	@echo "make bench               loss benchmark, quick form, and its picture in build/bench (ARGS replaces its options)"
+	@echo "make check-peers         the adapters under the newest MONAI, nnU-Net, smp and TorchIO (ARGS names others)"
 	@echo "make check-torch-matrix  one wheel under the oldest, a fixed and the newest torch (slow)"
 	@echo "make clean, distclean    remove what was built; also $(VENV)"
 
@@ -125,6 +126,10 @@ check-torch-matrix: setup
 	@for torch in $(TORCH_MATRIX); do \
 	  sh tests/build/check_wheel.sh $(BIN)/python "$$torch" $(MATRIX) || exit 1; \
 	done
+
+# Continuous integration has pinned peers, so that a release of theirs does not break main.
+check-peers: setup
+	$(BIN)/python tests/integrations/check_peers.py build/peers $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
