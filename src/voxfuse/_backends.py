@@ -43,7 +43,9 @@ def backends() -> dict[str, Backend]:
 def _probe(name: str) -> Backend:
     gpu = torch.cuda.is_available()
     if name == "reference":
-        return Backend(name, True, "", ("cpu", "cuda") if gpu else ("cpu",))
+        # Intel's GPUs run it by themselves. Apple's (mps) cannot: they have no float64.
+        others = (("cuda",) if gpu else ()) + (("xpu",) if torch.xpu.is_available() else ())
+        return Backend(name, True, "", ("cpu", *others))
     if name == "cpp":
         error = _library.cpu_error()
         return Backend(name, error is None, error or "", ("cpu",))

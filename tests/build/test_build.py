@@ -16,6 +16,8 @@ import torch
 import voxfuse
 from voxfuse import _library, cli
 from voxfuse.contract import SCHEMAS
+from voxfuse.losses import engine
+from voxfuse.ops import _registry
 
 PACKAGE = Path(voxfuse.__file__).parent
 LIBRARIES = ("libvoxfuse_cpu.so", "libvoxfuse_cuda.so")
@@ -100,6 +102,21 @@ def test_every_operator_has_a_compiled_cpu_kernel(name):
     registered = torch._C._dispatch_dump(f"voxfuse::{name}")
     line = next(line for line in registered.splitlines() if line.startswith("CPU:"))
     assert ".py" not in line, f"{name} runs the reference on the CPU: {line}"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_devices_without_kernels_of_ours_run_the_reference_or_say_why_not(name):
+    for namespace in _registry.NAMESPACES:
+        registered = torch._C._dispatch_dump(f"{namespace}::{name}").splitlines()
+        keys = {line.split(":")[0] for line in registered if "_registry.py" in line}
+        assert "MPS" in keys
+        assert ("XPU" in keys) == (namespace != "voxfuse_triton")
+
+
+def test_mps_is_an_error_that_says_what_to_do():
+    for look_up in (_registry.namespace_of, engine.operators_of):
+        with pytest.raises(RuntimeError, match=r"device: got mps, .* move the tensors to the CPU"):
+            look_up("auto", torch.device("mps"))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

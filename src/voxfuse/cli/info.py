@@ -54,6 +54,7 @@ def _print_information(found: dict[str, Any]) -> None:
         print(f"  compiled    CUDA {build['cuda']} for {architectures}")
     else:
         print("  compiled    no CUDA kernels")
+    print("  others      xpu (Intel): the reference; mps (Apple): none, as it has no float64")
     print("\nVersions")
     for name in ("python", "torch", "triton", "numpy"):
         print(f"  {name:<11} {versions[name]}")

@@ -12,6 +12,7 @@ from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.grids import Weights
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.schedule import Schedule
+from voxfuse.ops import _registry
 from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.ops.overlap_add import overlap_add_, overlap_weights_
 
@@ -38,6 +39,7 @@ class Ring:
         *,
         in_place: bool = False,
     ) -> None:
+        _registry.check_device(sums.device)
         self.sums, self.dtype, self.in_place = sums, dtype, in_place
         self.depth = sums.shape[1 + schedule.axis]
         self._schedule, self._options = schedule, options

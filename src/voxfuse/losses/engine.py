@@ -45,6 +45,7 @@ def operators_of(backend: str, device: torch.device) -> Operators:
         table = _registry.namespace_of(backend, device)
         return Operators(*(getattr(table, name) for name in Operators._fields))
     if backend == "auto":
+        _registry.check_device(device)
         return _OPERATORS["voxfuse"]
     return _OPERATORS[_registry.namespace_of(backend, device).name]
 

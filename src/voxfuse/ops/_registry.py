@@ -5,7 +5,7 @@ An operator lives in three ``torch.library`` namespaces with one schema:
 ========================  ======================================================================
 ``voxfuse``               what ``backend="auto"`` runs: the compiled C++ kernel on the CPU (the
                           reference where no library is built), the CUDA kernel or else Triton
-                          on a GPU
+                          on a GPU; the reference on Intel's (xpu)
 ``voxfuse_reference``     the readable PyTorch reference, on any device
 ``voxfuse_triton``        the Triton kernels: GPU tensors, or CPU tensors under the interpreter
 ========================  ======================================================================
@@ -26,6 +26,12 @@ from voxfuse.contract import SCHEMAS
 from voxfuse.ops import _checks
 
 NAMESPACES = ("voxfuse", "voxfuse_reference", "voxfuse_triton")
+
+#: Apple's GPUs.
+NO_MPS = (
+    "device: got mps, which has no float64, in which sums are formed; move the tensors to the CPU "
+    "(x.cpu()), from where gradients flow back; the fusion takes device='cpu'"
+)
 
 _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES}
 
@@ -89,7 +95,21 @@ def register(
     for key in ("CPU", "CUDA"):
         _libraries["voxfuse_reference"].impl(name, reference, key)
         _libraries["voxfuse_triton"].impl(name, triton, key)
+    for namespace in ("voxfuse", "voxfuse_reference"):
+        _libraries[namespace].impl(name, reference, "XPU")
+    for library in _libraries.values():
+        library.impl(name, _refuse_mps, "MPS")
     _register_vmap(name, vmap or one_by_one)
+
+
+def _refuse_mps(*args: Any) -> None:
+    raise RuntimeError(NO_MPS)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise where no backend computes: before a tensor of float64 is made there."""
+    if device.type == "mps":
+        raise RuntimeError(NO_MPS)
 
 
 def register_composed(
@@ -315,6 +335,7 @@ def namespace_of(backend: str, device: torch.device) -> Any:
         ValueError: ``backend`` is not a known name.
         RuntimeError: the backend is not available for tensors on ``device``.
     """
+    check_device(device)
     operators = torch.ops.voxfuse if backend == "auto" else _explicit_namespace(backend, device)
     return _TRANSFORMABLE[operators.name] if functorch_active() else operators
 
