@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from voxfuse.ops import _checks
 
-_SCHEMES: dict[str, Callable[[int], float]] = {
+#: The weight of an output by its level, the finest being 0.
+SCHEMES: dict[str, Callable[[int], float]] = {
     "same": lambda level: 1.0,
     "exp": lambda level: max(0.5**level, 0.0625),
     "two": lambda level: 1.0 if level == 0 else 0.5,
@@ -132,7 +133,7 @@ class DeepSupervisionLoss(nn.Module):
         if not callable(loss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a loss to call")
         if isinstance(weights, str):
-            _checks.choice("weights", weights, dict.fromkeys(_SCHEMES, 0))
+            _checks.choice("weights", weights, dict.fromkeys(SCHEMES, 0))
         self.loss = loss
         self.weights = weights if isinstance(weights, str) else [float(x) for x in weights]
         self.normalize = normalize
@@ -140,7 +141,7 @@ class DeepSupervisionLoss(nn.Module):
     def level_weights(self, levels: int) -> list[float]:
         """The weights of ``levels`` outputs, finest first."""
         if isinstance(self.weights, str):
-            weights = [_SCHEMES[self.weights](level) for level in range(levels)]
+            weights = [SCHEMES[self.weights](level) for level in range(levels)]
         else:
             weights = list(self.weights[:levels])
             if len(weights) < levels:

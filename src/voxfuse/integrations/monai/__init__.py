@@ -26,15 +26,25 @@ from voxfuse.integrations.monai._compound import (
 from voxfuse.integrations.monai._focal import FocalLoss
 from voxfuse.integrations.monai._inference import sliding_window_inference
 from voxfuse.integrations.monai._masked import MaskedDiceLoss, MaskedLoss
-from voxfuse.integrations.monai._overlap import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from voxfuse.integrations.monai._overlap import (
+    DiceLoss,
+    GeneralizedDiceLoss,
+    MCCLoss,
+    TverskyLoss,
+)
+from voxfuse.integrations.monai._supervised import DeepSupervisionLoss
+from voxfuse.integrations.monai._unified import AsymmetricUnifiedFocalLoss
 
 __all__ = [
+    "AsymmetricUnifiedFocalLoss",
+    "DeepSupervisionLoss",
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
     "FocalLoss",
     "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "MCCLoss",
     "MaskedDiceLoss",
     "MaskedLoss",
     "TverskyLoss",

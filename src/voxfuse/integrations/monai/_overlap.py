@@ -35,7 +35,9 @@ from voxfuse.integrations.monai._common import (
     warn_ignored,
 )
 from voxfuse.losses.declared import declared
-from voxfuse.losses.plan import Likelihood
+from voxfuse.losses.engine import loss_of_sums
+from voxfuse.losses.matthews import MatthewsOptions
+from voxfuse.losses.plan import NO_WEIGHTS, Likelihood
 
 
 class Case(NamedTuple):
@@ -78,7 +80,7 @@ class OverlapLoss(FusedLoss):
     smooth_nr: float
     smooth_dr: float
     batch: bool
-    soft_label: bool
+    soft_label: bool = False
     ignore_index: int | None = None
     squared_pred: bool = False
 
@@ -427,6 +429,62 @@ class DiceLoss(OverlapLoss):
             weight, "the value/values of the `weight` should be no less than 0."
         )
         return weight
+
+
+@declared
+class MCCLoss(OverlapLoss):
+    r"""``monai.losses.MCCLoss`` in one pass over the voxels.
+
+    .. math::
+        loss = \mathrm{mean}_{b,c}\; 1 - \frac{TP\,TN - FP\,FN + s_n}
+            {\sqrt{(TP+FP)(TP+FN)(TN+FP)(TN+FN) + s_d}}
+
+    and 0 where FP and FN are (Abhishek, Hamarneh 2021). Arguments, defaults, warnings and errors
+    are MONAI's; :class:`voxfuse.MCCLoss` says what an absent class costs.
+
+    Example:
+        >>> import torch
+        >>> from voxfuse.integrations.monai import MCCLoss
+        >>> probabilities = torch.tensor([[[0.75, 0.25, 0.25, 0.25]]])
+        >>> MCCLoss()(probabilities, torch.tensor([[[1.0, 0, 0, 0]]])).round(decimals=4)
+        tensor(0.5528)
+    """
+
+    _differing = "differing"
+
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: CustomActivation | None = None
+    reduction: LossReduction | str = LossReduction.MEAN
+    smooth_nr: float = 0.0
+    smooth_dr: float = 1e-5
+    batch: bool = False
+
+    def _ratio(self, case: Case) -> RatioOptions:
+        return self._options(first_class=case.first_class, batch=self.batch)
+
+    def _options(self, **options: Any) -> MatthewsOptions:
+        smoothing = (self.smooth_nr, self.smooth_dr)
+        return MatthewsOptions([], [], *smoothing, ratio_scale=1.0, **options)
+
+    def _terms(self, counts: Counts, case: Case) -> Tensor:
+        """From counts of whole volumes, by the operator that has them from the pass as well."""
+        tp, fp, fn = counts
+        voxels = case.voxels.input[:, case.first_class :].numel() / max(tp.numel(), 1)
+        columns = {Sum.TP: tp, Sum.FP: fp, Sum.FN: fn, Sum.G2: tp + fn}
+        columns[Sum.W] = torch.full_like(tp, voxels)
+        zero = torch.zeros_like(tp)
+        stats = torch.stack([columns.get(k, zero) for k in Sum], -1).double()
+        options = self._options(reduction=int(Reduction.none))
+        plan = case.voxels.plan(options, None)
+        double = case.voxels.input.dtype == torch.float64
+        loss = loss_of_sums(plan, stats.reshape(1, -1, len(Sum)), NO_WEIGHTS, double)
+        return loss.reshape(tp.shape)
+
+    def _shaped(self, loss: Tensor, reduction: str, input: Tensor) -> Tensor:
+        return loss
 
 
 @declared
