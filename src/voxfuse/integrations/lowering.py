@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from voxfuse._ranks import Ranks, sum_over_ranks
 from voxfuse.contract import (
     Absent,
     Activation,
@@ -27,7 +28,6 @@ from voxfuse.contract import (
 )
 from voxfuse.losses import engine
 from voxfuse.losses.plan import Likelihood, Plan, Weights, class_weights, plan_of
-from voxfuse.losses.ranks import Ranks, sum_over_ranks
 from voxfuse.ops import _checks
 from voxfuse.ops.soft_confusion import is_dense
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from voxfuse._ranks import Ranks, sum_over_ranks
 from voxfuse.contract import Activation, Normaliser, RatioOptions, Sum
 from voxfuse.integrations.lowering import (
     Voxels,
@@ -39,7 +40,6 @@ from voxfuse.integrations.lowering import (
 from voxfuse.losses.declared import Declared, declared
 from voxfuse.losses.functional import cross_entropy_loss
 from voxfuse.losses.plan import Likelihood
-from voxfuse.losses.ranks import Ranks, sum_over_ranks
 
 __all__ = [
     "DC_and_BCE_loss",

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from voxfuse._ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
-from voxfuse.losses.ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable

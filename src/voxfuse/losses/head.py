@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from voxfuse._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
 from voxfuse.losses.declared import declared
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
 from voxfuse.losses.engine import call_of, loss_of_call, reraise
 from voxfuse.losses.module import LossModule
 from voxfuse.losses.overlap import TverskyLoss
-from voxfuse.losses.ranks import ranks_of
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
 

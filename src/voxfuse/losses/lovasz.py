@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from voxfuse._ranks import Gathering, Ranks, ranks_of, refuse_tracing
 from voxfuse.contract import Activation
 from voxfuse.losses.declared import declared
 from voxfuse.losses.module import Loss
 from voxfuse.losses.plan import class_weights
-from voxfuse.losses.ranks import Gathering, Ranks, ranks_of, refuse_tracing
 from voxfuse.losses.voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.contract import FULL, Activation, ConfusionOptions, Sum
 from voxfuse.losses.plan import Plan, Weights
-from voxfuse.losses.ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import (

@@ -1,4 +1,4 @@
-"""Processes that share a loss: sums over them, and values of all of them in one place."""
+"""Processes that share a loss or a metric: sums over them, and values of all in one place."""
 
 from __future__ import annotations
 
