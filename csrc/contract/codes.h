@@ -11,6 +11,7 @@ enum class ClassPooling : int { none, uniform, simple, square };
 enum class Absent : int { keep, ignore, zero };
 enum class Reduction : int { none, mean, sum };
 enum class Normaliser : int { one, target, voxels, elements, volume };
+enum class Decision : int { argmax, threshold, labels };
 enum class Finish : int { values, labels, mask, foreground, entropy };
 
 // Columns of the sums of one sample and class. Indices, hence integers: Sum::TP.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "contract/finalize_slab.h"
+#include "cpu/argmax.h"
 #include "cpu/rows.h"
 
 namespace voxfuse::VOXFUSE_ISA {
@@ -34,7 +35,6 @@ VOXFUSE_INLINE Vec<R> maximum(Vec<R> a, Vec<R> b) {
 template <class R>
 class Chunk {
   static constexpr int kWidth = Lanes<R>::width;
-  using Index = typename std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
 
  public:
   explicit Chunk(const Slab& q)
@@ -192,7 +192,7 @@ class Chunk {
       }
     } else if (q.mode == Finish::labels) {
       labels(values, n);
-      const Index* __restrict from = where.data();
+      const Index<R>* __restrict from = where.data();
       for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(from[j]);
     } else {
       const R threshold = static_cast<R>(q.threshold);
@@ -207,25 +207,10 @@ class Chunk {
   // The greatest channel's index: ties to the lower, the first NaN before everything.
   void labels(const Values<R>& values, int64_t n) {
     std::copy(values.data, values.data + n, best.data());
-    std::fill(where.begin(), where.begin() + n, Index(0));
+    std::fill(where.begin(), where.begin() + n, Index<R>(0));
     for (int64_t c = 1; c < q.classes; ++c) {
-      const R* row = values.data + c * values.stride;
-      int64_t j = 0;
-      for (; j + kWidth <= n; j += kWidth) {
-        const Vec<R> v = load_vector(row + j), b = load_vector(best.data() + j);
-        Mask<R> w;
-        std::memcpy(&w, where.data() + j, sizeof(w));
-        const Mask<R> better = (v > b) | (is_nan<R>(v) & (b == b));
-        store(best.data() + j, better ? v : b);
-        w = better ? Mask<R>{} + static_cast<Index>(c) : w;
-        std::memcpy(where.data() + j, &w, sizeof(w));
-      }
-      for (; j < n; ++j) {
-        if (row[j] > best[j] || (row[j] != row[j] && best[j] == best[j])) {
-          best[j] = row[j];
-          where[j] = static_cast<Index>(c);
-        }
-      }
+      keep_greater(values.data + c * values.stride, n, static_cast<Index<R>>(c), best.data(),
+                   where.data());
     }
   }
 
@@ -283,7 +268,7 @@ class Chunk {
   const int64_t room;
   const bool activate, direct;
   std::vector<R> tile, features, best;
-  std::vector<Index> where;
+  std::vector<Index<R>> where;
 };
 
 template <class R>

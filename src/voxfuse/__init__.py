@@ -36,6 +36,7 @@ from voxfuse.losses import (  # noqa: E402
     fuse_head,
     head_loss,
 )
+from voxfuse.ops.hard_confusion import hard_confusion  # noqa: E402
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "bspline_window",
     "functional",
     "fuse_head",
+    "hard_confusion",
     "head_loss",
     "overlap_add",
     "sliding_window_inference",

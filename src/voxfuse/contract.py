@@ -110,6 +110,15 @@ class Finish(Code):
     entropy = 4
 
 
+class Decision(Code):
+    """What hard_confusion takes for a prediction: the greatest logit, every logit at or above a
+    bound, or the input itself. ``decision`` in the schema."""
+
+    argmax = 0
+    threshold = 1
+    labels = 2
+
+
 class ConfusionOptions(NamedTuple):
     """The options of soft_confusion that its backward pass shares."""
 
@@ -164,6 +173,9 @@ SCHEMAS: Final = {
     "head_confusion_backward": "(Tensor grad, "
     + _HEAD.format("int chunk_bytes, bool need_features, bool need_head, ")
     + ") -> (Tensor, Tensor, Tensor)",
+    # The threshold travels as the least float32 logit above it, so that backends agree on it.
+    "hard_confusion": "(Tensor input, Tensor target, Tensor? mask, int decision, float least, "
+    "int? num_classes, int? ignore_index) -> Tensor",
     "ratio_loss": "(Tensor stats, float[] numerator, float[] denominator, float smooth_nr, "
     "float smooth_dr, float min_denominator, float exponent, bool log, Tensor? class_weight, "
     "int first_class, bool batch, int class_pooling, int absent, int reduction, float ratio_scale, "

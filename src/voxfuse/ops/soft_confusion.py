@@ -159,7 +159,7 @@ def check_inputs(
             f"input: got shape {tuple(input.shape)}, expected (B, C, *spatial) with C >= 1"
         )
     classes = input.shape[1]
-    _check_companion("target", target, input, (1, classes))
+    check_companion("target", target, input, (1, classes))
     if target.requires_grad:
         raise ValueError("target: requires grad, but no gradient flows to the target; detach it")
     dense = is_dense(input, target)
@@ -177,7 +177,7 @@ def check_inputs(
                 "needs labels. Pass the mask of valid voxels as mask= instead"
             )
     if mask is not None:
-        _check_companion("mask", mask, input, (1,))
+        check_companion("mask", mask, input, (1,))
         if mask.dtype not in _WEIGHT_DTYPES:
             raise TypeError(f"mask: got {_checks.describe(mask)}, expected bool or float")
         if mask.requires_grad:
@@ -193,7 +193,7 @@ def check_inputs(
             validate_labels(target, 2, ignore_index)
 
 
-def _check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[int, ...]) -> None:
+def check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[int, ...]) -> None:
     """``tensor`` must be (B, *spatial), or (B, k, *spatial) with k in ``channels``."""
     batch, _, *spatial = input.shape
     shape = list(tensor.shape)

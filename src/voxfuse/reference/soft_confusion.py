@@ -143,16 +143,26 @@ def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return labels.to(wide) == ignore_index
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
+def check_labels(
+    target: Tensor,
+    classes: int,
+    ignore_index: int | None,
+    included: Tensor | None = None,
+    name: str = "target",
+) -> None:
     """Raise for a label without a class on the CPU; elsewhere such voxels count as ignored."""
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        complaint = label_complaint(target, classes, ignore_index)
+        complaint = label_complaint(target, classes, ignore_index, included, name)
         if complaint is not None:
             raise RuntimeError(VALUE_ERROR + complaint)
 
 
 def label_complaint(
-    target: Tensor, classes: int, ignore_index: int | None, included: Tensor | None = None
+    target: Tensor,
+    classes: int,
+    ignore_index: int | None,
+    included: Tensor | None = None,
+    name: str = "target",
 ) -> str | None:
     """What is wrong with the first label that is neither a class nor ignored, and where it stands;
     None if there is none (among ``included``). The same words on every backend."""
@@ -165,11 +175,11 @@ def label_complaint(
     if not bool(wrong.any()):
         return None
     place = tuple(wrong.nonzero()[0].tolist())
-    where = f"first at target[{', '.join(map(str, place))}]"
+    where = f"first at {name}[{', '.join(map(str, place))}]"
     if target.is_floating_point() and not float(target[place]).is_integer():
-        return f"target: label {float(target[place]):.9g} is no integer, {where}"
+        return f"{name}: label {float(target[place]):.9g} is no integer, {where}"
     allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-    return f"target: label {int(labels[place])} is outside [0, {classes}){allowed}, {where}"
+    return f"{name}: label {int(labels[place])} is outside [0, {classes}){allowed}, {where}"
 
 
 def soft_confusion(
