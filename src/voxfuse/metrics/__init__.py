@@ -2,7 +2,8 @@
 
 Masks in, numbers out: voxel-wise, lesion-wise by the rules of ISBI 2015, MSSEG 2016 and WMH 2017,
 surface distances in mm, and curves of probabilities. ``docs/evaluation.md`` says which rule is for
-which comparison. Importing it imports NumPy alone; scipy is asked for where it is needed.
+which comparison. scipy is asked for where it is needed. During training, on the device:
+:class:`SegmentationScores`.
 """
 
 from voxfuse.metrics.curves import PrecisionRecall, Reliability, ScoreCounts, score_counts
@@ -21,6 +22,7 @@ from voxfuse.metrics.lesions import (
     remove_small_lesions,
     tune_minimum_volume,
 )
+from voxfuse.metrics.scores import SegmentationScores
 from voxfuse.metrics.surface import SurfaceDistances, surface_distances
 from voxfuse.metrics.voxelwise import VoxelCounts, correlation, volume_metrics, voxel_counts
 
@@ -36,6 +38,7 @@ __all__ = [
     "PrecisionRecall",
     "Reliability",
     "ScoreCounts",
+    "SegmentationScores",
     "SurfaceDistances",
     "VoxelCounts",
     "correlation",

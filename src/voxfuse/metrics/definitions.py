@@ -46,6 +46,16 @@ def _metrics() -> dict[str, Metric]:
         Metric("precision", "Precision (PPV)", "TP / (TP + FP)", "higher", "", 0.0, NAN, NAN),
         Metric("specificity", "Specificity", "TN / (TN + FP)", "higher"),
         Metric("npv", "NPV", "TN / (TN + FN)", "higher"),
+        Metric(
+            "mcc",
+            "MCC",
+            "(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))",
+            "higher",
+            "",
+            NAN,
+            NAN,
+            NAN,
+        ),
         Metric("truth_ml", "True volume", "truth voxels x voxel volume", "", "ml", 0.0, None, 0.0),
         Metric(
             "prediction_ml",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +44,12 @@ class VoxelCounts:
         """Voxels of the prediction."""
         return self.true_positive + self.false_positive
 
-    def _ratio(self, name: str, numerator: float, denominator: float) -> float:
+    def _ratio(self, name: str, beta: float = 1.0) -> float:
         settled = METRICS[name].value_if_empty(self.truth == 0, self.prediction == 0)
         if settled is not None:
             return settled
-        return numerator / denominator if denominator else np.nan
+        numerator, denominator = fraction(name, self, beta)
+        return float(numerator / denominator) if denominator else np.nan
 
     @property
     def dice(self) -> float:
@@ -57,36 +59,65 @@ class VoxelCounts:
     @property
     def jaccard(self) -> float:
         """``TP / (TP + FP + FN)``."""
-        union = self.true_positive + self.false_positive + self.false_negative
-        return self._ratio("jaccard", self.true_positive, union)
+        return self._ratio("jaccard")
 
     def f_beta(self, beta: float) -> float:
         """``(1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP)``; b > 1 asks for sensitivity."""
-        if not beta > 0:
-            raise ValueError(f"beta: got {beta}, expected a positive number")
-        hits = (1 + beta**2) * self.true_positive
-        return self._ratio("dice", hits, hits + beta**2 * self.false_negative + self.false_positive)
+        check_beta(beta)
+        return self._ratio("dice", beta)
 
     @property
     def sensitivity(self) -> float:
         """``TP / (TP + FN)``, the recall."""
-        return self._ratio("sensitivity", self.true_positive, self.truth)
+        return self._ratio("sensitivity")
 
     @property
     def precision(self) -> float:
         """``TP / (TP + FP)``, the positive predictive value."""
-        return self._ratio("precision", self.true_positive, self.prediction)
+        return self._ratio("precision")
 
     @property
     def specificity(self) -> float:
         """``TN / (TN + FP)``."""
-        negatives = self.true_negative + self.false_positive
-        return self._ratio("specificity", self.true_negative, negatives)
+        return self._ratio("specificity")
 
     @property
     def npv(self) -> float:
         """``TN / (TN + FN)``, the negative predictive value."""
-        return self._ratio("npv", self.true_negative, self.true_negative + self.false_negative)
+        return self._ratio("npv")
+
+    @property
+    def mcc(self) -> float:
+        """``(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))``, of Matthews."""
+        return self._ratio("mcc")
+
+
+def fraction(name: str, counts: VoxelCounts, beta: float = 1.0) -> tuple[Any, Any]:
+    """Numerator and denominator of a metric of counts, which may be arrays or tensors."""
+    tp, fp = counts.true_positive, counts.false_positive
+    fn, tn = counts.false_negative, counts.true_negative
+    if name == "dice":
+        hits = (1 + beta**2) * tp
+        return hits, hits + beta**2 * fn + fp
+    if name == "mcc":
+        sides = (tp + fp, tp + fn, tn + fp, tn + fn)
+        # Root by root: the product of four counts of a volume is beyond 64 bits.
+        return tp * tn - fp * fn, math.prod(side**0.5 for side in sides)
+    if name == "relative_volume_difference":
+        return fp - fn, counts.truth
+    part, rest = {
+        "jaccard": (tp, fp + fn),
+        "sensitivity": (tp, fn),
+        "precision": (tp, fp),
+        "specificity": (tn, fp),
+        "npv": (tn, fn),
+    }[name]
+    return part, part + rest
+
+
+def check_beta(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta: got {beta}, expected a positive number")
 
 
 def voxel_counts(prediction: Any, truth: Any, *, ignore: Any = None) -> VoxelCounts:
@@ -127,12 +158,13 @@ def volume_metrics(
     """
     millilitres = float(np.prod(as_spacing(spacing, dimensions))) / 1000
     difference = counts.prediction - counts.truth
+    relative = counts._ratio("relative_volume_difference")
     values = {
         "truth_ml": counts.truth * millilitres,
         "prediction_ml": counts.prediction * millilitres,
         "volume_difference_ml": difference * millilitres,
-        "relative_volume_difference": difference / counts.truth if counts.truth else np.nan,
-        "absolute_volume_difference": abs(difference) / counts.truth if counts.truth else np.nan,
+        "relative_volume_difference": relative,
+        "absolute_volume_difference": abs(relative),
     }
     for name in values:
         settled = METRICS[name].value_if_empty(counts.truth == 0, counts.prediction == 0)
