@@ -28,6 +28,8 @@ from voxfuse.losses import (  # noqa: E402
     LovaszHingeLoss,
     LovaszLoss,
     MCCLoss,
+    Sums,
+    SumsLoss,
     TopKLoss,
     TverskyCELoss,
     TverskyFocalLoss,
@@ -37,6 +39,7 @@ from voxfuse.losses import (  # noqa: E402
     head_loss,
 )
 from voxfuse.ops.hard_confusion import hard_confusion  # noqa: E402
+from voxfuse.ops.head_confusion import head_confusion  # noqa: E402
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
 __version__ = "0.1.0"
@@ -61,6 +64,8 @@ __all__ = [
     "LovaszLoss",
     "MCCLoss",
     "PatchFuser",
+    "Sums",
+    "SumsLoss",
     "TopKLoss",
     "TverskyCELoss",
     "TverskyFocalLoss",
@@ -71,6 +76,7 @@ __all__ = [
     "functional",
     "fuse_head",
     "hard_confusion",
+    "head_confusion",
     "head_loss",
     "overlap_add",
     "sliding_window_inference",

@@ -232,20 +232,116 @@ def test_monai_networks_that_cannot_be_fused_say_why():
     )
     fused = voxfuse.fuse_head(deep, voxfuse.DiceCELoss(), head="output_block.conv.conv")
     image, labels = torch.randn(2, 1, 8, 8, 8), labels_for(8, 8, 8)
-    with pytest.raises((ValueError, RuntimeError)):
-        fused(image, labels)  # stacks its resampled outputs
+    # It resamples its outputs and stacks them.
+    with pytest.raises(ValueError, match="DynUNet does something to the output of output_block"):
+        fused(image, labels)
     expected = voxfuse.DiceCELoss()(fused.eval()(image), labels)
     torch.testing.assert_close(fused(image, labels), expected, rtol=1e-5, atol=0)
 
 
-def test_a_network_that_goes_on_after_its_head_is_refused():
-    class Scaled(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) * 2
+AFTER_THE_HEAD = {
+    "scales it": lambda y: 2 * y,
+    "softmax": lambda y: y.softmax(1),
+    "resamples it": lambda y: F.interpolate(y, scale_factor=2),
+    "overwrites it": lambda y: y.relu_(),
+    "looks at its axes": lambda y: y if len(y.shape) == 5 else y[0, 0],
+    "unpacks its shape": lambda y: next(y for _, _, *_ in [y.shape]),
+    "stacks it": lambda y: torch.stack([y, y], 1),
+    "puts it into a dict": lambda y: {"out": y},
+    "returns nothing": lambda y: None,
+    "returns something else too": lambda y: (y, y.detach()),
+}
 
-    fused = voxfuse.fuse_head(Scaled(nn.Conv3d(1, CLASSES, 1)), voxfuse.DiceCELoss())
-    with pytest.raises(ValueError, match="Scaled does something to the output of 0"):
-        fused(torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4))
+
+@pytest.mark.parametrize("after", AFTER_THE_HEAD)
+def test_a_network_that_goes_on_after_its_head_is_refused(after):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Conv3d(1, CLASSES, 1)
+
+        def forward(self, x):
+            return AFTER_THE_HEAD[after](self.last(x))
+
+    fused = voxfuse.fuse_head(Network(), voxfuse.DiceCELoss())
+    image, labels = torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4)
+    message = "Network does something to the output of last before it returns it; only a last layer"
+    with pytest.raises(ValueError, match=message):
+        fused(image, labels)
+    assert fused.model.last(image).shape == (2, CLASSES, 4, 4, 4)
+
+
+def test_an_error_of_the_network_before_its_head_is_its_own():
+    fused = voxfuse.fuse_head(sequential(), voxfuse.DiceCELoss())
+    with pytest.raises(RuntimeError, match=r"expected input\[2, 3, 4, 4, 4\] to have 1 channels"):
+        fused(torch.randn(2, 3, 4, 4, 4), labels_for(4, 4, 4))
+
+
+def test_unfuse_gives_the_network_back():
+    network = sequential()
+    fused = voxfuse.fuse_head(network, voxfuse.DiceCELoss())
+    image, labels = torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4)
+    expected = fused(image, labels)
+    assert fused.unfuse() is network
+    assert type(network[-1]) is nn.Conv3d
+    torch.testing.assert_close(voxfuse.DiceCELoss()(network(image), labels), expected)
+    with pytest.raises(RuntimeError, match="head: '3' was unfused; call fuse_head again"):
+        fused(image, labels)
+    again = voxfuse.fuse_head(network, voxfuse.DiceCELoss())
+    assert torch.equal(again(image, labels), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_fused_network_is_saved_whole_and_scripted_as_before():
+    network = sequential().eval()
+    image = torch.randn(2, 1, 4, 4, 4)
+    expected = network(image)
+    fused = voxfuse.fuse_head(network, voxfuse.DiceCELoss())
+    fused(image, labels_for(4, 4, 4))
+    file = io.BytesIO()
+    torch.save(network, file)
+    assert b"voxfuse" not in file.getvalue()  # a machine without it can load the file
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded[-1]) is nn.Conv3d
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(network), file)
+    file.seek(0)
+    for other in (loaded, torch.jit.load(file), copy.deepcopy(network)):
+        assert torch.equal(other(image), expected)
+
+
+def test_a_function_of_the_sums_is_a_loss():
+    """Of a fused network, a head and logits: the batch's Dice loss, written by hand."""
+
+    def by_hand(sums):
+        return 1 - sums.pooled().dice().mean()
+
+    network, twin = sequential(), sequential()
+    fused = voxfuse.fuse_head(network, by_hand)
+    image, labels = torch.randn(2, 1, 6, 5, 4), labels_for(6, 5, 4)
+    loss = voxfuse.DiceLoss(batch=True, smooth_nr=0.0, smooth_dr=0.0)
+    actual, expected = fused(image, labels), loss(twin(image), labels)
+    torch.testing.assert_close(actual, expected)
+    actual.backward()
+    expected.backward()
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+    options = {"activation": "sigmoid", "ignore_index": 2}
+    logits, head = twin(image), twin[-1]
+    mine = voxfuse.SumsLoss(by_hand, **options)
+    loss = voxfuse.DiceLoss(batch=True, smooth_nr=0.0, smooth_dr=0.0, **options)
+    torch.testing.assert_close(mine(logits, labels), loss(logits, labels))
+    torch.testing.assert_close(
+        voxfuse.head_loss(mine, twin[:-1](image), head.weight, head.bias, labels),
+        loss(logits, labels),
+    )
+    with pytest.raises(TypeError, match="function: got 3, expected a function of the sums"):
+        voxfuse.SumsLoss(3)
+    with pytest.raises(ValueError, match="class_weight: not of this loss"):
+        voxfuse.SumsLoss(by_hand, class_weight=[1.0])
+    with pytest.raises(TypeError, match="function: SumsLoss needs it"):
+        voxfuse.SumsLoss()
 
 
 def plain_conv_unet(deep_supervision: bool) -> nn.Module:

@@ -67,7 +67,8 @@ def test_functions_have_the_options_and_defaults_of_their_modules(function):
         ("target", inspect.Parameter.empty),
         ("mask", None),
     ]
-    assert {p.name: p.default for p in own[3:]} == {n: p.default for n, p in theirs.items()}
+    options = {"return_sums": False, **{n: p.default for n, p in theirs.items()}}
+    assert {p.name: p.default for p in own[3:]} == options
     assert all(p.kind is p.KEYWORD_ONLY for p in own[3:])
 
 
@@ -138,6 +139,7 @@ def test_type_checkers_know_the_options(tmp_path):
         "reveal_type(F.tversky_loss(x, x, alpha=0.3, smooth_nr=0.0, class_weight=[1.0]))\n"
         "reveal_type(F.bce_loss(x, x, x, pos_weight=2.0))\n"
         "reveal_type(F.lovasz_softmax_loss(x, x, classes=[1]))\n"
+        "reveal_type(F.tversky_loss(x, x, mask=x, return_sums=True))\n"
         "reveal_type(F.dice_ce_loss)\n"
         "F.tversky_loss(x, x, alfa=0.3)\n"
         "F.tversky_loss(x, x, alpha='a')\n"
@@ -155,23 +157,26 @@ def test_type_checkers_know_the_options(tmp_path):
         "voxfuse.HeadTverskyLoss(alfa=0.3)\n"
     )
     told, _, _ = api.run([str(uses), "--no-error-summary"])
-    lines = [line.split("uses.py:")[1] for line in told.splitlines() if "defined in" not in line]
-    for number, line in zip((4, 5, 6), lines, strict=False):
-        assert line == f'{number}: note: Revealed type is "torch._tensor.Tensor"'
-    assert "lambda_dice: float =" in lines[3]
-    assert "likelihood_weight:" in lines[3]
-    assert [line[:9] for line in lines[4:7]] == ["8: error:", "9: error:", "10: error"]
-    constructor, made, peers = lines[7:10]
+    lines: dict[int, str] = {}
+    for line in told.splitlines():
+        number, text = line.split("uses.py:")[1].split(": ", 1)
+        lines.setdefault(int(number), text)
+    tensor = 'note: Revealed type is "torch._tensor.Tensor"'
+    assert [lines.pop(number) for number in (4, 5, 6)] == [tensor] * 3
+    assert lines.pop(7).startswith('note: Revealed type is "tuple[torch._tensor.Tensor, tuple[')
+    function, constructor, peers, head = (lines.pop(number) for number in (8, 13, 16, 20))
+    assert "lambda_dice: float =" in function
+    assert "likelihood_weight:" in function
     assert "alpha: float =, beta: float =, gamma: float =, *, activation: str =" in constructor
-    assert made == '13: note: Revealed type is "voxfuse.losses.overlap.TverskyLoss"'
     assert "include_background: bool =, to_onehot_y: bool =, gamma: float =" in peers
-    assert [line[:9] for line in lines[10:13]] == ["16: error", "17: error", "18: error"]
-    head, made, wrong = lines[13:]
     assert "lambda_dice: float =, lambda_ce: float =" in head
     assert "likelihood_weight:" in head
     assert "chunk_bytes: int =" in head
-    assert made == '20: note: Revealed type is "voxfuse.losses.head.HeadTverskyLoss"'
-    assert wrong.startswith("21: error")
+    made = {14: "voxfuse.losses.overlap.TverskyLoss", 21: "voxfuse.losses.head.HeadTverskyLoss"}
+    for number, kind in made.items():
+        assert lines.pop(number) == f'note: Revealed type is "{kind}"'
+    assert sorted(lines) == [9, 10, 11, 17, 18, 19, 22]
+    assert all(text.startswith("error: ") for text in lines.values())
 
 
 @everyone

@@ -17,6 +17,7 @@ from voxfuse.losses.head import (
 )
 from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
 from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
+from voxfuse.losses.of_sums import SumsLoss
 from voxfuse.losses.overlap import (
     DiceLoss,
     FBetaLoss,
@@ -26,6 +27,7 @@ from voxfuse.losses.overlap import (
     MCCLoss,
     TverskyLoss,
 )
+from voxfuse.losses.sums import Sums
 
 __all__ = [
     "BCELoss",
@@ -45,6 +47,8 @@ __all__ = [
     "LovaszHingeLoss",
     "LovaszLoss",
     "MCCLoss",
+    "Sums",
+    "SumsLoss",
     "TopKLoss",
     "TverskyCELoss",
     "TverskyFocalLoss",

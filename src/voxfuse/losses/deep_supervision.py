@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,9 @@ class DeepSupervisionLoss(nn.Module):
         input: Tensor | Sequence[Tensor],
         target: Tensor | Sequence[Tensor],
         mask: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_sums: bool = False,
+    ) -> Any:
         r"""Return the weighted sum.
 
         Args:
@@ -165,6 +168,8 @@ class DeepSupervisionLoss(nn.Module):
                 one of its parts.
             target: (B, [k,] \*spatial), or a list of one an output.
             mask: mask or voxel weights (B, [1,] \*spatial), sampled like the target.
+            return_sums: return a pair with the :class:`voxfuse.Sums` of the finest output that
+                counts.
 
         Raises:
             ValueError: a target or mask has other axes than an output, or fewer voxels along one;
@@ -187,11 +192,14 @@ class DeepSupervisionLoss(nn.Module):
             arguments = [output, sampled_down("target", own, output)]
             if mask is not None:
                 arguments.append(sampled_down("mask", mask, output))
-            term = factor * self.loss(*arguments)
-            total = term if total is None else total + term
+            if total is None and return_sums:
+                term, sums = self.loss(*arguments, return_sums=True)
+            else:
+                term = self.loss(*arguments)
+            total = factor * term if total is None else total + factor * term
         if total is None:
             raise ValueError("weights: every output has weight 0")
-        return total
+        return (total, sums) if return_sums else total
 
     def extra_repr(self) -> str:
         return f"weights={self.weights!r}, normalize={self.normalize}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from voxfuse._ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
+from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
@@ -20,6 +21,12 @@ from voxfuse.ops.soft_confusion import check_inputs, is_dense
 # Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
 _below_autograd: Callable[[], Any] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext
+)
+
+
+NO_SUMS = (
+    "return_sums: a loss that sorts or chooses voxels, or has a value for every one, is not made "
+    "of sums; voxfuse.soft_confusion computes them"
 )
 
 
@@ -57,12 +64,18 @@ class Call(NamedTuple):
     plan: Plan
     weights: Weights = NO_WEIGHTS
     ranks: Ranks | None = None
+    function: Callable[[Sums], Tensor] | None = None
 
 
 def evaluate(
-    recipe: Recipe, input: Tensor, target: Tensor, mask: Tensor | None, options: Any
-) -> Tensor:
-    """Return the loss of ``recipe``; differentiable in ``input``.
+    recipe: Recipe,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    options: Any,
+    return_sums: bool = False,
+) -> Any:
+    """Return the loss of ``recipe``, differentiable in ``input``, or a pair with its sums.
 
     ``options`` has what a call needs besides: the weights of the classes, ``process_group``,
     ``ddp_average`` and ``backend``.
@@ -79,10 +92,13 @@ def evaluate(
     call = call_of(recipe, input, input.shape[1], is_dense(input, target), options, ranks)
     try:
         if recipe.by_voxel:
+            if return_sums:
+                raise TypeError(NO_SUMS)
             return _by_voxel(recipe, input, target, mask, call)
-        return _differentiable(input, target, mask, call)
+        loss, stats = _differentiable(input, target, mask, call)
     except RuntimeError as error:
         reraise(error)
+    return (loss, sums_of(stats)) if return_sums else loss
 
 
 def call_of(
@@ -95,7 +111,7 @@ def call_of(
     if class_weight is not None or recipe.likelihood is not None:
         likelihood_weight, pos_weight = options.likelihood_weight, options.pos_weight
         weights = recipe.weights(classes, input.device, class_weight, likelihood_weight, pos_weight)
-    return Call(operators_of(options.backend, input.device), plan, weights, ranks)
+    return Call(operators_of(options.backend, input.device), plan, weights, ranks, recipe.function)
 
 
 def reraise(error: RuntimeError) -> NoReturn:
@@ -119,21 +135,29 @@ def run(
     check_inputs(input, target, weight, plan.confusion.ignore_index)
     call = Call(operators_of("auto", input.device), plan, weights)
     try:
-        return _differentiable(input, target, weight, call)
+        return _differentiable(input, target, weight, call)[0]
     except RuntimeError as error:
         reraise(error)
 
 
-def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
-    if torch.compiler.is_compiling() or _registry.functorch_active():
+def _differentiable(
+    input: Tensor, target: Tensor, weight: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the sums that it is made of (of all ranks)."""
+    traced = torch.compiler.is_compiling() or _registry.functorch_active()
+    if traced or call.function is not None:
         # The operators' own autograd, which compilers and torch.func can trace.
+        _checks.refuse_forward_mode(input)
         stats = _sums(input, target, weight, call)
         return loss_of_call(call, stats, input.dtype == torch.float64)
     _checks.refuse_forward_mode(input)
     if torch.is_grad_enabled() and input.requires_grad:
-        loss: Tensor = _Fused.apply(input, target, weight, call)  # type: ignore[no-untyped-call]
-        return loss
-    return _forward(input, target, weight, call)[0]
+        both: tuple[Tensor, Tensor] = _Fused.apply(  # type: ignore[no-untyped-call]
+            input, target, weight, call
+        )
+        return both
+    loss, stats, _ = _forward(input, target, weight, call)
+    return loss, stats
 
 
 def _by_voxel(
@@ -152,7 +176,7 @@ def _by_voxel(
         loss: Tensor = call.operators.likelihood_map(input, target, weight, **arguments)
         return loss
     weight = worst_voxels(percent, input, target, weight, arguments, call.ranks)
-    return _differentiable(input, target, weight, call)
+    return _differentiable(input, target, weight, call)[0]
 
 
 def _sums(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
@@ -192,13 +216,14 @@ def _loss_and_slopes(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tens
 
 def _forward(
     input: Tensor, target: Tensor, weight: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and its slopes at the sums."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the sums and the loss's slopes at them."""
     with _below_autograd():
         stats = _sums(input, target, weight, call)
         if call.ranks is not None:
             stats = total_over_ranks(stats, call.plan.ratio.batch, call.ranks)
-        return _loss_and_slopes(call, stats, input.dtype == torch.float64)
+        loss, slopes = _loss_and_slopes(call, stats, input.dtype == torch.float64)
+    return loss, stats, slopes
 
 
 class _Fused(torch.autograd.Function):
@@ -207,14 +232,18 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: Call
-    ) -> Tensor:
-        loss, cotangents = _forward(input, target, weight, call)
+    ) -> tuple[Tensor, Tensor]:
+        loss, stats, cotangents = _forward(input, target, weight, call)
         ctx.save_for_backward(input, target, weight, cotangents)
         ctx.call = call
-        return loss
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> Any:
+        if grad_loss is None:
+            return None, None, None, None
         input, target, weight, cotangents = ctx.saved_tensors
         call: Call = ctx.call
         ratio = call.plan.ratio
@@ -250,8 +279,11 @@ def loss_of_sums(plan: Plan, stats: Tensor, weights: Weights, double_loss: bool)
     return _loss_and_slopes(call, stats, double_loss)[0]
 
 
-def loss_of_call(call: Call, stats: Tensor, double_loss: bool) -> Tensor:
-    """The same for the sums of one of several ranks."""
+def loss_of_call(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, Tensor]:
+    """The same for the sums of one of several ranks, and the sums of all."""
     if call.ranks is not None:
         stats = sum_over_ranks(stats, call.plan.ratio.batch, call.ranks)
-    return _loss_and_slopes(call, stats, double_loss)[0]
+    if call.function is None:
+        return _loss_and_slopes(call, stats, double_loss)[0], stats
+    loss = call.function(Sums(*stats.unbind(-1)))
+    return loss.to(torch.float64 if double_loss else torch.float32), stats

@@ -1,15 +1,16 @@
 """The losses as functions. Options and formulas are those of the modules of the same names.
 
 Every function takes ``input`` (logits, or probabilities with ``activation="none"``) of shape
-(B, C, *spatial), ``target`` (labels or dense), an optional ``mask`` or voxel weights, and the
-module's options by keyword; ``class_weight`` may be a sequence, a tensor or one number.
+(B, C, *spatial), ``target`` (labels or dense), an optional ``mask`` or voxel weights, and by
+keyword the module's options, and ``return_sums`` of its call; ``class_weight`` may be a sequence, a
+tensor or one number.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec, Protocol, overload
 
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from voxfuse.losses.overlap import (
     MCCLoss,
     TverskyLoss,
 )
+from voxfuse.losses.sums import Sums
 
 __all__ = [
     "bce_loss",
@@ -61,14 +63,27 @@ Options = ParamSpec("Options")
 class LossFunction(Protocol[Options]):
     """A loss as a function. At run time its options are by keyword only."""
 
+    @overload
     def __call__(
         self,
         input: Tensor,
         target: Tensor,
         mask: Tensor | None = None,
+        return_sums: Literal[False] = False,
         *args: Options.args,
         **options: Options.kwargs,
     ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        return_sums: Literal[True] = ...,
+        *args: Options.args,
+        **options: Options.kwargs,
+    ) -> tuple[Tensor, Sums]: ...
 
 
 class Given:
@@ -85,14 +100,20 @@ def function_of(
     kind: Any = module
     defaults = {**dict.fromkeys(WEIGHT_NAMES), **kind.defaults}
 
-    def loss(input: Tensor, target: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+    def loss(
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_sums: bool = False,
+        **given: Any,
+    ) -> Any:
         for key in given:
             if key not in kind.defaults:
                 hint = kind.hint(key)
                 more = f"; {hint}" if hint else ""
                 raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{more}")
-        result: Tensor = kind.of(Given({**defaults, **given}), input, target, mask)
-        return result
+        return kind.of(Given({**defaults, **given}), input, target, mask, return_sums)
 
     own = inspect.signature(loss)
     tensors = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]

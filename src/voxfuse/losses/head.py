@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from voxfuse.losses.declared import declared
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
 from voxfuse.losses.engine import call_of, loss_of_call, reraise
 from voxfuse.losses.module import LossModule
+from voxfuse.losses.of_sums import SumsLoss
 from voxfuse.losses.overlap import TverskyLoss
+from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
 
@@ -30,7 +32,8 @@ def head_loss(
     mask: Tensor | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Tensor:
+    return_sums: bool = False,
+) -> Any:
     r"""``loss`` of the logits ``weight @ features + bias``, without the logits.
 
     They are computed chunk by chunk, reduced to the loss's sums and thrown away, in the backward
@@ -47,9 +50,10 @@ def head_loss(
         target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial).
         mask: mask or voxel weights (B, [1,] \*spatial).
         chunk_bytes: most bytes of logits that exist at one time.
+        return_sums: also return what the loss was computed from, :class:`voxfuse.Sums`.
 
     Returns:
-        the loss, as ``loss(logits, target, mask)`` returns it.
+        the loss, as ``loss(logits, target, mask)`` returns it, or a pair with the sums.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or ``loss`` is not made of sums.
@@ -90,9 +94,10 @@ def head_loss(
             full=call.plan.full,
             chunk_bytes=chunk_bytes,
         )
-        return loss_of_call(call, sums, features.dtype == torch.float64)
+        value, sums = loss_of_call(call, sums, features.dtype == torch.float64)
     except RuntimeError as error:
         reraise(error)
+    return (value, sums_of(sums)) if return_sums else value
 
 
 def _of_sums(loss: object) -> LossModule:
@@ -119,9 +124,20 @@ class _OfFeatures(nn.Module):
         bias: Tensor | None,
         target: Tensor,
         mask: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_sums: bool = False,
+    ) -> Any:
         """Return the loss; the arguments are those of :func:`head_loss`."""
-        return head_loss(self, features, weight, bias, target, mask, chunk_bytes=self.chunk_bytes)
+        return head_loss(
+            self,
+            features,
+            weight,
+            bias,
+            target,
+            mask,
+            chunk_bytes=self.chunk_bytes,
+            return_sums=return_sums,
+        )
 
 
 class HeadLoss(_OfFeatures):
@@ -185,26 +201,44 @@ class HeadDiceCELoss(_OfFeatures, DiceCELoss):  # type: ignore[misc]  # other ar
 
 
 class _Fusible:
-    """A convolution that answers with the loss while a :class:`FusedHead` computes one."""
+    """A convolution that answers with the loss while a :class:`FusedHead` computes one.
 
-    loss_of: Callable[[nn.Module, Tensor], Tensor] | None = None
+    Copied or saved, it is the convolution that it was made of.
+    """
 
-    def forward(self, input: Tensor) -> Tensor:
+    #: (head, features) -> loss. Not annotated: TorchScript would read that.
+    loss_of = cast("Any", None)
+
+    def forward(self, input: Tensor) -> Any:
         if self.loss_of is None:
-            logits: Tensor = super().forward(input)  # type: ignore[misc]
-            return logits
-        return self.loss_of(self, input)  # type: ignore[arg-type]
+            return super().forward(input)  # type: ignore[misc]
+        return self.loss_of(self, input)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Not copyreg.__newobj__, for which the class has to be this one.
+        return object.__new__, (_plain_class(type(self)),), self.__getstate__()
 
 
-class FusibleConv1d(_Fusible, nn.Conv1d):
+class _FusibleConv(_Fusible):
+    """One that TorchScript understands, which knows no ``super()``."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.loss_of is not None:  # type: ignore[attr-defined]
+            loss: Tensor = self.loss_of(self, input)
+            return loss
+        logits: Tensor = self._conv_forward(input, self.weight, self.bias)
+        return logits
+
+
+class FusibleConv1d(_FusibleConv, nn.Conv1d):
     """The head of a fused one-dimensional network."""
 
 
-class FusibleConv2d(_Fusible, nn.Conv2d):
+class FusibleConv2d(_FusibleConv, nn.Conv2d):
     """The head of a fused two-dimensional network."""
 
 
-class FusibleConv3d(_Fusible, nn.Conv3d):
+class FusibleConv3d(_FusibleConv, nn.Conv3d):
     """The head of a fused three-dimensional network."""
 
 
@@ -221,20 +255,12 @@ def _fusible_class(kind: type) -> type:
     """The fusible twin of a convolution class (a parametrised one makes its class at run time)."""
     if issubclass(kind, _Fusible):
         return kind
-    return _FUSIBLE.get(kind) or type(
-        f"Fusible{kind.__name__}", (_Fusible, kind), {"__reduce_ex__": _reduce_by_kind}
-    )
+    return _FUSIBLE.get(kind) or type(f"Fusible{kind.__name__}", (_Fusible, kind), {})
 
 
-def _reduce_by_kind(module: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """How a head of a class made here is pickled: by the class it was made from."""
-    state: Any = module.__getstate__()
-    return _fusible_of, (type(module).__bases__[1],), state
-
-
-def _fusible_of(kind: type) -> Any:
-    made: Any = _fusible_class(kind)
-    return made.__new__(made)
+def _plain_class(kind: type) -> type:
+    """The class that ``_fusible_class`` made ``kind`` of."""
+    return kind.__bases__[1] if issubclass(kind.__bases__[0], _Fusible) else kind
 
 
 def _why_not_a_head(module: nn.Module) -> str | None:
@@ -274,17 +300,34 @@ def find_heads(model: nn.Module) -> list[str]:
     return [last]
 
 
+class _Answer(NamedTuple):
+    """What a head gave back in place of logits."""
+
+    loss: Tensor
+    sums: Sums | None
+    version: int = 0
+
+
+def _version(tensor: object) -> int:
+    """How often a tensor was overwritten, as far as that is counted."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
 class FusedHead(nn.Module):
     """What :func:`fuse_head` returns."""
 
     def __init__(
         self,
         model: nn.Module,
-        loss: LossModule | HeadLoss | DeepSupervisionLoss,
+        loss: LossModule | HeadLoss | DeepSupervisionLoss | Callable[[Sums], Tensor],
         head: str | Sequence[str] | None = None,
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        if callable(loss) and not isinstance(loss, nn.Module):
+            loss = SumsLoss(loss)
         levels = loss if isinstance(loss, DeepSupervisionLoss) else DeepSupervisionLoss(loss)
         _of_sums(levels.loss)
         if chunk_bytes is None:
@@ -302,12 +345,28 @@ class FusedHead(nn.Module):
             reason = _why_not_a_head(module)
             if reason is not None:
                 raise ValueError(f"head: {name!r} {reason}")
-            kind: Any = type(module)
-            module.__class__ = _fusible_class(kind)
+        self._give_heads(_fusible_class)
         # Beside the modules: it only holds the weights of the levels.
         self.__dict__["_levels"] = levels
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    def _give_heads(self, class_of: Callable[[type], type]) -> None:
+        for name in self.heads:
+            head: Any = self.model.get_submodule(name)
+            head.__class__ = class_of(type(head))
+
+    def unfuse(self) -> nn.Module:
+        """Give the network's last layer its own class back, and return the network.
+
+        This module then computes no loss any more; :func:`fuse_head` makes another.
+        """
+        self._give_heads(_plain_class)
+        return self.model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._give_heads(_fusible_class)  # copies and files hold the network's own layers
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -322,6 +381,8 @@ class FusedHead(nn.Module):
         input: Tensor,
         target: Tensor | Sequence[Tensor] | None = None,
         mask: Tensor | None = None,
+        *,
+        return_sums: bool = False,
         **options: Any,
     ) -> Any:
         r"""Return the loss, or without ``target`` what the network itself returns.
@@ -331,19 +392,26 @@ class FusedHead(nn.Module):
             target: labels or dense target. With several heads it is sampled down to each (nearest
                 voxel centre), or there is one target a resolution, as nnU-Net gives them.
             mask: mask or voxel weights (B, [1,] \*spatial), at the input's resolution.
+            return_sums: return a pair with the :class:`voxfuse.Sums` of the finest head that
+                counts.
             options: further arguments of the network.
         """
         if target is None:
             return self.model(input, **options)
         heads = [self.model.get_submodule(name) for name in self.heads]
+        for name, head in zip(self.heads, heads, strict=True):
+            if not isinstance(head, _Fusible):
+                raise RuntimeError(f"head: {name!r} was unfused; call fuse_head again")
         inner = _of_sums(self._levels.loss)
-        losses: list[Tensor] = []
+        answers: list[_Answer] = []
+        asked: list[nn.Module] = []
 
         def loss_of(head: nn.Module, features: Tensor) -> Tensor:
+            asked.append(head)
             own_mask = mask
             if own_mask is not None:
                 own_mask = sampled_down("mask", own_mask, features)
-            loss = head_loss(
+            result = head_loss(
                 inner,
                 features,
                 head.weight,  # type: ignore[arg-type]
@@ -351,40 +419,56 @@ class FusedHead(nn.Module):
                 _target_of_level(target, features),
                 own_mask,
                 chunk_bytes=self.chunk_bytes,
+                return_sums=return_sums,
             )
-            losses.append(loss)
-            return loss
+            answer = _Answer(*(result if return_sums else (result, None)))
+            answers.append(answer._replace(version=_version(answer.loss)))
+            return answer.loss
 
         for head in heads:
             head.loss_of = loss_of  # type: ignore[assignment]
         try:
             output = self.model(input, **options)
+        except Exception as error:
+            unanswered = len(asked) > len(answers)
+            if unanswered or not answers or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"{self._not_last()} ({type(error).__name__}: {error})") from error
         finally:
             for head in heads:
                 head.loss_of = None  # type: ignore[assignment]
-        outputs = [output] if isinstance(output, Tensor) else list(output)
-        self._check_untouched(outputs, losses)
+        outputs = self._untouched(output, answers)
         total: Tensor | None = None
+        first: Sums | None = None
         for factor, term in zip(self._levels.level_weights(len(outputs)), outputs, strict=True):
             if factor != 0:
                 part = term if factor == 1 else factor * term
+                if total is None and return_sums:
+                    first = next(x.sums for x in answers if x.loss is term)
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("loss: every output has weight 0")
-        return total
+        return (total, first) if return_sums else total
 
-    def _check_untouched(self, outputs: Iterable[Any], losses: list[Tensor]) -> None:
-        """The network must return what its heads returned, or fusing them would be wrong."""
-        if torch.compiler.is_compiling():
-            return
-        if not losses:
+    def _untouched(self, output: Any, answers: list[_Answer]) -> list[Tensor]:
+        """The outputs. The network must return what its heads did, or fusing would be wrong."""
+        if not answers:
             raise ValueError(f"head: {', '.join(self.heads)} did not take part in the forward pass")
-        known = {id(loss) for loss in losses}
-        if not all(id(output) in known for output in outputs):
-            raise ValueError(
-                f"model: {type(self.model).__name__} does something to the output of "
-                f"{', '.join(self.heads)} before it returns it; only a last layer can be fused"
-            )
+        if isinstance(output, Tensor):
+            output = [output]
+        if not isinstance(output, (list, tuple)):
+            raise ValueError(f"{self._not_last()} (it returns a {type(output).__name__})")
+        if not torch.compiler.is_compiling():
+            known = {id(x.loss): x.version for x in answers}
+            if not all(known.get(id(x), -1) == _version(x) for x in output):
+                raise ValueError(self._not_last())
+        return list(output)
+
+    def _not_last(self) -> str:
+        return (
+            f"model: {type(self.model).__name__} does something to the output of "
+            f"{', '.join(self.heads)} before it returns it; only a last layer can be fused"
+        )
 
     def extra_repr(self) -> str:
         return f"heads={self.heads!r}"
@@ -424,7 +508,7 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: A
 
 def fuse_head(
     model: nn.Module,
-    loss: LossModule | HeadLoss | DeepSupervisionLoss,
+    loss: LossModule | HeadLoss | DeepSupervisionLoss | Callable[[Sums], Tensor],
     *,
     head: str | Sequence[str] | None = None,
     chunk_bytes: int | None = None,
@@ -433,7 +517,8 @@ def fuse_head(
 
     The returned module computes the loss in training and logits as before without a target. It
     shares the network's parameters, and its ``state_dict`` is the network's own. The network stays
-    usable by itself: only the class of its last convolution changes (to a subclass).
+    usable by itself: only the class of its last convolution changes (to a subclass), until
+    ``unfuse()`` of what is returned. Saved as a whole, copied or scripted it is as it was.
 
     Works for networks that return what their last convolution gives: a Sequential, MONAI's
     DynUNet, SegResNet, BasicUNet, UNETR, SwinUNETR and nnU-Net's PlainConvUNet, with deep
@@ -443,7 +528,8 @@ def fuse_head(
     Args:
         model: the network.
         loss: a loss that :func:`head_loss` takes, possibly inside a
-            :class:`DeepSupervisionLoss`, whose weights then apply to the heads' losses.
+            :class:`DeepSupervisionLoss`, whose weights then apply to the heads' losses; or a
+            function of :class:`Sums`, see :class:`SumsLoss`.
         head: name of the last convolution, or names, where the network's last one in the order of
             ``named_modules`` is not it.
         chunk_bytes: most bytes of logits that exist at one time (default 64 MiB).

@@ -16,6 +16,7 @@ from torch import Tensor
 from voxfuse._ranks import Gathering, Ranks, ranks_of, refuse_tracing
 from voxfuse.contract import Activation
 from voxfuse.losses.declared import declared
+from voxfuse.losses.engine import NO_SUMS
 from voxfuse.losses.module import Loss
 from voxfuse.losses.plan import class_weights
 from voxfuse.losses.voxelwise import blocks, compute_dtype, flat
@@ -321,7 +322,16 @@ class _LovaszModule(Loss):
         _checks.choice("backend", self.backend, _BACKENDS)
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def of(
+        cls,
+        options: Any,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        return_sums: bool = False,
+    ) -> Tensor:
+        if return_sums:
+            raise TypeError(NO_SUMS)
         activation: int = Activation.none
         if not cls.hinge:
             activation = _checks.choice("activation", options.activation, Activation)

@@ -16,6 +16,7 @@ from voxfuse.losses.declared import Declared
 from voxfuse.losses.engine import evaluate
 from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions, monai_hint
 from voxfuse.losses.plan import Recipe
+from voxfuse.losses.sums import Sums
 
 
 def _as_tensor(weights: Any) -> Tensor | None:
@@ -51,20 +52,38 @@ class Loss(Declared):
         raise NotImplementedError
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """The loss with ``options``, which has the attributes of a module."""
+    def of(
+        cls,
+        options: Any,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        return_sums: bool = False,
+    ) -> Any:
+        """The loss with ``options``, which has the attributes of a module, or a pair with sums."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        r"""Return the loss.
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_sums: bool = False,
+    ) -> Tensor | tuple[Tensor, Sums]:
+        r"""Return the loss, or with ``return_sums`` the pair of the loss and its :class:`Sums`.
 
         Args:
             input: logits (or probabilities with ``activation="none"``) (B, C, \*spatial).
             target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial); with C = 1 the
                 foreground indicator.
             mask: mask or voxel weights (B, [1,] \*spatial); weight 0 leaves a voxel out.
+            return_sums: also return what the loss was computed from, without a second pass:
+                detached soft counts (of all ranks, and pooled, where ``process_group`` does so),
+                with ``dice()`` and other scores. TypeError where the loss is not made of sums.
         """
-        return self.of(self, input, target, mask)
+        result: Tensor | tuple[Tensor, Sums] = self.of(self, input, target, mask, return_sums)
+        return result
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHT_NAMES:
@@ -115,9 +134,16 @@ class LossModule(Loss):
         self.recipe  # noqa: B018
 
     @classmethod
-    def of(cls, options: Any, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def of(
+        cls,
+        options: Any,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        return_sums: bool = False,
+    ) -> Any:
         recipe = options.recipe if isinstance(options, LossModule) else cls.make_recipe(options)
-        return evaluate(recipe, input, target, mask, options)
+        return evaluate(recipe, input, target, mask, options, return_sums)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

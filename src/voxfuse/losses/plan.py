@@ -8,7 +8,7 @@ recipe has, makes its plan of a ratio and a :class:`Likelihood` itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from voxfuse.losses.options import (
     number,
     reduction_code,
 )
+from voxfuse.losses.sums import Sums
 from voxfuse.ops import _checks
 
 #: Smallest ratio under a logarithm, as in segmentation-models-pytorch.
@@ -120,6 +121,9 @@ class Recipe:
     ignore_index: int | None
     ratio: RatioOptions | None
     likelihood: LikelihoodOptions | None
+    #: In place of the two: of the sums, of all of which it may ask.
+    function: Callable[[Sums], Tensor] | None = None
+    full: bool = False
     plans: dict[tuple[int, bool], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -135,13 +139,14 @@ class Recipe:
         key = (classes, dense)
         if key not in self.plans:
             self._check_classes(classes)
-            self.plans[key] = plan_of(
+            plan = plan_of(
                 self.activation,
                 self.overlap,
                 self.ignore_index,
                 self.ratio,
                 self._likelihood(classes, dense),
             )
+            self.plans[key] = plan._replace(full=plan.full or self.full)
         return self.plans[key]
 
     def _check_classes(self, classes: int) -> None:

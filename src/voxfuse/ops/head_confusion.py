@@ -68,10 +68,9 @@ def head_confusion(
 
     Example:
         >>> import torch, voxfuse
-        >>> from voxfuse.ops.head_confusion import head_confusion
         >>> head = torch.nn.Conv3d(8, 3, 1)
         >>> features, labels = torch.randn(1, 8, 4, 4, 4), torch.randint(0, 3, (1, 4, 4, 4))
-        >>> sums = head_confusion(features, head.weight, head.bias, labels)
+        >>> sums = voxfuse.head_confusion(features, head.weight, head.bias, labels)
         >>> torch.allclose(sums, voxfuse.soft_confusion(head(features), labels), rtol=1e-4)
         True
     """
