@@ -23,21 +23,6 @@ constexpr int32_t kLeftOut = -1, kWrong = -2;
 // Up to how many classes comparing each with all voxels costs less than counting voxels one by one.
 constexpr int64_t kFewClasses = 8;
 
-// As with_element, for every type that labels and masks may have.
-template <class F>
-decltype(auto) with_label_element(Element type, F&& f) {
-  switch (type) {
-    case Element::i8:
-      return f(int8_t{});
-    case Element::u16:
-      return f(uint16_t{});
-    case Element::u32:
-      return f(uint32_t{});
-    default:
-      return with_element(type, f);
-  }
-}
-
 template <class T>
 constexpr bool kIsFloating = !std::is_integral_v<T>;
 
@@ -86,9 +71,10 @@ bool read_classes(const View& view, int64_t b, int64_t channel, int64_t begin, i
                   int64_t classes, bool has_ignore, int64_t ignore_index, int32_t* out) {
   const int64_t offset =
       b * view.stride.batch + channel * view.stride.channel + begin * view.stride.voxel;
-  return with_label_element(view.type, [&](auto tag) {
+  const bool ignores = has_ignore && holds(view.type, ignore_index);
+  return with_element(view.type, [&](auto tag) {
     using T = decltype(tag);
-    return read_classes(element<T>(view.data, offset), view.stride.voxel, n, classes, has_ignore,
+    return read_classes(element<T>(view.data, offset), view.stride.voxel, n, classes, ignores,
                         ignore_index, out);
   });
 }
@@ -117,7 +103,7 @@ class Logits {
     offset = b * q.input.stride.batch + begin * q.input.stride.voxel;
     count = n;
     if (!last) return;
-    with_element(q.input.type, [&](auto tag) {
+    with_float(q.input.type, [&](auto tag) {
       using T = decltype(tag);
       const T* source = element<T>(q.input.data, offset);
       const R* values = nullptr;
@@ -138,7 +124,7 @@ class Logits {
     if (last) return rows.data() + c * block;
     const int64_t start = offset + c * q.input.stride.channel;
     if (direct) return element<R>(q.input.data, start);
-    with_element(q.input.type, [&](auto tag) {
+    with_float(q.input.type, [&](auto tag) {
       using T = decltype(tag);
       convert_row<R>(element<T>(q.input.data, start), q.input.stride.voxel, count, rows.data());
     });
@@ -198,7 +184,7 @@ class Counter {
  private:
   void read_mask(int64_t b, int64_t at, int64_t n) {
     const Strides& stride = q.mask.stride;
-    with_label_element(q.mask.type, [&](auto tag) {
+    with_element(q.mask.type, [&](auto tag) {
       using T = decltype(tag);
       const T* source = element<T>(q.mask.data, b * stride.batch + at * stride.voxel);
       for (int64_t j = 0; j < n; ++j) kept[j] = widened(source[j * stride.voxel]) != 0;

@@ -142,29 +142,6 @@ void correlate(const R* a, int64_t a_rows, const R* b, int64_t b_rows, int64_t s
 // ---------------------------------------------------------------------------------------------
 // Tiles
 
-int64_t size_of(Element type) {
-  switch (type) {
-    case Element::f64:
-    case Element::i64:
-      return 8;
-    case Element::f32:
-    case Element::i32:
-      return 4;
-    case Element::boolean:
-    case Element::u8:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
-template <class F>
-void with_float(Element type, F&& f) {
-  with_element(type, [&](auto tag) {
-    if constexpr (!std::is_integral_v<decltype(tag)>) f(tag);
-  });
-}
-
 template <class R>
 std::vector<R> converted(const void* source, Element type, int64_t n) {
   std::vector<R> out(n);
@@ -267,7 +244,7 @@ struct Tiles {
     SoftConfusion q = head.confusion;
     const auto advance = [&](const View& x) {
       return static_cast<const char*>(x.data) +
-             (b * x.stride.batch + begin * x.stride.voxel) * size_of(x.type);
+             (b * x.stride.batch + begin * x.stride.voxel) * bytes_of(x.type);
     };
     q.batch = 1;
     q.voxels = n;
@@ -296,11 +273,13 @@ struct Tiles {
         }
       });
     }
-    if (q.has_ignore) {
-      with_element(q.target.type, [&](auto tag) {
-        const auto* source = element<decltype(tag)>(q.target.data, 0);
+    if (q.has_ignore && holds(q.target.type, q.ignore_index)) {
+      with_label(q.target.type, [&](auto tag) {
+        using T = decltype(tag);
+        const auto* source = element<T>(q.target.data, 0);
+        const int64_t ignored = as_read<T>(q.ignore_index);
         for (int64_t v = 0; v < q.voxels; ++v) {
-          excluded[v] |= integer_label(source[v * q.target.stride.voxel]) == q.ignore_index;
+          excluded[v] |= integer_label(source[v * q.target.stride.voxel]) == ignored;
           any |= excluded[v];
         }
       });

@@ -14,7 +14,7 @@
 
 namespace voxfuse::VOXFUSE_ISA {
 
-// A label, weight or dense value converted to the compute type; labels are truncated.
+// A row of weights, logits or dense values in the compute type.
 template <class R, class T>
 void convert_row(const T* source, int64_t stride, int64_t n, R* out) {
   if (stride == 1) {
@@ -207,31 +207,66 @@ void merge_channels(const R* tile, int64_t room, int64_t n, int64_t classes, R* 
 }
 
 template <class F>
-decltype(auto) with_element(Element type, F&& f) {
+decltype(auto) with_float(Element type, F&& f) {
   switch (type) {
-    case Element::f32:
-      return f(float{});
     case Element::f16:
       return f(Half{});
     case Element::bf16:
       return f(BFloat16{});
     case Element::f64:
       return f(double{});
-    case Element::boolean:
-    case Element::u8:
+    default:
+      return f(float{});
+  }
+}
+
+// With the type that labels are read as: integers of a width with and without a sign as one, see
+// classes_held. Of 4 and 8 bytes these are signed, so that what cannot be a class is negative.
+template <class F>
+decltype(auto) with_label(Element type, F&& f) {
+  if (is_floating(type)) return with_float(type, f);
+  switch (bytes_of(type)) {
+    case 1:
       return f(uint8_t{});
-    case Element::i16:
-      return f(int16_t{});
-    case Element::i32:
+    case 2:
+      return f(uint16_t{});
+    case 4:
       return f(int32_t{});
     default:
       return f(int64_t{});
   }
 }
 
+// With the type itself, for values.
+template <class F>
+decltype(auto) with_element(Element type, F&& f) {
+  switch (type) {
+    case Element::i8:
+      return f(int8_t{});
+    case Element::i16:
+      return f(int16_t{});
+    case Element::u32:
+      return f(uint32_t{});
+    case Element::u64:
+      return f(uint64_t{});
+    default:
+      return with_label(type, f);
+  }
+}
+
 template <class T>
 const T* element(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
+}
+
+// What with_label reads where the label is `value`, which the label's own type holds.
+template <class T>
+VOXFUSE_INLINE int64_t as_read(int64_t value) {
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<int64_t>(static_cast<T>(value));
+  } else {
+    return value;
+  }
 }
 
 // The label as an integer, or INT64_MIN if it is none (a fraction, NaN) or beyond 64 bits.

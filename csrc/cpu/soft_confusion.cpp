@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -22,34 +23,52 @@ VOXFUSE_DECLARE_KERNEL(bool, confusion_backward(const SoftConfusion& q, int64_t 
 namespace voxfuse {
 namespace {
 
-double value_at(const void* base, Element type, int64_t offset) {
+double float16_of(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
+  double magnitude =
+      std::ldexp(exponent == 0 ? fraction : fraction | 0x400, exponent == 0 ? -24 : exponent - 25);
+  if (exponent == 31) {
+    magnitude = fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
+                              : std::numeric_limits<double>::infinity();
+  }
+  return (h & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+double float_at(const void* base, Element type, int64_t offset) {
   switch (type) {
-    case Element::f32:
-      return static_cast<const float*>(base)[offset];
     case Element::f64:
       return static_cast<const double*>(base)[offset];
-    case Element::f16: {
-      const uint16_t h = static_cast<const uint16_t*>(base)[offset];
-      const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
-      double magnitude = std::ldexp(exponent == 0 ? fraction : fraction | 0x400,
-                                    exponent == 0 ? -24 : exponent - 25);
-      if (exponent == 31) {
-        magnitude = fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
-                                  : std::numeric_limits<double>::infinity();
-      }
-      return (h & 0x8000) != 0 ? -magnitude : magnitude;
+    case Element::f16:
+      return float16_of(static_cast<const uint16_t*>(base)[offset]);
+    case Element::bf16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(base)[offset]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
     }
-    case Element::boolean:
-    case Element::u8:
-      return static_cast<const uint8_t*>(base)[offset];
+    default:
+      return static_cast<const float*>(base)[offset];
+  }
+}
+
+// In two's complement: of uint64 what 64 bits with a sign do not hold is negative.
+int64_t integer_at(const void* base, Element type, int64_t offset) {
+  switch (type) {
+    case Element::i8:
+      return static_cast<const int8_t*>(base)[offset];
     case Element::i16:
       return static_cast<const int16_t*>(base)[offset];
+    case Element::u16:
+      return static_cast<const uint16_t*>(base)[offset];
     case Element::i32:
       return static_cast<const int32_t*>(base)[offset];
+    case Element::u32:
+      return static_cast<const uint32_t*>(base)[offset];
     case Element::i64:
-      return static_cast<double>(static_cast<const int64_t*>(base)[offset]);
+    case Element::u64:
+      return static_cast<const int64_t*>(base)[offset];
     default:
-      return 0;
+      return static_cast<const uint8_t*>(base)[offset];
   }
 }
 
@@ -73,23 +92,37 @@ std::string written(double x) {
 
 void raise_wrong_label(const SoftConfusion& q, const Tensor& target) {
   const int64_t classes = q.classes == 1 ? 2 : q.classes;
-  for (int64_t b = 0; b < q.batch; ++b) {
-    for (int64_t v = 0; v < q.voxels; ++v) {
+  const Element type = q.target.type;
+  const bool floating = is_floating(type), ignores = q.has_ignore && holds(type, q.ignore_index);
+  int64_t wrong = 0;
+  std::string place;  // of the first wrong label
+  bool alone = true;
+  for (int64_t b = 0; b < q.batch && alone; ++b) {
+    for (int64_t v = 0; v < q.voxels && alone; ++v) {
       const int64_t offset = b * q.target.stride.batch + v * q.target.stride.voxel;
-      const double x = value_at(q.target.data, q.target.type, offset);
-      VOXFUSE_CHECK_VALUE(std::trunc(x) == x && std::isfinite(x), "target: label ", written(x),
+      const double x = floating ? float_at(q.target.data, type, offset) : 0;
+      const bool whole = std::trunc(x) == x && std::isfinite(x);
+      VOXFUSE_CHECK_VALUE(whole || !place.empty(), "target: label ", written(x),
                           " is no integer, first at ", place_of(target, b, v));
-      const int64_t label = q.target.type == Element::i64
-                                ? static_cast<const int64_t*>(q.target.data)[offset]
-                                : static_cast<int64_t>(std::clamp(x, -9.2e18, 9.2e18));
-      if (q.has_ignore && label == q.ignore_index) continue;
-      if (label >= 0 && label < classes) continue;
-      VOXFUSE_CHECK_VALUE(false, "target: label ", label, " is outside [0, ", classes, ")",
-                          q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "",
-                          ", first at ", place_of(target, b, v));
+      const int64_t label = !floating ? integer_at(q.target.data, type, offset)
+                            : whole   ? static_cast<int64_t>(std::clamp(x, -9.2e18, 9.2e18))
+                                      : std::numeric_limits<int64_t>::min();
+      if ((ignores && label == q.ignore_index) || (label >= 0 && label < classes)) continue;
+      alone = place.empty() || label == wrong;
+      if (place.empty()) {
+        wrong = label;
+        place = place_of(target, b, v);
+      }
     }
   }
-  VOXFUSE_CHECK_VALUE(false, "target: a label is outside [0, ", classes, ")");
+  const std::string value =
+      type == Element::u64 ? std::to_string(static_cast<uint64_t>(wrong)) : std::to_string(wrong);
+  VOXFUSE_CHECK_VALUE(false, "target: label ", value, " is outside [0, ", classes, ")",
+                      q.has_ignore ? " or ignore_index " + std::to_string(q.ignore_index) : "",
+                      ", first at ", place,
+                      alone && !q.has_ignore && !(type == Element::u64 && wrong < 0)
+                          ? "; if " + value + " marks voxels to ignore, pass ignore_index=" + value
+                          : "");
 }
 
 namespace {

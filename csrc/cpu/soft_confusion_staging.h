@@ -101,7 +101,7 @@ VOXFUSE_INLINE int32_t short_label(T value) {
 template <class R, class T>
 bool stage_classes(const SoftConfusion& q, const T* source, int64_t stride, int64_t n,
                    Label<R>* out, bool& ignores) {
-  const uint32_t classes = static_cast<uint32_t>(q.classes);
+  const uint32_t classes = static_cast<uint32_t>(std::min(q.classes, classes_held(q.target.type)));
   const auto walk = [&](auto label) __attribute__((always_inline)) {
     int32_t bad = 0, ignored = 0;
     const auto step = [&](int64_t i, T value) __attribute__((always_inline)) {
@@ -121,16 +121,19 @@ bool stage_classes(const SoftConfusion& q, const T* source, int64_t stride, int6
   // What is -1 in the source, and not to be ignored, is wrong: any other negative number is as
   // well.
   const auto kept = [](int32_t label) { return label < 0 ? kNoLabel : label; };
-  if (!q.has_ignore) return walk([&](T value) { return kept(short_label(value)); });
-  const int32_t ignore = static_cast<int32_t>(q.ignore_index);
-  if (ignore == q.ignore_index && ignore != kNoLabel) {
+  if (!q.has_ignore || !holds(q.target.type, q.ignore_index)) {
+    return walk([&](T value) { return kept(short_label(value)); });
+  }
+  const int64_t ignored_label = as_read<T>(q.ignore_index);
+  const int32_t ignore = static_cast<int32_t>(ignored_label);
+  if (ignore == ignored_label && ignore != kNoLabel) {
     return walk([&](T value) {
       const int32_t label = short_label(value);
       return label == ignore ? -1 : kept(label);
     });
   }
   return walk([&](T value) {
-    return integer_label(value) == q.ignore_index ? -1 : kept(short_label(value));
+    return integer_label(value) == ignored_label ? -1 : kept(short_label(value));
   });
 }
 
@@ -148,11 +151,12 @@ bool stage_dense(const SoftConfusion& q, const T* source, int64_t n, Workspace<R
     std::fill(row + n, row + whole_vectors<R>(n), R{0});
   }
   const bool binary = q.classes == 1 && std::is_integral_v<T> && q.target.type != Element::boolean;
-  if (!binary && !q.has_ignore) return false;
+  const bool ignores = q.has_ignore && holds(q.target.type, q.ignore_index);
+  if (!binary && !ignores) return false;
   bool wrong = false;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t value = integer_label(source[i * stride]);
-    const bool ignored = q.has_ignore && value == q.ignore_index;
+    const bool ignored = ignores && value == q.ignore_index;
     wrong |= binary && !ignored && value != 0 && value != 1;
     if (ignored) work.weight[i] = 0;
   }
@@ -184,13 +188,17 @@ bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   if (q.dense && q.weight.data == nullptr) std::copy_n(work.ones.data(), n, weight);
 
   bool wrong = false, ignores = q.dense && q.has_ignore;
-  with_element(q.target.type, [&](auto tag) {
-    using T = decltype(tag);
-    const T* source =
-        element<T>(q.target.data, b * q.target.stride.batch + begin * q.target.stride.voxel);
-    wrong = q.dense ? stage_dense(q, source, n, work)
-                    : stage_classes<R>(q, source, q.target.stride.voxel, n, labels, ignores);
-  });
+  const int64_t offset = b * q.target.stride.batch + begin * q.target.stride.voxel;
+  if (q.dense) {
+    with_element(q.target.type, [&](auto tag) {
+      wrong = stage_dense(q, element<decltype(tag)>(q.target.data, offset), n, work);
+    });
+  } else {
+    with_label(q.target.type, [&](auto tag) {
+      const auto* source = element<decltype(tag)>(q.target.data, offset);
+      wrong = stage_classes<R>(q, source, q.target.stride.voxel, n, labels, ignores);
+    });
+  }
   if (wrong) return true;
 
   out.weighted = q.weight.data != nullptr || ignores || padded != n;
@@ -233,7 +241,7 @@ void stage_logits(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
     return;
   }
   R* tile = work.logits.data();
-  with_element(q.input.type, [&](auto tag) {
+  with_float(q.input.type, [&](auto tag) {
     using T = decltype(tag);
     const T* source = element<T>(q.input.data, offset);
     if (q.input.stride.channel == 1 && q.input.stride.voxel == q.classes && q.classes > 1) {
@@ -313,23 +321,20 @@ inline Form form_of(const SoftConfusion& q, int64_t n) {
 template <class R>
 void write_gradient(const SoftConfusion& q, const R* tile, int64_t stride, int64_t n,
                     int64_t offset, Workspace<R>& work) {
-  with_element(q.input.type, [&](auto tag) {
+  with_float(q.input.type, [&](auto tag) {
     using T = decltype(tag);
-    if constexpr (!std::is_integral_v<T>) {
-      T* out = static_cast<T*>(q.gradient) + offset;
-      if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel == q.classes && q.classes > 1) {
-        if constexpr (std::is_same_v<T, R>) {
-          if (merges_exactly<R>(q.classes)) return merge_channels(tile, stride, n, q.classes, out);
-        }
-        R* interleaved = work.interleaved.data();
-        merge_channels(tile, stride, n, q.classes, interleaved);
-        write_row(interleaved, n * q.classes, out, 1);
-        return;
+    T* out = static_cast<T*>(q.gradient) + offset;
+    if (q.gradient_stride.channel == 1 && q.gradient_stride.voxel == q.classes && q.classes > 1) {
+      if constexpr (std::is_same_v<T, R>) {
+        if (merges_exactly<R>(q.classes)) return merge_channels(tile, stride, n, q.classes, out);
       }
-      for (int64_t c = 0; c < q.classes; ++c) {
-        write_row(tile + c * stride, n, out + c * q.gradient_stride.channel,
-                  q.gradient_stride.voxel);
-      }
+      R* interleaved = work.interleaved.data();
+      merge_channels(tile, stride, n, q.classes, interleaved);
+      write_row(interleaved, n * q.classes, out, 1);
+      return;
+    }
+    for (int64_t c = 0; c < q.classes; ++c) {
+      write_row(tile + c * stride, n, out + c * q.gradient_stride.channel, q.gradient_stride.voxel);
     }
   });
 }

@@ -13,10 +13,14 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(double x) { return static_cast<float>(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(int8_t x) { return x; }
 __device__ inline float to_float(uint8_t x) { return x; }
 __device__ inline float to_float(int16_t x) { return x; }
+__device__ inline float to_float(uint16_t x) { return x; }
 __device__ inline float to_float(int32_t x) { return static_cast<float>(x); }
+__device__ inline float to_float(uint32_t x) { return static_cast<float>(x); }
 __device__ inline float to_float(int64_t x) { return static_cast<float>(x); }
+__device__ inline float to_float(uint64_t x) { return static_cast<float>(x); }
 
 template <class Real>
 struct Convert;
@@ -37,7 +41,9 @@ struct Convert<double> {
   }
   __device__ static double from(double x) { return x; }
   __device__ static double from(int32_t x) { return x; }
+  __device__ static double from(uint32_t x) { return x; }
   __device__ static double from(int64_t x) { return static_cast<double>(x); }
+  __device__ static double from(uint64_t x) { return static_cast<double>(x); }
 };
 
 template <class T>
@@ -143,20 +149,69 @@ __device__ inline void load_span(const T* base, int64_t stride, bool vector, con
   }
 }
 
-inline int element_size(Element type) {
-  switch (type) {
-    case Element::f64:
-    case Element::i64:
-      return 8;
-    case Element::f32:
-    case Element::i32:
-      return 4;
-    case Element::f16:
-    case Element::bf16:
-    case Element::i16:
-      return 2;
+/// Runs f with the unsigned integer as wide as an element: targets and weights are read by their
+/// width and told apart afterwards, so that reading exists four times and not once a type.
+template <class F>
+__device__ inline void with_bits(Element type, const F& f) {
+  switch (bytes_of(type)) {
+    case 1:
+      return f(uint8_t{});
+    case 2:
+      return f(uint16_t{});
+    case 8:
+      return f(uint64_t{});
     default:
-      return 1;
+      return f(uint32_t{});
+  }
+}
+
+template <class T, class Bits>
+__device__ inline T from_bits(Bits bits) {
+  static_assert(sizeof(T) == sizeof(Bits));
+  T value;
+  memcpy(static_cast<void*>(&value), &bits, sizeof(T));
+  return value;
+}
+
+template <class T, class Bits, class Real, int kCount>
+__device__ inline void numbers_as(const Bits (&bits)[kCount], Real (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = Convert<Real>::from(from_bits<T>(bits[i]));
+}
+
+/// The numbers that `bits` are as elements of a type of their width.
+template <class Bits, class Real, int kCount>
+__device__ inline void numbers(Element type, const Bits (&bits)[kCount], Real (&out)[kCount]) {
+  if constexpr (sizeof(Bits) == 1) {
+    type == Element::i8 ? numbers_as<int8_t>(bits, out) : numbers_as<uint8_t>(bits, out);
+  } else if constexpr (sizeof(Bits) == 2) {
+    type == Element::f16    ? numbers_as<__half>(bits, out)
+    : type == Element::bf16 ? numbers_as<__nv_bfloat16>(bits, out)
+    : type == Element::i16  ? numbers_as<int16_t>(bits, out)
+                            : numbers_as<uint16_t>(bits, out);
+  } else if constexpr (sizeof(Bits) == 4) {
+    type == Element::f32   ? numbers_as<float>(bits, out)
+    : type == Element::i32 ? numbers_as<int32_t>(bits, out)
+                           : numbers_as<uint32_t>(bits, out);
+  } else {
+    type == Element::f64   ? numbers_as<double>(bits, out)
+    : type == Element::i64 ? numbers_as<int64_t>(bits, out)
+                           : numbers_as<uint64_t>(bits, out);
+  }
+}
+
+/// The one of a floating type: exactly, as float or as double.
+template <class Bits>
+__device__ inline auto floating(Element type, Bits bits) {
+  if constexpr (sizeof(Bits) == 8) {
+    return from_bits<double>(bits);
+  } else if constexpr (sizeof(Bits) == 4) {
+    return from_bits<float>(bits);
+  } else if constexpr (sizeof(Bits) == 2) {
+    return type == Element::f16 ? to_float(from_bits<__half>(bits))
+                                : to_float(from_bits<__nv_bfloat16>(bits));
+  } else {
+    return 0.0f;  // no floating type has one byte
   }
 }
 

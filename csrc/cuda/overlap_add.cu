@@ -26,7 +26,7 @@ cudaError_t by_type(Element type, const Start& start) {
 }  // namespace
 
 int64_t softmax_workspace(const Fusion& q) {
-  const int group = element_size(q.type) == 2 ? kChannels<__half> : kChannels<float>;
+  const int group = bytes_of(q.type) == 2 ? kChannels<__half> : kChannels<float>;
   if (q.activation != Activation::softmax || q.channels <= kFewGroups * group) return 0;
   return 2 * q.patches * q.patch[0] * q.patch[1] * q.patch[2];
 }

@@ -45,7 +45,8 @@ struct FewBackward : FewShape<T, kClasses> {
   static constexpr int kVoxels = kClasses == 2 ? 16 / sizeof(T) : kClasses <= 8 ? 4 : 2;
   static constexpr int blocks() {
     if (kClasses == 3 || kClasses == 4) return 3;
-    return kClasses == 5 || (kClasses == 6 && sizeof(T) == 2) ? kFiveOrSixBlocks : kAnyBlocks;
+    if (kClasses == 5 || kClasses == 10) return kFiveOrSixBlocks;
+    return kClasses == 6 && sizeof(T) == 2 ? kFiveOrSixBlocks : kAnyBlocks;
   }
   static constexpr int kBlocks = blocks();
   static constexpr int kTiles = 4;  // by one block

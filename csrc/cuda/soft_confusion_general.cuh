@@ -60,24 +60,18 @@ __device__ inline math::Probability<Real> evaluate(Activation activation,
 template <class Real>
 __device__ inline Real load_one(const Launched& q, int64_t b, int c, int64_t voxel, Real& g) {
   const Span span{voxel, q.voxels, kGeneralThreads};  // a step that never asks for vectors
-  Real w;
-  if (q.weight.data != nullptr && q.weight.type == Element::f64) {
-    w = Convert<Real>::from(static_cast<const double*>(
-        q.weight.data)[b * q.weight.stride.batch + voxel * q.weight.stride.voxel]);
-  } else {
-    float weight[1];
-    load_weights<1>(q, b, span, weight);
-    w = weight[0];
-  }
+  Real weight[1];
+  load_weights(q, b, span, weight);
+  const Real w = weight[0];
   if (q.dense) {
     Real value[1];
     bool excluded[1];
-    load_dense<Real, 1>(q, b, c, span, value, excluded);
+    load_dense(q, b, c, span, value, excluded);
     g = value[0];
     return excluded[0] ? Real(0) : w;
   }
   int label[1];
-  load_labels<1>(q, b, span, label);
+  load_labels(q, b, span, label);
   g = label[0] == c ? Real(1) : Real(0);
   return label[0] < 0 ? Real(0) : w;
 }

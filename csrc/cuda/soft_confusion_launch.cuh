@@ -1,6 +1,8 @@
 // Picks the kernel for a problem with logits of type T, forward or backward.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/soft_confusion_few.cuh"
 #include "cuda/soft_confusion_general.cuh"
 #include "cuda/soft_confusion_many.cuh"
@@ -126,14 +128,15 @@ Layout layout_of(const View& view, const Launched& q) {
 /// Whether runs of 8 voxels, or what fills 16 bytes, can be read as vectors.
 bool aligned(const View& view) {
   if (view.data == nullptr) return false;
-  const int64_t elements = 16 / element_size(view.type) < 8 ? 16 / element_size(view.type) : 8;
+  const int64_t bytes = bytes_of(view.type), elements = std::min<int64_t>(16 / bytes, 8);
   return view.stride.voxel == 1 && view.stride.batch % elements == 0 &&
          view.stride.channel % elements == 0 &&
-         reinterpret_cast<uintptr_t>(view.data) % (elements * element_size(view.type)) == 0;
+         reinterpret_cast<uintptr_t>(view.data) % (elements * bytes) == 0;
 }
 
 template <bool kBackward, class T>
 cudaError_t start(Launched& q, cudaStream_t stream) {
+  q.label_classes = std::min(q.classes, classes_held(q.target.type));
   q.target.vector = aligned(q.target);
   q.weight.vector = aligned(q.weight);
   const bool softmax = q.activation == Activation::softmax && q.likelihood == Activation::softmax;

@@ -3,14 +3,20 @@
 // are neighbours, and find them in the L2 cache.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/soft_confusion_tile.cuh"
 
 namespace voxfuse::cuda {
 namespace {
 
 constexpr int kSeparateThreads = 256;
+
+// Blocks of the forward pass that a multiprocessor must at least be able to hold. Left alone (0),
+// the compiler takes so few registers for sm_80 that some spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kForwardBlocks = 4;
+#else
+constexpr int kForwardBlocks = 0;
+#endif
 
 template <class T>
 constexpr int kSeparateVoxels = 16 / static_cast<int>(sizeof(T));
@@ -20,58 +26,32 @@ constexpr int kSigmoid = static_cast<int>(Activation::sigmoid);
 
 /// Whether the foreground indicator of a single class is to be left out: the ignored value, and
 /// integers that are neither 0 nor 1.
-template <class L>
-__device__ inline bool indicator_excluded(L raw, const Launched& q) {
-  if constexpr (std::is_integral_v<L>) {
-    const int64_t value = static_cast<int64_t>(raw);
-    return (q.has_ignore && value == q.ignore_index) || (value != 0 && value != 1);
-  } else {
-    using Real = typename Compute<L>::Real;
-    const Real x = Convert<Real>::from(raw);
-    // The conversion is defined only inside the range of int64.
-    if (!q.has_ignore || !(x > Real(-9.2e18) && x < Real(9.2e18))) return false;
-    const int64_t value = static_cast<int64_t>(x);
-    return value == q.ignore_index && static_cast<Real>(value) == x;
+template <class Bits>
+__device__ inline bool indicator_excluded(Bits raw, const Launched& q) {
+  if (!is_floating(q.target.type)) {
+    return raw > Bits(1) || (q.has_ignore && static_cast<int64_t>(raw) == q.ignore_index);
   }
-}
-
-template <class L, class Real, int kVoxels>
-__device__ inline void load_dense_as(const Launched& q, int64_t b, int64_t c, const Span& span,
-                                     Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
-  L raw[kVoxels];
-  const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch +
-                     c * q.target.stride.channel;
-  load_span<kVoxels>(base, q.target.stride.voxel, q.target.vector && span.step == 1, span, raw);
-#pragma unroll
-  for (int i = 0; i < kVoxels; ++i) {
-    excluded[i] = q.classes == 1 && indicator_excluded(raw[i], q);
-    g[i] = Convert<Real>::from(raw[i]);
-  }
+  const auto x = floating(q.target.type, raw);
+  using Real = decltype(x + x);
+  // The conversion is defined only inside the range of int64.
+  if (!q.has_ignore || !(x > Real(-9.2e18) && x < Real(9.2e18))) return false;
+  const int64_t value = static_cast<int64_t>(x);
+  return value == q.ignore_index && static_cast<Real>(value) == x;
 }
 
 /// The dense target of class c at a thread's voxels.
 template <class Real, int kVoxels>
 __device__ inline void load_dense(const Launched& q, int64_t b, int64_t c, const Span& span,
                                   Real (&g)[kVoxels], bool (&excluded)[kVoxels]) {
-  switch (q.target.type) {
-    case Element::boolean:
-    case Element::u8:
-      return load_dense_as<uint8_t>(q, b, c, span, g, excluded);
-    case Element::i16:
-      return load_dense_as<int16_t>(q, b, c, span, g, excluded);
-    case Element::i32:
-      return load_dense_as<int32_t>(q, b, c, span, g, excluded);
-    case Element::i64:
-      return load_dense_as<int64_t>(q, b, c, span, g, excluded);
-    case Element::f16:
-      return load_dense_as<__half>(q, b, c, span, g, excluded);
-    case Element::bf16:
-      return load_dense_as<__nv_bfloat16>(q, b, c, span, g, excluded);
-    case Element::f64:
-      return load_dense_as<double>(q, b, c, span, g, excluded);
-    default:
-      return load_dense_as<float>(q, b, c, span, g, excluded);
-  }
+  with_bits(q.target.type, [&](auto zero) {
+    decltype(zero) raw[kVoxels];
+    load_bits(q.target, b, c, span, raw);
+    numbers(q.target.type, raw, g);
+#pragma unroll
+    for (int i = 0; i < kVoxels; ++i) {
+      excluded[i] = q.classes == 1 && indicator_excluded(raw[i], q);
+    }
+  });
 }
 
 /// Target values of class c and weights; both are 0 for voxels that are left out.
@@ -80,8 +60,8 @@ __device__ inline void load_class(const Launched& q, int64_t b, int c, const Spa
                                   float (&g)[kVoxels], float (&weight)[kVoxels]) {
   if (q.dense) {
     bool excluded[kVoxels];
-    load_dense<float, kVoxels>(q, b, c, span, g, excluded);
-    load_weights<kVoxels>(q, b, span, weight);
+    load_dense(q, b, c, span, g, excluded);
+    load_weights(q, b, span, weight);
 #pragma unroll
     for (int i = 0; i < kVoxels; ++i) {
       if (excluded[i] || !span.holds(i)) weight[i] = 0;
@@ -113,7 +93,7 @@ __device__ inline math::Probability<Real> probability(Real z) {
 }
 
 template <class T, int kActivation, bool kFull>
-__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
+__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : kForwardBlocks)
     separate_forward(const __grid_constant__ Launched q) {
   constexpr int kVoxels = kSeparateVoxels<T>, kSums = kFull ? 8 : 4;
   constexpr int kWarps = kSeparateThreads / kWarp;
@@ -187,7 +167,7 @@ __device__ inline Real separate_likelihood(const math::Probability<Real>& r, Rea
 constexpr int kSeparateTiles = 4;  // of a block of the backward pass
 
 template <class T, int kActivation>
-__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 0)
+__global__ void __launch_bounds__(kSeparateThreads, sizeof(T) == 2 ? 3 : 6)
     separate_backward(const __grid_constant__ Launched q) {
   constexpr int kVoxels = kSeparateVoxels<T>;
   constexpr int kTile = kVoxels * kSeparateThreads, kBlock = kTile * kSeparateTiles;

@@ -2,6 +2,8 @@
 // the sums.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/elements.h"
 #include "cuda/soft_confusion.h"
 #include "math/confusion.h"
@@ -13,38 +15,60 @@ namespace {
 struct Labels {
   int classes, ignored;  // ignored is -1 if no class is
 
-  __device__ explicit Labels(const Launched& q) : classes(static_cast<int>(q.classes)) {
-    const bool is_class = q.has_ignore && q.ignore_index >= 0 && q.ignore_index < q.classes;
+  __device__ explicit Labels(const Launched& q) : classes(static_cast<int>(q.label_classes)) {
+    const bool is_class = q.has_ignore && q.ignore_index >= 0 && q.ignore_index < q.label_classes;
     ignored = is_class ? static_cast<int>(q.ignore_index) : -1;
   }
 
-  /// The class of a label, or -1 if the voxel is to be left out.
-  __device__ int of(int32_t raw) const {
-    return static_cast<unsigned>(raw) < static_cast<unsigned>(classes) && raw != ignored ? raw : -1;
+  /// The class of a label, or -1 if the voxel is to be left out. Integers come without their sign:
+  /// what is negative is beyond the classes, see classes_held.
+  __device__ int of(uint32_t raw) const {
+    const int label = static_cast<int>(raw);
+    return raw < static_cast<unsigned>(classes) && label != ignored ? label : -1;
   }
-  __device__ int of(uint8_t raw) const { return of(static_cast<int32_t>(raw)); }
-  __device__ int of(int16_t raw) const { return of(static_cast<int32_t>(raw)); }
-  __device__ int of(int64_t raw) const {
-    return raw >= 0 && raw < classes ? of(static_cast<int32_t>(raw)) : -1;
+  __device__ int of(uint64_t raw) const {
+    return raw < static_cast<uint64_t>(classes) ? of(static_cast<uint32_t>(raw)) : -1;
   }
-  __device__ int of(float raw) const {
-    // In range before the conversion, for any bit pattern; what is no integer is no class.
-    const bool inside = raw >= 0.0f && raw < static_cast<float>(classes);
-    const int32_t value = inside ? static_cast<int32_t>(raw) : -1;
-    return static_cast<float>(value) == raw ? of(value) : -1;
+  template <class Real>
+  __device__ int whole(Real raw) const {
+    // In range before the conversion, for any bit pattern; what is no integer is no class. Compared
+    // as a float, for the registers that a double takes.
+    const float near = to_float(raw);
+    const int value =
+        near >= 0.0f && near < static_cast<float>(classes) ? static_cast<int>(raw) : -1;
+    return static_cast<Real>(value) == raw ? of(static_cast<uint32_t>(value)) : -1;
   }
-  __device__ int of(__half raw) const { return of(__half2float(raw)); }
 };
 
-template <class L, int kVoxels>
-__device__ inline void load_labels_as(const Launched& q, int64_t b, const Span& span,
-                                      int (&label)[kVoxels]) {
-  L raw[kVoxels];
-  const auto* base = static_cast<const L*>(q.target.data) + b * q.target.stride.batch;
-  load_span<kVoxels>(base, q.target.stride.voxel, q.target.vector && span.step == 1, span, raw);
-  const Labels labels(q);
+/// The bits of a channel of the target, or of the weight, at a thread's voxels.
+template <class Bits, int kVoxels>
+__device__ inline void load_bits(const View& view, int64_t b, int64_t c, const Span& span,
+                                 Bits (&bits)[kVoxels]) {
+  const auto* base =
+      static_cast<const Bits*>(view.data) + b * view.stride.batch + c * view.stride.channel;
+  load_span<kVoxels>(base, view.stride.voxel, view.vector && span.step == 1, span, bits);
+}
+
+/// The classes of a thread's voxels, -1 for those that are left out or past the end.
+template <int kVoxels>
+__device__ inline void load_labels(const Launched& q, int64_t b, const Span& span,
+                                   int (&label)[kVoxels]) {
+  const Element type = q.target.type;
+  with_bits(type, [&](auto zero) {
+    decltype(zero) raw[kVoxels];
+    load_bits(q.target, b, 0, span, raw);
+    const Labels labels(q);
+    if (is_floating(type)) {
 #pragma unroll
-  for (int i = 0; i < kVoxels; ++i) label[i] = labels.of(raw[i]);
+      for (int i = 0; i < kVoxels; ++i) label[i] = labels.whole(floating(type, raw[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVoxels; ++i) {
+        using Wide = std::conditional_t<sizeof(zero) == 8, uint64_t, uint32_t>;
+        label[i] = labels.of(static_cast<Wide>(raw[i]));
+      }
+    }
+  });
   if (span.holds(kVoxels - 1)) return;
 #pragma unroll
   for (int i = 0; i < kVoxels; ++i) {
@@ -52,57 +76,19 @@ __device__ inline void load_labels_as(const Launched& q, int64_t b, const Span& 
   }
 }
 
-/// The classes of a thread's voxels, -1 for those that are left out or past the end.
-template <int kVoxels>
-__device__ inline void load_labels(const Launched& q, int64_t b, const Span& span,
-                                   int (&label)[kVoxels]) {
-  switch (q.target.type) {
-    case Element::boolean:
-    case Element::u8:
-      return load_labels_as<uint8_t>(q, b, span, label);
-    case Element::i16:
-      return load_labels_as<int16_t>(q, b, span, label);
-    case Element::i32:
-      return load_labels_as<int32_t>(q, b, span, label);
-    case Element::i64:
-      return load_labels_as<int64_t>(q, b, span, label);
-    case Element::f16:
-      return load_labels_as<__half>(q, b, span, label);
-    default:
-      return load_labels_as<float>(q, b, span, label);
-  }
-}
-
-template <class L, int kVoxels>
-__device__ inline void load_weights_as(const Launched& q, int64_t b, const Span& span,
-                                       float (&weight)[kVoxels]) {
-  L raw[kVoxels];
-  const auto* base = static_cast<const L*>(q.weight.data) + b * q.weight.stride.batch;
-  load_span<kVoxels>(base, q.weight.stride.voxel, q.weight.vector && span.step == 1, span, raw);
-#pragma unroll
-  for (int i = 0; i < kVoxels; ++i) weight[i] = to_float(raw[i]);
-}
-
-template <int kVoxels>
+template <class Real, int kVoxels>
 __device__ inline void load_weights(const Launched& q, int64_t b, const Span& span,
-                                    float (&weight)[kVoxels]) {
+                                    Real (&weight)[kVoxels]) {
   if (q.weight.data == nullptr) {
 #pragma unroll
-    for (int i = 0; i < kVoxels; ++i) weight[i] = 1.0f;
+    for (int i = 0; i < kVoxels; ++i) weight[i] = Real(1);
     return;
   }
-  switch (q.weight.type) {
-    case Element::boolean:
-      return load_weights_as<uint8_t>(q, b, span, weight);
-    case Element::f16:
-      return load_weights_as<__half>(q, b, span, weight);
-    case Element::bf16:
-      return load_weights_as<__nv_bfloat16>(q, b, span, weight);
-    case Element::f64:
-      return load_weights_as<double>(q, b, span, weight);
-    default:
-      return load_weights_as<float>(q, b, span, weight);
-  }
+  with_bits(q.weight.type, [&](auto zero) {
+    decltype(zero) raw[kVoxels];
+    load_bits(q.weight, b, 0, span, raw);
+    numbers(q.weight.type, raw, weight);
+  });
 }
 
 /// Labels and weights together; `label` is -1 and `weight` 0 for voxels that are left out. Returns
@@ -110,8 +96,8 @@ __device__ inline void load_weights(const Launched& q, int64_t b, const Span& sp
 template <int kVoxels>
 __device__ inline bool load_voxels(const Launched& q, int64_t b, const Span& span,
                                    int (&label)[kVoxels], float (&weight)[kVoxels]) {
-  load_labels<kVoxels>(q, b, span, label);
-  load_weights<kVoxels>(q, b, span, weight);
+  load_labels(q, b, span, label);
+  load_weights(q, b, span, weight);
   if (q.weight.data != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVoxels; ++i) {

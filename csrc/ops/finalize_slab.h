@@ -25,9 +25,10 @@ inline Element output_type(const Tensor& out, Finish mode) {
                     ", expected bool or uint8");
     return Element::u8;
   }
-  STD_TORCH_CHECK(has_element(type) && is_floating(element_of(out, "out")), "out: got ", name,
+  const std::optional<Element> element = known_element(type);
+  STD_TORCH_CHECK(element && is_floating(*element), "out: got ", name,
                   ", expected float32, float16, bfloat16 or float64");
-  return element_of(out, "out");
+  return *element;
 }
 
 // The stride of axes [first, last) of `out` walked as one; they must be dense from the innermost

@@ -9,22 +9,6 @@
 
 namespace voxfuse {
 
-// Labels are of any type. 64 unsigned bits are read as signed ones: what differs is no class.
-inline Element label_element_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Char:
-      return Element::i8;
-    case ScalarType::UInt16:
-      return Element::u16;
-    case ScalarType::UInt32:
-      return Element::u32;
-    case ScalarType::UInt64:
-      return Element::i64;
-    default:
-      return element_of(tensor, name);
-  }
-}
-
 // A problem with the tensors that its pointers point into.
 struct HardArguments {
   HardConfusion problem;
@@ -93,7 +77,7 @@ struct HardArguments {
   }
 
   static View view(const Walkable& walkable, const char* name) {
-    return {walkable.tensor.const_data_ptr(), label_element_of(walkable.tensor, name),
+    return {walkable.tensor.const_data_ptr(), element_of(walkable.tensor, name),
             walkable.strides};
   }
 };

@@ -72,9 +72,6 @@ struct ConfusionCompanions {
   }
 
   static const Tensor& checked_target(const Tensor& target, const Tensor& input, int64_t classes) {
-    STD_TORCH_CHECK(has_element(target.scalar_type()), "target: got ",
-                    torch::headeronly::toString(target.scalar_type()),
-                    ", expected bool, uint8, int16, int32, int64 or a float");
     STD_TORCH_CHECK(is_companion(target, input, classes), "target: got shape ", shape_of(target),
                     ", expected (B, *spatial), (B, 1, *spatial) or (B, C, *spatial)",
                     " to go with input of shape ", shape_of(input));
@@ -86,7 +83,6 @@ struct ConfusionCompanions {
     STD_TORCH_CHECK(is_companion(weight, input, 1), "weight: got shape ", shape_of(weight),
                     ", expected (B, *spatial) or (B, 1, *spatial) to go with input of shape ",
                     shape_of(input));
-    if (weight.scalar_type() != ScalarType::Bool) check_floats(weight, "weight");
     STD_TORCH_CHECK(weight.device() == input.device(), "weight: is on another device than input");
   }
 };

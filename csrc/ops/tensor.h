@@ -24,25 +24,9 @@ using torch::stable::Tensor;
 // tag, and raises a ValueError with the rest.
 #define VOXFUSE_CHECK_VALUE(condition, ...) STD_TORCH_CHECK(condition, VALUE_ERROR, __VA_ARGS__)
 
-inline bool has_element(ScalarType type) {
+// The element type that kernels read, or nothing where they read none of this type.
+inline std::optional<Element> known_element(ScalarType type) {
   switch (type) {
-    case ScalarType::Float:
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-    case ScalarType::Double:
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Long:
-      return true;
-    default:
-      return false;
-  }
-}
-
-inline Element element_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Element::f32;
     case ScalarType::Half:
@@ -55,19 +39,32 @@ inline Element element_of(const Tensor& tensor, const char* name) {
       return Element::boolean;
     case ScalarType::Byte:
       return Element::u8;
+    case ScalarType::Char:
+      return Element::i8;
     case ScalarType::Short:
       return Element::i16;
+    case ScalarType::UInt16:
+      return Element::u16;
     case ScalarType::Int:
       return Element::i32;
+    case ScalarType::UInt32:
+      return Element::u32;
     case ScalarType::Long:
       return Element::i64;
+    case ScalarType::UInt64:
+      return Element::u64;
     default:
-      STD_TORCH_CHECK(false, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
-                      " is not supported");
+      return std::nullopt;
   }
 }
 
-inline bool is_floating(Element e) { return e <= Element::f64; }
+inline Element element_of(const Tensor& tensor, const char* name) {
+  const std::optional<Element> element = known_element(tensor.scalar_type());
+  STD_TORCH_CHECK(element.has_value(), name, ": got ",
+                  torch::headeronly::toString(tensor.scalar_type()),
+                  ", expected bool, an integer or a float");
+  return *element;
+}
 
 // The shape as "(1, 2, 3)", for messages.
 inline std::string shape_of(const Tensor& tensor) {

@@ -24,6 +24,7 @@ TYPES = {
     "float64": "*fp64",
     "uint8": "*u8",
     "int64": "*i64",
+    "uint64": "*u64",
 }
 
 #: Parameters that are views.
@@ -70,6 +71,11 @@ EXTRAS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     ("dense-min", (90,), dict(classes=3, target="dense", overlap=1)),
     ("mixed-likelihood", (90,), dict(classes=3, likelihood=1, full=True, has_ignore=True)),
     ("focal-background", (90,), dict(classes=4, gamma=0.5, focal=1)),
+    (
+        "wide-types",
+        (90,),
+        dict(classes=16, weighted=True, target_type="uint64", weight_type="int64"),
+    ),
     ("many-odd", (90,), dict(classes=40, full=True, weighted=True, odd=True)),
     (
         "probabilities",
@@ -244,6 +250,8 @@ def _soft_confusion_instance(
     contiguous: bool = True,
     odd: bool = False,
     tiny: bool = False,
+    target_type: str | None = None,
+    weight_type: str = "float32",
     **options: Any,
 ) -> Instance:
     from voxfuse.triton_kernels.reduction import RowViews, shape_of_rows
@@ -267,11 +275,12 @@ def _soft_confusion_instance(
         constants["ROWS"] = constexprs(shape_of_rows(classes * problem.sums, plan.num_warps))
     step = 1 if tiny else "i32"
     volume = View(TYPES[dtype], step, *((step, 1) if contiguous else (1, "i32")))
+    target_type = target_type or ("float32" if target == "dense" else "uint8")
     types: dict[str, Any] = {
         "input": volume,
         "output": volume,
-        "target": View(TYPES["float32" if target == "dense" else "uint8"], step, step, 1),
-        "weight": View(TYPES["float32"], step, "i32", 1) if weighted else None,
+        "target": View(TYPES[target_type], step, step, 1),
+        "weight": View(TYPES[weight_type], step, "i32", 1) if weighted else None,
         "rows": RowViews("*fp64", "*fp64", "*i32"),
         "grad": "*fp64",
         "gamma": "fp64",

@@ -68,6 +68,10 @@ ELEMENTS = {
     torch.int16: 6,
     torch.int32: 7,
     torch.int64: 8,
+    torch.int8: 9,
+    torch.uint16: 10,
+    torch.uint32: 11,
+    torch.uint64: 12,
 }
 
 

@@ -2,8 +2,8 @@
 
 What ships is read from what was compiled: the instances from the symbols of the emulation programs
 (the same dispatch, so the same instances as the library's, which is checked where it was built),
-the kinds of target, weight and result from the switches in csrc/cuda. A kernel, an instance or a
-type that is added there without a case below fails here.
+the types of target and weight from the enumeration in csrc/math, those of a result from the switch in
+csrc/cuda. A kernel, an instance or a type that is added there without a case below fails here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ from voxfuse.reference import overlap_add as fusion_reference
 
 pytestmark = emulator.NEEDED
 
-ELEMENT = ("f32", "f16", "bf16", "f64", "boolean", "u8", "i16", "i32", "i64")
-INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-LABELS = (torch.bool, *INTEGERS, torch.float16, torch.float32)
-DENSE = (*LABELS, torch.bfloat16, torch.float64)
-WEIGHTS = (None, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.float32)
+ELEMENT = tuple(
+    re.search(  # type: ignore[union-attr]
+        r"enum class Element : int \{ (.*?) \}", (emulator.ROOT / "csrc/math/layout.h").read_text()
+    )[1].split(", ")
+)
+TYPES = tuple(emulator.ELEMENTS)
+LABELS = tuple(dtype for dtype in TYPES if dtype != torch.bool)
+WEIGHTS = (None, *TYPES)
 LAYOUTS = ("contiguous", "permuted", "channels_last", "sliced")
 SCALAR, PLANAR, INTERLEAVED = range(3)  # csrc/cuda/soft_confusion.h
 NONE = -1
@@ -56,9 +59,8 @@ def confusion_cases() -> Iterable[ConfusionCase]:
 
     def rotated() -> dict[str, object]:
         i = next(turn)
-        label = LABELS[1 + i % (len(LABELS) - 1)]
         return {
-            "target_dtype": label,
+            "target_dtype": LABELS[i % len(LABELS)],
             "weight": WEIGHTS[i % len(WEIGHTS)],
             "layout": LAYOUTS[i % len(LAYOUTS)],
             "gamma": (0.0, 2.0)[i // 4 % 2],
@@ -88,30 +90,23 @@ def confusion_cases() -> Iterable[ConfusionCase]:
         for dtype, layout in itertools.product(FLOATS[:3], LAYOUTS):
             options = {**rotated(), "layout": layout, "dtype": dtype}
             yield ConfusionCase(spatial=(5, 4, 16), full=full, **path, **options)
-        for label in LABELS[1:]:
-            yield ConfusionCase(
-                spatial=(4, 16), full=full, **path, **{**rotated(), "target_dtype": label}
-            )
-        for weight in WEIGHTS:
-            yield ConfusionCase(
-                spatial=(4, 16), full=full, **path, **{**rotated(), "weight": weight}
-            )
+        for i, weight in enumerate(WEIGHTS):
+            types = {"target_dtype": LABELS[i % len(LABELS)], "weight": weight}
+            yield ConfusionCase(spatial=(4, 16), full=full, **path, **{**rotated(), **types})
         if path["classes"] == 2:  # bool labels
             yield ConfusionCase(spatial=(4, 16), **path, target_dtype=torch.bool)
     yield ConfusionCase(batch=300, classes=2, spatial=(5,))  # more samples than there are counters
-    for activation, label in itertools.product(("sigmoid", "none", "softmax"), DENSE):
-        for classes in (1, 3):
-            if classes == 3 and label in (torch.int16, torch.int32, torch.int64):
-                continue  # not a dense target's type
-            options = {**rotated(), "target_dtype": label}
-            yield ConfusionCase(
-                classes=classes,
-                spatial=(4, 16),
-                target="dense",
-                activation=activation,
-                full=True,
-                **options,
-            )
+    for (i, dtype), activation in itertools.product(
+        enumerate((*TYPES, *TYPES)), ("sigmoid", "none", "softmax")
+    ):
+        yield ConfusionCase(
+            classes=1 if i < len(TYPES) else 3,
+            spatial=(4, 16),
+            target="dense",
+            activation=activation,
+            full=True,
+            **{**rotated(), "target_dtype": dtype},
+        )
 
 
 def test_every_instance_of_soft_confusion_runs(tmp_path):
@@ -135,20 +130,17 @@ def test_every_instance_of_soft_confusion_runs(tmp_path):
             met[kernel][feature].add(features[feature])
         layouts[name.split(",")[0].rstrip(">"), "input"].add(features["layout"])
         layouts[name.split(",")[0].rstrip(">"), "gradient"].add(features["gradient"])
-    labels = handled("soft_confusion_tile.cuh", "load_labels", "f32")
-    dense = handled("soft_confusion_separate.cuh", "load_dense", "f32")
-    weights = handled("soft_confusion_tile.cuh", "load_weights", "f32") | {NONE}
+    every = set(range(len(ELEMENT)))
+    boolean = {ELEMENT.index("boolean")}
     kernels = {name for name in emulator.kernel_names() if re.match("few|many|separate|gen", name)}
     assert set(met) == kernels
     for kernel, kinds in met.items():
-        assert kinds["labels"] >= labels - (
-            {ELEMENT.index("boolean")} if "many" in kernel else set()
-        )
-        assert kinds["weight"] == weights, kernel
+        assert kinds["labels"] == (every - boolean if "many" in kernel else every), kernel
+        assert kinds["weight"] == every | {NONE}, kernel
         assert kinds["focal"] == {0, 1}, kernel
         assert kinds["sums"] == ({4} if kernel.startswith("many") else {4, 8}), kernel
         if kernel.startswith(("separate", "general")):
-            assert kinds["dense"] == dense, kernel
+            assert kinds["dense"] == every, kernel
     for (kernel, tensor), found in layouts.items():
         if kernel.startswith("general"):
             continue  # reads element by element

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,20 @@ COMPOSED: dict[str, Callable[[], Any]] = {
     "lovasz hinge": lambda: voxfuse.LovaszHingeLoss(),
 }
 
+#: Types of labels, or of a dense target, and of voxel weights.
+TYPES: tuple[tuple[str, torch.dtype, torch.dtype], ...] = (
+    ("labels", torch.int8, torch.uint8),
+    ("labels", torch.uint16, torch.int64),
+    ("labels", torch.uint64, torch.uint32),
+    ("labels", torch.bfloat16, torch.int8),
+    ("labels", torch.float64, torch.uint64),
+    ("dense", torch.int64, torch.int16),
+)
+
+
+def name_of(kind: str, target: torch.dtype, weight: torch.dtype) -> str:
+    return f"dice + ce, {kind} {target}, weights {weight}".replace("torch.", "")
+
 
 def extra_bytes(
     loss: Any, logits: torch.Tensor, labels: torch.Tensor, repetitions: int = REPETITIONS
@@ -84,6 +99,14 @@ def main() -> None:
     # Their bounds are of many volumes: noise does not matter.
     for name, make in COMPOSED.items():
         peaks[name] = extra_bytes(make(), logits, labels, repetitions=1)
+    for kind, target_type, weight_type in TYPES:
+        target = labels.to(torch.int64)
+        if kind == "dense":
+            target = torch.nn.functional.one_hot(target, SHAPE[1]).movedim(-1, 1).contiguous()
+        target = target.to(target_type)
+        weight = torch.ones((1, *SHAPE[2:]), dtype=weight_type)
+        loss = functools.partial(voxfuse.DiceCELoss(), mask=weight)
+        peaks[name_of(kind, target_type, weight_type)] = extra_bytes(loss, logits, target)
     print(json.dumps(peaks))
 
 

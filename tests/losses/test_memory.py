@@ -40,6 +40,11 @@ def test_a_fused_loss_takes_at_most_one_mebibyte(peaks, name):
     assert peaks[name] <= MIB
 
 
+@pytest.mark.parametrize("types", memory.TYPES)
+def test_no_type_of_labels_or_weights_costs_a_volume(peaks, types):
+    assert peaks[memory.name_of(*types)] <= MIB
+
+
 @pytest.mark.parametrize("name", ["cross-entropy, no reduction", "focal, no reduction"])
 def test_a_map_takes_the_volumes_that_it_and_its_gradient_are(peaks, name):
     """The map, the gradient that comes back to it, and some ten temporaries of a block each.

@@ -114,7 +114,8 @@ def load_voxels(target, weight, tile, classes, ignore, O: tl.constexpr):
                 included = included & (number >= 0) & (number < classes)
                 included = included & (number == tl.floor(number))
             else:
-                number = raw if raw.dtype == tl.int64 else raw.to(tl.int32)
+                # What goes beyond the signed type comes out negative, and is no class.
+                number = raw.to(tl.int64 if raw.dtype.primitive_bitwidth == 64 else tl.int32)
                 included = included & (number >= 0) & (number < classes)
             if O.HAS_IGNORE:
                 included = included & (tl.where(included, number, 0).to(tl.int32) != ignore)

@@ -40,7 +40,8 @@ class _Rows(NamedTuple):
         """The (B, V) indicator of class ``c``."""
         if not self.dense:
             return self.target == c
-        return self.target[:, c] > 0.5
+        g = self.target[:, c]
+        return g > 0.5 if g.dtype.is_signed else g != 0  # PyTorch does not order unsigned integers
 
 
 def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> _Rows:

@@ -188,7 +188,7 @@ def _weights_of(indices: Tensor, input: Tensor, weight: Tensor | None) -> Tensor
     shape = (input.shape[0], *input.shape[2:])
     kept = torch.zeros(shape, dtype=torch.bool, device=input.device)
     kept.view(-1)[indices] = True
-    return kept if weight is None else kept * weight.reshape(shape)
+    return kept if weight is None else kept.to(weight.dtype) * weight.reshape(shape)
 
 
 def _fake_worst(x: Any) -> Tensor:

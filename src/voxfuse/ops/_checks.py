@@ -14,6 +14,19 @@ from torch import Tensor
 from voxfuse.contract import VALUE_ERROR, Code
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+)
+#: What labels, dense targets, weights and masks may be: every real type that PyTorch computes with.
+NUMBER_DTYPES = (*INTEGER_DTYPES, *LOGIT_DTYPES)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -45,6 +58,21 @@ def require_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     refuse_forward_mode(value)
     return plain(value)
+
+
+def require_numbers(name: str, tensor: Tensor, classes: int = 0) -> None:
+    """Raise TypeError unless the kernels read elements of this type, and as labels of so many
+    classes exactly: an integer type cannot hold a wrong one."""
+    if tensor.dtype not in NUMBER_DTYPES:
+        listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in NUMBER_DTYPES)
+        raise TypeError(f"{name}: got {describe(tensor)}, expected {listed}")
+    if tensor.is_floating_point():
+        most = int(2 / torch.finfo(tensor.dtype).eps)
+        if classes > most + 1:
+            raise TypeError(
+                f"{name}: got {describe(tensor)}, which holds integers up to {most} only, for "
+                f"{classes} classes; use an integer type"
+            )
 
 
 def require_logits(input: object) -> Tensor:

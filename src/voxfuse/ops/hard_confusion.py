@@ -14,21 +14,6 @@ from voxfuse.ops.finalize_slab import check_threshold
 from voxfuse.ops.soft_confusion import check_companion, validate_labels
 from voxfuse.reference.hard_confusion import is_dense, least_above
 
-#: Largest integer up to which a floating type holds all.
-_WHOLE_UP_TO = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11, torch.float32: 1 << 24}
-_INTEGERS = (
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
-)
-_NUMBERS = (*_INTEGERS, *_checks.LOGIT_DTYPES)
-
 
 def hard_confusion(
     input: Tensor,
@@ -146,7 +131,7 @@ def _check_logits(
     input: Tensor, target: Tensor, mask: Tensor | None, num_classes: int | None, mode: str
 ) -> None:
     if input.dtype not in _checks.LOGIT_DTYPES:
-        hint = "; of labels, mode='labels'" if input.dtype in _INTEGERS else ""
+        hint = "; of labels, mode='labels'" if input.dtype in _checks.INTEGER_DTYPES else ""
         raise TypeError(
             f"input: got {_checks.describe(input)}, expected float32, float16, bfloat16 or float64"
             + hint
@@ -164,10 +149,10 @@ def _check_logits(
             "predicts it; use mode='threshold'"
         )
     check_companion("target", target, input, (1, classes))
-    _check_values("target", target, 2 if is_dense(input, target) else classes)
+    _checks.require_numbers("target", target, 2 if is_dense(input, target) else classes)
     if mask is not None:
         check_companion("mask", mask, input, (1,))
-        _check_values("mask", mask, 1)
+        _checks.require_numbers("mask", mask, 1)
 
 
 def _check_labels(
@@ -192,10 +177,10 @@ def _check_labels(
             )
         if tensor.device != input.device:
             raise ValueError(f"{name}: is on {tensor.device}, but input is on {input.device}")
-    _check_values("input", input, num_classes)
-    _check_values("target", target, num_classes)
+    _checks.require_numbers("input", input, num_classes)
+    _checks.require_numbers("target", target, num_classes)
     if mask is not None:
-        _check_values("mask", mask, 1)
+        _checks.require_numbers("mask", mask, 1)
 
 
 def _without_channel(input: Tensor, target: Tensor) -> list[int]:
@@ -204,19 +189,6 @@ def _without_channel(input: Tensor, target: Tensor) -> list[int]:
     if input.ndim > 1 and shape[0] == 1 and list(target.shape[1:]) not in (shape, [1, *shape]):
         return shape[1:]
     return shape
-
-
-def _check_values(name: str, tensor: Tensor, classes: int) -> None:
-    """``tensor`` must be of a type that holds ``classes`` labels, or 0 and not 0."""
-    if tensor.dtype not in _NUMBERS:
-        listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NUMBERS)
-        raise TypeError(f"{name}: got {_checks.describe(tensor)}, expected {listed}")
-    most = _WHOLE_UP_TO.get(tensor.dtype)
-    if most is not None and classes > most + 1:
-        raise TypeError(
-            f"{name}: got {_checks.describe(tensor)}, which holds integers up to {most} only, for "
-            f"{classes} classes; use an integer type"
-        )
 
 
 def _validate(

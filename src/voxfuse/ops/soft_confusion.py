@@ -13,26 +13,6 @@ from voxfuse.contract import CORE, FULL, Activation, ConfusionOptions, Overlap
 from voxfuse.ops import _checks, _registry
 from voxfuse.reference.soft_confusion import label_complaint
 
-_LABEL_DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.float32,
-)
-_DENSE_DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)
-_INDICATOR_DTYPES = (*_DENSE_DTYPES, torch.int16, torch.int32, torch.int64)
-_WEIGHT_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def soft_confusion(
     input: Tensor,
@@ -66,11 +46,13 @@ def soft_confusion(
     Args:
         input: logits, or probabilities with ``activation="none"``: (B, C, \*spatial) with any
             number of spatial axes; float32, float16, bfloat16 or float64; any strides.
-        target: labels (B, \*spatial) or (B, 1, \*spatial) in bool, uint8, int16, int32, int64,
-            float16 or float32; or dense (B, C, \*spatial) in bool, uint8 or a float. With C = 1
-            it is the foreground indicator.
-        mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial), bool or float. A voxel
-            of weight 0 contributes exactly 0, even if its logits are NaN.
+        target: labels (B, \*spatial) or (B, 1, \*spatial), or dense (B, C, \*spatial); bool, any
+            integer or floating type, read as it is. Labels of a floating type that cannot tell the
+            classes apart (float16 beyond 2049, bfloat16 beyond 257) are an error. With C = 1 the
+            target is the foreground indicator.
+        mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial), of any of these types; a
+            number, so that a mask of 0 and 255 weighs 255. A voxel of weight 0 contributes exactly
+            0, even if its logits are NaN.
         activation: "softmax", "sigmoid" or "none".
         likelihood: activation behind NLL and OFF; None means the same as ``activation``.
         overlap: "product" (p g), or "min" (min(p, g) in place of p g).
@@ -163,14 +145,12 @@ def check_inputs(
     if target.requires_grad:
         raise ValueError("target: requires grad, but no gradient flows to the target; detach it")
     dense = is_dense(input, target)
-    allowed = _LABEL_DTYPES if not dense else _INDICATOR_DTYPES if classes == 1 else _DENSE_DTYPES
-    if target.dtype not in allowed:
-        kind = "a dense target" if dense else "labels"
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"target: got {_checks.describe(target)}; {kind} may be {names}")
+    _checks.require_numbers("target", target, 0 if dense else classes)
     if ignore_index is not None:
         if not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: got {ignore_index!r}, expected an int or None")
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index: got {ignore_index}, expected an int of 64 bits")
         if dense and classes > 1:
             raise ValueError(
                 f"ignore_index: got {ignore_index} with a dense target {tuple(target.shape)}; it "
@@ -178,8 +158,7 @@ def check_inputs(
             )
     if mask is not None:
         check_companion("mask", mask, input, (1,))
-        if mask.dtype not in _WEIGHT_DTYPES:
-            raise TypeError(f"mask: got {_checks.describe(mask)}, expected bool or float")
+        _checks.require_numbers("mask", mask)
         if mask.requires_grad:
             raise ValueError("mask: requires grad, but no gradient flows to it; detach it")
     if (

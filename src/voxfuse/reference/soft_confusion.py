@@ -139,8 +139,12 @@ def classes_of(labels: Tensor, classes: int, ignore_index: int | None) -> tuple[
 
 def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     # In a type that holds the index: a byte is no -1, 255.5 no 255, infinity no float16 beyond it.
-    wide = torch.float64 if labels.is_floating_point() else torch.int64
-    return labels.to(wide) == ignore_index
+    if labels.is_floating_point():
+        return labels.to(torch.float64) == ignore_index
+    wide = labels.to(torch.int64)
+    # What of uint64 goes beyond int64 comes back as a negative number.
+    beyond = wide < 0 if labels.dtype == torch.uint64 else wide.new_zeros((), dtype=torch.bool)
+    return (wide == ignore_index) & ~beyond
 
 
 def check_labels(
@@ -166,8 +170,7 @@ def label_complaint(
 ) -> str | None:
     """What is wrong with the first label that is neither a class nor ignored, and where it stands;
     None if there is none (among ``included``). The same words on every backend."""
-    labels, known = classes_of(target, classes, ignore_index)
-    wrong = ~known
+    wrong = ~classes_of(target, classes, ignore_index)[1]
     if ignore_index is not None:
         wrong &= ~is_ignored(target, ignore_index)
     if included is not None:
@@ -175,11 +178,16 @@ def label_complaint(
     if not bool(wrong.any()):
         return None
     place = tuple(wrong.nonzero()[0].tolist())
+    value = target[place].item()
     where = f"first at {name}[{', '.join(map(str, place))}]"
-    if target.is_floating_point() and not float(target[place]).is_integer():
-        return f"{name}: label {float(target[place]):.9g} is no integer, {where}"
-    allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-    return f"{name}: label {int(labels[place])} is outside [0, {classes}){allowed}, {where}"
+    if not float(value).is_integer():
+        return f"{name}: label {value:.9g} is no integer, {where}"
+    label, allowed, hint = int(value), "", ""
+    if ignore_index is not None:
+        allowed = f" or ignore_index {ignore_index}"
+    elif label < 2**63 and bool((~wrong | (target == target[place])).all()):
+        hint = f"; if {label} marks voxels to ignore, pass ignore_index={label}"
+    return f"{name}: label {label} is outside [0, {classes}){allowed}, {where}{hint}"
 
 
 def soft_confusion(

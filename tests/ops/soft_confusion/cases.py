@@ -58,8 +58,7 @@ def tensors(case: ConfusionCase, device: str = "cpu") -> tuple[Tensor, Tensor, T
         values = (torch.randn(shape, generator=generator) * case.spread).softmax(1)
     elif case.target == "dense" or case.classes == 1:
         target_shape = shape
-        hard = case.target_dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
-        if hard:
+        if not case.target_dtype.is_floating_point:
             values = torch.randint(0, 2, target_shape, generator=generator)
         else:
             values = torch.rand(target_shape, generator=generator)
@@ -80,7 +79,9 @@ def tensors(case: ConfusionCase, device: str = "cpu") -> tuple[Tensor, Tensor, T
     if case.weight is not None:
         drawn = torch.rand((case.batch, *case.spatial), generator=generator)
         drawn = drawn * (drawn > 0.25)
-        weight = drawn > 0 if case.weight == torch.bool else drawn.to(case.weight)
+        if not case.weight.is_floating_point:
+            drawn = (4 * drawn).ceil()
+        weight = drawn.to(case.weight)
         weight = weight.to(device)
     return logits, target, weight
 

@@ -31,7 +31,7 @@ BAD = [
         r"target: got shape \(1, 5\), expected \(1, 4\) or \(1, 1, 4\) or \(1, 2, 4\)",
     ),
     (dict(target=torch.zeros(1, 4, dtype=torch.complex64)), TypeError, "target: got complex64"),
-    (dict(target=torch.zeros(1, 2, 4, dtype=torch.int64)), TypeError, "a dense target may be"),
+    (dict(target=torch.zeros(1, 2, 4, dtype=torch.complex64)), TypeError, "target: got complex64"),
     (dict(target=torch.zeros(1, 2, 4, requires_grad=True)), ValueError, "target: requires grad"),
     (dict(target=torch.tensor([[0, 1, 2, 1]])), ValueError, r"target: label 2 is outside \[0, 2\)"),
     (
@@ -45,7 +45,7 @@ BAD = [
         r"target: label 5 is outside \[0, 2\) or ignore_index 255",
     ),
     (dict(mask=torch.zeros(1, 3)), ValueError, r"mask: got shape \(1, 3\)"),
-    (dict(mask=torch.zeros(1, 4, dtype=torch.int32)), TypeError, "mask: got int32"),
+    (dict(mask=torch.zeros(1, 4, dtype=torch.complex64)), TypeError, "mask: got complex64"),
     (dict(mask=torch.ones(1, 4, requires_grad=True)), ValueError, "mask: requires grad"),
     (
         dict(activation="relu"),
@@ -63,6 +63,7 @@ BAD = [
         "ignore_index: got 3 with a dense",
     ),
     (dict(ignore_index="x"), TypeError, "ignore_index: got 'x'"),
+    (dict(ignore_index=2**63), ValueError, "ignore_index: got 9223372036854775808, exp"),
     (dict(backend="gpu"), ValueError, "backend: got 'gpu', expected one of 'auto'"),
     (dict(backend="cuda"), RuntimeError, "backend: 'cuda' is not available here"),
 ]
