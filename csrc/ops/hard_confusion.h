@@ -77,8 +77,7 @@ struct HardArguments {
   }
 
   static View view(const Walkable& walkable, const char* name) {
-    return {walkable.tensor.const_data_ptr(), element_of(walkable.tensor, name),
-            walkable.strides};
+    return {walkable.tensor.const_data_ptr(), element_of(walkable.tensor, name), walkable.strides};
   }
 };
 

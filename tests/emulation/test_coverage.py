@@ -2,8 +2,8 @@
 
 What ships is read from what was compiled: the instances from the symbols of the emulation programs
 (the same dispatch, so the same instances as the library's, which is checked where it was built),
-the types of target and weight from the enumeration in csrc/math, those of a result from the switch in
-csrc/cuda. A kernel, an instance or a type that is added there without a case below fails here.
+the types of target and weight from the enumeration in csrc/math, those of a result from the switch
+in csrc/cuda. A kernel, an instance or a type that is added without a case below fails here.
 """
 
 from __future__ import annotations

@@ -143,17 +143,14 @@ def fused_loss(
         stats = sums(voxels, likelihood, plan.full)
         return from_sums(stats, voxels, ratio, likelihood, class_weight, ranks)
     weights = _weights(voxels, ratio, likelihood, class_weight)
-    return engine.run(
-        plan, voxels.input, readable(voxels), _readable_weight(voxels.weight), weights
-    )
+    return engine.run(plan, voxels.input, voxels.target, voxels.weight, weights)
 
 
 @with_peers_errors
 def sums(voxels: Voxels, likelihood: Likelihood | None = None, full: bool = True) -> Tensor:
     """Return the float64 sums (B, C, 4 or 8) with autograd."""
-    weight = _readable_weight(voxels.weight)
     plan = voxels.plan(None, likelihood)._replace(full=full or voxels.blank is not None)
-    stats = engine.sums(plan, voxels.input, readable(voxels), weight)
+    stats = engine.sums(plan, voxels.input, voxels.target, voxels.weight)
     if voxels.blank is None:
         return stats
     # A blanked voxel is one of zeros: its sums are known, and no gradient reaches its logits.
@@ -207,9 +204,6 @@ def _weights(
     return Weights(*(class_weights("weight", x, length, device) for x, length in parts))
 
 
-_LABELS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.half, torch.float)
-
-
 def activated(input: Tensor, activation: int) -> Tensor:
     if activation == Activation.sigmoid:
         return input.sigmoid()
@@ -228,21 +222,6 @@ def ignored(voxels: Voxels) -> int | None:
     return index
 
 
-def readable(voxels: Voxels) -> Tensor:
-    """The target in a type that the operator reads; the usual ones are left alone."""
-    target = voxels.target
-    dense = is_dense(voxels.input, target)
-    if target.dtype in _LABELS:
-        if target.dtype.is_floating_point or target.dtype in (torch.bool, torch.uint8):
-            return target
-        # Dense integers: a byte could not hold every value.
-        return target.to(torch.float32) if dense and voxels.input.shape[1] > 1 else target
-    if dense:
-        floats = (torch.bfloat16, torch.float64)
-        return target if target.dtype in floats else target.to(torch.float32)
-    return whole_labels(target)
-
-
 def whole_labels(target: Tensor) -> Tensor:
     """The labels as int64; elsewhere than on the CPU one that is no integer is no class."""
     labels = target.to(torch.int64)
@@ -258,12 +237,6 @@ def whole_labels(target: Tensor) -> Tensor:
             f"target[{', '.join(map(str, place))}]"
         )
     return labels
-
-
-def _readable_weight(weight: Tensor | None) -> Tensor | None:
-    if weight is None or weight.dtype == torch.bool or weight.is_floating_point():
-        return weight
-    return weight.to(torch.float32)
 
 
 def is_binary(tensor: Tensor, or_else: float | None = None) -> bool:

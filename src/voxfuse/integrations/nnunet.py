@@ -31,7 +31,6 @@ from voxfuse.integrations.lowering import (
     ignored,
     plain,
     ratio_of,
-    readable,
     smoothed_cross_entropy,
     sums,
     whole_labels,
@@ -351,7 +350,7 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         """The loss of every voxel."""
         return cross_entropy_loss(
             voxels.input,
-            readable(voxels),
+            voxels.target,
             class_weight=self.weight,
             label_smoothing=max(self.label_smoothing, 0.0),
             reduction="none",

@@ -48,7 +48,6 @@ from voxfuse.integrations.lowering import (
     is_binary,
     plain,
     ratio_of,
-    readable,
     sums,
 )
 from voxfuse.losses.declared import Declared, declared
@@ -208,8 +207,7 @@ class _OverlapLoss(_Moded):
         """(N, C, V) predictions and targets, every channel with its own ignored voxels."""
         samples, channels, count = input.shape
         ratio, shares = self._ratio(), self._shares(channels)
-        read_as_is = target.dtype in (torch.bool, torch.uint8) or target.is_floating_point()
-        if channels > 1 and self.ignore_index is None and read_as_is:
+        if channels > 1 and self.ignore_index is None:
             voxels = Voxels(input, target, None, activation, Overlap.min)
             return fused_loss(voxels, ratio, class_weight=shares)
         rows = (samples * channels, 1, count)
@@ -566,15 +564,14 @@ class LovaszLoss(_Moded):
         if self.mode == MULTICLASS_MODE:
             if y_true.ndim < y_pred.ndim or y_true.shape[1] != 1 or y_pred.shape[1] == 1:
                 y_true = y_true.reshape(y_pred.shape[0], *y_pred.shape[2:])
-            voxels = Voxels(y_pred, y_true, ignore_index=self.ignore_index)
+            ignore_index = ignored(Voxels(y_pred, y_true, ignore_index=self.ignore_index))
             return lovasz_softmax_loss(
-                y_pred, readable(voxels), per_image=self.per_image, ignore_index=ignored(voxels)
+                y_pred, y_true, per_image=self.per_image, ignore_index=ignore_index
             )
         images = y_pred.shape[0] if self.per_image else 1
         input, target = y_pred.reshape(images, 1, -1), y_true.reshape(images, 1, -1)
         weight, ignore_index = _excluding(target, self.ignore_index)
-        voxels = Voxels(input, target, weight, ignore_index=ignore_index)
-        target = readable(voxels)
+        ignore_index = ignored(Voxels(input, target, weight, ignore_index=ignore_index))
         return lovasz_hinge_loss(
-            input, target, weight, per_image=self.per_image, ignore_index=ignored(voxels)
+            input, target, weight, per_image=self.per_image, ignore_index=ignore_index
         )

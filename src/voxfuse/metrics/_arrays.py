@@ -35,6 +35,8 @@ def as_array(name: str, values: Any) -> NDArray[Any]:
     """A NumPy array of what may be a tensor, on any device."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
+        if "bfloat16" in str(values.dtype):  # which NumPy does not have
+            values = values.float()
     array = np.asarray(values)
     if array.dtype.kind not in "buif":
         raise TypeError(f"{name}: got dtype {array.dtype}, expected booleans or numbers")

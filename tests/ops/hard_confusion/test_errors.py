@@ -109,7 +109,7 @@ def test_the_operator_itself_keeps_memory_safe():
         ((logits, labels, None, 7), "decision: got 7"),
         ((labels, labels, None, 2), "num_classes: expected"),
         ((logits.long(), labels, None, 0), "input: got Long"),
-        ((logits, labels.cfloat(), None, 0), "target: dtype ComplexFloat is not supported"),
+        ((logits, labels.cfloat(), None, 0), "target: got ComplexFloat, expected bool"),
         ((logits, labels + 2, None, 0), r"a label is outside \[0, 2\)"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -335,8 +335,12 @@ def _without_background(case: FocalCase) -> FocalCase:
     if not case.labels:
         return case._replace(voxels=voxels._replace(input=input, target=target[:, 1:]))
     # One volume of labels, counted from the first foreground class.
-    if target.dtype == torch.bool or (target.dtype == torch.uint8 and input.shape[1] > 255):
+    # PyTorch does not subtract from bool, nor from unsigned integers of more than one byte.
+    narrow = target.dtype in (torch.bool, torch.int8)
+    if narrow or (target.dtype == torch.uint8 and input.shape[1] > 255):
         target = target.to(torch.int16)
+    elif target.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        target = target.to(torch.int64)
     shifted = target - 1
     ignored = 255 if target.dtype == torch.uint8 else -1
     return case._replace(voxels=voxels._replace(input=input, target=shifted, ignore_index=ignored))
