@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import re
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -248,3 +251,24 @@ def test_deep_supervision_of_a_metatensor_compiles_for_any_size():
         loss([meta(logits), meta(logits[..., :3])], meta(labels)),
         loss([logits, logits[..., :3]], labels),
     )
+
+
+# --- Which losses are replaced -------------------------------------------------------------------
+
+
+def test_every_loss_of_the_peer_is_in_the_table():
+    """Replaced under its own name, or not and why."""
+    page = (Path(__file__).parents[2] / "docs/differences.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+Loss)`[^|]* \| (.+) \|$", page, re.MULTILINE))
+    classes = {x for x in vars(peer).values() if isinstance(x, type) and issubclass(x, nn.Module)}
+    assert sorted(rows) == sorted(x.__name__ for x in classes)
+    replaced = set()
+    for name, text in rows.items():
+        replacement = f"`voxfuse.integrations.monai.{name}`"
+        assert text.startswith((replacement, "no: ")), f"{name}: {text}"
+        if text.startswith(replacement):
+            replaced.add(name)
+        for path in re.findall(r"`(voxfuse[\w.]+)`", text):
+            module, _, member = path.rpartition(".")
+            assert hasattr(importlib.import_module(module), member), f"{name}: {path}"
+    assert replaced == {name for name in ours.__all__ if name.endswith("Loss")}

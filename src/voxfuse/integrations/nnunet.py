@@ -6,11 +6,7 @@ Semantics are those of nnU-Net 2.8. Labels are read in the dtype they come in. I
 both terms come from one pass over the voxels; a ``dc`` wrapped by ``torch.compile`` counts as the
 loss it wraps, and one that was replaced by something else is called as it is. What the kernels
 cannot do (another ``apply_nonlin``, ``square``, sums over some axes only) is left to PyTorch, in
-part or in whole. Where the numbers differ: statistics and loss are float64 inside (nnU-Net: float32
-sums of products that may be half), targets and masks that fit only by being scattered or broadcast
-are errors, as are targets with several channels where the first would be taken for labels, a
-cross-entropy without a single voxel is 0 (PyTorch: NaN), and no host synchronisation asks whether
-there is one.
+part or in whole. ``docs/differences.md`` says where the numbers differ.
 """
 
 from __future__ import annotations

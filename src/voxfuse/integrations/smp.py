@@ -6,22 +6,8 @@ Signatures and semantics are those of the installed smp, 0.5 or 0.6 (without one
 0.6 has ``class_weights``, moved arguments of ``FocalLoss`` and ``JaccardLoss``, and takes the mean
 over the classes in the focal loss where 0.5 adds them up. Labels are read in the dtype they come
 in. What the kernels cannot do (a focal loss of soft targets, ``normalized``,
-``reduced_threshold``, ``reduction="none"``) is computed by PyTorch. Where the numbers or errors
-differ, and why:
-
-- labels may have any dtype (smp's one-hot encoding wants int64), and layouts that smp's ``view``
-  refuses are read;
-- a target with as many voxels in another order (transposed, channels last) is an error;
-- a label without a class is an error in the focal and Lovász losses too, as it is in the others
-  (on a GPU such a voxel counts as ignored);
-- without a single voxel that counts the focal loss is 0 (smp: NaN);
-- ``gamma`` of the Tversky loss has slope 0 at a loss of 0 (smp: NaN or infinite below 1);
-- a multilabel focal loss with ``ignore_index`` is the mean of what each class has left (smp 0.6: an
-  IndexError);
-- ``class_weights`` that are not one a class, or add up to 0, are an error (smp broadcasts, or
-  returns NaN);
-- probabilities in half precision are clamped in float32 (smp 0.6: infinite, as 1 - 1e-7 is 1);
-- half-precision logits are computed in float32 and the loss is float32.
+``reduced_threshold``, ``reduction="none"``) is computed by PyTorch. ``docs/differences.md`` says
+where the numbers and errors differ.
 """
 
 from __future__ import annotations

@@ -3,11 +3,8 @@
     from voxfuse.integrations.torchio import GridAggregator  # TorchIO 1
     from voxfuse.integrations.torchio import PatchAggregator  # TorchIO 2
 
-Semantics are those of TorchIO 1.2 and 2.0.0a2. What differs: floating predictions are summed in
-float32 (float64) and the result has their dtype; integers are averaged to floats; "bspline" is a
-further overlap mode; ``output="labels"`` keeps no (C, V) volume. "hann" divides by the sum of the
-weights, where TorchIO 2.0.0a2 divides by 1 if they add up to less: a volume of ones, 16^3 in
-patches of 8^3 that overlap by 4, comes back from it with values down to 0.0016.
+Semantics are those of TorchIO 1.2 and 2.0.0a2; ``docs/differences.md`` says where the numbers
+differ. "bspline" is a further overlap mode, and ``output="labels"`` keeps no (C, V) volume.
 """
 
 from __future__ import annotations

@@ -223,12 +223,8 @@ class UnifiedFocalLoss(CompoundLoss):
     suppressed by :math:`(1-p)^\gamma`, and only the foreground's overlap terms have the exponent
     :math:`1-\gamma`, the background's has 1.
 
-    The defaults are the paper's. ``monai.losses.AsymmetricUnifiedFocalLoss`` differs in four ways:
-    its delta is 0.7; it takes probabilities, whatever its documentation says of logits; its
-    likelihood is a mean over voxels and both classes, half of the paper's mean over voxels; and it
-    clamps probabilities to [1e-7, 1 - 1e-7] and smooths by 1e-7. Its loss with ``weight=w`` is
-    (1 - w/2) times this one with ``symmetric=False, balance=w/(2 - w), delta=0.7, smooth_nr=1e-7,
-    smooth_dr=1e-7``.
+    The defaults are the paper's; ``docs/differences.md`` has the arguments and the factor that make
+    it ``monai.losses.AsymmetricUnifiedFocalLoss``.
 
     Args:
         balance: lambda, in [0, 1].

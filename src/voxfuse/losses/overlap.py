@@ -140,9 +140,7 @@ class FocalTverskyLoss(TverskyLoss):
 
     :class:`TverskyLoss` with other defaults: alpha 0.3, beta 0.7 and gamma 0.75, the exponent of
     the authors' code (their text writes 1/gamma with gamma = 4/3). The slope at a perfect
-    prediction is taken as 0; near one it is right, because 1 - TI is never a difference. No peer
-    has these defaults: ``segmentation_models_pytorch.losses.TverskyLoss`` raises the mean over
-    classes to the power, not every class's term.
+    prediction is taken as 0; near one it is right, because 1 - TI is never a difference.
 
     Args:
         alpha, beta, gamma, options: as in :class:`TverskyLoss`.
@@ -224,8 +222,8 @@ class GeneralizedDiceLoss(OverlapLoss):
             {\sum_c w_c (2\,TP_c + FP_c + FN_c) + s_d}, \qquad w_c = 1 / G_c^2
 
     with G the target volume. An absent class (infinite weight) takes the largest finite weight of
-    its sample. The defaults equal ``monai.losses.GeneralizedDiceLoss``, except that in a sample
-    in which no class at all is present the weights are 1, so that false positives still cost.
+    its sample; where no class at all is present all weights are 1, so that false positives still
+    cost. But for that the defaults equal ``monai.losses.GeneralizedDiceLoss``.
 
     Args:
         class_pooling: "square" 1/G^2, "simple" 1/G or "uniform" 1.

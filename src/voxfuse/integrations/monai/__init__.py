@@ -4,12 +4,8 @@
 
 Semantics are those of MONAI 1.6. MetaTensors and float32 index labels are read as they are. What
 the kernels cannot do (``other_act``, voxel-wise results, soft targets in a focal loss) is computed
-by PyTorch, in part or in whole. Where the numbers differ, and why:
-
-- half-precision logits are computed in float32 and the loss is float32 (MONAI overflows);
-- 0/0 (both sets empty, no smoothing) counts as agreement, where MONAI has NaN;
-- masked and ignored voxels count exactly nothing, even where their logits are NaN;
-- the loss is a plain tensor for MetaTensors too, and cannot be differentiated twice.
+by PyTorch, in part or in whole. ``docs/differences.md`` says where the numbers differ, and which of
+MONAI's losses are replaced.
 
 :func:`sliding_window_inference`, ``SlidingWindowInferer`` and ``SlidingWindowInfererAdapt`` replace
 those of ``monai.inferers``; the two classes derive from MONAI's, which is imported at their first

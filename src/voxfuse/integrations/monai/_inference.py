@@ -49,11 +49,8 @@ def sliding_window_inference(
 ) -> Any:
     r"""``monai.inferers.sliding_window_inference``, argument by argument (MONAI 1.6), fused here.
 
-    The weighted means are those of MONAI up to rounding; sums are float32 (float64) whatever the
-    dtype of ``inputs``, which the result has. ``buffer_steps`` is accepted and has no effect:
-    patches are added where the result is. ``process_fn``, four spatial axes, weights by channel and
-    predictions that require a gradient are added by PyTorch, as MONAI does. Voxels under no patch,
-    which a coarser output may have, are 0 and not NaN.
+    ``process_fn``, four spatial axes, weights by channel and predictions that require a gradient
+    are added by PyTorch, as MONAI does; ``docs/differences.md`` says what differs.
 
     Args:
         window: weights of a patch's voxels, in place of ``mode`` and ``roi_weight_map``; see

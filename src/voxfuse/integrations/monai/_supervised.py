@@ -18,9 +18,7 @@ from voxfuse.losses.module import Loss
 class DeepSupervisionLoss(_Loss):
     """``monai.losses.DeepSupervisionLoss``: the weighted sum of one loss over a list of outputs.
 
-    The target is sampled to each output's size (nearest voxel centre, as MONAI does), in its own
-    type: labels of any type will do, where MONAI interpolates floats only. A loss of this package
-    gets the outputs as they are, any other gets them in float32, as in MONAI. See
+    The target is sampled to each output's size (nearest voxel centre), in its own type. See
     :class:`voxfuse.DeepSupervisionLoss` for stacked outputs, masks and normalised weights.
 
     Args:

@@ -38,10 +38,9 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
             + \frac{1-w}{2}\, \mathrm{mean}_b\; [(1 - TI_0) + (1 - TI_1)^{1-\gamma}]
 
     with TI weighing false negatives by delta and false positives by 1 - delta (Yeung et al. 2022,
-    arXiv 2102.04525). The input are probabilities, whatever MONAI's documentation says of logits;
-    a copy of them is clamped to [1e-7, 1 - 1e-7]. One channel is the foreground's. Arguments,
-    defaults, warnings and errors are MONAI's, ``reduction`` among them, of which nothing depends:
-    both terms are means.
+    arXiv 2102.04525). The input are probabilities, of which a copy is clamped to [1e-7, 1 - 1e-7].
+    One channel is the foreground's. Arguments, defaults, warnings and errors are MONAI's,
+    ``reduction`` among them, of which nothing depends: both terms are means.
 
     Example:
         >>> import torch
