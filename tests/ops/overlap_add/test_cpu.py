@@ -308,9 +308,19 @@ def test_what_is_kept_for_the_backward_pass():
         assert [t.data_ptr() for t in floating] == expected
 
 
+# Neither a fake kernel nor autograd looks at layout and sums of weights together.
 @pytest.mark.parametrize("namespace", ALL, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "empty", "length one"])
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "general"),
+    [
+        ("contiguous", False),
+        ("contiguous", True),
+        ("permuted", True),
+        ("sliced", False),
+        ("empty", True),
+        ("length one", False),
+    ],
+)
 def test_opcheck(namespace, layout, general):
     count = {"empty": 0, "length one": 1}.get(layout, 3)
     patch = (1, 1, 1) if layout == "length one" else (3, 4, 5)
@@ -322,9 +332,8 @@ def test_opcheck(namespace, layout, general):
     patches = case.patches.detach().requires_grad_()
     tables = (case.origins, case.rows, case.weights, case.total)
     torch.library.opcheck(namespace.overlap_add.default, (patches, *tables, list(case.volume)))
-    for activation in (1, 2):
-        call = (patches, *tables, list(case.volume), activation)
-        torch.library.opcheck(namespace.overlap_add.default, call)
+    call = (patches, *tables, list(case.volume), 1 if general else 2)
+    torch.library.opcheck(namespace.overlap_add.default, call)
     grad = torch.randn(2, *case.volume, requires_grad=True)
     torch.library.opcheck(namespace.overlap_add_backward.default, (grad, *tables))
     activated_call = (grad.detach(), *tables, case.patches, 2)
