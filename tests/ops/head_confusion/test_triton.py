@@ -237,7 +237,7 @@ def test_same_bits_in_every_run():
         return (sums, *back)
 
     first = run()
-    for _ in range(20 if DEVICE == "cuda" else 2):
+    for _ in range(20 if DEVICE == "cuda" else 1):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 

@@ -430,7 +430,7 @@ def test_same_bits_in_every_run(classes):
     grad = torch.randn(2, classes, 4, dtype=torch.float64, device=DEVICE)
     sums = OPERATORS.soft_confusion(*arguments, False)
     gradient = OPERATORS.soft_confusion_backward(grad, *arguments)
-    for _ in range(20 if DEVICE == "cuda" else 2):
+    for _ in range(20 if DEVICE == "cuda" else 1):
         assert torch.equal(OPERATORS.soft_confusion(*arguments, False), sums)
         assert torch.equal(OPERATORS.soft_confusion_backward(grad, *arguments), gradient)
 
