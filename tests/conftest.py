@@ -31,17 +31,26 @@ hypothesis.settings.load_profile("voxfuse")
 
 TESTS = Path(__file__).resolve().parent
 
-#: Files that take minutes. Several workers begin with them, so that none is left alone at the end.
+#: Files that take longest. Several workers begin with them, so that none is left alone at the end.
 LONGEST = (
     "build/test_triton_aot.py",
-    "examples/test_skull_strip.py",
-    "ops/soft_confusion/test_triton.py",
-    "ops/head_confusion/test_triton.py",
-    "emulation/test_races.py",
-    "ops/soft_confusion/test_cuda.py",
-    "ops/overlap_add/test_cuda.py",
     "emulation/test_coverage.py",
+    "emulation/test_races.py",
+    "ops/head_confusion/test_triton.py",
+    "ops/overlap_add/test_triton.py",
+    "ops/soft_confusion/test_triton.py",
+    "examples/test_skull_strip.py",
     "build/test_gpu_report.py",
+    "ops/soft_confusion/test_cuda.py",
+    "ops/overlap_add/test_cpu.py",
+    "ops/test_reduction_triton.py",
+    "ops/finalize_slab/test_triton.py",
+    "losses/test_compiled.py",
+    "losses/test_training.py",
+    "losses/test_head.py",
+    "losses/test_memory.py",
+    "integrations/test_monai.py",
+    "integrations/test_nnunet.py",
 )
 
 
