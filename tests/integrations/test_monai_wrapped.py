@@ -93,11 +93,11 @@ def test_unified_focal(problem, data):
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("ignore_index", [None, 255])
-def test_bytes_and_booleans_are_read_as_numbers(channels, ignore_index):
+def test_targets_of_every_type_are_read_as_numbers(channels, ignore_index):
     p, target = torch.rand(2, channels, 5, 4), torch.rand(2, channels, 5, 4) > 0.5
     loss = ours.AsymmetricUnifiedFocalLoss(ignore_index=ignore_index)
     expected = loss(p, target.float())
-    for dtype in (torch.uint8, torch.bool, torch.int8):
+    for dtype in (torch.uint8, torch.bool, torch.int8, torch.uint16, torch.uint64, torch.bfloat16):
         assert torch.equal(loss(p, target.to(dtype)), expected)
 
 

@@ -88,7 +88,7 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
         p = _both_classes(p) if single else p
         target = as_index_labels(given) if labels else given
         if single and given.shape[1] == 1:
-            target = _both_classes(given)
+            target = _both_classes(given if given.is_floating_point() else given.to(p.dtype))
         if self.ignore_index is None:
             self._check_largest(target, labels)
         classes = (self.num_classes,) if labels else target.shape[1:2]
@@ -122,6 +122,8 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
             return
         if target.is_cuda and torch.cuda.is_current_stream_capturing():
             return
+        if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            target = target.to(torch.int64)  # PyTorch has no maximum of these
         largest = 1 if labels or target.dtype == torch.bool else target.max()
         if bool(largest > self.num_classes - 1):
             raise ValueError(
@@ -167,8 +169,7 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
 
 
 def _both_classes(foreground: Tensor) -> Tensor:
-    background = ~foreground if foreground.dtype == torch.bool else 1 - foreground
-    return torch.cat([background, foreground], 1)
+    return torch.cat([1 - foreground, foreground], 1)
 
 
 def _check_shapes(actual: torch.Size, predicted: torch.Size) -> None:
