@@ -55,6 +55,7 @@ class Options(NamedTuple):
     NLL: bool
     OFF: bool
     BATCH: bool
+    BY_SAMPLE: bool  # a class weight for every sample
     POOLING: int
     ABSENT: int
     REDUCTION: int
@@ -111,6 +112,51 @@ def _load_sum(stats, k: tl.constexpr, row, column, rows, shape, POOLED: tl.const
 
 
 @triton.jit
+def _load_class_weight(class_weight, sample, column, shape, OPTIONS):
+    """Weights of the terms, of one sample or of a tile of them."""
+    mask = (column >= shape.first_class) & (column < shape.classes)
+    place = class_weight + (column - shape.first_class)
+    if OPTIONS.BY_SAMPLE:
+        place += sample * (shape.classes - shape.first_class)
+        if not OPTIONS.BATCH:
+            mask = mask & (sample < shape.samples)
+    return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _row_weight(class_weight, row, column, shape, OPTIONS):
+    """Weights of a tile's terms: of a pooled batch the mean of the weights other than 0."""
+    if class_weight is None:
+        result = tl.full([1, OPTIONS.CLASSES], 1.0, tl.float64)
+    elif OPTIONS.BATCH and OPTIONS.BY_SAMPLE:
+        result = tl.zeros([1, OPTIONS.CLASSES], tl.float64)
+        count = tl.zeros([1, OPTIONS.CLASSES], tl.float64)
+        for sample in range(shape.samples):
+            weight = _load_class_weight(class_weight, sample, column, shape, OPTIONS)
+            result += weight
+            count += tl.where(weight != 0, 1.0, 0.0)
+        result = result / tl.maximum(count, 1.0)
+    else:
+        result = _load_class_weight(class_weight, row, column, shape, OPTIONS)
+    return result
+
+
+@triton.jit
+def _load_row(stats, class_weight, k: tl.constexpr, row, column, shape, OPTIONS):
+    """Sum k of a tile of rows, each a sample or the annotated ones of all."""
+    if OPTIONS.BATCH and OPTIONS.BY_SAMPLE:
+        result = tl.zeros([1, OPTIONS.CLASSES], tl.float64)
+        for sample in range(shape.samples):
+            weight = _load_class_weight(class_weight, sample, column, shape, OPTIONS)
+            place = stats + (sample * shape.classes + column) * OPTIONS.SUMS + k
+            part = tl.load(place, mask=column < shape.classes, other=0.0)
+            result += tl.where(weight != 0, part, 0.0)
+    else:
+        result = _load_sum(stats, k, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS)
+    return result
+
+
+@triton.jit
 def _multiply(coefficient, x):
     """Their product; a sum with coefficient 0 is not looked at."""
     return tl.where(coefficient == 0, 0.0, coefficient * x)
@@ -125,20 +171,21 @@ def _load_weight(weight, column, mask):
 
 
 @triton.jit
-def _count_terms(stats, column, valid, shape, OPTIONS: tl.constexpr):
+def _count_terms(stats, class_weight, column, valid, shape, OPTIONS: tl.constexpr):
     """How many terms there are; where absent classes are ignored, of the others."""
     count = tl.zeros([1, 1], tl.float64) + shape.terms
     if OPTIONS.ABSENT == contract.Absent.ignore:
         count = tl.zeros([1, 1], tl.float64)
         for start in range(0, shape.rows, OPTIONS.ROWS):
             row = _rows_from(start, OPTIONS)
-            tp = _load_sum(
-                stats, contract.Sum.TP, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS
-            )
-            fn = _load_sum(
-                stats, contract.Sum.FN, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS
-            )
-            present = tl.where((tp + fn != 0) & valid & (row < shape.rows), 1.0, 0.0)
+            inside = (row < shape.rows) & valid
+            tp = _load_row(stats, class_weight, contract.Sum.TP, row, column, shape, OPTIONS)
+            fn = _load_row(stats, class_weight, contract.Sum.FN, row, column, shape, OPTIONS)
+            has_class = (tp + fn != 0) & inside
+            if OPTIONS.BY_SAMPLE:
+                weight = _row_weight(class_weight, row, column, shape, OPTIONS)
+                has_class = has_class & (weight != 0)
+            present = tl.where(has_class, 1.0, 0.0)
             if OPTIONS.POOLING:
                 present = tl.max(present, axis=1, keep_dims=True)
             count += _over_tile(present)
@@ -248,7 +295,7 @@ def _ratio(stats, class_weight, row, column, inside, scale, shape, numbers, OPTI
     misses = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
     volume = tl.zeros([OPTIONS.ROWS, OPTIONS.CLASSES], tl.float64)
     for k in tl.static_range(OPTIONS.SUMS):
-        x = _load_sum(stats, k, row, column, shape.rows, shape, OPTIONS.BATCH, OPTIONS)
+        x = _load_row(stats, class_weight, k, row, column, shape, OPTIONS)
         n, d = _constant(numbers.numerator[k]), _constant(numbers.denominator[k])
         hits += _multiply(n, x)
         size += _multiply(d, x)
@@ -256,10 +303,9 @@ def _ratio(stats, class_weight, row, column, inside, scale, shape, numbers, OPTI
         if k == contract.Sum.TP or k == contract.Sum.FN:
             volume += x
     present = volume != 0
-    weight = tl.full([1, OPTIONS.CLASSES], 1.0, tl.float64)
-    if class_weight is not None:
-        valid = (column >= shape.first_class) & (column < shape.classes)
-        weight = tl.load(class_weight + (column - shape.first_class), mask=valid, other=0.0)
+    weight = _row_weight(class_weight, row, column, shape, OPTIONS)
+    if OPTIONS.BY_SAMPLE:
+        present = present & (weight != 0)
     pooling = tl.full([1, 1], 1.0, tl.float64)
     if OPTIONS.POOLING:
         pooling = _pooling_weights(volume, present, inside, OPTIONS) * weight
@@ -333,7 +379,9 @@ def forward(
 
     scale = _constant(ratio_scale)
     if OPTIONS.RATIO and OPTIONS.REDUCTION == contract.Reduction.mean:
-        scale = scale / tl.maximum(_count_terms(stats, column, valid, shape, OPTIONS), 1.0)
+        scale = scale / tl.maximum(
+            _count_terms(stats, weights.terms, column, valid, shape, OPTIONS), 1.0
+        )
     total = tl.zeros([1, 1], tl.float64)
     likelihood_scale = tl.zeros([1, 1], tl.float64)
     on = _load_weight(weights.nll, column, column < shape.classes)
@@ -363,15 +411,22 @@ def forward(
         for k in tl.static_range(OPTIONS.SUMS):
             n, d = _constant(numbers.numerator[k]), _constant(numbers.denominator[k])
             slope = a * (d - n) + b * d
+            likelihood = tl.zeros([1, 1], tl.float64)
             if k == contract.Sum.NLL and OPTIONS.NLL:
-                slope += _constant(nll_scale) * on * likelihood_scale
+                likelihood = _constant(nll_scale) * on * likelihood_scale
+                slope += likelihood
             if k == contract.Sum.OFF and OPTIONS.OFF:
-                slope += _constant(off_scale) * off * likelihood_scale
+                likelihood = _constant(off_scale) * off * likelihood_scale
+                slope += likelihood
             place = cotangents + (row * shape.classes + column) * OPTIONS.SUMS + k
             mask = (row < shape.rows) & (column < shape.classes)
             if OPTIONS.BATCH:
                 for sample in range(shape.samples):
-                    tl.store(place + sample * shape.classes * OPTIONS.SUMS, slope, mask=mask)
+                    own = slope
+                    if OPTIONS.BY_SAMPLE:
+                        weight = _load_class_weight(weights.terms, sample, column, shape, OPTIONS)
+                        own = tl.where(valid & (weight == 0), likelihood, slope)
+                    tl.store(place + sample * shape.classes * OPTIONS.SUMS, own, mask=mask)
             else:
                 tl.store(place, slope, mask=mask)
     if not unreduced:
@@ -473,6 +528,7 @@ def ratio_loss(
         NLL=nll_scale != 0 and not unreduced,
         OFF=off_scale != 0 and not unreduced,
         BATCH=batch,
+        BY_SAMPLE=class_weight is not None and class_weight.ndim == 2,
         POOLING=class_pooling,
         ABSENT=absent,
         REDUCTION=reduction,

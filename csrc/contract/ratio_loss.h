@@ -34,7 +34,8 @@ struct RatioLoss {
   RatioOptions options{};
   int64_t samples = 0, classes = 0;
   const double* stats = nullptr;         // (samples, classes, options.width)
-  const double* class_weight = nullptr;  // (classes - first_class,) or null
+  const double* class_weight = nullptr;  // ([samples,] classes - first_class) or null
+  int64_t class_weight_stride = 0;       // from sample to sample; 0: one row for all
   const double* nll_weight = nullptr;    // (classes,) or null
   const double* off_weight = nullptr;    // (classes,) or null
   bool double_loss = false;

@@ -14,17 +14,20 @@ namespace {
 // One row of the statistics, a sample or the pooled batch: its terms, one a class or one pooled.
 class Row {
  public:
-  Row(const double* sums, int64_t classes, const double* class_weight, const RatioOptions& options)
-      : options_(options), pooled_(options.class_pooling != ClassPooling::none) {
+  Row(const RatioLoss& q, int64_t r, const double* sums)
+      : options_(q.options), pooled_(q.options.class_pooling != ClassPooling::none) {
+    const RatioOptions& options = q.options;
     const double* first = sums + options.first_class * options.width;
-    const int64_t count = classes - options.first_class;
+    const int64_t count = q.classes - options.first_class;
     std::vector<RatioSums> ratios(count);
     std::vector<bool> present(count);
+    std::vector<double> class_weight(count);
     for (int64_t c = 0; c < count; ++c) {
       const double* s = first + c * options.width;
       ratios[c] = ratio_sums(s, options);
       volumes_.push_back(s[Sum::TP] + s[Sum::FN]);
-      present[c] = volumes_[c] != 0;
+      class_weight[c] = weight_in_row(q, r, c);
+      present[c] = is_present(q, volumes_[c], class_weight[c]);
     }
     if (pooled_) {
       find_weights(present, class_weight);
@@ -39,9 +42,8 @@ class Row {
       add_term(total, any, options_.exponent);
       return;
     }
-    weights_.assign(count, 1);
+    weights_ = class_weight;
     for (int64_t c = 0; c < count; ++c) {
-      if (class_weight != nullptr) weights_[c] = class_weight[c];
       add_term(ratios[c], present[c], exponent_of(options_.first_class + c, options_));
       terms_.back().value *= weights_[c];
     }
@@ -50,10 +52,14 @@ class Row {
   const std::vector<RatioTerm>& terms() const { return terms_; }
   int64_t counted() const { return counted_; }
 
-  // Write scale times the slopes of every class at or above the first.
-  void write_slopes(double scale, double* cotangents) const {
-    double* out = cotangents + options_.first_class * options_.width;
+  // Write scale times the slopes of every class at or above the first, for one of the samples.
+  void write_slopes(const RatioLoss& q, int64_t sample, double scale) const {
+    double* out = q.cotangents + (sample * q.classes + options_.first_class) * options_.width;
     for (size_t c = 0; c < weights_.size(); ++c) {
+      if (options_.batch && !is_annotated(q, sample, c)) {
+        out += options_.width;  // stays 0
+        continue;
+      }
       const RatioTerm& term = terms_[pooled_ ? 0 : c];
       for (int k = 0; k < options_.width; ++k) {
         *out++ = scale * (weights_[c] * ratio_slope(term, k, options_));
@@ -69,7 +75,7 @@ class Row {
   }
 
   // Infinite weights borrow the largest finite one, or are 1 in a row that has none.
-  void find_weights(const std::vector<bool>& present, const double* class_weight) {
+  void find_weights(const std::vector<bool>& present, const std::vector<double>& class_weight) {
     double largest = 0;
     for (const double volume : volumes_) {
       weights_.push_back(pooling_weight(volume, options_.class_pooling));
@@ -78,7 +84,7 @@ class Row {
     for (size_t c = 0; c < weights_.size(); ++c) {
       if (std::isinf(weights_[c])) weights_[c] = largest == 0 ? 1 : largest;
       if (options_.absent == Absent::ignore && !present[c]) weights_[c] = 0;
-      if (class_weight != nullptr) weights_[c] *= class_weight[c];
+      weights_[c] *= class_weight[c];
     }
   }
 
@@ -132,14 +138,16 @@ double ratio(const RatioLoss& q) {
   const int64_t rows = o.batch ? 1 : q.samples, length = q.classes * o.width;
   std::vector<double> pooled(o.batch ? length : 0, 0.0);
   if (o.batch) {
-    for (int64_t i = 0; i < q.samples * length; ++i) pooled[i % length] += q.stats[i];
+    for (int64_t i = 0; i < q.samples * length; ++i) {
+      const int64_t c = i % length / o.width - o.first_class;
+      if (c < 0 || is_annotated(q, i / length, c)) pooled[i % length] += q.stats[i];
+    }
   }
   std::vector<Row> terms;
   terms.reserve(rows);
   int64_t counted = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    terms.emplace_back(o.batch ? pooled.data() : q.stats + r * length, q.classes, q.class_weight,
-                       o);
+    terms.emplace_back(q, r, o.batch ? pooled.data() : q.stats + r * length);
     counted += terms.back().counted();
   }
   double scale = o.ratio_scale;
@@ -156,7 +164,7 @@ double ratio(const RatioLoss& q) {
     }
   }
   for (int64_t b = 0; b < q.samples; ++b) {
-    terms[o.batch ? 0 : b].write_slopes(scale, q.cotangents + b * length);
+    terms[o.batch ? 0 : b].write_slopes(q, b, scale);
   }
   return value;
 }

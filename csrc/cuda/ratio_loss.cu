@@ -28,18 +28,24 @@ __device__ inline double warp_max(double value) {
   return value;
 }
 
-/// The sums of class c in row r: a sample's, or all samples' together.
+/// The sums of class c (from first_class on) in row r: a sample's, or of all that are annotated.
 __device__ inline void load_row(const RatioLoss& q, int64_t r, int64_t c, double (&sums)[FULL]) {
   const RatioOptions& o = q.options;
 #pragma unroll
   for (int k = 0; k < FULL; ++k) sums[k] = 0;
   const int64_t first = o.batch ? 0 : r, last = o.batch ? q.samples : r + 1;
   for (int64_t b = first; b < last; ++b) {
+    if (o.batch && !is_annotated(q, b, c)) continue;
 #pragma unroll
     for (int k = 0; k < FULL; ++k) {
-      if (k < o.width) sums[k] += q.stats[(b * q.classes + c) * o.width + k];
+      if (k < o.width) sums[k] += q.stats[(b * q.classes + o.first_class + c) * o.width + k];
     }
   }
+}
+
+__device__ inline bool has_class(const RatioLoss& q, int64_t r, int64_t c,
+                                 const double (&sums)[FULL]) {
+  return is_present(q, sums[Sum::TP] + sums[Sum::FN], weight_in_row(q, r, c));
 }
 
 __device__ inline void store_loss(const RatioLoss& q, int64_t index, double value) {
@@ -56,8 +62,10 @@ __device__ inline void store_slopes(const RatioLoss& q, int64_t r, int64_t c, do
   const RatioOptions& o = q.options;
   const int64_t first = o.batch ? 0 : r, last = o.batch ? q.samples : r + 1;
   for (int64_t b = first; b < last; ++b) {
+    if (o.batch && !is_annotated(q, b, c)) continue;  // stays 0
     for (int k = 0; k < o.width; ++k) {
-      q.cotangents[(b * q.classes + c) * o.width + k] = scale * (factor * ratio_slope(term, k, o));
+      q.cotangents[(b * q.classes + o.first_class + c) * o.width + k] =
+          scale * (factor * ratio_slope(term, k, o));
     }
   }
 }
@@ -80,8 +88,8 @@ __device__ inline double class_terms(const RatioLoss& q, int64_t rows, double* s
     double counted = 0;
     for (int64_t i = threadIdx.x; i < items; i += kThreads) {
       double sums[FULL];
-      load_row(q, i / count, o.first_class + i % count, sums);
-      counted += is_counted(o, sums[Sum::TP] + sums[Sum::FN] != 0) ? 1 : 0;
+      load_row(q, i / count, i % count, sums);
+      counted += is_counted(o, has_class(q, i / count, i % count, sums)) ? 1 : 0;
     }
     counted = block_sum(counted, scratch);
     scale /= counted < 1 ? 1 : counted;
@@ -90,26 +98,26 @@ __device__ inline double class_terms(const RatioLoss& q, int64_t rows, double* s
   for (int64_t i = threadIdx.x; i < items; i += kThreads) {
     const int64_t r = i / count, c = i % count;
     double sums[FULL];
-    load_row(q, r, o.first_class + c, sums);
-    const double factor = q.class_weight == nullptr ? 1 : q.class_weight[c];
-    const RatioTerm term = term_of(o, ratio_sums(sums, o), sums[Sum::TP] + sums[Sum::FN] != 0,
+    load_row(q, r, c, sums);
+    const double factor = weight_in_row(q, r, c);
+    const RatioTerm term = term_of(o, ratio_sums(sums, o), has_class(q, r, c, sums),
                                    exponent_of(o.first_class + c, o));
     const double part = scale * (term.value * factor);
     if (o.reduction == Reduction::none) store_loss(q, i, part);
     value += part;
-    store_slopes(q, r, o.first_class + c, scale, factor, term);
+    store_slopes(q, r, c, scale, factor, term);
   }
   return value;
 }
 
 /// Weight of a class in the pooled ratio; `largest` replaces an infinite one.
-__device__ inline double pooled_weight(const RatioLoss& q, int64_t c, double volume,
-                                       double largest) {
+__device__ inline double pooled_weight(const RatioLoss& q, int64_t r, int64_t c,
+                                       const double (&sums)[FULL], double largest) {
   const RatioOptions& o = q.options;
-  double weight = pooling_weight(volume, o.class_pooling);
+  double weight = pooling_weight(sums[Sum::TP] + sums[Sum::FN], o.class_pooling);
   if (std::isinf(weight)) weight = largest == 0 ? 1 : largest;
-  if (o.absent == Absent::ignore && volume == 0) weight = 0;
-  return q.class_weight == nullptr ? weight : weight * q.class_weight[c];
+  if (o.absent == Absent::ignore && !has_class(q, r, c, sums)) weight = 0;
+  return weight * weight_in_row(q, r, c);
 }
 
 /// Terms of classes pooled with weights: a warp takes every kWarps-th row.
@@ -125,8 +133,8 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
     for (int64_t r = warp; r < rows; r += kWarps) {
       bool present = false;
       for (int64_t c = lane; c < count; c += kWarp) {
-        load_row(q, r, o.first_class + c, sums);
-        present = present || sums[Sum::TP] + sums[Sum::FN] != 0;
+        load_row(q, r, c, sums);
+        present = present || has_class(q, r, c, sums);
       }
       present = __any_sync(kAllLanes, present);
       counted += lane == 0 && is_counted(o, present) ? 1 : 0;
@@ -139,18 +147,17 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
     bool present = false;
     double largest = 0;
     for (int64_t c = lane; c < count; c += kWarp) {
-      load_row(q, r, o.first_class + c, sums);
-      const double volume = sums[Sum::TP] + sums[Sum::FN];
-      present = present || volume != 0;
-      const double weight = pooling_weight(volume, o.class_pooling);
+      load_row(q, r, c, sums);
+      present = present || has_class(q, r, c, sums);
+      const double weight = pooling_weight(sums[Sum::TP] + sums[Sum::FN], o.class_pooling);
       if (!std::isinf(weight) && weight > largest) largest = weight;
     }
     present = __any_sync(kAllLanes, present);
     largest = warp_max(largest);
     RatioSums total{0, 0, 0};
     for (int64_t c = lane; c < count; c += kWarp) {
-      load_row(q, r, o.first_class + c, sums);
-      const double weight = pooled_weight(q, c, sums[Sum::TP] + sums[Sum::FN], largest);
+      load_row(q, r, c, sums);
+      const double weight = pooled_weight(q, r, c, sums, largest);
       const RatioSums part = ratio_sums(sums, o);
       total.misses += weight * part.misses;
       total.hits += weight * part.hits;
@@ -163,9 +170,9 @@ __device__ inline double pooled_terms(const RatioLoss& q, int64_t rows, double* 
       if (o.reduction == Reduction::none) store_loss(q, r, scale * term.value);
     }
     for (int64_t c = lane; c < count; c += kWarp) {
-      load_row(q, r, o.first_class + c, sums);
-      const double weight = pooled_weight(q, c, sums[Sum::TP] + sums[Sum::FN], largest);
-      store_slopes(q, r, o.first_class + c, scale, weight, term);
+      load_row(q, r, c, sums);
+      const double weight = pooled_weight(q, r, c, sums, largest);
+      store_slopes(q, r, c, scale, weight, term);
     }
   }
   return value;

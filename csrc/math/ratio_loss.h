@@ -78,6 +78,32 @@ VOXFUSE_HOST_DEVICE inline RatioTerm ratio_term(const RatioSums& sums, double ex
   return term;
 }
 
+// Weight of class c (from first_class on) in sample b.
+VOXFUSE_HOST_DEVICE inline double weight_in_sample(const RatioLoss& q, int64_t b, int64_t c) {
+  return q.class_weight == nullptr ? 1 : q.class_weight[b * q.class_weight_stride + c];
+}
+
+// Whether sample b counts for class c; a weight for every sample may leave it out.
+VOXFUSE_HOST_DEVICE inline bool is_annotated(const RatioLoss& q, int64_t b, int64_t c) {
+  return q.class_weight_stride == 0 || weight_in_sample(q, b, c) != 0;
+}
+
+// Weight of class c in row r, a sample or the pooled batch; 0 if that has no annotated sample.
+VOXFUSE_HOST_DEVICE inline double weight_in_row(const RatioLoss& q, int64_t r, int64_t c) {
+  if (q.class_weight_stride == 0 || !q.options.batch) return weight_in_sample(q, r, c);
+  double sum = 0, count = 0;
+  for (int64_t b = 0; b < q.samples; ++b) {
+    sum += weight_in_sample(q, b, c);
+    count += is_annotated(q, b, c) ? 1 : 0;
+  }
+  return count == 0 ? 0 : sum / count;
+}
+
+// Whether a class has target volume in a row; not where weights by sample leave it out.
+VOXFUSE_HOST_DEVICE inline bool is_present(const RatioLoss& q, double volume, double row_weight) {
+  return volume != 0 && (q.class_weight_stride == 0 || row_weight != 0);
+}
+
 // Weight of a class of this target volume in the generalised Dice loss; may be infinite.
 VOXFUSE_HOST_DEVICE inline double pooling_weight(double volume, ClassPooling class_pooling) {
   if (class_pooling == ClassPooling::uniform) return 1;

@@ -11,11 +11,14 @@
 namespace voxfuse {
 
 inline const double* class_weights(const char* name, const std::optional<Tensor>& weights,
-                                   int64_t length, const Tensor& stats) {
+                                   int64_t length, const Tensor& stats, int64_t samples = 0) {
   if (!weights) return nullptr;
-  STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Double && weights->dim() == 1 &&
-                      weights->size(0) == length && weights->is_contiguous(),
-                  name, ": expected a contiguous float64 tensor of shape (", length, ",)");
+  const int64_t axes = weights->dim();
+  const bool by_sample = samples > 0 && axes == 2 && weights->size(0) == samples;
+  STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Double && (axes == 1 || by_sample) &&
+                      weights->size(axes - 1) == length && weights->is_contiguous(),
+                  name, ": expected a contiguous float64 tensor of shape (", length, ",)",
+                  samples > 0 ? " or with the samples before" : "");
   STD_TORCH_CHECK(weights->device() == stats.device(), name, ": is on another device than stats");
   return static_cast<const double*>(weights->const_data_ptr());
 }
@@ -84,7 +87,9 @@ std::tuple<Tensor, Tensor> ratio_loss_on(const Tensor& stats_in, std::vector<dou
                           std::max(numerator.size(), denominator.size()) <= CORE),
       "stats: off_scale, the normalisers 'voxels' and 'elements' and further coefficients need all "
       "8 sums");
-  q.class_weight = class_weights("class_weight", class_weight, q.classes - first_class, stats);
+  const int64_t counted = q.classes - first_class;
+  q.class_weight = class_weights("class_weight", class_weight, counted, stats, q.samples);
+  q.class_weight_stride = class_weight && class_weight->dim() == 2 ? counted : 0;
   q.nll_weight = class_weights("nll_weight", nll_weight, q.classes, stats);
   q.off_weight = class_weights("off_weight", off_weight, q.classes, stats);
 

@@ -382,6 +382,7 @@ def _ratio_loss_instance(
         NLL=nll,
         OFF=off,
         BATCH=False,
+        BY_SAMPLE=nll,
         POOLING=pooling,
         ABSENT=absent,
         REDUCTION=1,

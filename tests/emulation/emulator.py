@@ -467,6 +467,8 @@ class RatioLoss(Operators):
         loss = torch.empty(shape, dtype=torch.float64 if double_loss else torch.float32)
         integers = [0, samples, classes, sums, first_class, class_pooling, absent, reduction]
         integers += [normaliser, int(log), int(batch), int(double_loss), loss.numel()]
+        by_sample = class_weight is not None and class_weight.ndim == 2
+        integers.append(classes - first_class if by_sample else 0)
         doubles = [smooth_nr, smooth_dr, min_denominator, exponent, ratio_scale]
         doubles += [nll_scale, off_scale]
         for coefficients in (numerator, denominator):

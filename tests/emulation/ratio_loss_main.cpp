@@ -42,6 +42,7 @@ cudaError_t forward(const Record& record) {
   }
   q.stats = record.buffers[0].as<const double>();
   q.class_weight = or_null(record.buffers[1]);
+  q.class_weight_stride = x[12];
   q.nll_weight = or_null(record.buffers[2]);
   q.off_weight = or_null(record.buffers[3]);
   const Buffer loss(x[11] * (q.double_loss ? 8 : 4)), cotangents(record.buffers[0].size());

@@ -652,6 +652,65 @@ def test_bad_tensors(name):
             loss(*arguments)
 
 
+ANNOTATED = torch.tensor([[1.0, 0.0, 2.0], [0.5, 3.0, 0.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["tversky", "jaccard", "mcc"])
+def test_a_class_weight_for_every_sample_weighs_its_terms(name, backend):
+    logits, labels = batch(dtype=torch.float64)
+    plain = MODULES[name](reduction="none", backend=backend)(logits, labels)
+    for reduction, expected in (
+        ("none", ANNOTATED * plain),
+        ("mean", (ANNOTATED * plain).mean()),
+        ("sum", (ANNOTATED * plain).sum()),
+    ):
+        loss = MODULES[name](reduction=reduction, class_weight=ANNOTATED, backend=backend)
+        torch.testing.assert_close(loss(logits, labels), expected, rtol=1e-12, atol=0)
+    loss = MODULES[name](absent="ignore", class_weight=ANNOTATED, backend=backend)
+    expected = (ANNOTATED * plain).sum() / 4  # the mean over annotated classes
+    torch.testing.assert_close(loss(logits, labels), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tversky", "mcc"])
+def test_a_class_is_pooled_over_the_samples_in_which_it_is_annotated(name):
+    logits, labels = batch(dtype=torch.float64)
+    terms = []
+    for c in range(3):
+        own = ANNOTATED[:, c] != 0
+        pooled = MODULES[name](reduction="none", batch=True)(logits[own], labels[own])
+        terms.append(ANNOTATED[own, c].mean() * pooled[c])
+    loss = MODULES[name](reduction="none", batch=True, class_weight=ANNOTATED)
+    torch.testing.assert_close(loss(logits, labels), torch.stack(terms), rtol=1e-12, atol=0)
+    # What is not annotated gets no gradient, where the classes are on their own.
+    leaf = logits.clone().requires_grad_()
+    loss = MODULES[name](activation="sigmoid", batch=True, class_weight=ANNOTATED)
+    loss(leaf, labels).backward()
+    assert torch.equal(leaf.grad.flatten(2).abs().amax(2) != 0, ANNOTATED != 0)
+
+
+def test_a_class_weight_for_every_sample_of_a_head_and_of_pooled_classes():
+    logits, labels = batch(dtype=torch.float64)
+    identity = torch.eye(3, dtype=torch.float64)
+    for loss in (
+        voxfuse.DiceCELoss(class_weight=ANNOTATED),
+        voxfuse.GeneralizedDiceLoss(class_weight=ANNOTATED, absent="ignore"),
+    ):
+        expected = loss(logits, labels)
+        fused = voxfuse.head_loss(loss, logits, identity, None, labels)
+        torch.testing.assert_close(fused, expected)
+        loss.class_weight = ANNOTATED[:1].expand(2, -1)
+        by_sample = loss(logits, labels)
+        loss.class_weight = ANNOTATED[0]
+        if isinstance(loss, voxfuse.DiceCELoss):  # a weight of 0 for all is no annotation
+            torch.testing.assert_close(by_sample, loss(logits, labels))
+    message = r"class_weight: got shape \(3, 3\), expected \(3,\).*, or \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        voxfuse.DiceLoss(class_weight=torch.ones(3, 3))(logits, labels)
+    with pytest.raises(ValueError, match=r"class_weight: got shape \(2, 3\), expected \(3,\)"):
+        voxfuse.CrossEntropyLoss(class_weight=ANNOTATED)(logits, labels)
+
+
 def test_weights_of_the_wrong_length():
     logits, labels = batch()
     with pytest.raises(ValueError, match=r"class_weight: got shape \(3,\), expected \(2,\)"):

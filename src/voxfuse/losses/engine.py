@@ -110,7 +110,14 @@ def call_of(
     weights = NO_WEIGHTS
     if class_weight is not None or recipe.likelihood is not None:
         likelihood_weight, pos_weight = options.likelihood_weight, options.pos_weight
-        weights = recipe.weights(classes, input.device, class_weight, likelihood_weight, pos_weight)
+        given = (class_weight, likelihood_weight, pos_weight)
+        weights = recipe.weights(input.shape[0], classes, input.device, *given)
+        by_sample = weights.class_weight is not None and weights.class_weight.ndim == 2
+        if by_sample and ranks is not None and plan.ratio.batch:
+            raise ValueError(
+                "class_weight: one for every sample cannot be pooled over ranks; leave batch at "
+                "False, or process_group at None"
+            )
     return Call(operators_of(options.backend, input.device), plan, weights, ranks, recipe.function)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from voxfuse.contract import Absent, ClassPooling, RatioOptions, Reduction, Sum
 from voxfuse.ops import _registry
 from voxfuse.ops.ratio_loss import once_differentiable
+from voxfuse.reference.ratio_loss import rows_of
 
 #: A target whose volume and sum of squares differ by no more is one of zeros and ones.
 HARD = 2.0**-18
@@ -35,8 +36,7 @@ def matthews_loss(
     double_loss: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of the eight sums (B, C, 8) and its derivative there, in float64."""
-    rows = stats.sum(0, keepdim=True) if batch else stats
-    rows = rows[:, first_class:]
+    rows, class_weight, annotated = rows_of(stats, class_weight, first_class, batch)
     tp, fp, fn = (rows[..., k] for k in (Sum.TP, Sum.FP, Sum.FN))
     actual, squares = tp + fn, rows[..., Sum.G2]
     # Ones are added up without a rounding, which would be all of TN where hardly a voxel is
@@ -72,6 +72,8 @@ def matthews_loss(
     terms = terms.masked_fill(perfect, 0)
     slopes = slopes.masked_fill((perfect | flat).unsqueeze(-1), 0)
     defined = (actual != 0) & (others != 0)
+    if class_weight is not None and annotated is not None:
+        defined = defined & (class_weight != 0)
     if absent != Absent.keep:
         terms = terms.masked_fill(~defined, 0)
         slopes = slopes.masked_fill(~defined.unsqueeze(-1), 0)
@@ -83,6 +85,8 @@ def matthews_loss(
         terms, slopes = terms / count, slopes / count
     cotangents = torch.zeros_like(stats)
     cotangents[:, first_class:] = slopes
+    if annotated is not None:
+        cotangents[:, first_class:].masked_fill_(~annotated.unsqueeze(-1), 0)
     if reduction != Reduction.none:
         terms = terms.sum()
     elif batch:

@@ -16,7 +16,7 @@ from torch import Tensor
 from voxfuse.contract import Activation, Code, Reduction
 from voxfuse.ops import _checks
 
-ClassWeights = Tensor | Sequence[float] | float | None
+ClassWeights = Tensor | Sequence[float] | Sequence[Sequence[float]] | float | None
 
 #: Weights of the classes that a loss may have; buffers of the modules.
 WEIGHT_NAMES = ("class_weight", "likelihood_weight", "pos_weight")

@@ -58,7 +58,11 @@ class TverskyLoss(OverlapLoss):
         include_background: whether class 0 counts.
         smooth_nr, smooth_dr: added to the numerator and to the denominator.
         class_weight: weights of the classes that count (C, or C - 1 without background), or one
-            number. The mean stays the plain mean of the weighted terms.
+            number. The mean stays the plain mean of the weighted terms. One for every sample too,
+            (B, C), says which class is annotated in which sample: a weight of 0 takes the class's
+            term there out of the loss, with ``batch`` the sample's counts out of the class's pooled
+            ones (whose term has the mean of the other weights), and with ``absent="ignore"`` the
+            term out of the mean. The softmax still has the class.
         batch: pool the counts over the batch before the ratio.
         reduction: "mean", "sum", or "none" for (B, C) terms ((C,) with ``batch``).
         ignore_index: voxels with this label do not count.

@@ -206,6 +206,7 @@ class Recipe:
 
     def weights(
         self,
+        samples: int,
         classes: int,
         device: torch.device,
         class_weight: ClassWeights,
@@ -219,7 +220,7 @@ class Recipe:
             name, likelihood_weight = "class_weight", class_weight
         else:
             counted = classes - self.ratio.first_class
-            terms = class_weights("class_weight", class_weight, counted, device)
+            terms = class_weights("class_weight", class_weight, counted, device, samples)
         part = self.likelihood
         if part is None:
             return Weights(terms)
@@ -254,9 +255,16 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def class_weights(
-    name: str, value: ClassWeights, length: int, device: torch.device
+    name: str,
+    value: ClassWeights,
+    length: int,
+    device: torch.device,
+    samples: int | None = None,
 ) -> Tensor | None:
-    """Return the classes' weights as the operators take them: float64 on ``device``."""
+    """Return the classes' weights as the operators take them: float64 on ``device``.
+
+    There may be one for each of the ``samples``, where they are given.
+    """
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -266,10 +274,12 @@ def class_weights(
         raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
     if value.ndim == 0:
         value = value.expand(length)
-    if tuple(value.shape) != (length,):
+    by_sample = samples is not None and tuple(value.shape) == (samples, length)
+    if not by_sample and tuple(value.shape) != (length,):
+        more = "" if samples is None else f", or ({samples}, {length}), one for every sample too"
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected ({length},), one weight for every "
-            "class that counts"
+            f"class that counts{more}"
         )
     if value.dtype != torch.float64 or value.device != device:
         value = value.to(device, torch.float64)

@@ -59,7 +59,10 @@ def ratio_loss(
         exponent_from: classes before this one have the exponent 1; 0 without ``class_pooling``
             "none".
         log: use the negative logarithm of the ratio.
-        class_weight: (C - first_class,), multiplies the terms.
+        class_weight: (C - first_class,), multiplies the terms; or (B, C - first_class), multiplies
+            a class's term in that sample. A weight of 0 there means not annotated: with ``batch``
+            the sample is left out of the class's pooled sums, whose term has the mean of the other
+            weights; and for ``absent`` the class has no target volume in that sample.
         first_class: 1 leaves the background out of the terms.
         batch: sum over the samples before the ratio.
         class_pooling: "none"; or sum N and D over the classes before the ratio (generalised Dice)
@@ -110,7 +113,7 @@ def ratio_loss(
     if exponent_from < 0 or (exponent_from > 0 and class_pooling != "none"):
         allowed = "an int >= 0" if exponent_from < 0 else "0 with pooled classes"
         raise ValueError(f"exponent_from: got {exponent_from}, expected {allowed}")
-    class_weight = _weights("class_weight", class_weight, classes - first_class, stats)
+    class_weight = _weights("class_weight", class_weight, classes - first_class, stats, True)
     nll_weight = _weights("nll_weight", nll_weight, classes, stats)
     off_weight = _weights("off_weight", off_weight, classes, stats)
     reduction_code = _checks.choice("reduction", reduction, Reduction)
@@ -162,17 +165,21 @@ def check_likelihood(
         )
 
 
-def _weights(name: str, weights: Tensor | None, length: int, stats: Tensor) -> Tensor | None:
+def _weights(
+    name: str, weights: Tensor | None, length: int, stats: Tensor, by_sample: bool = False
+) -> Tensor | None:
     if weights is None:
         return None
     weights = _checks.require_tensor(name, weights)
-    if tuple(weights.shape) != (length,):
-        raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected ({length},)")
+    forms = [(length,), (stats.shape[0], length)][: 2 if by_sample else 1]
+    if tuple(weights.shape) not in forms:
+        expected = " or ".join(map(str, forms))
+        raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected {expected}")
     if weights.requires_grad:
         raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
     if weights.device != stats.device:
         raise ValueError(f"{name}: is on {weights.device}, but stats is on {stats.device}")
-    return weights.to(torch.float64)
+    return weights.to(torch.float64).contiguous()
 
 
 def _fake(x: Any) -> tuple[Tensor, Tensor]:

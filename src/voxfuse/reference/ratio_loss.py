@@ -57,8 +57,7 @@ def ratio_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its derivative at ``stats`` (B, C, S), both from float64 arithmetic."""
     cotangents = torch.zeros_like(stats)
-    rows = stats.sum(0, keepdim=True) if batch else stats
-    rows = rows[:, first_class:]
+    rows, class_weight, annotated = rows_of(stats, class_weight, first_class, batch)
     loss = rows.new_zeros(
         _loss_shape(rows, batch, class_pooling) if reduction == Reduction.none else ()
     )
@@ -66,6 +65,8 @@ def ratio_loss(
         num, den = (_padded(x, stats.shape[2]) for x in (numerator, denominator))
         volume = rows[..., Sum.TP] + rows[..., Sum.FN]
         present = volume != 0
+        if class_weight is not None and annotated is not None:
+            present = present & (class_weight != 0)
         misses = _combine(rows, [d - n for n, d in zip(num, den, strict=True)])
         hits, size = _combine(rows, num), _combine(rows, den)
         pooling = None
@@ -101,6 +102,8 @@ def ratio_loss(
         if pooling is not None:
             slopes = slopes * pooling.unsqueeze(-1)
         cotangents[:, first_class:] = scale * slopes
+        if annotated is not None and batch:
+            cotangents[:, first_class:].masked_fill_(~annotated.unsqueeze(-1), 0)
 
     weights = (nll_weight, off_weight)
     scales = (nll_scale, off_scale)
@@ -113,6 +116,24 @@ def _loss_shape(rows: Tensor, batch: bool, class_pooling: int) -> tuple[int, ...
     """Shape of the loss without a reduction."""
     shape = () if batch else (rows.shape[0],)
     return shape if class_pooling != ClassPooling.none else (*shape, rows.shape[1])
+
+
+def rows_of(
+    stats: Tensor, class_weight: Tensor | None, first_class: int, batch: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sums of the rows (samples, or the pooled batch) and the classes' weights in them.
+
+    With a weight for every sample and class also where that is not 0, which is what counts as
+    annotated and is pooled; the weight of a pooled class is the mean over its annotated samples.
+    """
+    rows, annotated = stats[:, first_class:], None
+    if class_weight is not None and class_weight.ndim == 2:
+        annotated = class_weight != 0
+        if batch:
+            rows = rows.masked_fill(~annotated.unsqueeze(-1), 0)
+            count = annotated.sum(0, keepdim=True).clamp(min=1)
+            class_weight = class_weight.sum(0, keepdim=True) / count
+    return rows.sum(0, keepdim=True) if batch else rows, class_weight, annotated
 
 
 def _padded(coefficients: Sequence[float], length: int) -> list[float]:

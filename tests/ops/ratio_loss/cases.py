@@ -24,7 +24,7 @@ class RatioCase:
     min_denominator: float = 0.0
     exponent: float = 1.0
     log: bool = False
-    class_weight: tuple[float, ...] | None = None
+    class_weight: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
     first_class: int = 0
     batch: bool = False
     class_pooling: int = 0
@@ -64,6 +64,9 @@ def statistics(samples: int = 2, classes: int = 3, sums: int = 8, seed: int = 0)
     return torch.rand(samples, classes, sums, generator=generator, dtype=torch.float64) * 10 + 0.1
 
 
+#: Weights of three classes in two samples.
+BY_SAMPLE = ((1.0, 0.0, 2.0), (0.5, 3.0, 0.0))
+
 FORMULA_CASES = (
     RatioCase(),
     RatioCase(denominator=(1.0, 0.3, 0.7), exponent=0.75, class_weight=(1.0, 2.0, 0.5)),
@@ -78,6 +81,12 @@ FORMULA_CASES = (
     RatioCase(reduction=0),
     RatioCase(reduction=0, batch=True, first_class=1, ratio_scale=2.0),
     *(RatioCase(class_pooling=k, class_weight=(1.0, 2.0, 0.5)) for k in (1, 2, 3)),
+    *(
+        RatioCase(exponent=0.75, class_weight=BY_SAMPLE, batch=batch, absent=absent, reduction=r)
+        for batch, absent, r in ((False, 0, 1), (False, 1, 1), (True, 0, 0), (True, 1, 1))
+    ),
+    RatioCase(class_pooling=2, class_weight=BY_SAMPLE, absent=1, nll_scale=0.5),
+    RatioCase(first_class=1, class_weight=((0.0, 2.0), (0.0, 0.0)), batch=True, nll_scale=0.5),
     RatioCase(class_pooling=3, reduction=0, batch=True, exponent=0.5),
     *(RatioCase(nll_scale=0.7, nll_weight=(1.0, 0.0, 2.0), normaliser=k) for k in range(5)),
     RatioCase(
@@ -87,7 +96,8 @@ FORMULA_CASES = (
 )
 
 
-weights = st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3)
+some_weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3)
+weights = st.none() | some_weights
 
 
 @st.composite
@@ -96,9 +106,13 @@ def cases(draw: Any) -> tuple[RatioCase, Tensor]:
     first = draw(st.sampled_from([0, 0, 1]))
     smooth = draw(st.sampled_from([(1e-5, 1e-5), (0.0, 0.0), (1.0, 1.0), (1e-5, 0.0)]))
 
-    def tuple_of(length: int) -> tuple[float, ...] | None:
+    samples = draw(st.integers(0, 3))
+
+    def tuple_of(length: int, by_sample: bool = False) -> Any:
         values = draw(weights)
-        return None if values is None else tuple(values[:length])
+        if values is None or not by_sample:
+            return None if values is None else tuple(values[:length])
+        return tuple(tuple(draw(some_weights)[:length]) for _ in range(samples))
 
     case = RatioCase(
         numerator=draw(st.sampled_from([(1.0,), (2.0, 0.0)])),
@@ -108,7 +122,7 @@ def cases(draw: Any) -> tuple[RatioCase, Tensor]:
         min_denominator=draw(st.sampled_from([0.0, 1e-7, 5.0])),
         exponent=draw(st.sampled_from([1.0, 0.75, 2.0])),
         log=draw(st.booleans()),
-        class_weight=tuple_of(3 - first),
+        class_weight=tuple_of(3 - first, samples > 0 and draw(st.booleans())),
         first_class=first,
         batch=draw(st.booleans()),
         class_pooling=draw(st.integers(0, 3)),
@@ -122,7 +136,7 @@ def cases(draw: Any) -> tuple[RatioCase, Tensor]:
         normaliser=draw(st.sampled_from(range(5) if sums == 8 else (0, 1, 4))),
         double_loss=draw(st.booleans()),
     )
-    stats = statistics(draw(st.integers(0, 3)), 3, sums, draw(st.integers(0, 99)))
+    stats = statistics(samples, 3, sums, draw(st.integers(0, 99)))
     stats = stats * draw(st.sampled_from([1e-3, 1.0, 1e6]))
     for row in stats:
         if draw(st.booleans()):
@@ -138,11 +152,17 @@ def cases(draw: Any) -> tuple[RatioCase, Tensor]:
 
 
 def check_ratio(operators: Any, stats: Tensor, **changes: Any) -> None:
-    """Compare an emulated kernel with the reference; ``True`` for a weight is a weight a class."""
+    """Compare an emulated kernel with the reference; ``True`` for a weight is a weight a class, "by
+    sample" one for every sample, of which every third is 0."""
     weights = tuple(torch.linspace(0.5, 2, stats.shape[1], dtype=torch.float64).tolist())
     first = changes.get("first_class", 0)
+    by_sample = tuple(
+        tuple(0.0 if (b + c) % 3 == 0 else w for c, w in enumerate(weights[first:]))
+        for b in range(stats.shape[0])
+    )
     for name in ("class_weight", "nll_weight", "off_weight"):
         wanted = weights[first:] if name == "class_weight" else weights
+        wanted = by_sample if changes.get(name) == "by sample" else wanted
         changes[name] = wanted if changes.get(name) else None
     case = RatioCase(denominator=(1.0, 0.3, 0.7), **changes)
     expected = reference.ratio_loss(stats, *case.arguments())

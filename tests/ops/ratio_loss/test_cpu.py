@@ -10,7 +10,7 @@ from torch import Tensor
 import voxfuse  # noqa: F401  (registers the operators)
 from tests.ops.ratio_loss.cases import FORMULA_CASES, RatioCase, cases, statistics
 from voxfuse import _library
-from voxfuse.contract import FULL, Reduction, Sum
+from voxfuse.contract import FULL, Absent, Reduction, Sum
 from voxfuse.ops.ratio_loss import ratio_loss
 
 needs_library = pytest.mark.skipif(
@@ -21,18 +21,23 @@ BACKENDS = ("auto", "reference")
 
 def formula(stats: Tensor, case: RatioCase) -> Tensor:
     """The loss as the papers write it, in differentiable PyTorch (class volumes are constants)."""
-    rows = stats.sum(0, keepdim=True) if case.batch else stats
-    rows = rows[:, case.first_class :]
-    volume = (rows[..., 0] + rows[..., 2]).detach()
-    n = sum(x * rows[..., k] for k, x in enumerate(case.numerator))
-    d = sum(x * rows[..., k] for k, x in enumerate(case.denominator))
+    rows = stats[:, case.first_class :]
     weight = torch.ones(1, dtype=torch.float64)
     if case.class_weight is not None:
         weight = torch.tensor(case.class_weight, dtype=torch.float64)
+    annotated = (weight != 0) if weight.ndim == 2 else torch.ones_like(rows[..., 0]).bool()
+    if case.batch:
+        if weight.ndim == 2:
+            rows = rows * annotated.unsqueeze(-1)
+            weight = (weight.sum(0) / annotated.sum(0)).nan_to_num(0)
+        rows, annotated = rows.sum(0, keepdim=True), annotated.any(0, keepdim=True)
+    volume = (rows[..., 0] + rows[..., 2]).detach()
+    n = sum(x * rows[..., k] for k, x in enumerate(case.numerator))
+    d = sum(x * rows[..., k] for k, x in enumerate(case.denominator))
     if case.class_pooling:
         pooling = volume ** -(case.class_pooling - 1.0) * weight
         n, d = (pooling * n).sum(1), (pooling * d).sum(1)
-        weight = torch.ones(1, dtype=torch.float64)
+        weight, annotated = torch.ones(1, dtype=torch.float64), annotated.any(1)
     ratio = (n + case.smooth_nr) / (d + case.smooth_dr).clamp(min=case.min_denominator)
     if case.log:
         terms = -ratio.clamp(min=case.min_denominator).log()
@@ -44,7 +49,8 @@ def formula(stats: Tensor, case: RatioCase) -> Tensor:
     terms = case.ratio_scale * weight * terms
     if case.reduction == Reduction.none:
         return terms[0] if case.batch else terms
-    loss = terms.mean() if case.reduction == Reduction.mean else terms.sum()
+    count = annotated.sum() if case.absent == Absent.ignore else terms.numel()
+    loss = terms.sum() / (count if case.reduction == Reduction.mean else 1)
     ones = (1.0,) * stats.shape[1]
     on = torch.tensor(case.nll_weight or ones, dtype=torch.float64)
     off = torch.tensor(case.off_weight or ones, dtype=torch.float64)

@@ -25,6 +25,7 @@ def ratio_loss() -> Iterator[emulator.RatioLoss]:
 @pytest.mark.parametrize("class_pooling", [0, 1, 2, 3])
 def test_ratio_loss_reductions(ratio_loss, samples, classes, sums, reduction, class_pooling):
     stats = with_absent_class(samples, classes, sums)
+    weights = (None, True, "by sample")
     for batch, absent, first_class in itertools.product((False, True), (0, 1, 2), (0, 1)):
         check_ratio(
             ratio_loss,
@@ -34,7 +35,7 @@ def test_ratio_loss_reductions(ratio_loss, samples, classes, sums, reduction, cl
             batch=batch,
             absent=absent,
             first_class=first_class,
-            class_weight=first_class == 1,
+            class_weight=weights[(absent + first_class) % 3],
         )
 
 
