@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -313,3 +314,119 @@ def test_torchios_crops_have_one_number_of_channels():
         aggregator.add_batch(torch.ones(1, 1, 4, 4, 2), places[1:])
     with pytest.raises(ValueError, match="locations: got 2 for 1 patches"):
         aggregator.add_batch(torch.ones(1, 3, 4, 4, 2), places)
+
+
+# --- Down to a coarser output -------------------------------------------------------------------
+
+
+def survivors(labels, size, classes, ignore_index=None, mask=None):
+    """``downsample="max"`` by its definition, a voxel at a time."""
+    axes = labels.ndim - len(size)
+    own = labels.shape[axes:]
+    result = labels.new_zeros((*labels.shape[:axes], *size))
+    counted = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask != 0
+    for b in range(labels.shape[0]):
+        keep = counted[b] & (labels[b] != ignore_index) if ignore_index is not None else counted[b]
+        counts = [int(((labels[b] == c) & keep).sum()) for c in range(classes)]
+        for place in itertools.product(*map(range, size)):
+            window = tuple(
+                slice(i * n // m, -(-(i + 1) * n // m))
+                for i, n, m in zip(place, own, size, strict=True)
+            )
+            seen = labels[(b, ..., *window)][keep[(..., *window)]].tolist()
+            ignored = classes if ignore_index is None else ignore_index
+            rarest = min(seen, key=lambda c: (counts[int(c)], -c), default=ignored)
+            result[(b, ..., *place)] = rarest
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("size", [(2, 3, 2), (3, 4, 3), (4, 6, 5), (1, 1, 1)])
+def test_the_rarest_class_survives_max_pooling(size, ignore_index, dtype):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 8, (2, 4, 6, 5), generator=generator).clamp(max=3).to(dtype)
+    if ignore_index is not None and dtype != torch.int16:
+        labels[torch.rand(labels.shape, generator=generator) < 0.5] = ignore_index
+    mask = torch.rand(labels.shape, generator=generator) < 0.7
+    loss = voxfuse.DeepSupervisionLoss(
+        voxfuse.DiceLoss(ignore_index=ignore_index), downsample="max"
+    )
+    output = torch.randn(2, 4, *size)
+    for given, own_mask in ((labels, None), (labels, mask), (labels[:, None], mask)):
+        pooled, coarse = loss.at_level(given, own_mask, output)
+        if own_mask is not None and own_mask.ndim < given.ndim:
+            own_mask = own_mask[:, None]
+        whole = list(size) == [4, 6, 5]  # nothing to bring down
+        expected = given if whole else survivors(given, size, 4, ignore_index, own_mask)
+        assert pooled.dtype == dtype
+        assert torch.equal(pooled, expected)
+        if own_mask is not None and not whole:
+            covered = nn.functional.adaptive_max_pool3d(mask.float(), size)
+            assert torch.equal(coarse.reshape(covered.shape), covered == 1)
+
+
+def test_a_lesion_of_one_voxel_survives_max_and_not_nearest():
+    labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
+    labels[0, 0, 1, 2, 5] = 1
+    outputs = [torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 4, 4, 4)]
+    for downsample, lesion in (("nearest", 0), ("max", 1)):
+        loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), "same", downsample=downsample)
+        coarse, _ = loss.at_level(labels, None, outputs[1])
+        assert int(coarse.sum()) == lesion
+        expected = voxfuse.DiceLoss()(outputs[0], labels) + voxfuse.DiceLoss()(outputs[1], coarse)
+        torch.testing.assert_close(loss(outputs, labels), expected)
+        assert ("downsample='max'" in repr(loss)) == (downsample == "max")
+
+
+def test_max_pooling_of_dense_targets_and_of_one_class():
+    dense = torch.rand(2, 3, 5, 6)
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.BCELoss(), downsample="max")
+    pooled, _ = loss.at_level(dense, None, torch.randn(2, 3, 2, 4))
+    expected = nn.functional.adaptive_max_pool2d(dense, (2, 4))
+    assert torch.equal(pooled, expected)
+    for dtype in (
+        torch.int8,
+        torch.uint16,
+        torch.uint64,
+        torch.float64,
+        torch.bfloat16,
+        torch.bool,
+    ):
+        pooled, _ = loss.at_level((dense > 0.9).to(dtype), None, torch.randn(2, 3, 2, 4))
+        assert torch.equal(pooled, (expected > 0.9).to(dtype))
+    indicator = torch.tensor([[[0, 1, 255, 0, 255, 255]]])
+    loss = voxfuse.DeepSupervisionLoss(
+        voxfuse.TverskyLoss(activation="sigmoid", ignore_index=255), downsample="max"
+    )
+    pooled, _ = loss.at_level(indicator, None, torch.randn(1, 1, 3))
+    assert pooled.tolist() == [[[1, 0, 255]]]
+    pooled, coarse = loss.at_level(indicator, indicator == 0, torch.randn(1, 1, 3))
+    assert pooled.tolist() == [[[0, 0, 255]]]
+    assert coarse.tolist() == [[[True, True, False]]]
+
+
+def test_max_pooling_compiles_and_serves_fused_heads():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (1, 1, 8, 8, 8), dtype=torch.uint8)
+    outputs = [torch.randn(1, 3, 8, 8, 8), torch.randn(1, 3, 3, 4, 4)]
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), downsample="max")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
+    network = nn.Sequential(nn.Conv3d(1, 4, 2, stride=2), nn.Conv3d(4, 3, 1))
+    image = torch.randn(1, 1, 8, 8, 8)
+    expected = loss([network(image)], labels)
+    torch.testing.assert_close(voxfuse.fuse_head(network, loss)(image, labels), expected)
+
+
+def test_max_pooling_names_labels_that_are_no_class():
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), downsample="max")
+    labels = torch.zeros(1, 8, dtype=torch.int64)
+    labels[0, 5] = 7
+    with pytest.raises(ValueError, match=r"target: label 7 is outside \[0, 2\), first at target"):
+        loss([torch.randn(1, 2, 4)], labels)
+    with pytest.raises(ValueError, match="mask: got shape .* expected the voxels of the target"):
+        loss([torch.randn(1, 2, 4)], labels.clamp(max=1), torch.ones(1, 6))
+    with pytest.raises(ValueError, match="downsample: got 'min', expected one of 'nearest', 'max'"):
+        voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), downsample="min")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from voxfuse.losses.pooling import pool_dense, pool_labels, pool_max
 from voxfuse.ops import _checks
 
 #: The weight of an output by its level, the finest being 0.
@@ -33,13 +34,13 @@ def resample_nearest(tensor: Tensor, size: Sequence[int]) -> Tensor:
     return tensor
 
 
-def sampled_down(name: str, tensor: Tensor, output: Tensor) -> Tensor:
-    r"""Sample (B, [k,] \*spatial) down to the voxels of ``output`` (B, C, \*spatial).
+def require_reaching(name: str, tensor: Tensor, output: Tensor) -> Tensor:
+    r"""Return (B, [k,] \*spatial) as a plain tensor with no fewer voxels than ``output``.
 
     Raises:
         ValueError: other samples or axes, or fewer voxels along an axis.
     """
-    _checks.require_tensor(name, tensor)
+    tensor = _checks.require_tensor(name, tensor)
     if not _reaches(tensor, output):
         batch, _, *size = output.shape
         raise ValueError(
@@ -47,7 +48,7 @@ def sampled_down(name: str, tensor: Tensor, output: Tensor) -> Tensor:
             f"{batch} and at least {tuple(size)} voxels, to go with an output of shape "
             f"{tuple(output.shape)}; nothing is sampled up"
         )
-    return resample_nearest(tensor, output.shape[2:])
+    return tensor
 
 
 def _reaches(tensor: Tensor, output: Tensor) -> bool:
@@ -101,9 +102,9 @@ class DeepSupervisionLoss(nn.Module):
 
     .. math:: loss = \sum_i w_i\; L(output_i, target_i)
 
-    The target is given once, at the finest resolution or above, and sampled down to each output
-    (nearest voxel centre, in its own type; no logits are resampled, no target is sampled up), or as
-    one target an output, as nnU-Net does. The outputs are a list, finest first, or a stack
+    The target is given once, at the finest resolution or above, and brought down to each output (by
+    ``downsample``, in its own type; no logits are resampled, no target is sampled up), or as one
+    target an output, as nnU-Net does. The outputs are a list, finest first, or a stack
     (B, S, C, \*spatial), as MONAI's DynUNet returns it: a target with one spatial axis less tells.
     The defaults equal ``monai.losses.DeepSupervisionLoss``; ``weights=[1, 1/2, 1/4, ..., 0]`` with
     ``normalize`` are nnU-Net's. Ranks and the backend are options of the loss inside
@@ -115,6 +116,11 @@ class DeepSupervisionLoss(nn.Module):
             three of ``monai.losses.DeepSupervisionLoss``; or a number for every output (an output
             of weight 0 is not looked at).
         normalize: divide the weights by their sum, as nnU-Net does.
+        downsample: "nearest"; or "max", in which a lesion of one voxel survives: of the voxels that
+            an output's voxel covers (as adaptive max pooling has it) the rarest class wins, the one
+            with the fewest voxels in that sample at full resolution, and of two the higher one; it
+            is ignored only if all of them are. Of a dense target the maximum of each channel. Of a
+            mask the maximum too, and voxels of weight 0 do not count as covered.
 
     Example:
         >>> import torch, voxfuse
@@ -129,6 +135,7 @@ class DeepSupervisionLoss(nn.Module):
         loss: nn.Module | Callable[..., Tensor],
         weights: str | Sequence[float] = "exp",
         normalize: bool = False,
+        downsample: str = "nearest",
     ) -> None:
         super().__init__()
         if not callable(loss):
@@ -138,6 +145,39 @@ class DeepSupervisionLoss(nn.Module):
         self.loss = loss
         self.weights = weights if isinstance(weights, str) else [float(x) for x in weights]
         self.normalize = normalize
+        _checks.choice("downsample", downsample, {"nearest": 0, "max": 1})
+        self.downsample = downsample
+
+    def at_level(
+        self, target: Tensor, mask: Tensor | None, output: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""Target and mask at the voxels of ``output`` (B, C, \*spatial).
+
+        Raises:
+            ValueError: they have other samples or axes, or fewer voxels along an axis.
+        """
+        _, classes, *size = output.shape
+        target = require_reaching("target", target, output)
+        if mask is not None:
+            mask = require_reaching("mask", mask, output)
+        if self.downsample == "nearest" or list(target.shape[-len(size) :]) == size:
+            target = resample_nearest(target, size)
+            return target, mask if mask is None else resample_nearest(mask, size)
+        covered = mask
+        if covered is not None and covered.shape[-len(size) :] != target.shape[-len(size) :]:
+            raise ValueError(
+                f"mask: got shape {tuple(covered.shape)}, expected the voxels of the target "
+                f"{tuple(target.shape)}, which are pooled where the mask is not 0"
+            )
+        if covered is not None and covered.ndim != target.ndim:
+            covered = covered[:, 0] if covered.ndim > target.ndim else covered[:, None]
+        ignore_index = getattr(self.loss, "ignore_index", None)
+        dense = classes == 1 or (target.ndim == output.ndim and target.shape[1] == classes)
+        if dense:
+            target = pool_dense(target, size, ignore_index if classes == 1 else None, covered)
+        else:
+            target = pool_labels(target, size, classes, ignore_index, covered)
+        return target, mask if mask is None else pool_max(mask, size)
 
     def level_weights(self, levels: int) -> list[float]:
         """The weights of ``levels`` outputs, finest first."""
@@ -189,9 +229,8 @@ class DeepSupervisionLoss(nn.Module):
                 continue
             output = outputs[level]
             own = target if isinstance(target, Tensor) else target[level]
-            arguments = [output, sampled_down("target", own, output)]
-            if mask is not None:
-                arguments.append(sampled_down("mask", mask, output))
+            own, own_mask = self.at_level(own, mask, output)
+            arguments = [output, own] if own_mask is None else [output, own, own_mask]
             if total is None and return_sums:
                 term, sums = self.loss(*arguments, return_sums=True)
             else:
@@ -202,4 +241,5 @@ class DeepSupervisionLoss(nn.Module):
         return (total, sums) if return_sums else total
 
     def extra_repr(self) -> str:
-        return f"weights={self.weights!r}, normalize={self.normalize}"
+        more = "" if self.downsample == "nearest" else f", downsample={self.downsample!r}"
+        return f"weights={self.weights!r}, normalize={self.normalize}{more}"

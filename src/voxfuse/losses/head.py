@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from voxfuse._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
 from voxfuse.losses.declared import declared
-from voxfuse.losses.deep_supervision import DeepSupervisionLoss, sampled_down
+from voxfuse.losses.deep_supervision import DeepSupervisionLoss
 from voxfuse.losses.engine import call_of, loss_of_call, reraise
 from voxfuse.losses.module import LossModule
 from voxfuse.losses.of_sums import SumsLoss
@@ -408,15 +408,17 @@ class FusedHead(nn.Module):
 
         def loss_of(head: nn.Module, features: Tensor) -> Tensor:
             asked.append(head)
-            own_mask = mask
-            if own_mask is not None:
-                own_mask = sampled_down("mask", own_mask, features)
+            parameters: Any = head.weight
+            classes = parameters.shape[0]
+            logits = features[:, :1].expand(-1, classes, *features.shape[2:])  # their shape
+            own = _target_of_level(target, features)
+            own, own_mask = self._levels.at_level(own, mask, logits)
             result = head_loss(
                 inner,
                 features,
-                head.weight,  # type: ignore[arg-type]
+                parameters,
                 head.bias,  # type: ignore[arg-type]
-                _target_of_level(target, features),
+                own,
                 own_mask,
                 chunk_bytes=self.chunk_bytes,
                 return_sums=return_sums,
@@ -480,7 +482,7 @@ def _names(head: str | Sequence[str]) -> list[str]:
 
 def _target_of_level(target: Tensor | Sequence[Tensor], features: Tensor) -> Tensor:
     if isinstance(target, Tensor):
-        return sampled_down("target", target, features)
+        return target
     size = features.shape[2:]
     for candidate in target:
         if candidate.shape[candidate.ndim - len(size) :] == size:
