@@ -20,6 +20,8 @@ from tests.losses.cases import (
     finite,
 )
 
+ANNOTATED = torch.tensor([[1.0, 0.0, 2.0], [0.5, 3.0, 0.0]], dtype=torch.float64)
+
 # --- Formulas ------------------------------------------------------------------------------------
 
 
@@ -140,6 +142,57 @@ def test_compounds_are_the_sums_of_their_parts():
     )
     for compound, parts in pairs:
         torch.testing.assert_close(compound, parts, rtol=1e-12, atol=0)
+
+
+COMPOUNDS = ["tversky + ce", "dice + ce", "tversky + focal", "dice + focal", "unified focal"]
+
+
+@pytest.mark.parametrize("name", COMPOUNDS)
+def test_a_compound_unreduced_is_each_samples_own_loss(name):
+    logits, labels = batch(dtype=torch.float64)
+    labels[0, 0] = 255
+    labels[1, 1:] = 0
+    options = {"class_weight": ANNOTATED, "likelihood_weight": [1.0, 2.0, 0.5]}
+    for more in ({}, options, {"absent": "ignore", "ignore_index": 255}):
+        more = {"ignore_index": 255, **more}
+        leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        loss = MODULES[name](reduction="none", **more)
+        losses = loss(leaf, labels)
+        alone = []
+        for b in range(2):
+            own = {**more, "class_weight": ANNOTATED[b : b + 1]} if "class_weight" in more else more
+            alone.append(MODULES[name](**own)(other[b : b + 1], labels[b : b + 1]))
+        expected = torch.stack(alone)
+        assert losses.shape == (2,)
+        torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+        grad = torch.tensor([1.0, 3.0], dtype=torch.float64)
+        losses.backward(grad)
+        expected.backward(grad)
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-15)
+        identity = torch.eye(3, dtype=torch.float64)
+        fused = voxfuse.head_loss(loss, logits, identity, None, labels)
+        torch.testing.assert_close(fused, losses)
+
+
+@pytest.mark.parametrize("overlap_part", [True, False])
+@pytest.mark.parametrize("likelihood_part", [True, False, None])
+def test_the_background_of_the_likelihood_is_its_own_option(overlap_part, likelihood_part):
+    logits, labels = batch(dtype=torch.float64)
+    f = voxfuse.functional
+    options = {
+        "include_background": overlap_part,
+        "likelihood_include_background": likelihood_part,
+    }
+    dice = f.dice_loss(logits, labels, include_background=overlap_part)
+    # By default the background is in the cross-entropy, and in the focal term as in the overlap.
+    of_ce = likelihood_part is not False
+    of_focal = overlap_part if likelihood_part is None else likelihood_part
+    for compound, part in (
+        (f.dice_ce_loss, f.cross_entropy_loss(logits, labels, include_background=of_ce)),
+        (f.dice_focal_loss, f.focal_loss(logits, labels, include_background=of_focal)),
+    ):
+        value = compound(logits, labels, **options)
+        torch.testing.assert_close(value, dice + part, rtol=1e-12, atol=0)
 
 
 def test_unified_focal_is_its_formula():
@@ -609,7 +662,11 @@ def test_labels_of_any_type_and_channels_last(name):
         (lambda: voxfuse.DiceLoss(smooth_nr=-1), ValueError, "smooth_nr: got -1"),
         (lambda: voxfuse.DiceLoss(absent="drop"), ValueError, "absent: got 'drop'"),
         (lambda: voxfuse.DiceLoss(alpha=1), TypeError, "alpha: not an option of DiceLoss"),
-        (lambda: voxfuse.DiceCELoss(reduction="none"), ValueError, "reduction: got 'none'"),
+        (
+            lambda: voxfuse.DiceCELoss(reduction="none", batch=True),
+            ValueError,
+            "batch: True pools the samples, of which reduction='none' gives each a loss",
+        ),
         (lambda: voxfuse.DiceCELoss(lambda_ce=-1), ValueError, "lambda_ce: got -1"),
         (
             lambda: voxfuse.DiceCELoss(activation="sigmoid", label_smoothing=0.1),
@@ -650,9 +707,6 @@ def test_bad_tensors(name):
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
             loss(*arguments)
-
-
-ANNOTATED = torch.tensor([[1.0, 0.0, 2.0], [0.5, 3.0, 0.0]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -18,6 +18,7 @@ class CompoundLoss(OverlapLoss):
     """A loss with a ratio of sums and a log-likelihood."""
 
     likelihood_weight: ClassWeights = None
+    likelihood_include_background: bool | None = None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -27,6 +28,18 @@ class BinaryCompoundLoss(CompoundLoss):
     pos_weight: ClassWeights = None
 
 
+def _reduction(options: Any) -> str:
+    """Of the likelihood: with "none" a sample's own mean."""
+    reduction: str = options.reduction
+    return "mean" if reduction == "none" else reduction
+
+
+def _background(options: Any) -> bool:
+    """Whether class 0 counts in a focal term."""
+    own: bool | None = options.likelihood_include_background
+    return bool(options.include_background if own is None else own)
+
+
 def _with_cross_entropy(
     options: Any, coefficients: Coefficients, scale: float, power: float = 1.0
 ) -> Recipe:
@@ -34,7 +47,8 @@ def _with_cross_entropy(
         options.ce_activation or options.activation,
         scale=number("lambda_ce", options.lambda_ce),
         label_smoothing=options.label_smoothing,
-        reduction=options.reduction,
+        include_background=options.likelihood_include_background is not False,
+        reduction=_reduction(options),
     )
     return overlap_recipe(options, *coefficients, power, scale=scale, likelihood=part)
 
@@ -47,9 +61,9 @@ def _with_focal(
         scale=number("lambda_focal", options.lambda_focal),
         gamma=number("focal_gamma", options.focal_gamma),
         alpha=options.focal_alpha,
-        include_background=options.include_background,
+        include_background=_background(options),
         mean="elements",
-        reduction=options.reduction,
+        reduction=_reduction(options),
     )
     return overlap_recipe(options, *coefficients, power, scale=scale, likelihood=part)
 
@@ -74,7 +88,10 @@ class TverskyCELoss(BinaryCompoundLoss):
             leaves unweighted. MONAI's one ``weight`` is both: the Tversky term's without the
             background's where ``include_background=False``, the cross-entropy's with it.
         pos_weight: weights (C,) of the positives in a binary cross-entropy.
-        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+        likelihood_include_background: whether class 0 counts in the cross-entropy, whatever
+            ``include_background`` says of the Tversky term; by default it does.
+        options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
+            if it were alone, not with ``batch``.
 
     Example:
         >>> import voxfuse
@@ -110,9 +127,10 @@ class DiceCELoss(BinaryCompoundLoss):
     Args:
         lambda_dice, lambda_ce: factors of the two terms, >= 0.
         squared: as in :class:`DiceLoss`.
-        label_smoothing, ce_activation, class_weight, likelihood_weight, pos_weight: as in
-            :class:`TverskyCELoss`.
-        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+        label_smoothing, ce_activation, class_weight, likelihood_weight, pos_weight,
+            likelihood_include_background: as in :class:`TverskyCELoss`.
+        options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
+            if it were alone, not with ``batch``.
 
     Example:
         >>> import torch, voxfuse
@@ -150,7 +168,10 @@ class TverskyFocalLoss(BinaryCompoundLoss):
         class_weight: weights of the classes in the Tversky term alone.
         likelihood_weight, pos_weight: weights (C,) in the focal term, which ``class_weight`` leaves
             unweighted.
-        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+        likelihood_include_background: whether class 0 counts in the focal term; by default as
+            ``include_background`` says.
+        options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
+            if it were alone, not with ``batch``.
 
     Example:
         >>> import voxfuse
@@ -186,8 +207,10 @@ class DiceFocalLoss(BinaryCompoundLoss):
     Args:
         focal_gamma, focal_alpha, lambda_focal, focal_activation: as in :class:`TverskyFocalLoss`.
         lambda_dice, squared: of the Dice term.
-        class_weight, likelihood_weight, pos_weight: as in :class:`TverskyFocalLoss`.
-        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+        class_weight, likelihood_weight, pos_weight, likelihood_include_background: as in
+            :class:`TverskyFocalLoss`.
+        options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
+            if it were alone, not with ``batch``.
 
     Example:
         >>> import voxfuse
@@ -232,7 +255,8 @@ class UnifiedFocalLoss(CompoundLoss):
         gamma: in [0, 1).
         symmetric: False for the asymmetric form; it needs a softmax (or probabilities) with class
             0 the background.
-        options: as in :class:`TverskyLoss`; ``reduction`` is "mean" or "sum".
+        options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
+            if it were alone, not with ``batch``.
 
     Example:
         >>> import voxfuse
@@ -260,9 +284,9 @@ class UnifiedFocalLoss(CompoundLoss):
             scale=balance,
             gamma=gamma,
             alpha=delta,
-            include_background=self.include_background,
+            include_background=_background(self),
             mean="voxels",
-            reduction=self.reduction,
+            reduction=_reduction(self),
             # The background alone is suppressed in the likelihood, the foreground alone enhanced
             # in the overlap.
             focal_classes=None if self.symmetric else 1,

@@ -65,6 +65,7 @@ class Call(NamedTuple):
     weights: Weights = NO_WEIGHTS
     ranks: Ranks | None = None
     function: Callable[[Sums], Tensor] | None = None
+    by_sample: bool = False
 
 
 def evaluate(
@@ -118,7 +119,14 @@ def call_of(
                 "class_weight: one for every sample cannot be pooled over ranks; leave batch at "
                 "False, or process_group at None"
             )
-    return Call(operators_of(options.backend, input.device), plan, weights, ranks, recipe.function)
+    return Call(
+        operators_of(options.backend, input.device),
+        plan,
+        weights,
+        ranks,
+        recipe.function,
+        recipe.by_sample,
+    )
 
 
 def reraise(error: RuntimeError) -> NoReturn:
@@ -152,7 +160,7 @@ def _differentiable(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the sums that it is made of (of all ranks)."""
     traced = torch.compiler.is_compiling() or _registry.functorch_active()
-    if traced or call.function is not None:
+    if traced or call.function is not None or call.by_sample:
         # The operators' own autograd, which compilers and torch.func can trace.
         _checks.refuse_forward_mode(input)
         stats = _sums(input, target, weight, call)
@@ -286,10 +294,26 @@ def loss_of_sums(plan: Plan, stats: Tensor, weights: Weights, double_loss: bool)
     return _loss_and_slopes(call, stats, double_loss)[0]
 
 
+def _losses_of_samples(call: Call, stats: Tensor, double_loss: bool) -> Tensor:
+    """(B,): the loss of every sample alone."""
+    losses = []
+    for b in range(stats.shape[0]):
+        weight = call.weights.class_weight
+        if weight is not None and weight.ndim == 2:
+            weight = weight[b]
+        own = call._replace(weights=call.weights._replace(class_weight=weight))
+        losses.append(_loss_and_slopes(own, stats[b : b + 1], double_loss)[0])
+    if not losses:
+        return stats.new_zeros(0, dtype=torch.float64 if double_loss else torch.float32)
+    return torch.stack(losses)
+
+
 def loss_of_call(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, Tensor]:
     """The same for the sums of one of several ranks, and the sums of all."""
     if call.ranks is not None:
         stats = sum_over_ranks(stats, call.plan.ratio.batch, call.ranks)
+    if call.by_sample:
+        return _losses_of_samples(call, stats, double_loss), stats
     if call.function is None:
         return _loss_and_slopes(call, stats, double_loss)[0], stats
     loss = call.function(Sums(*stats.unbind(-1)))

@@ -124,6 +124,8 @@ class Recipe:
     #: In place of the two: of the sums, of all of which it may ask.
     function: Callable[[Sums], Tensor] | None = None
     full: bool = False
+    #: Whether the loss is one number for every sample, as if it were alone.
+    by_sample: bool = False
     plans: dict[tuple[int, bool], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -298,6 +300,11 @@ def overlap_recipe(
     likelihood: LikelihoodOptions | None = None,
 ) -> Recipe:
     """A ratio of sums, and possibly a log-likelihood from the same pass; validates ``options``."""
+    by_sample = likelihood is not None and options.reduction == "none"
+    if by_sample and options.batch:
+        raise ValueError(
+            "batch: True pools the samples, of which reduction='none' gives each a loss"
+        )
     ratio = RatioOptions(
         list(numerator),
         list(denominator),
@@ -311,7 +318,7 @@ def overlap_recipe(
         batch=bool(options.batch),
         class_pooling=_checks.choice("class_pooling", class_pooling, ClassPooling),
         absent=_checks.choice("absent", options.absent, Absent),
-        reduction=reduction_code(options.reduction, allow_none=likelihood is None),
+        reduction=reduction_code("mean" if by_sample else options.reduction),
         ratio_scale=scale,
     )
     return Recipe(
@@ -320,6 +327,7 @@ def overlap_recipe(
         options.ignore_index,
         ratio,
         likelihood,
+        by_sample=by_sample,
     )
 
 
