@@ -339,7 +339,7 @@ def test_skipped_patches_leave_the_fill_value():
         return origin[0] >= 8
 
     fuser = voxfuse.PatchFuser(
-        (24, 8, 8), (8, 8, 8), 3, skip=skip, fill=2, output="labels", stream_axis=0
+        (24, 8, 8), (8, 8, 8), 3, skip_origin=skip, fill=2, output="labels", stream_axis=0
     )
     assert len(fuser) == 2
     patches = torch.zeros(2, 3, 8, 8, 8)
@@ -348,7 +348,7 @@ def test_skipped_patches_leave_the_fill_value():
     result = fuser.result()
     assert (result[:12] == 1).all()
     assert (result[12:] == 2).all()
-    nothing = voxfuse.PatchFuser((24, 8, 8), (8, 8, 8), 3, skip=lambda origin: True, fill=7)
+    nothing = voxfuse.PatchFuser((24, 8, 8), (8, 8, 8), 3, skip_origin=lambda origin: True, fill=7)
     assert torch.equal(nothing.result(), torch.full((3, 24, 8, 8), 7.0))
 
 
@@ -372,6 +372,10 @@ def test_skipped_patches_leave_the_fill_value():
         ({"head": (torch.zeros(3, 5), None)}, "head: got weight"),
         ({"out": torch.zeros(1)}, "out: got shape"),
         ({"origins": [[0]]}, "origins: got starts along 1 axes"),
+        (
+            {"origins": [[0, 0, 0], [4, 0, 0]]},
+            "origins: got a list of 2 lists of 3 integers; .* torch.tensor(origins",
+        ),
         ({"patch_size": (4, 4)}, "patch_shape: got"),
     ],
 )
@@ -501,3 +505,21 @@ def test_a_result_in_any_layout_gets_the_same_values(out):
     patches = predictions(fuser)
     assert run(fuser, patches) is out
     torch.testing.assert_close(out, run(wanted, patches), rtol=1e-6, atol=1e-6)
+
+
+def test_order_says_which_of_anothers_predictions_come_next():
+    """Patches at origins in any order, some of them left out."""
+    generator = torch.Generator().manual_seed(0)
+    origins = plan_grid((20, 12, 8), (8, 8, 8)).origins
+    origins = origins[torch.randperm(len(origins), generator=generator)]
+    predictions = torch.rand(len(origins), 2, 8, 8, 8, generator=generator)
+    fuser = voxfuse.PatchFuser((20, 12, 8), 8, 2, origins=origins)
+    assert torch.equal(origins[fuser.order], fuser.origins)
+    fuser.add(predictions[fuser.order])
+    expected = voxfuse.overlap_add(predictions[fuser.order], fuser.origins, (20, 12, 8))
+    torch.testing.assert_close(fuser.result(), expected)
+    fewer = voxfuse.PatchFuser(
+        (20, 12, 8), 8, 2, origins=origins, skip_origin=lambda origin: origin[1] == 4
+    )
+    assert torch.equal(origins[fewer.order], fewer.origins)
+    assert fewer.order.tolist() == [i for i in fuser.order.tolist() if origins[i, 1] != 4]

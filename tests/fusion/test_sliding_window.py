@@ -655,3 +655,34 @@ def test_a_result_over_the_input_is_an_error(kind):
         )
     result = voxfuse.sliding_window_inference(volume, 8, 2, lambda x: x, out=other)
     torch.testing.assert_close(result, volume)
+
+
+def test_skip_takes_a_patch_and_skip_origin_an_origin():
+    """skip_origin means the same in both calls, and serves several samples."""
+    volume = torch.rand(2, 1, 24, 8, 8) + 1
+    asked = []
+
+    def first_half(origin):
+        asked.append(origin)
+        return origin[0] >= 12
+
+    def network(x):
+        return torch.cat([x, -x], 1)
+
+    options = {"output": "labels", "fill": 1, "stream_axis": 0, "overlap": 0.5}
+    labels = voxfuse.sliding_window_inference(
+        volume, 8, 2, network, skip_origin=first_half, **options
+    )
+    assert set(asked) == {(z, 0, 0) for z in (0, 4, 8, 12, 16)}
+    fuser = voxfuse.PatchFuser((24, 8, 8), 8, 2, skip_origin=first_half, **options)
+    for origins in fuser.batches(1):
+        z = int(origins[0, 0])
+        fuser.add(network(volume[:1, :, z : z + 8]), origins)
+    assert torch.equal(labels[0, 0], fuser.result())
+    assert torch.equal(labels[0], labels[1])
+    same = voxfuse.sliding_window_inference(
+        volume[:1], 8, 2, network, skip=lambda patch: False, skip_origin=first_half, **options
+    )
+    assert torch.equal(same, labels[:1])
+    with pytest.raises(ValueError, match="skip_origin: is true for every patch"):
+        voxfuse.sliding_window_inference(volume, 8, 2, network, skip_origin=lambda origin: True)

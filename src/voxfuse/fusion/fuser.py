@@ -85,8 +85,8 @@ class PatchFuser:
             layer is linear and the weights sum to 1.
         members: predictions that every patch gets (flips, models of an ensemble); their mean
             counts.
-        skip: a function of an origin (tuple of integers); patches for which it is true are left
-            out. It is asked once, here.
+        skip_origin: a function of an origin (tuple of integers); patches for which it is true are
+            left out. It is asked once, here.
         fill: the result where no patch lies; labels and masks take integers that their dtype holds.
         stream_axis: "auto" or an axis.
         out: where the result goes: a tensor on any device, a NumPy array such as a memmap, or a
@@ -142,7 +142,7 @@ class PatchFuser:
         threshold: float = 0.5,
         head: tuple[Tensor, Tensor] | None = None,
         members: int = 1,
-        skip: Callable[[tuple[int, ...]], bool] | None = None,
+        skip_origin: Callable[[tuple[int, ...]], bool] | None = None,
         fill: float = 0.0,
         stream_axis: str | int = "auto",
         out: Destination | None = None,
@@ -176,11 +176,15 @@ class PatchFuser:
         if isinstance(table, Grid):
             listed = origins is not None and not isinstance(origins, Grid)
             table = (table if listed else table.distinct()).origins
-        if skip is not None:
-            kept = [i for i, origin in enumerate(table.tolist()) if not skip(tuple(origin))]
+        kept = torch.arange(len(table))
+        if skip_origin is not None:
+            kept = kept[[not skip_origin(tuple(origin)) for origin in table.tolist()]]
             table = table[kept]
         axis = chosen_axis(stream_axis, *shapes)
         self._schedule = Schedule(table, *shapes, axis, members)
+        #: (N,) int64 indices of the given origins, or the grid's, in the order of :attr:`origins`:
+        #: what another program predicted in its own order is added as ``predictions[fuser.order]``.
+        self.order = kept[self._schedule.order]
         self._weights = weights_for_origins(self.origins, window, *shapes)
         # Half accumulators take the sum of the weights.
         rounded = bool(self._weights.floor) and accumulate is not None

@@ -176,6 +176,12 @@ def checked_origins(
     if not isinstance(origins, Sequence) or isinstance(origins, str):
         raise TypeError(f"origins: got {type(origins).__name__}, expected {expected}")
     if len(origins) != axes:
+        if all(isinstance(x, Sequence) and len(x) == axes for x in origins):
+            raise ValueError(
+                f"origins: got a list of {len(origins)} lists of {axes} integers; a list of lists "
+                "is the starts along each axis, so pass the origins of patches as a tensor, "
+                "torch.tensor(origins)"
+            )
         raise ValueError(f"origins: got starts along {len(origins)} axes, expected {expected}")
     starts = tuple(_checks.integers("origins", axis) for axis in origins)
     return Grid(volume_shape, patch_shape, starts)

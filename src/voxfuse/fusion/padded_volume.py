@@ -115,14 +115,25 @@ class PaddedVolume:
         if padding == "constant" and any((*self._before, *self._after)):
             _checks.require_held("cval", cval, volume.dtype)
 
-    def placement(self, stream_axis: str | int, skip: Callable[[Tensor], bool] | None) -> Placement:
+    def placement(
+        self,
+        stream_axis: str | int,
+        skip: Callable[[Tensor], bool] | None = None,
+        skip_origin: Callable[[tuple[int, ...]], bool] | None = None,
+    ) -> Placement:
         """Where the patches are that are not skipped, in streaming order."""
         table = np.array(list(product(*self._starts)), np.int64)
+        if skip_origin is not None:
+            table = table[[not skip_origin(tuple(origin)) for origin in table.tolist()]]
+            if len(table) == 0:
+                raise ValueError(
+                    "skip_origin: is true for every patch, so that nothing was predicted"
+                )
         if skip is not None:
             if self.samples != 1:
                 raise ValueError(f"skip: got a function and {self.samples} samples, expected one")
             skipped = [skip(self._patch(self.tensor, 0, origin)) for origin in table.tolist()]
-            table = table[np.logical_not(skipped)]
+            table = table[np.logical_not(np.array(skipped, bool))]
             if len(table) == 0:
                 raise ValueError("skip: is true for every patch, so that nothing was predicted")
         axis = chosen_axis(stream_axis, self.spatial, self.roi)

@@ -32,14 +32,18 @@ class Schedule:
     ) -> None:
         self.axis, self.extent, self._members = axis, volume[axis], members
         self.reach = patch[axis]
-        order = torch.argsort(origins[:, axis], stable=True)
+        #: (N,) indices of the given origins, in the order in which they are expected.
+        self.order = torch.argsort(origins[:, axis], stable=True)
         #: (N, n) int64 first voxels of the patches, in the order in which they are expected.
-        self.origins = origins[order].contiguous()
+        self.origins = origins[self.order].contiguous()
         table = list(map(tuple, self.origins.tolist()))
         self._index = {origin: i for i, origin in enumerate(table)}
         if len(self._index) != len(table):
             twice = Counter(table).most_common(1)[0][0]
-            raise ValueError(f"origins: {twice} occurs more than once")
+            raise ValueError(
+                f"origins: {twice} occurs more than once; where a patch gets several predictions "
+                "(flips, models of an ensemble), give its origin once and members= their number"
+            )
         starts, rows, counts = torch.unique(
             self.origins[:, axis], return_inverse=True, return_counts=True
         )

@@ -50,6 +50,7 @@ def sliding_window_inference(
     threshold: float = 0.5,
     grid: str = "shifted",
     skip: Callable[[Tensor], bool] | None = None,
+    skip_origin: Callable[[tuple[int, ...]], bool] | None = None,
     fill: float = 0.0,
     stream_axis: str | int = "auto",
     accumulate: torch.dtype | None = None,
@@ -123,6 +124,8 @@ def sliding_window_inference(
             see :func:`voxfuse.fusion.grids.plan_grid`.
         skip: a function of a patch (1, channels, \*roi_size), cut from the padded volume: where it
             is true the patch is not predicted. Voxels under no patch get ``fill``. One sample.
+        skip_origin: the same of a patch's origin (tuple of integers), as
+            :class:`voxfuse.PatchFuser` takes it; of every sample.
         backend: backend of the fusion; see :func:`voxfuse.backends`.
 
     Returns:
@@ -179,7 +182,7 @@ def sliding_window_inference(
             backend=backend,
         )
         weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
-        placement = volume.placement(stream_axis, skip)
+        placement = volume.placement(stream_axis, skip, skip_origin)
         return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
 
 

@@ -101,5 +101,5 @@ def sliding_window_inference(
     )
     weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
     # Means are summed in the result itself, and MONAI's order of patches costs nothing.
-    placement = volume.placement(0 if output == "logits" else "auto", skip=None)
+    placement = volume.placement(0 if output == "logits" else "auto")
     return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
