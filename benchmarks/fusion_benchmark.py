@@ -204,7 +204,7 @@ def jobs(
     if not labels:
         calls["voxfuse as MONAI"] = setting.drop_in
     calls["voxfuse"] = lambda: setting.voxfuse(output=output)
-    calls["voxfuse, a row a batch"] = lambda: setting.voxfuse(setting.row, output=output)
+    calls["voxfuse, one row per batch"] = lambda: setting.voxfuse(setting.row, output=output)
     if "torchio" in peers:
         from torchio import GridAggregator as Peer
 
@@ -244,7 +244,7 @@ def check(setting: Setting, calls: dict[str, Call], output: str) -> dict[str, fl
         # MONAI raises the least weights of its Gaussian; ours are MONAI's in the drop-in alone.
         window = gaussian_window(list(setting.patch)).float().to(setting.device)
         plain = setting.monai(roi_weight_map=window)
-        for name in ("voxfuse", "voxfuse, a row a batch"):
+        for name in ("voxfuse", "voxfuse, one row per batch"):
             compare(name, calls[name](), plain)
         del plain
         if "voxfuse as MONAI" in calls:

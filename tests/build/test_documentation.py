@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import voxfuse
+from voxfuse.losses import options
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -95,6 +96,21 @@ def test_files_named_in_code_spans_exist(page):
     folders = "csrc|src|tests|examples|benchmarks|triton_kernels|docs|data"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_readme_links_every_example_and_page():
+    text = (ROOT / "README.md").read_text()
+    files = [*(ROOT / "examples").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    missing = [x for x in (f.relative_to(ROOT).as_posix() for f in files) if f"]({x})" not in text]
+    assert not missing
+
+
+def test_the_page_of_losses_has_every_loss_and_every_argument_of_monais_with_another_name():
+    text = (ROOT / "docs/losses.md").read_text()
+    for name in voxfuse.losses.__all__:
+        assert not name.endswith("Loss") or f"`{name}`" in text, name
+    for name in [*options.MONAI_NAMES, "weight"]:
+        assert f"`{name}=" in text, name
 
 
 # Column of the README's table -> label of the link and file, for an operator's stem.

@@ -23,7 +23,7 @@ WEIGHT_NAMES = ("class_weight", "likelihood_weight", "pos_weight")
 
 
 #: MONAI's arguments that have another name here: ours, one of which a loss may have, or what to do.
-_MONAI_NAMES: dict[str, tuple[str, ...] | str] = {
+MONAI_NAMES: dict[str, tuple[str, ...] | str] = {
     "sigmoid": "activation='sigmoid' here",
     "softmax": "activation='softmax' here, the default",
     "use_softmax": "activation='softmax' here, the default",
@@ -50,7 +50,7 @@ def monai_hint(name: str, options: Container[str]) -> str | None:
             "background's where include_background=False) and likelihood_weight= in the likelihood"
             + voxels
         )
-    ours = _MONAI_NAMES.get(name, ())
+    ours = MONAI_NAMES.get(name, ())
     if isinstance(ours, tuple):
         ours = "".join(f"{x}= here" for x in ours if x in options)
     return f"MONAI's {name} is {ours}" if ours else None

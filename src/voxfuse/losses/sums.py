@@ -19,8 +19,8 @@ class Sums(NamedTuple):
         >>> logits = torch.tensor([[[4.0, -4.0, 0.0], [-4.0, 4.0, 0.0]]])
         >>> loss = voxfuse.DiceCELoss()
         >>> value, sums = loss(logits, torch.tensor([[0, 1, 1]]), return_sums=True)
-        >>> sums.dice().round(decimals=3)  # of class 0 and 1
-        tensor([[0.8000, 0.8000]], dtype=torch.float64)
+        >>> sums.dice().round(decimals=3)  # of class 0: 2 / 2.5; of class 1: 3 / 3.5
+        tensor([[0.8000, 0.8570]], dtype=torch.float64)
     """
 
     TP: Tensor
