@@ -68,6 +68,8 @@ def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
     for block in _python_blocks(page):
         if "import monai" in block or "from monai" in block:
             pytest.importorskip("monai", reason="the example compares with MONAI")
+        if "import nibabel" in block:
+            pytest.importorskip("nibabel", reason="the example writes a NIfTI file")
         if "import torchio" in block:
             pytest.importorskip("torchio", reason="the example fills an aggregator of TorchIO's")
         exec(compile(block, page, "exec"), namespace)
