@@ -65,7 +65,7 @@ OPTIONS = {
     "members": {"members": 2},
     "a head": {"output": "labels", "head": (torch.randn(5, 3), torch.randn(5))},
     "float16 results": {"dtype": torch.float16},
-    "skipped patches": {"skip": lambda origin: origin[1] == 4, "fill": 7.0},
+    "skipped patches": {"skip_origin": lambda origin: origin[1] == 4, "fill": 7.0},
     "into a tensor": {"out": lambda: torch.full((3, *SHAPE), float("nan"))},
     "into a part of a tensor": {"out": lambda: torch.zeros(6, *SHAPE)[::2]},
     "labels into an array": {"output": "labels", "out": lambda: np.full(SHAPE, 9, np.uint8)},

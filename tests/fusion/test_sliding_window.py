@@ -686,3 +686,41 @@ def test_skip_takes_a_patch_and_skip_origin_an_origin():
     assert torch.equal(same, labels[:1])
     with pytest.raises(ValueError, match="skip_origin: is true for every patch"):
         voxfuse.sliding_window_inference(volume, 8, 2, network, skip_origin=lambda origin: True)
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities", "mask"])
+@pytest.mark.parametrize("way", ["engine", "half a ring", "composed", "memmap"])
+def test_some_channels_of_the_result(output, way, tmp_path):
+    volume = torch.rand(2, 1, 20, 12, 8)
+    mixed = torch.nn.Conv3d(1, 4, 3, padding=1)
+    options = {"output": output, "activation": "none" if output == "logits" else "softmax"}
+    options["accumulate"] = torch.float16 if way == "half a ring" else None
+    if way == "composed":
+        options["process_fn"] = lambda patch, image, weight: (patch, weight)
+    with torch.no_grad():
+        whole = voxfuse.sliding_window_inference(volume, 8, 2, mixed, **options)
+        out = None
+        if way == "memmap":
+            kind = np.uint8 if output == "mask" else np.float32
+            out = np.memmap(tmp_path / "some", kind, "w+", shape=(2, 2, 20, 12, 8))
+        some = voxfuse.sliding_window_inference(
+            volume, 8, 2, mixed, channels=[2, 0], out=out, **options
+        )
+    assert some.shape == (2, 2, 20, 12, 8)
+    assert torch.equal(torch.as_tensor(some), whole[:, [2, 0]])
+
+
+def test_channels_that_the_result_cannot_have():
+    volume, network = torch.rand(1, 1, 8, 8, 8), torch.nn.Conv3d(1, 3, 1).eval()
+    for channels, output, message in (
+        ([3], "logits", r"result_channels: got \(3,\), expected channels in \[0, 3\)"),
+        ([-1], "logits", r"result_channels: got \(-1,\), expected channels >= 0"),
+        ([], "logits", r"result_channels: got \(\), expected channels >= 0"),
+        ([1], "labels", "result_channels: got .* with output 'labels', which has one channel"),
+    ):
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            voxfuse.sliding_window_inference(
+                volume, 8, 1, network, output=output, channels=channels
+            )
+    with pytest.raises(TypeError, match=r"result_channels: got \[1.5\], expected integers"):
+        voxfuse.PatchFuser((8, 8, 8), 8, 3, result_channels=[1.5])

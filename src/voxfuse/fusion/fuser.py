@@ -102,6 +102,8 @@ class PatchFuser:
             for float16 (and n 2^-25: its smallest numbers), 2^-8 for bfloat16. Predictions beyond
             65504 overflow float16. Slower: see :class:`voxfuse.fusion.ring.HalfRing`.
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
+        result_channels: channels of the logits, probabilities or mask that are kept, in this order;
+            the others exist in the ring only.
 
     A fuser can be copied in the middle of its work, by pickle, ``copy.deepcopy`` or ``torch.save``:
     the copy has a result of its own (of ``out`` too) and goes on to the same bits;
@@ -150,6 +152,7 @@ class PatchFuser:
         device: torch.device | str | None = None,
         accumulate: torch.dtype | None = None,
         backend: str = "auto",
+        result_channels: Sequence[int] | None = None,
     ) -> None:
         self.volume_shape = _checks.integers("volume_shape", volume_shape)
         if isinstance(patch_size, int):
@@ -167,6 +170,7 @@ class PatchFuser:
             dtype=dtype,
             accumulate=accumulate,
             backend=backend,
+            result_channels=result_channels,
         )
         self.channels, self.members, self.options = channels, members, options
         shapes = self.volume_shape, self.patch_size

@@ -49,6 +49,7 @@ class FusionOptions:
     dtype: torch.dtype | None = None
     accumulate: torch.dtype | None = None
     backend: str = "auto"
+    result_channels: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.accumulate is not None and self.accumulate not in ACCUMULATORS:
@@ -77,10 +78,24 @@ class FusionOptions:
             raise ValueError("voting: got 'soft', expected 'logit' with head")
         if self.output == "labels" and self.classes == 1:
             raise ValueError("output: 'labels' of one channel are all 0; use 'mask'")
+        if self.result_channels is not None:
+            chosen = _checks.integers("result_channels", self.result_channels)
+            object.__setattr__(self, "result_channels", chosen)
+            self._check_chosen(chosen)
         if self.output == "logits" and self.activation != "none":
             raise ValueError(
                 f"activation: got {self.activation!r} with output 'logits'; use 'probabilities'"
             )
+
+    def _check_chosen(self, chosen: tuple[int, ...]) -> None:
+        if self.mode not in ("values", "mask"):
+            raise ValueError(
+                f"result_channels: got {chosen} with output {self.output!r}, which has one channel"
+            )
+        classes = self.classes
+        if not chosen or min(chosen) < 0 or (classes is not None and max(chosen) >= classes):
+            expected = "channels >= 0" if classes is None else f"channels in [0, {classes})"
+            raise ValueError(f"result_channels: got {chosen}, expected {expected}")
 
     def of(
         self, channels: int, head: tuple[Tensor, Tensor] | None, predictions: torch.dtype
@@ -124,10 +139,17 @@ class FusionOptions:
             and self.head is None
             and self.members == 1
             and self.accumulate is None
+            and self.result_channels is None
         )
 
     def result_shape(self, volume: Sequence[int]) -> tuple[int, ...]:
         """Shape of the result, with its channel axis."""
+        if self.result_channels is not None:
+            return (len(self.result_channels), *volume)
+        return self.finished_shape(volume)
+
+    def finished_shape(self, volume: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what is finalised, of which the result may be some channels."""
         channels = self.classes if self.mode in ("values", "mask") else 1
         assert channels is not None
         return (channels, *volume)

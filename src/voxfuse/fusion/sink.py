@@ -78,15 +78,21 @@ class Sink:
         place = None
         if self.result is not None:
             place = self.result.narrow(1 + self._axis, start, stop - start)
-        if place is not None and self._is_direct(place, device):
-            make(place, start, stop)
+        chosen = self._options.result_channels
+        direct = None if place is None or not self._is_direct(place, device) else place
+        if direct is not None and chosen is None:
+            make(direct, start, stop)
             return
-        shape = list(self._options.result_shape(self._volume))
+        shape = list(self._options.finished_shape(self._volume))
         shape[1 + self._axis] = stop - start
         dtype = self._dtype if place is None else place.dtype
         slab = torch.empty(shape, dtype=dtype, device=device)
         make(slab, start, stop)
-        if place is not None:
+        if chosen is not None:
+            slab = slab[list(chosen)]
+        if direct is not None:
+            direct.copy_(slab)
+        elif place is not None:
             self._delivery.send(slab, place)
         elif self._function is not None:
             self._function(slab, start, stop)

@@ -55,6 +55,7 @@ def sliding_window_inference(
     stream_axis: str | int = "auto",
     accumulate: torch.dtype | None = None,
     backend: str = "auto",
+    channels: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Predict overlapping patches of a volume and fuse them into one prediction.
@@ -127,6 +128,8 @@ def sliding_window_inference(
         skip_origin: the same of a patch's origin (tuple of integers), as
             :class:`voxfuse.PatchFuser` takes it; of every sample.
         backend: backend of the fusion; see :func:`voxfuse.backends`.
+        channels: channels of the logits, probabilities or mask that the result has, in this order;
+            the others exist in the ring only, where the engine takes the patches.
 
     Returns:
         (B, C, \*spatial) in the predictions' dtype, accumulated in float32 (float64 for float64);
@@ -180,6 +183,7 @@ def sliding_window_inference(
             fill=fill,
             accumulate=accumulate,
             backend=backend,
+            result_channels=channels,
         )
         weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
         placement = volume.placement(stream_axis, skip, skip_origin)
