@@ -69,7 +69,9 @@ def tensors(case: ConfusionCase, device: str = "cpu") -> tuple[Tensor, Tensor, T
             away = torch.randint(1, case.classes, greatest.shape, generator=generator)
             values = ((greatest + away) % case.classes).reshape(target_shape)
         else:
-            values = torch.randint(0, case.classes, target_shape, generator=generator)
+            most = {torch.int8: 128, torch.uint8: 256, torch.bfloat16: 257}.get(case.target_dtype)
+            named = case.classes if most is None else min(case.classes, most)
+            values = torch.randint(0, named, target_shape, generator=generator)
     if case.ignore_index is not None:
         ignored = torch.rand(values.shape, generator=generator) < 0.3
         values = values.masked_fill(ignored, case.ignore_index)
