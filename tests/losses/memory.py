@@ -16,6 +16,8 @@ from benchmarks import harness
 SHAPE = (1, 4, 128, 128, 128)
 VOXELS = 128**3
 REPETITIONS = 3
+#: What a fused loss may take.
+MIB = 1 << 20
 
 #: The losses of the two fused operators, each with the options that change what the pass does.
 FUSED: dict[str, Callable[[], Any]] = {
@@ -75,7 +77,7 @@ def extra_bytes(
 ) -> int:
     """Peak of a step above the logits, the labels and the gradient.
 
-    Noise only adds to a high-water mark, hence the least of several.
+    Noise only adds to a high-water mark, hence the least of several, where one is above the bound.
     """
 
     def step() -> torch.Tensor | None:
@@ -84,11 +86,13 @@ def extra_bytes(
         gradient, logits.grad = logits.grad, None
         return gradient
 
-    peaks = [
-        harness.peak_extra_bytes(step, logits.device, warm=0 if i else 1)
-        for i in range(repetitions)
-    ]
-    return min(peaks) - logits.numel() * logits.element_size()
+    gradient_bytes = logits.numel() * logits.element_size()
+    extra = harness.peak_extra_bytes(step, logits.device, warm=1) - gradient_bytes
+    for _ in range(repetitions - 1):
+        if extra > MIB:
+            again = harness.peak_extra_bytes(step, logits.device, warm=0)
+            extra = min(extra, again - gradient_bytes)
+    return extra
 
 
 def main() -> None:

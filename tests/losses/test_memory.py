@@ -12,7 +12,7 @@ import pytest
 
 from tests.losses import memory
 
-MIB = 1 << 20
+MIB = memory.MIB
 
 pytestmark = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK),
