@@ -13,7 +13,8 @@ from typing import Any
 def ptx_atomics(ptx: str) -> dict[str, int]:
     """Integer additions that every GPU thread sees, which count, and all other atomics."""
     found = re.findall(r"^\s*(?:@!?%\w+\s+)?((?:atom|red)\.[\w.:]+)", ptx, re.M)
-    counters = [name for name in found if re.fullmatch(r"atom\.[\w.:]*\.add\.[us]32", name)]
+    integers = re.compile(r"(?:atom|red)\.[\w.:]*\.add\.[us](?:32|64)")
+    counters = [name for name in found if integers.fullmatch(name)]
     return {"counters": len(counters), "atomics": len(found) - len(counters)}
 
 
@@ -48,8 +49,8 @@ def amd_resources(assembly: str) -> dict[str, Any]:
         "registers": note("vgpr_count"),
         "stack": note("private_segment_fixed_size"),
         "shared": note("group_segment_fixed_size"),
-        "atomics": len(re.findall(r"^\s*\w+_atomic_(?!add_u32|add )\w+", assembly, re.M)),
-        "counters": len(re.findall(r"^\s*\w+_atomic_add(?:_u32)? ", assembly, re.M)),
+        "atomics": len(re.findall(r"^\s*\w+_atomic_(?!add(?:_u32|_u64|_x2)? )\w+", assembly, re.M)),
+        "counters": len(re.findall(r"^\s*\w+_atomic_add(?:_u32|_u64|_x2)? ", assembly, re.M)),
     }
 
 
@@ -71,7 +72,7 @@ def _atomics(counts: dict[str, int]) -> dict[str, int]:
     """Integer additions that every GPU thread sees, which count, and all other atomics."""
     found = {"machine_counters": 0, "machine_atomics": 0}
     for name, n in counts.items():
-        if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32)?\.STRONG\.GPU", name):
+        if re.fullmatch(r"(ATOMG?|REDG?)\.E\.ADD(\.S32|\.64)?\.STRONG\.GPU", name):
             found["machine_counters"] += n
         # On sm_100 bits in shared memory say which tensor memory is taken: they add nothing up.
         elif re.match(r"(RED|ATOM)[GS]?\.", name) and name not in ("ATOMS.OR", "ATOMS.AND"):

@@ -14,7 +14,14 @@ from voxfuse import contract
 
 CODES = Path(__file__).parents[2] / "csrc" / "contract" / "codes.h"
 #: Operators with backward passes or variants of their own have one stem.
-STEMS = ("soft_confusion", "head_confusion", "ratio_loss", "overlap_add", "finalize_slab")
+STEMS = (
+    "soft_confusion",
+    "hard_confusion",
+    "head_confusion",
+    "ratio_loss",
+    "overlap_add",
+    "finalize_slab",
+)
 ENUMERATIONS = {
     name: kind
     for name, kind in vars(contract).items()

@@ -157,6 +157,7 @@ def test_the_library_registers_a_kernel_for_every_operator(tmp_path):
         "overlap_add_",
         "overlap_weights_",
         "finalize_slab",
+        "hard_confusion",
     ]
     code = (
         "import sys, torch\n"

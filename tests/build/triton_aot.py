@@ -500,6 +500,36 @@ def _finalize_slab_instance(
     return Instance(kernels.finalize, constants, types, kernels.WARPS, lengths)
 
 
+def _hard_confusion_instance(
+    decision: int,
+    classes: int,
+    dtype: str = "float32",
+    target: str = "uint8",
+    dense: bool = False,
+    masked: bool = False,
+    has_ignore: bool = False,
+) -> Instance:
+    import torch
+
+    from voxfuse.triton_kernels import hard_confusion as kernels
+    from voxfuse.triton_kernels.views import View, constexprs
+
+    options = kernels.options_for(decision, dense, has_ignore, getattr(torch, dtype), classes)
+    types: dict[str, Any] = {
+        "tensors": kernels.Tensors(
+            View(TYPES[dtype], "i32", "i32", 1),
+            View(TYPES[target], "i32", "i32", 1),
+            View("*u8", "i32", "i32", 1) if masked else None,
+            "*i64",
+        ),
+        "least": "fp32",
+    }
+    views = ("input", "target", "mask") if masked else ("input", "target")
+    lengths = (f"tensors.{view}.{stride}" for view in views for stride in ("batch", "channel"))
+    constants = {"OPTIONS": constexprs(options)}
+    return Instance(kernels.count, constants, types, kernels.WARPS, (*lengths, "voxels"))
+
+
 def _floating_sum_instance(dtype: str) -> Instance:
     """What no kernel may do: sums in an order that the hardware chooses."""
     import triton
@@ -521,6 +551,7 @@ INSTANCES = {
     "ratio_loss_backward": _ratio_loss_backward_instance,
     "overlap_add": _overlap_add_instance,
     "finalize_slab": _finalize_slab_instance,
+    "hard_confusion": _hard_confusion_instance,
     "floating_sum": _floating_sum_instance,
 }
 
@@ -592,6 +623,29 @@ CASES = (
             ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
         )
     ),
+    *everywhere("hard_confusion", "count-argmax-4", decision=0, classes=4),
+    *everywhere(
+        "hard_confusion",
+        "count-argmax-117-float64",
+        decision=0,
+        classes=117,
+        dtype="float64",
+        target="int64",
+        masked=True,
+        has_ignore=True,
+    ),
+    *everywhere(
+        "hard_confusion",
+        "count-threshold-bfloat16",
+        decision=1,
+        classes=16,
+        dtype="bfloat16",
+        target="float32",
+        dense=True,
+        masked=True,
+        has_ignore=True,
+    ),
+    *everywhere("hard_confusion", "count-labels", decision=2, classes=117, dtype="int64"),
 )
 
 
@@ -611,7 +665,7 @@ def on_amd() -> tuple[Compilation, ...]:
         "backward-185-float32", "backward-81-float32-full", "second-stage", "ratio-loss",
         "ratio-loss-backward", "head-128x128-ieee-forward", "head-64x32-ieee-backward",
         "fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather", "fusion-backward",
-        "finalize-values-117",
+        "finalize-values-117", "count-argmax-4",
     )  # fmt: skip
     cases = {case.name: case for case in CASES}
     return tuple(

@@ -315,6 +315,12 @@ unsigned atomic_add(unsigned* address, unsigned value) {
   return before;
 }
 
+unsigned long long atomic_add(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;
+  *address += value;
+  return before;
+}
+
 void fence() {}
 
 }  // namespace voxfuse::emulation

@@ -8,7 +8,8 @@
 // reach aborts. Supported: threadIdx, blockIdx, blockDim, gridDim, VOXFUSE_SHARED
 // (csrc/cuda/launch.h),
 // __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync,
-// __any_sync, __all_sync, __popc, __ldg, __ldcg, atomicAdd(unsigned*), __threadfence.
+// __any_sync, __all_sync, __popc, __ldg, __ldcg, atomicAdd(unsigned*) and of 64 bits,
+// __threadfence.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -72,6 +73,7 @@ unsigned ballot(unsigned mask, bool predicate);
 int lane();
 
 unsigned atomic_add(unsigned* address, unsigned value);
+unsigned long long atomic_add(unsigned long long* address, unsigned long long value);
 
 /// __threadfence().
 void fence();
@@ -99,6 +101,13 @@ std::string features(const Problem& q) {
     add("axes", q.axes);
     add("activation", q.activation);
     add("kept", q.softmax != nullptr);
+  } else if constexpr (requires { q.decision; }) {
+    add("dense", q.dense);
+    add("input", q.input.type);
+    add("target", q.target.type);
+    add("mask", q.mask.data == nullptr ? -1 : static_cast<int>(q.mask.type));
+    add("vector", q.input.vector);
+    add("classes", q.classes);
   } else if constexpr (requires { q.turn; }) {
     add("type", q.type);
     add("activation", q.activation);
@@ -183,6 +192,10 @@ T __ldcg(const T* address) {
 }
 
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return voxfuse::emulation::atomic_add(address, value);
+}
+
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   return voxfuse::emulation::atomic_add(address, value);
 }
 

@@ -24,6 +24,8 @@ import voxfuse
 from tests.emulation import emulator
 from tests.ops.finalize_slab import cases as finalize_cases
 from tests.ops.finalize_slab.cases import SlabCase
+from tests.ops.hard_confusion import cases as hard_cases
+from tests.ops.hard_confusion.cases import HardCase
 from tests.ops.overlap_add.cases import FLOATS, assert_fused, fusion_case
 from tests.ops.ratio_loss.cases import check_ratio, with_absent_class
 from tests.ops.soft_confusion.cases import ConfusionCase, check
@@ -307,6 +309,42 @@ def test_every_instance_of_finalize_slab_runs(tmp_path):
         assert values["head"] == ({0} if "Finish)4" in name else {0, 1}), name
 
 
+def test_every_instance_of_hard_confusion_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = emulator.HardConfusion(EMULATION_LOG=str(log))
+    for decision, dtype in itertools.product(hard_cases.Decision.__members__, FLOATS):
+        # The types of target and mask in turn, of labels and of values a class.
+        for i, (target, mask) in enumerate(zip(hard_cases.LABELS, hard_cases.MASKS, strict=False)):
+            case = HardCase(
+                decision,
+                classes=(3, 9)[i % 2],
+                spatial=(16 - i % 2,),
+                dtype=dtype,
+                layout=LAYOUTS[i % len(LAYOUTS)],
+                target="dense" if decision != "labels" and i % 3 == 0 else "labels",
+                target_dtype=target,
+                predicted_dtype=target,
+                mask=None if i % 5 == 0 else mask,
+                seed=i,
+            )
+            hard_cases.check(case, operators.hard_confusion)
+    operators.close()
+    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name, features in operators.launched(log):
+        for feature, value in features.items():
+            met[name][feature].add(value)
+    assert set(met) == set(operators.instances().values())
+    every = {emulator.ELEMENTS[dtype] for dtype in hard_cases.LABELS}
+    for name, values in met.items():
+        of_labels = "Decision)2" in name
+        assert values["target"] == every, name
+        assert values["input"] == every if of_labels else len(values["input"]) == 1, name
+        assert values["dense"] == ({0} if of_labels else {0, 1}), name
+        assert values["vector"] == {0, 1}, name
+        assert len(values["mask"]) > 8, name
+        assert NONE in values["mask"], name
+
+
 def test_the_library_has_the_instances_of_the_emulation():
     library = Path(voxfuse.__file__).parent / "libvoxfuse_cuda.so"
     carried = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin/cuobjdump"
@@ -327,6 +365,7 @@ def test_the_library_has_the_instances_of_the_emulation():
         emulator.RatioLoss,
         emulator.OverlapAdd,
         emulator.FinalizeSlab,
+        emulator.HardConfusion,
     )
     emulated = {name for program in programs for name in program.instances().values()}
     assert {emulator.readable(name) for name in names} == emulated

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from tests.emulation import emulator
+from tests.ops.hard_confusion.cases import HardCase
+from tests.ops.hard_confusion.cases import check as check_counts
 from tests.ops.overlap_add.cases import assert_fused, fusion_case
 from tests.ops.ratio_loss.cases import check_ratio, with_absent_class
 from tests.ops.soft_confusion.cases import ConfusionCase, check
@@ -155,6 +157,19 @@ def test_ratio_loss(class_pooling):
             nll_scale=0.5 if reduction else 0.0,
             normaliser=1,
         )
+    operators.close()
+
+
+@pytest.mark.parametrize("decision", ["argmax", "threshold", "labels"])
+def test_hard_confusion(decision):
+    """Counters in shared memory and in the result; more classes than are counted at one time."""
+    operators = emulator.HardConfusion("threads")
+    for case in (
+        HardCase(decision, 3, batch=1, spatial=(1100,), mask=torch.uint8),
+        HardCase(decision, 9, batch=2, spatial=(30,), ignore_index=1),
+        HardCase("labels", 1030, batch=1, spatial=(5,)),
+    ):
+        check_counts(case, operators.hard_confusion)
     operators.close()
 
 

@@ -70,19 +70,18 @@ def register(
     *,
     stem: str,
     vmap: Callable[..., Any] | None = None,
-    has_triton: bool = True,
 ) -> None:
     """Declare operator ``name`` in every namespace, with its implementations and its fake.
 
     ``fake`` gets the arguments as one tuple with the schema's names. Implementations are the
     functions called ``name`` in ``voxfuse.reference.<stem>`` and
     ``voxfuse.triton_kernels.<stem>``. ``vmap`` is the rule under ``torch.func.vmap``, by default
-    one call an element. Without ``has_triton`` the reference takes its place.
+    one call an element.
     """
     schema = name + SCHEMAS[name]
     bound = _with_inputs(schema, fake)
     reference = _lazy(f"voxfuse.reference.{stem}", name)
-    triton = _lazy(f"voxfuse.triton_kernels.{stem}", name) if has_triton else reference
+    triton = _lazy(f"voxfuse.triton_kernels.{stem}", name)
     for namespace, library in _libraries.items():
         # The compiled library declares its operators when it is loaded; a second definition of a
         # schema would raise.

@@ -60,7 +60,7 @@ def hard_confusion(
         num_classes: C; required for ``mode="labels"``.
         ignore_index: voxels with this label do not count; of a dense target, for the classes that
             have it.
-        backend: "auto", "cpp" or "reference"; see :func:`voxfuse.backends`.
+        backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
     Returns:
         int64 tensor (B, C, 4): TP, FP, FN, TN. It has no gradient.
@@ -212,10 +212,4 @@ def _fake(x: Any) -> Tensor:
     return result
 
 
-_registry.register(
-    "hard_confusion",
-    _fake,
-    stem="hard_confusion",
-    vmap=_registry.fold_into_batch,
-    has_triton=False,
-)
+_registry.register("hard_confusion", _fake, stem="hard_confusion", vmap=_registry.fold_into_batch)

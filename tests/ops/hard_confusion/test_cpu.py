@@ -270,7 +270,7 @@ def test_logits_with_a_gradient_and_subclasses_are_counted():
     assert torch.equal(counts, voxfuse.hard_confusion(logits.detach(), labels))
 
 
-@pytest.mark.parametrize("seed", [3, 11, 17])
+@pytest.mark.parametrize("seed", [3, 11])
 def test_passes_opcheck(seed):
     given = arguments(random_case(seed))
     for operators in (torch.ops.voxfuse, torch.ops.voxfuse_reference):
