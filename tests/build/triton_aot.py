@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.build import machine_code
+from tests.build.kernel_compiler import AMD, Instance, compile_instance
 from tests.build.parallel_compiler import compile_in_parallel, table
 
 TYPES = {
@@ -37,8 +38,6 @@ AMD_STACKS = {
     "backward-185-float32-gfx942": 172,
     "head-64x32-ieee-backward-gfx1100": 276,
 }
-#: GPUs of AMD's, a data centre's and a desktop's, and the lanes of their waves.
-AMD = {"gfx942": 64, "gfx1100": 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,23 +181,6 @@ def confusion_cases() -> tuple[Compilation, ...]:
         for _, name, options in found.values()
         for case in everywhere("soft_confusion", name, **options)
     )
-
-
-@dataclasses.dataclass
-class Instance:
-    """A kernel with the types and compile-time values of its parameters.
-
-    A type is Triton's word for it, or None or 1 for what Triton compiles in; of a parameter that is
-    a tuple, a tuple with the same names. ``multiples_of_16`` are parameters, or fields of such a
-    tuple as "parameter.field".
-    """
-
-    kernel: Any
-    constants: dict[str, Any]
-    types: dict[str, Any]
-    num_warps: int = 4
-    multiples_of_16: tuple[str, ...] = ()
-    registers: int | None = None  # that the launch allows a thread, on NVIDIA
 
 
 def _confusion_problem(
@@ -695,53 +677,10 @@ def compile_cubin(case: Compilation) -> bytes:
 
 def compile_kernel(case: Compilation) -> dict[str, Any]:
     """What the compiler makes of one case, by the name of the stage."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from voxfuse.triton_kernels.launches import LAUNCH_OPTIONS
-
     options = dict(case.options)
     if case.operator == "head_confusion":
         options["amd"] = isinstance(case.capability, str)
-    instance = INSTANCES[case.operator](**options)
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = dict(instance.constants)
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def declared(kind: Any, name: str, path: tuple[int, ...]) -> Any:
-        if isinstance(kind, tuple):
-            fields = kind._fields  # type: ignore[attr-defined]
-            inner = (
-                declared(kind[i], f"{name}.{field}", (*path, i)) for i, field in enumerate(fields)
-            )
-            return type(kind)(*inner)
-        if not isinstance(kind, str):
-            # What Triton does with None and with integers that are 1.
-            constants[path] = kind
-            return "constexpr"
-        if kind.startswith("*") or name in instance.multiples_of_16:
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for position, name in enumerate(instance.kernel.arg_names):
-        if name in instance.constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = declared(instance.types.get(name, "i32"), name, (position,))
-    if isinstance(case.capability, str):
-        target, limit = GPUTarget("hip", case.capability, AMD[case.capability]), {}
-    else:
-        target = GPUTarget("cuda", case.capability, 32)
-        limit = {} if instance.registers is None else {"maxnreg": instance.registers}
-    source = ASTSource(instance.kernel, signature, constants, attributes)
-    compiled = triton.compile(
-        source,
-        target=target,
-        options={"num_warps": instance.num_warps, **LAUNCH_OPTIONS, **limit},
-    )
-    stages: dict[str, Any] = compiled.asm
-    return stages
+    return compile_instance(INSTANCES[case.operator](**options), case.capability)
 
 
 def main(arguments: list[str]) -> None:
