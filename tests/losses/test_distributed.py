@@ -27,6 +27,7 @@ LOSSES = {
     "focal": lambda **k: voxfuse.FocalLoss(activation="sigmoid", **k),
     "bce": lambda **k: voxfuse.BCELoss(pos_weight=[1.0, 2.0, 3.0], **k),
     "summed cross-entropy": lambda **k: voxfuse.CrossEntropyLoss(reduction="sum", **k),
+    "a function of sums": lambda **k: voxfuse.SumsLoss(lambda s: 1 - s.pooled().dice().mean(), **k),
     "top k": lambda **k: voxfuse.TopKLoss(20.0, class_weight=[1.0, 2.0, 3.0], **k),
     "top k of most": lambda **k: voxfuse.TopKLoss(90.0, label_smoothing=0.1, **k),
     "lovasz": lambda **k: voxfuse.LovaszLoss(class_weight=[1.0, 2.0, 3.0], **k),
@@ -61,6 +62,21 @@ def ranks_equal_one_process(rank: int, world: int) -> None:
         averaged = make(process_group="world", ddp_average=True)
         _, mine = value_and_gradient(averaged, logits[own], labels[own])
         torch.testing.assert_close(mine, world * gradient[own], rtol=1e-10, atol=1e-18, msg=name)
+
+
+def sums_of_all_ranks(rank: int, world: int) -> None:
+    """What return_sums hands out is what the loss was computed from."""
+    logits, labels = whole_batch()
+    own = slice(0, 2) if rank == 0 else slice(2 * rank, SAMPLES)
+    _, whole = voxfuse.DiceCELoss(batch=True)(logits, labels, return_sums=True)
+    loss = voxfuse.DiceCELoss(batch=True, process_group="world")
+    _, sums = loss(logits[own].requires_grad_(), labels[own], return_sums=True)
+    for a, b in zip(sums[:4], whole.pooled()[:4], strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    loss.class_weight = torch.ones(len(labels[own]), 3)
+    with pytest.raises(ValueError, match="class_weight: one for every sample cannot be pooled"):
+        loss(logits[own], labels[own])
 
 
 def a_volume_split_along_space(rank: int, world: int) -> None:
@@ -159,7 +175,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_two_ranks(tmp_path):
-    launch(2, tmp_path, (*CHECKS, deep_supervision, refusals, a_compiled_step))
+    launch(2, tmp_path, (*CHECKS, sums_of_all_ranks, deep_supervision, refusals, a_compiled_step))
 
 
 @pytest.mark.slow

@@ -23,8 +23,9 @@ class SumsLoss(LossModule):
             and reduce the classes itself.
         activation, overlap, ignore_index: as in :class:`TverskyLoss`.
         full: also count OFF, P2, G2 and W.
-        process_group, ddp_average, backend: as in :class:`TverskyLoss`; the function gets the sums
-            of all ranks, sample by sample.
+        process_group: None, "world" or a process group: the function gets the sums of all ranks'
+            samples together, (1, C) each.
+        ddp_average, backend: as in :class:`TverskyLoss`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
