@@ -36,6 +36,8 @@ def test_repr_shows_what_matters():
     assert repr(loss) == (
         "TverskyLoss(alpha=0.3, beta=0.7, include_background=False, class_weight=[1.0, 2.0])"
     )
+    loss.class_weight = [[1.0, 0.0], [0.1, 2.0]]
+    assert repr(loss).endswith("class_weight=[[1.0, 0.0], [0.1, 2.0]])")
 
 
 def test_a_changed_option_takes_effect():

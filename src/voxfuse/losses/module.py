@@ -108,7 +108,8 @@ class Loss(Declared):
             value = getattr(self, name)
             if name in WEIGHT_NAMES:
                 if value is not None:
-                    parts.append(f"{name}={[round(x, 6) for x in value.flatten().tolist()]}")
+                    shown = value if value.ndim > 1 else value.flatten()
+                    parts.append(f"{name}={shown.double().round(decimals=6).tolist()}")
             elif name in self.shown or value != default:
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
