@@ -190,27 +190,28 @@ def register_autograd(
     forward pass on one backend is followed by a backward pass on the same one.
     """
     schema = getattr(torch.ops.voxfuse, name).default._schema
-    arguments, inputs_of = schema.arguments, _inputs_of(schema)
+    inputs_of = _inputs_of(schema)
+    # Read once: every look into a schema makes Python objects of it.
+    names = [x.name for x in schema.arguments]
+    lists = [x.name for x in schema.arguments if str(x.type) == "List[Tensor]"]
+    defaults = [x.default_value if x.has_default_value() else ... for x in schema.arguments]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.lists = {
-            x.name: len(value)
-            for x, value in zip(arguments, inputs, strict=True)
-            if str(x.type) == "List[Tensor]"
-        }
         # The dispatcher drops defaults at the end, and wants a gradient for all others.
         ctx.passed = len(inputs)
-        while ctx.passed and _is_default(arguments[ctx.passed - 1], inputs[ctx.passed - 1]):
+        while ctx.passed and _is_default(inputs[ctx.passed - 1], defaults[ctx.passed - 1]):
             ctx.passed -= 1
-        setup_context(ctx, inputs_of(*inputs), output)
+        named = inputs_of(*inputs)
+        ctx.lists = {name: len(getattr(named, name)) for name in lists}
+        setup_context(ctx, named, output)
 
     for namespace, library in _libraries.items():
         operators = getattr(torch.ops, namespace)
 
         def bound(ctx: Any, *grads: Any, operators: Any = operators) -> Any:
-            gradients = backward(operators, ctx, *grads)
             none = {name: [None] * length for name, length in ctx.lists.items()}
-            return tuple((none | gradients).get(x.name) for x in arguments[: ctx.passed])
+            gradients = none | backward(operators, ctx, *grads)
+            return tuple(map(gradients.get, names[: ctx.passed]))
 
         torch.library.register_autograd(
             f"{namespace}::{name}", bound, setup_context=setup, lib=library
@@ -220,10 +221,10 @@ def register_autograd(
         setattr(transformable, name, function)
 
 
-def _is_default(argument: Any, value: Any) -> bool:
-    if isinstance(value, Tensor) or not argument.has_default_value():
+def _is_default(value: Any, default: Any) -> bool:
+    if default is ... or isinstance(value, Tensor):
         return False
-    return bool(value == argument.default_value)
+    return bool(value == default)
 
 
 class TransformableOperators:
@@ -251,7 +252,7 @@ def _transformable(
     backward: Callable[..., dict[str, Any]],
 ) -> Callable[..., Any]:
     operator = getattr(getattr(torch.ops, operators.name), name).default
-    arguments = operator._schema.arguments
+    names = [x.name for x in operator._schema.arguments]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs_of(*inputs), output)
@@ -262,7 +263,7 @@ def _transformable(
     def every(ctx: Any, *grads: Any) -> Any:
         # Here defaults are arguments, which the dispatcher drops, and a list is one of them.
         gradients = backward(operators, ctx, *grads)
-        return tuple(gradients.get(x.name) for x in arguments)
+        return tuple(map(gradients.get, names))
 
     function: Any = type(
         f"Transformable_{name}",
