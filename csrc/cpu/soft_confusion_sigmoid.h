@@ -1,7 +1,8 @@
 // soft_confusion with a sigmoid and any target, in float32 arithmetic: product overlap, one
 // activation, no focal modulation. Part of soft_confusion_kernel.cpp. It stands for the general
 // core, class by class and with the weight multiplied in first; a test holds the two against each
-// other.
+// other. The block comes by value: a store could change what is behind a reference, which is then
+// read again for every vector.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace voxfuse::VOXFUSE_ISA {
 namespace {
 
 template <bool Full>
-void sigmoid_forward(const SoftConfusion& q, const Block<float>& block, float* sums) {
+void sigmoid_forward(const SoftConfusion& q, const Block<float> block, float* sums) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;
   constexpr int S = Full ? FULL : CORE;
@@ -48,7 +49,7 @@ void sigmoid_forward(const SoftConfusion& q, const Block<float>& block, float* s
   }
 }
 
-void sigmoid_backward(const SoftConfusion& q, const Block<float>& block, const float* cotangent,
+void sigmoid_backward(const SoftConfusion& q, const Block<float> block, const float* cotangent,
                       float* gradient, int64_t gradient_stride) {
   using V = Vec<float>;
   constexpr int width = Lanes<float>::width;

@@ -4,10 +4,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <span>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 #include "cpu/half.h"
 #include "cpu/rows.h"
@@ -44,8 +48,8 @@ struct Block {
 template <class R>
 struct Workspace {
   int64_t block;  // voxels a block
-  std::vector<R> logits, interleaved, dense, weight, ones, scratch;
-  std::vector<Label<R>> labels;
+  std::span<R> logits, interleaved, dense, weight, scratch;
+  std::span<Label<R>> labels;
 
   explicit Workspace(const SoftConfusion& q) {
     const int64_t width = Lanes<R>::width;
@@ -53,21 +57,43 @@ struct Workspace {
     block = std::clamp<int64_t>(6144 * 4 / (q.classes * static_cast<int64_t>(sizeof(R))), 64,
                                 kMaxBlock);
     block = block / width * width;
-    logits.resize(q.classes * block);
-    if (q.input.stride.channel == 1 || (q.gradient != nullptr && q.gradient_stride.channel == 1)) {
-      interleaved.resize(q.classes * block + width);
-    }
+    const int64_t tile = q.classes * block;
+    const bool interleaves =
+        q.input.stride.channel == 1 || (q.gradient != nullptr && q.gradient_stride.channel == 1);
+    const int64_t rows = kScratchRows * q.classes * width;
+    // One allocation, for a range has few voxels; malloc aligns to 16 bytes, and by chance then
+    // every vector would lie across two cache lines.
+    const size_t bytes =
+        (tile + (interleaves ? tile + width : 0) + (q.dense ? tile : block) + block + rows) *
+        sizeof(R);
+    size_t room = bytes + kLine;
+    memory = std::make_unique_for_overwrite<std::byte[]>(room);
+    void* start = memory.get();
+    R* free = static_cast<R*>(std::align(kLine, bytes, start, room));
+    const auto take = [&](int64_t n) { return std::span<R>(std::exchange(free, free + n), n); };
+    logits = take(tile);
+    if (interleaves) interleaved = take(tile + width);
     if (q.dense) {
-      dense.resize(q.classes * block);
+      dense = take(tile);
     } else {
-      labels.resize(block);
+      labels = {reinterpret_cast<Label<R>*>(take(block).data()), static_cast<size_t>(block)};
     }
-    weight.resize(block);
-    ones.assign(block, R{1});
-    scratch.resize(kScratchRows * q.classes * width);
+    weight = take(block);
+    scratch = take(rows);
   }
+
+ private:
   static constexpr int64_t kScratchRows = 9;
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<std::byte[]> memory;
 };
+
+template <class R>
+alignas(kVectorBytes) inline constexpr std::array<R, kMaxBlock> kOnes = [] {
+  std::array<R, kMaxBlock> ones{};
+  ones.fill(R{1});
+  return ones;
+}();
 
 namespace {
 
@@ -185,7 +211,7 @@ bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   R* weight = work.weight.data();
   Label<R>* labels = work.labels.data();
   if (q.weight.data != nullptr) stage_weights(q, b, begin, n, weight);
-  if (q.dense && q.weight.data == nullptr) std::copy_n(work.ones.data(), n, weight);
+  if (q.dense && q.weight.data == nullptr) std::fill_n(weight, n, R{1});
 
   bool wrong = false, ignores = q.dense && q.has_ignore;
   const int64_t offset = b * q.target.stride.batch + begin * q.target.stride.voxel;
@@ -222,7 +248,7 @@ bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   out.labels = q.dense ? nullptr : labels;
   out.dense = q.dense ? work.dense.data() : nullptr;
   out.dense_stride = work.block;
-  out.weight = out.weighted ? weight : work.ones.data();
+  out.weight = out.weighted ? weight : kOnes<R>.data();
   return false;
 }
 
