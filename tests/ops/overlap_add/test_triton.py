@@ -189,7 +189,7 @@ def test_activated_bits_depend_on_neither_flips_nor_calls(channels, activation):
     place = (2, 1, 1 + case.volume[2])
     whole = torch.ones(channels, *case.volume, device=DEVICE)
     OPERATORS.overlap_add_(whole, *on_device(patches, *tables), *place, 0, 0.0, activation)
-    for flip in range(1, 8):
+    for flip in (1, 2, 4, 7):  # every axis by itself, and all at once
         ring = torch.ones_like(whole)
         for first in range(0, 5, 2):
             part = slice(first, first + 2)
