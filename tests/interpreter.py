@@ -30,7 +30,7 @@ def replace_the_language_once_a_launch() -> None:
 
     def once(function: Any) -> Any:
         if replaced and languages(function) <= replaced:
-            return None  # of a call inside a launch, which restores nothing
+            return interpreter._LangPatchScope()  # has nothing to restore
         scope, is_launch = replace(function), not replaced
         replaced.update(languages(function))
         if is_launch:
