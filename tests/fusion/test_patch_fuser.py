@@ -376,6 +376,10 @@ def test_skipped_patches_leave_the_fill_value():
             {"origins": [[0, 0, 0], [4, 0, 0]]},
             "origins: got a list of 2 lists of 3 integers; .* torch.tensor(origins",
         ),
+        (
+            {"origins": [[0, 0, 0], [4, 0, 0], [5, 0, 0]]},
+            "origins: got a list of 3 lists of 3 integers; .* torch.tensor(origins",
+        ),
         ({"patch_size": (4, 4)}, "patch_shape: got"),
     ],
 )

@@ -713,12 +713,12 @@ def test_some_channels_of_the_result(output, way, tmp_path):
 def test_channels_that_the_result_cannot_have():
     volume, network = torch.rand(1, 1, 8, 8, 8), torch.nn.Conv3d(1, 3, 1).eval()
     for channels, output, message in (
-        ([3], "logits", r"result_channels: got \(3,\), expected channels in \[0, 3\)"),
-        ([-1], "logits", r"result_channels: got \(-1,\), expected channels >= 0"),
-        ([], "logits", r"result_channels: got \(\), expected channels >= 0"),
-        ([1], "labels", "result_channels: got .* with output 'labels', which has one channel"),
+        ([3], "logits", r"channels: got \(3,\), expected channels in \[0, 3\)"),
+        ([-1], "logits", r"channels: got \(-1,\), expected channels >= 0"),
+        ([], "logits", r"channels: got \(\), expected channels >= 0"),
+        ([1], "labels", "channels: got .* with output 'labels', which has one channel"),
     ):
-        with pytest.raises(ValueError, match=message), torch.no_grad():
+        with pytest.raises(ValueError, match="^" + message), torch.no_grad():
             voxfuse.sliding_window_inference(
                 volume, 8, 1, network, output=output, channels=channels
             )

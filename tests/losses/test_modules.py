@@ -95,6 +95,17 @@ def test_a_mask_is_called_mask_everywhere():
         voxfuse.fuse_head(network, loss)(logits, labels, mask=mask),
     ):
         torch.testing.assert_close(value, expected)
+    for call in (
+        lambda **k: loss(logits, labels, **k),
+        lambda **k: voxfuse.DeepSupervisionLoss(loss)([logits], labels, **k),
+        lambda **k: voxfuse.functional.dice_ce_loss(logits, labels, **k),
+    ):
+        with pytest.raises(TypeError, match="weight.*weights of voxels are mask="):
+            call(weight=mask)
+    with pytest.raises(TypeError, match="masks: not an argument of the call of DiceCELoss"):
+        loss(logits, labels, masks=mask)
+    with pytest.raises(TypeError, match="voxel_weight: .* HeadDiceCELoss; weights of voxels are"):
+        voxfuse.HeadDiceCELoss()(*head, voxel_weight=mask)
     sums = voxfuse.soft_confusion(logits, labels, mask=mask)
     torch.testing.assert_close(head_confusion(*head, mask=mask), sums)
 

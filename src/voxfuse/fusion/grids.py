@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -175,16 +176,24 @@ def checked_origins(
     expected = f"a list of {axes} lists of integers, or an (N, {axes}) tensor of origins"
     if not isinstance(origins, Sequence) or isinstance(origins, str):
         raise TypeError(f"origins: got {type(origins).__name__}, expected {expected}")
+    if _looks_like_origins(origins, axes):
+        raise ValueError(
+            f"origins: got a list of {len(origins)} lists of {axes} integers; a list of lists is the "
+            "starts along each axis, so pass the origins of patches as a tensor, "
+            "torch.tensor(origins)"
+        )
     if len(origins) != axes:
-        if all(isinstance(x, Sequence) and len(x) == axes for x in origins):
-            raise ValueError(
-                f"origins: got a list of {len(origins)} lists of {axes} integers; a list of lists "
-                "is the starts along each axis, so pass the origins of patches as a tensor, "
-                "torch.tensor(origins)"
-            )
         raise ValueError(f"origins: got starts along {len(origins)} axes, expected {expected}")
     starts = tuple(_checks.integers("origins", axis) for axis in origins)
     return Grid(volume_shape, patch_shape, starts)
+
+
+def _looks_like_origins(origins: Sequence[Any], axes: int) -> bool:
+    """Whether lists are places and not the starts along each axis, which rise."""
+    if not origins or not all(isinstance(x, Sequence) and len(x) == axes for x in origins):
+        return False
+    rising = all(a < b for axis in origins for a, b in itertools.pairwise(axis))
+    return len(origins) != axes or not rising
 
 
 def tables_for_origins(

@@ -79,23 +79,12 @@ class FusionOptions:
         if self.output == "labels" and self.classes == 1:
             raise ValueError("output: 'labels' of one channel are all 0; use 'mask'")
         if self.result_channels is not None:
-            chosen = _checks.integers("result_channels", self.result_channels)
-            object.__setattr__(self, "result_channels", chosen)
-            self._check_chosen(chosen)
+            given = ("result_channels", self.result_channels, self.output, self.classes)
+            object.__setattr__(self, "result_channels", checked_channels(*given))
         if self.output == "logits" and self.activation != "none":
             raise ValueError(
                 f"activation: got {self.activation!r} with output 'logits'; use 'probabilities'"
             )
-
-    def _check_chosen(self, chosen: tuple[int, ...]) -> None:
-        if self.mode not in ("values", "mask"):
-            raise ValueError(
-                f"result_channels: got {chosen} with output {self.output!r}, which has one channel"
-            )
-        classes = self.classes
-        if not chosen or min(chosen) < 0 or (classes is not None and max(chosen) >= classes):
-            expected = "channels >= 0" if classes is None else f"channels in [0, {classes})"
-            raise ValueError(f"result_channels: got {chosen}, expected {expected}")
 
     def of(
         self, channels: int, head: tuple[Tensor, Tensor] | None, predictions: torch.dtype
@@ -165,6 +154,19 @@ class FusionOptions:
             if self.classes - 1 <= torch.iinfo(dtype).max:
                 return dtype
         return torch.int32
+
+
+def checked_channels(
+    name: str, channels: Sequence[int], output: str, classes: int | None
+) -> tuple[int, ...]:
+    """The channels of a result, which has ``classes`` of them as far as is known."""
+    chosen = _checks.integers(name, channels)
+    if OUTPUTS[output] not in ("values", "mask"):
+        raise ValueError(f"{name}: got {chosen} with output {output!r}, which has one channel")
+    if not chosen or min(chosen) < 0 or (classes is not None and max(chosen) >= classes):
+        expected = "channels >= 0" if classes is None else f"channels in [0, {classes})"
+        raise ValueError(f"{name}: got {chosen}, expected {expected}")
+    return chosen
 
 
 def checked_voting(voting: str | None, head: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from voxfuse.fusion.accumulators import Accumulator, Results, accumulator
 from voxfuse.fusion.heads import HeadLike
 from voxfuse.fusion.importance import Importance, importance, resized
 from voxfuse.fusion.network import Member, Network, Predictor, flat
-from voxfuse.fusion.options import FusionOptions
+from voxfuse.fusion.options import FusionOptions, checked_channels
 from voxfuse.fusion.orientations import Augmentation
 from voxfuse.fusion.padded_volume import PaddedVolume, Placement
 from voxfuse.fusion.windows import WindowLike
@@ -183,8 +184,10 @@ def sliding_window_inference(
             fill=fill,
             accumulate=accumulate,
             backend=backend,
-            result_channels=channels,
         )
+        if channels is not None:
+            channels = checked_channels("channels", channels, output, network.heads.classes)
+            options = replace(options, result_channels=channels)
         weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
         placement = volume.placement(stream_axis, skip, skip_origin)
         return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
@@ -271,9 +274,14 @@ class Outputs:
         if any(callable(out) for out in outs) and self._samples != 1:
             raise ValueError(f"out: got functions and {self._samples} samples, expected one sample")
         self._kinds = [_kind(tensor) for tensor in tensors]
+        chosen = self._options.result_channels
         for tensor, out in zip(tensors, outs, strict=True):
             patch = tuple(tensor.shape[2:])
             weights = resized(weights, patch)
+            if chosen is not None:
+                checked_channels(
+                    "channels", chosen, self._options.output, heads.classes or tensor.shape[1]
+                )
             self._accumulators.append(
                 accumulator(
                     self._options.of(tensor.shape[1], heads.merged, heads.kind or tensor.dtype),

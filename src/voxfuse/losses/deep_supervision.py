@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from voxfuse.losses.options import refuse_arguments
 from voxfuse.losses.pooling import pool_dense, pool_labels, pool_max
 from voxfuse.ops import _checks
 
@@ -199,6 +200,7 @@ class DeepSupervisionLoss(nn.Module):
         mask: Tensor | None = None,
         *,
         return_sums: bool = False,
+        **others: Any,
     ) -> Any:
         r"""Return the weighted sum.
 
@@ -215,6 +217,7 @@ class DeepSupervisionLoss(nn.Module):
             ValueError: a target or mask has other axes than an output, or fewer voxels along one;
                 or one tensor could be one output as well as a stack: pass a list then.
         """
+        refuse_arguments(self, others)
         one_target = isinstance(target, Tensor)
         if not one_target and not len(target):
             raise ValueError("target: got no target at all")

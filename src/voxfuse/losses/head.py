@@ -17,6 +17,7 @@ from voxfuse.losses.deep_supervision import DeepSupervisionLoss
 from voxfuse.losses.engine import call_of, loss_of_call, reraise
 from voxfuse.losses.module import LossModule
 from voxfuse.losses.of_sums import SumsLoss
+from voxfuse.losses.options import refuse_arguments
 from voxfuse.losses.overlap import TverskyLoss
 from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.ops import _checks, _registry
@@ -126,8 +127,10 @@ class _OfFeatures(nn.Module):
         mask: Tensor | None = None,
         *,
         return_sums: bool = False,
+        **others: Any,
     ) -> Any:
         """Return the loss; the arguments are those of :func:`head_loss`."""
+        refuse_arguments(self, others)
         return head_loss(
             self,
             features,

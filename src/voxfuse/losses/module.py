@@ -14,7 +14,13 @@ from torch import Tensor
 
 from voxfuse.losses.declared import Declared
 from voxfuse.losses.engine import evaluate
-from voxfuse.losses.options import WEIGHT_NAMES, ClassWeights, OverlapOptions, monai_hint
+from voxfuse.losses.options import (
+    WEIGHT_NAMES,
+    ClassWeights,
+    OverlapOptions,
+    monai_hint,
+    refuse_arguments,
+)
 from voxfuse.losses.plan import Recipe
 from voxfuse.losses.sums import Sums
 
@@ -70,6 +76,7 @@ class Loss(Declared):
         mask: Tensor | None = None,
         *,
         return_sums: bool = False,
+        **others: Any,
     ) -> Tensor | tuple[Tensor, Sums]:
         r"""Return the loss, or with ``return_sums`` the pair of the loss and its :class:`Sums`.
 
@@ -82,6 +89,7 @@ class Loss(Declared):
                 detached soft counts (of all ranks, and pooled, where ``process_group`` does so),
                 with ``dice()`` and other scores. TypeError where the loss is not made of sums.
         """
+        refuse_arguments(self, others)
         result: Tensor | tuple[Tensor, Sums] = self.of(self, input, target, mask, return_sums)
         return result
 

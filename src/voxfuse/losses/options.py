@@ -6,7 +6,7 @@ What they mean is said once, in :class:`voxfuse.TverskyLoss`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +54,15 @@ def monai_hint(name: str, options: Container[str]) -> str | None:
     if isinstance(ours, tuple):
         ours = "".join(f"{x}= here" for x in ours if x in options)
     return f"MONAI's {name} is {ours}" if ours else None
+
+
+def refuse_arguments(loss: object, named: Iterable[str]) -> None:
+    """Raise TypeError for the first of what the call of a loss does not take."""
+    for name in named:
+        hint = ""
+        if name in ("weight", "voxel_weight"):
+            hint = "; weights of voxels are mask=, weights of classes an option of the loss"
+        raise TypeError(f"{name}: not an argument of the call of {type(loss).__name__}{hint}")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -64,10 +64,16 @@ def bad_call(function, changes, error, message):
             "gives origins, a list of lists the starts along each axis)",
         ),
         (
-            {"origins": [[0, 1]]},
+            {"origins": [[0, 1, 2]]},
             ValueError,
             "origins: got starts along 1 axes, expected a list of 2 lists of integers, or an "
             "(N, 2) tensor of origins",
+        ),
+        (
+            {"origins": [[0, 1]]},
+            ValueError,
+            "origins: got a list of 1 lists of 2 integers; a list of lists is the starts along "
+            "each axis, so pass the origins of patches as a tensor, torch.tensor(origins)",
         ),
         (
             {"origins": 3},
