@@ -178,8 +178,8 @@ def checked_origins(
         raise TypeError(f"origins: got {type(origins).__name__}, expected {expected}")
     if _looks_like_origins(origins, axes):
         raise ValueError(
-            f"origins: got a list of {len(origins)} lists of {axes} integers; a list of lists is the "
-            "starts along each axis, so pass the origins of patches as a tensor, "
+            f"origins: got a list of {len(origins)} lists of {axes} integers; a list of lists is "
+            "the starts along each axis, so pass the origins of patches as a tensor, "
             "torch.tensor(origins)"
         )
     if len(origins) != axes:
