@@ -13,6 +13,7 @@ enum class Reduction : int { none, mean, sum };
 enum class Normaliser : int { one, target, voxels, elements, volume };
 enum class Decision : int { argmax, threshold, labels };
 enum class Finish : int { values, labels, mask, foreground, entropy };
+enum class Resampled : int { labels, mask, regions, values };
 
 // Columns of the sums of one sample and class. Indices, hence integers: Sum::TP.
 struct Sum {

@@ -40,6 +40,7 @@ from voxfuse.losses import (  # noqa: E402
 )
 from voxfuse.ops.hard_confusion import hard_confusion  # noqa: E402
 from voxfuse.ops.head_confusion import head_confusion  # noqa: E402
+from voxfuse.ops.resample_argmax import resample_argmax  # noqa: E402
 from voxfuse.ops.soft_confusion import soft_confusion  # noqa: E402
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "head_confusion",
     "head_loss",
     "overlap_add",
+    "resample_argmax",
     "sliding_window_inference",
     "soft_confusion",
 ]

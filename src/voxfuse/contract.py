@@ -119,6 +119,15 @@ class Decision(Code):
     labels = 2
 
 
+class Resampled(Code):
+    """What resample_argmax keeps of a voxel's interpolated channels: ``kept`` in the schema."""
+
+    labels = 0
+    mask = 1
+    regions = 2
+    values = 3
+
+
 class ConfusionOptions(NamedTuple):
     """The options of soft_confusion that its backward pass shares."""
 
@@ -192,6 +201,8 @@ SCHEMAS: Final = {
     "float floor=0.0, int activation=0, Tensor[]? cover=None) -> ()",
     "overlap_weights_": "(Tensor(a!) total, Tensor origins, Tensor rows, Tensor[] weights, "
     "int ring_axis, int start, int stop) -> ()",
+    "resample_argmax": "(Tensor(a!) out, Tensor input, Tensor[] index, Tensor[] weight, "
+    "int kept, float least, int[] regions, bool round_to_half) -> ()",
     # Not "mode": PyTorch's functionalisation calls by name, and has a "mode" of its own.
     "finalize_slab": "(Tensor(a!) ring, Tensor(b!) out, Tensor? total, Tensor? weight, "
     "Tensor? bias, int ring_axis, int start, int stop, int activation, bool applied, int finish, "

@@ -1,0 +1,212 @@
+"""Channels interpolated to another grid, of which only the decision between them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from voxfuse.contract import Activation, Resampled
+from voxfuse.ops import _checks, _registry
+from voxfuse.ops.finalize_slab import check_threshold
+from voxfuse.reference.hard_confusion import least_above
+
+_LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_NUMBERS = (*_checks.LOGIT_DTYPES, *_LABEL_DTYPES, torch.bool)
+
+
+def axis_table(
+    source: int, target: int, order: int = 1, *, align_corners: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Where the voxels of a target axis lie in the source, and what its neighbours there weigh.
+
+    .. math::
+        x_k = \frac{n}{m} (k + \tfrac12) - \tfrac12 \quad\text{clipped to } [0, n-1],
+        \qquad x_k = k \frac{n-1}{m-1} \text{ with } \mathtt{align\_corners}
+
+    in float64: the positions of ``skimage.transform.resize(mode="edge")`` and of
+    ``scipy.ndimage.map_coordinates(mode="nearest")`` as nnU-Net calls them, and of
+    ``torch.nn.functional.interpolate``. Order 1 weighs the two neighbours by
+    1 - (x - floor x) and x - floor x, each rounded once to float32; order 0 takes
+    floor(x + 0.5). An axis that keeps its size is not computed with.
+
+    Returns:
+        int64 (m,) indices of the lower neighbour, and float32 (2, m) weights of the lower and the
+        upper one; an upper weight of 0 means that the lower voxel is taken as it is.
+
+    Example:
+        >>> from voxfuse.ops.resample_argmax import axis_table
+        >>> index, weight = axis_table(2, 4)
+        >>> index, weight[1]
+        (tensor([0, 0, 0, 1]), tensor([0.0000, 0.2500, 0.7500, 0.0000]))
+    """
+    if source == target:
+        return torch.arange(target), torch.tensor([[1.0], [0.0]]).repeat(1, target)
+    k = torch.arange(target, dtype=torch.float64)
+    if align_corners:
+        x = k * ((source - 1) / (target - 1)) if target > 1 else torch.zeros_like(k)
+    else:
+        x = (source / target) * (k + 0.5) - 0.5
+    x = x.clamp(0, source - 1)
+    if order == 0:
+        return torch.floor(x + 0.5).long(), torch.tensor([[1.0], [0.0]]).repeat(1, target)
+    index = torch.floor(x)
+    upper = x - index
+    weight = torch.stack([1 - upper, upper]).float()
+    # At the last voxel there is no upper neighbour, and x - floor x is 0.
+    return index.long(), weight
+
+
+def resample_argmax(
+    input: Tensor,
+    size: Sequence[int],
+    mode: str = "labels",
+    *,
+    order: int | Sequence[int] = 1,
+    align_corners: bool = False,
+    activation: str = "sigmoid",
+    threshold: float = 0.5,
+    regions: Sequence[int] | None = None,
+    round_to_half: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Interpolate (C, \*spatial) to another size and decide between the channels, in one pass.
+
+    With v the channels' interpolated values (:func:`axis_table`), by ``mode``:
+
+    - "labels": the index of the greatest v, ties to the lower channel; a NaN is greater than all,
+      the first one wins, as in ``torch.argmax``;
+    - "mask": ``activation(v) > threshold``, for every channel;
+    - "regions": the label ``regions[c]`` of the last channel c for which that is true, or 0:
+      nnU-Net's ``regions_class_order``;
+    - "values": v, of a single channel.
+
+    No array of C channels at the target's size is made: what is alive at a time is a few rows.
+
+    Args:
+        input: (C, \*spatial) with 1 to 3 axes; logits, or any other numbers. Computed in float32.
+        size: extent of the result, one number an axis.
+        order: 1 (linear) or 0 (nearest), for all axes or one an axis. ``(0, 1, 1)`` is nnU-Net's
+            separate treatment of a coarse first axis with ``order_z=0``.
+        align_corners: the corners' centres fall on each other, as in PyTorch.
+        activation, threshold: of "mask" and "regions"; "sigmoid" or "none". Compared as in
+            :func:`voxfuse.hard_confusion`.
+        regions: the channels' labels, in their order.
+        round_to_half: round v to float16 first, as a resampling of float16 logits that returns
+            float16 does.
+        dtype: of labels: uint8, int16, int32 or int64; by default the smallest that holds them.
+        out: where the result goes instead: contiguous, of the result's shape.
+        backend: "auto", "cpp" or "reference"; see :func:`voxfuse.backends`. On a GPU the reference
+            runs, a few slices at a time.
+
+    Returns:
+        (\*size) labels; (C, \*size) bool for a mask; (\*size) float32 values. It has no gradient.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes, devices or options do not fit, or ``input`` requires a gradient.
+
+    Example:
+        >>> import torch, voxfuse
+        >>> logits = torch.tensor([[4.0, 0.0], [1.0, 2.0]])  # 2 classes, 2 voxels
+        >>> voxfuse.resample_argmax(logits, (4,))
+        tensor([0, 0, 1, 1], dtype=torch.uint8)
+    """
+    input = _checks.require_tensor("input", input)
+    kept = _checks.choice("mode", mode, Resampled)
+    if torch.is_grad_enabled() and input.requires_grad:
+        raise ValueError("input: requires grad, but a decision has none; detach it")
+    input = input.detach()
+    if input.dtype not in _NUMBERS or not 2 <= input.ndim <= 4 or input.shape[0] < 1:
+        raise TypeError(
+            f"input: got {_checks.describe(input)}, expected numbers (C, *spatial) with 1 to 3 "
+            "axes, C >= 1"
+        )
+    channels, *source = input.shape
+    target = _checks.integers("size", size)
+    if len(target) != len(source) or min(target) < 1:
+        raise ValueError(f"size: got {target}, expected {len(source)} numbers >= 1")
+    if min(source) < 1:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, which has no voxels")
+    orders = (order,) * len(source) if isinstance(order, int) else tuple(order)
+    if len(orders) != len(source) or not set(orders) <= {0, 1}:
+        raise ValueError(f"order: got {order}, expected 0 or 1, for all axes or one an axis")
+    if mode == "values" and channels != 1:
+        raise ValueError(f"mode: got 'values' of {channels} channels, expected a single one")
+    least = 0.0
+    if mode in ("mask", "regions"):
+        check_threshold(threshold)
+        if activation not in ("sigmoid", "none"):
+            raise ValueError(f"activation: got {activation!r}, expected 'sigmoid' or 'none'")
+        least = least_above(int(Activation[activation]), float(threshold))
+    labels = _check_regions(regions, mode, channels)
+    result = _result(input, (channels, *target), mode, max([*labels, channels - 1]), dtype, out)
+    tables = [
+        axis_table(n, m, how, align_corners=align_corners)
+        for n, m, how in zip(source, target, orders, strict=True)
+    ]
+    operators = _registry.namespace_of(backend, input.device)
+    operators.resample_argmax(
+        result if mode == "mask" else result.unsqueeze(0),
+        input,
+        [index.to(input.device) for index, _ in tables],
+        [weight.to(input.device) for _, weight in tables],
+        kept,
+        least,
+        labels,
+        round_to_half,
+    )
+    return result
+
+
+def _check_regions(regions: Sequence[int] | None, mode: str, channels: int) -> list[int]:
+    if mode != "regions":
+        if regions is not None:
+            raise ValueError(f"regions: given with mode {mode!r}, expected None")
+        return []
+    if regions is None:
+        raise ValueError("regions: mode 'regions' needs the label of every channel")
+    labels = list(_checks.integers("regions", regions))
+    if len(labels) != channels or min(labels) < 0:
+        raise ValueError(f"regions: got {labels}, expected {channels} numbers >= 0, one a channel")
+    return labels
+
+
+def _result(
+    input: Tensor,
+    shape: tuple[int, ...],
+    mode: str,
+    most: int,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Where the result goes, checked or made."""
+    shape = shape if mode == "mask" else shape[1:]
+    fixed = {"mask": torch.bool, "values": torch.float32}.get(mode)
+    if fixed is not None:
+        allowed: tuple[torch.dtype, ...] = (fixed,)
+    else:
+        allowed = tuple(x for x in _LABEL_DTYPES if torch.iinfo(x).max >= most)
+    dtype = dtype or (out.dtype if out is not None else allowed[0])
+    if dtype not in allowed:
+        listed = ", ".join(str(x).removeprefix("torch.") for x in allowed)
+        raise TypeError(
+            f"dtype: got {dtype}, expected {listed} for mode {mode!r}"
+            + ("" if fixed is not None else f" and labels up to {most}")
+        )
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=input.device)
+    out = _checks.require_tensor("out", out)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != input.device:
+        raise ValueError(
+            f"out: got {_checks.describe(out)}, expected {dtype} of shape {shape} on {input.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out: strides {out.stride()}, expected a contiguous tensor")
+    return out
+
+
+_registry.register("resample_argmax", lambda x: None, stem="resample_argmax", has_triton=False)
