@@ -209,4 +209,4 @@ def _result(
     return out
 
 
-_registry.register("resample_argmax", lambda x: None, stem="resample_argmax", has_triton=False)
+_registry.register("resample_argmax", lambda x: None, stem="resample_argmax", on_gpu=False)
