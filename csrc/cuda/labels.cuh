@@ -13,6 +13,7 @@ namespace {
 struct Labels {
   int classes, ignored;  // ignored is -1 if no class is
 
+  __device__ Labels(int classes, int ignored) : classes(classes), ignored(ignored) {}
   __device__ Labels(int64_t known, bool has_ignore, int64_t ignore_index)
       : classes(static_cast<int>(known)) {
     const bool is_class = has_ignore && ignore_index >= 0 && ignore_index < known;

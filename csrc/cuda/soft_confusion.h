@@ -20,7 +20,8 @@ struct Launched : SoftConfusion {
   double* sums = nullptr;       // forward: (batch, classes, columns)
   double* workspace = nullptr;  // forward: workspace_doubles() elements
 
-  int64_t label_classes = 0;  // of the classes those that a label of the target's type can name
+  int label_classes = 0;   // of the classes those that a label of the target's type can name
+  int ignored_label = -1;  // the class that does not count, or -1
   Layout input_layout = Layout::kScalar, gradient_layout = Layout::kScalar;
   int64_t chunk = 0;             // voxels whose sum stays in the compute type
   int64_t chunks_per_row = 0;    // chunks that one block adds up, in float64

@@ -15,9 +15,9 @@ namespace {
 // chooses well for sm_90; for sm_80 it chooses so few registers that some spill. Where a number is
 // given, it spills with fewer registers than that number leaves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kAnyBlocks = 2, kFiveOrSixBlocks = 2, kSixteenBlocks = 2;
+constexpr int kAnyBlocks = 2, kFourBlocks = 2, kFiveOrSixBlocks = 2, kSixteenBlocks = 2;
 #else
-constexpr int kAnyBlocks = 0, kFiveOrSixBlocks = 5, kSixteenBlocks = 4;
+constexpr int kAnyBlocks = 0, kFourBlocks = 3, kFiveOrSixBlocks = 5, kSixteenBlocks = 4;
 #endif
 
 template <class T, int kClasses>
@@ -35,7 +35,7 @@ struct FewForward : FewShape<T, kClasses> {
   static constexpr int blocks() {
     if (kFull) return kClasses <= 4 ? 2 : kClasses <= 8 ? 4 : 3;
     if (kClasses == 16 && sizeof(T) == 4) return kSixteenBlocks;
-    return kClasses == 4 && sizeof(T) == 2 ? 3 : kAnyBlocks;
+    return kClasses == 4 && sizeof(T) == 2 ? kFourBlocks : kAnyBlocks;
   }
   static constexpr int kBlocks = blocks();
 };

@@ -136,7 +136,9 @@ bool aligned(const View& view) {
 
 template <bool kBackward, class T>
 cudaError_t start(Launched& q, cudaStream_t stream) {
-  q.label_classes = std::min(q.classes, classes_held(q.target.type));
+  q.label_classes = static_cast<int>(std::min(q.classes, classes_held(q.target.type)));
+  const bool ignores = q.has_ignore && q.ignore_index >= 0 && q.ignore_index < q.label_classes;
+  q.ignored_label = ignores ? static_cast<int>(q.ignore_index) : -1;
   q.target.vector = aligned(q.target);
   q.weight.vector = aligned(q.weight);
   const bool softmax = q.activation == Activation::softmax && q.likelihood == Activation::softmax;

@@ -13,7 +13,7 @@ namespace {
 template <int kVoxels>
 __device__ inline void load_labels(const Launched& q, int64_t b, const Span& span,
                                    int (&label)[kVoxels]) {
-  load_classes(q.target, b, 0, {q.label_classes, q.has_ignore, q.ignore_index}, span, label);
+  load_classes(q.target, b, 0, {q.label_classes, q.ignored_label}, span, label);
   if (span.holds(kVoxels - 1)) return;
 #pragma unroll
   for (int i = 0; i < kVoxels; ++i) {
