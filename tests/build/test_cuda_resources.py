@@ -113,6 +113,8 @@ def test_shared_memory_fits_without_asking_for_more(kernels):
         ("scatter_activated<float>", 128),
         ("finalize<float, (voxfuse::Finish)1>", 128),
         ("finalize<double, (voxfuse::Finish)0>", 128),
+        ("count<float, (voxfuse::Decision)0>", 128),
+        ("count<__half, (voxfuse::Decision)1>", 128),
     ],
 )
 def test_wide_loads_and_stores(kernels, kernel, width):

@@ -99,6 +99,7 @@ HEADS: tuple[tuple[bool, str, tuple[tuple[int, int], ...]], ...] = (
     (True, "ieee-full", ((16, 64), (64, 32), (128, 16))),
 )
 HEAD_FULL = dict(full=True, gamma=0.5, weighted=True, odd=True)
+MASKED = dict(target="float32", masked=True, has_ignore=True)
 
 
 def head_cases() -> Iterator[Compilation]:
@@ -605,29 +606,16 @@ CASES = (
             ("double", dict(mode=0, classes=16, activation=2, dtype="float64", output="float64")),
         )
     ),
-    *everywhere("hard_confusion", "count-argmax-4", decision=0, classes=4),
-    *everywhere(
-        "hard_confusion",
-        "count-argmax-117-float64",
-        decision=0,
-        classes=117,
-        dtype="float64",
-        target="int64",
-        masked=True,
-        has_ignore=True,
+    *(
+        case
+        for name, options in (
+            ("argmax-4", dict(decision=0, classes=4)),
+            ("argmax-117-float64", dict(decision=0, classes=117, dtype="float64", **MASKED)),
+            ("threshold", dict(decision=1, classes=16, dtype="bfloat16", dense=True, **MASKED)),
+            ("labels", dict(decision=2, classes=117, dtype="int64")),
+        )
+        for case in everywhere("hard_confusion", f"count-{name}", **options)
     ),
-    *everywhere(
-        "hard_confusion",
-        "count-threshold-bfloat16",
-        decision=1,
-        classes=16,
-        dtype="bfloat16",
-        target="float32",
-        dense=True,
-        masked=True,
-        has_ignore=True,
-    ),
-    *everywhere("hard_confusion", "count-labels", decision=2, classes=117, dtype="int64"),
 )
 
 

@@ -22,6 +22,7 @@ import torch
 
 import voxfuse
 from tests.emulation import emulator
+from tests.emulation.hard_confusion import HardConfusion
 from tests.ops.finalize_slab import cases as finalize_cases
 from tests.ops.finalize_slab.cases import SlabCase
 from tests.ops.hard_confusion import cases as hard_cases
@@ -311,7 +312,7 @@ def test_every_instance_of_finalize_slab_runs(tmp_path):
 
 def test_every_instance_of_hard_confusion_runs(tmp_path):
     log = tmp_path / "launches"
-    operators = emulator.HardConfusion(EMULATION_LOG=str(log))
+    operators = HardConfusion(EMULATION_LOG=str(log))
     for decision, dtype in itertools.product(hard_cases.Decision.__members__, FLOATS):
         # The types of target and mask in turn, of labels and of values a class.
         for i, (target, mask) in enumerate(zip(hard_cases.LABELS, hard_cases.MASKS, strict=False)):
@@ -365,7 +366,7 @@ def test_the_library_has_the_instances_of_the_emulation():
         emulator.RatioLoss,
         emulator.OverlapAdd,
         emulator.FinalizeSlab,
-        emulator.HardConfusion,
+        HardConfusion,
     )
     emulated = {name for program in programs for name in program.instances().values()}
     assert {emulator.readable(name) for name in names} == emulated

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.emulation import emulator
+from tests.emulation.hard_confusion import HardConfusion
 from tests.ops.hard_confusion.cases import HardCase
 from tests.ops.hard_confusion.cases import check as check_counts
 from tests.ops.overlap_add.cases import assert_fused, fusion_case
@@ -163,7 +164,7 @@ def test_ratio_loss(class_pooling):
 @pytest.mark.parametrize("decision", ["argmax", "threshold", "labels"])
 def test_hard_confusion(decision):
     """Counters in shared memory and in the result; more classes than are counted at one time."""
-    operators = emulator.HardConfusion("threads")
+    operators = HardConfusion("threads")
     for case in (
         HardCase(decision, 3, batch=1, spatial=(1100,), mask=torch.uint8),
         HardCase(decision, 9, batch=2, spatial=(30,), ignore_index=1),

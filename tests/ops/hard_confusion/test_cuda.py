@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.emulation import emulator
+from tests.emulation.hard_confusion import HardConfusion
 from tests.ops.hard_confusion.cases import FLOATS, HardCase, check, random_case
 from voxfuse.contract import Decision
 
@@ -18,7 +19,7 @@ pytestmark = [emulator.NEEDED, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture(scope="module")
 def hard_confusion() -> Iterator[Callable[..., Tensor]]:
-    operators = emulator.HardConfusion()
+    operators = HardConfusion()
     yield operators.hard_confusion
     operators.close()
 
