@@ -10,6 +10,7 @@
 #include "contract/finalize_slab.h"
 #include "cpu/argmax.h"
 #include "cpu/rows.h"
+#include "math/confusion.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
@@ -153,6 +154,8 @@ class Chunk {
         for (int64_t c = 0; c < q.classes; ++c) {
           const Vec<R> z = load_vector(column + c * room);
           const Vec<R> e = exponential(-absolute(z));
+          // Divided, not multiplied by an inverse as in math::sigmoid: one rounding less, in a kernel
+          // that waits for memory.
           store(column + c * room, (z < R(0) ? e : broadcast<R>(R(1))) / (e + R(1)));
         }
         continue;
@@ -244,7 +247,7 @@ class Chunk {
 
   // p log p, 0 at 0.
   static VOXFUSE_INLINE Vec<R> surprise(Vec<R> p) {
-    return p == R(0) ? Vec<R>{} : p * logarithm(p);
+    return math::product(p, logarithm(p));
   }
 
   template <class T>

@@ -13,6 +13,7 @@
 
 #include "cpu/overlap_add_gather.h"
 #include "cpu/rows.h"
+#include "math/confusion.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 namespace {
@@ -21,8 +22,8 @@ constexpr int kRegisters = 8;  // channels whose softmax fits into them
 
 template <class R>
 VOXFUSE_INLINE Vec<R> sigmoid_of(Vec<R> z) {
-  const Vec<R> one = broadcast<R>(1), e = exponential(-absolute(z));
-  return (z < R(0) ? e : one) * reciprocal(one + e);
+  const Vec<R> e = exponential(-absolute(z)), one_plus = R(1) + e;
+  return math::sigmoid(z, e, one_plus, reciprocal(one_plus)).p;  // without its logarithms
 }
 
 // Some voxels of a patch, (channels, room) values and what all channels share. With few channels

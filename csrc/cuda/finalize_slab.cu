@@ -35,6 +35,7 @@ __device__ inline double exponential(double x) { return exp(x); }
 
 template <class Real>
 __device__ inline Real sigmoid_of(Real z) {
+  // Divided, not multiplied by an inverse as in math::sigmoid: one rounding less.
   const Real e = exponential(z < 0 ? z : -z);
   return (z < 0 ? e : Real(1)) / (1 + e);
 }
@@ -42,7 +43,7 @@ __device__ inline Real sigmoid_of(Real z) {
 /// -p log p, 0 at 0.
 template <class Real>
 __device__ inline Real surprise(Real p) {
-  return p == 0 ? Real(0) : -p * math::log_accurate(p);
+  return -math::product(p, math::log_accurate(p));
 }
 
 /// Channel k of the ring over the divisor; voxels past the end are 0.

@@ -80,7 +80,7 @@ struct Nothing {
 template <class Real>
 __device__ inline Real sigmoid_of(Real z) {
   const Real e = math::exp_negative(z < 0 ? z : -z);  // NaN takes the second branch and stays
-  return (z < 0 ? e : Real(1)) * math::reciprocal(1 + e);
+  return math::sigmoid(z, e, 1 + e, math::reciprocal(1 + e)).p;  // without its logarithms
 }
 
 /// The maximum and one over the sum of the softmax at every voxel of the patches, for `gather`.
