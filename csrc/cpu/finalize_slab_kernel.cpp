@@ -154,8 +154,8 @@ class Chunk {
         for (int64_t c = 0; c < q.classes; ++c) {
           const Vec<R> z = load_vector(column + c * room);
           const Vec<R> e = exponential(-absolute(z));
-          // Divided, not multiplied by an inverse as in math::sigmoid: one rounding less, in a kernel
-          // that waits for memory.
+          // Divided, not multiplied by an inverse as in math::sigmoid: one rounding less, in a
+          // kernel that waits for memory.
           store(column + c * room, (z < R(0) ? e : broadcast<R>(R(1))) / (e + R(1)));
         }
         continue;
@@ -246,9 +246,7 @@ class Chunk {
   }
 
   // p log p, 0 at 0.
-  static VOXFUSE_INLINE Vec<R> surprise(Vec<R> p) {
-    return math::product(p, logarithm(p));
-  }
+  static VOXFUSE_INLINE Vec<R> surprise(Vec<R> p) { return math::product(p, logarithm(p)); }
 
   template <class T>
   void leave_uncovered(const double* total, int64_t n, T* out) {
