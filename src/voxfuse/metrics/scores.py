@@ -29,7 +29,7 @@ class SegmentationScores:
     correlation coefficient, by the formulas of :data:`voxfuse.metrics.METRICS`. ``print`` shows
     them as a table.
 
-    With these options the Dice is another library's, to the last count:
+    With these options the Dice is another library's:
 
     ================================================  ============================================
     as                                                options, and what to look at
@@ -44,7 +44,8 @@ class SegmentationScores:
     ... ``aggregation_level="global"``                ``pooled=True``
     ================================================  ============================================
 
-    (Where no class of any sample has a score, MONAI says 0 and this NaN.)
+    One thing differs: what has no score in any sample, a class of ``compute("class")`` or the whole
+    ``compute("mean")``, is NaN here and 0 in MONAI.
 
     Args:
         mode, activation, threshold, num_classes, ignore_index: what is a prediction, and which

@@ -97,7 +97,8 @@ def resample_argmax(
         regions: the channels' labels, in their order.
         round_to_half: round v to float16 first, as a resampling of float16 logits that returns
             float16 does.
-        dtype: of labels: uint8, int16, int32 or int64; by default the smallest that holds them.
+        dtype: of labels: uint8, int16, int32 or int64; by default the smallest that holds them:
+            int16 from 257 classes on, where the sliding window's labels are uint16.
         out: where the result goes instead: contiguous, of the result's shape.
         backend: "auto", "cpp" or "reference"; see :func:`voxfuse.backends`. On a GPU the reference
             runs, a few slices at a time.
