@@ -149,17 +149,19 @@ class HalfRing(Ring):
         shares = [self._weights[0] / self._options.members, *self._weights[1:]]
         for number, index in enumerate(indices):
             origin = schedule.origins[index : index + 1]
-            low, high = origin[0].clone(), origin[0] + torch.tensor(patches.shape[2:])
-            first, last = torch.zeros_like(low), torch.tensor(self.sums.shape[1:])
-            first[axis], last[axis] = schedule.base, self._stop()
-            low, high = low.maximum(first), high.minimum(last)
-            if bool((high <= low).any()):
+            low = origin[0].tolist()
+            high = [first + size for first, size in zip(low, patches.shape[2:], strict=True)]
+            inside = [(0, size) for size in self.sums.shape[1:]]
+            inside[axis] = schedule.base, self._stop()
+            low = [max(x, first) for x, (first, _) in zip(low, inside, strict=True)]
+            high = [min(x, last) for x, (_, last) in zip(high, inside, strict=True)]
+            if any(last <= first for first, last in zip(low, high, strict=True)):
                 continue
-            sums, total = self._widened(low.tolist(), high.tolist())
+            sums, total = self._widened(low, high)
             overlap_add_(
                 sums,
                 patches[number : number + 1],
-                origin - low,
+                origin - torch.tensor(low),
                 self._rows[index : index + 1],
                 shares,
                 total=total,
@@ -167,7 +169,7 @@ class HalfRing(Ring):
                 activation=self._options.patch_activation,
                 backend=self._options.backend,
             )
-            for part, target in self._parts(self.sums, low.tolist(), high.tolist()):
+            for part, target in self._parts(self.sums, low, high):
                 target.copy_(sums.narrow(1 + axis, *part))
 
     def _finalise(
