@@ -303,11 +303,11 @@ def _ratio(stats, class_weight, row, column, inside, scale, shape, numbers, OPTI
         if k == contract.Sum.TP or k == contract.Sum.FN:
             volume += x
     present = volume != 0
-    weight = _row_weight(class_weight, row, column, shape, OPTIONS)
-    if OPTIONS.BY_SAMPLE:
-        present = present & (weight != 0)
     pooling = tl.full([1, 1], 1.0, tl.float64)
     if OPTIONS.POOLING:
+        weight = _row_weight(class_weight, row, column, shape, OPTIONS)
+        if OPTIONS.BY_SAMPLE:
+            present = present & (weight != 0)
         pooling = _pooling_weights(volume, present, inside, OPTIONS) * weight
         hits = tl.sum(tl.where(inside, pooling * hits, 0.0), axis=1, keep_dims=True)
         size = tl.sum(tl.where(inside, pooling * size, 0.0), axis=1, keep_dims=True)
@@ -321,6 +321,9 @@ def _ratio(stats, class_weight, row, column, inside, scale, shape, numbers, OPTI
         value = tl.where(plain, flat_value, value)
         a, b = tl.where(plain, flat_a, a), tl.where(plain, flat_b, b)
     if class_weight is not None and not OPTIONS.POOLING:
+        weight = _row_weight(class_weight, row, column, shape, OPTIONS)
+        if OPTIONS.BY_SAMPLE:
+            present = present & (weight != 0)
         value, a, b = value * weight, a * weight, b * weight
     if OPTIONS.ABSENT != contract.Absent.keep:
         value = tl.where(present, value, 0.0)
@@ -384,9 +387,10 @@ def forward(
         )
     total = tl.zeros([1, 1], tl.float64)
     likelihood_scale = tl.zeros([1, 1], tl.float64)
-    on = _load_weight(weights.nll, column, column < shape.classes)
-    off = _load_weight(weights.off, column, column < shape.classes)
+    # Weights are read where they are used: kept over a division, they take registers from sm_80.
     if OPTIONS.NLL or OPTIONS.OFF:
+        on = _load_weight(weights.nll, column, column < shape.classes)
+        off = _load_weight(weights.off, column, column < shape.classes)
         total, likelihood_scale = _likelihood(stats, on, off, column, shape, numbers, OPTIONS)
 
     for start in range(0, shape.rows, OPTIONS.ROWS):
@@ -413,10 +417,12 @@ def forward(
             slope = a * (d - n) + b * d
             likelihood = tl.zeros([1, 1], tl.float64)
             if k == contract.Sum.NLL and OPTIONS.NLL:
-                likelihood = _constant(nll_scale) * on * likelihood_scale
+                weight = _load_weight(weights.nll, column, column < shape.classes)
+                likelihood = _constant(nll_scale) * weight * likelihood_scale
                 slope += likelihood
             if k == contract.Sum.OFF and OPTIONS.OFF:
-                likelihood = _constant(off_scale) * off * likelihood_scale
+                weight = _load_weight(weights.off, column, column < shape.classes)
+                likelihood = _constant(off_scale) * weight * likelihood_scale
                 slope += likelihood
             place = cotangents + (row * shape.classes + column) * OPTIONS.SUMS + k
             mask = (row < shape.rows) & (column < shape.classes)
