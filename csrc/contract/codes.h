@@ -6,6 +6,7 @@ namespace voxfuse {
 
 enum class Activation : int { none, sigmoid, softmax };
 enum class Overlap : int { product, min };
+enum class Unlabelled : int { exclude, background };
 enum class TargetKind : int { labels, dense, indicator, binary };
 enum class ClassPooling : int { none, uniform, simple, square };
 enum class Absent : int { keep, ignore, zero };

@@ -31,6 +31,11 @@ struct SoftConfusion {
   double gamma = 0;  // of the classes below focal_classes; the others have 0
   int64_t focal_classes = std::numeric_limits<int64_t>::max();
 
+  // Which classes are annotated in which sample, (batch, classes), contiguous; null: all. What the
+  // others mean is said in src/voxfuse/ops/soft_confusion.py.
+  const uint8_t* annotated = nullptr;
+  Unlabelled unlabelled = Unlabelled::exclude;
+
   int columns = CORE;  // CORE or FULL: of the sums that are asked for, or of their cotangents
 
   // Backward only.

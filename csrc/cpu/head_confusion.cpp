@@ -71,10 +71,12 @@ Tensor head_confusion(const Tensor& features, const Tensor& weight,
                       const std::optional<Tensor>& voxel_weight, int64_t activation,
                       int64_t likelihood, int64_t overlap,
                       const std::optional<int64_t>& ignore_index, double gamma, bool full,
-                      int64_t chunk_bytes, const std::optional<int64_t>& focal_classes) {
-  const Arguments a(features, weight, bias, target, voxel_weight,
-                    {activation, likelihood, overlap, ignore_index, gamma, focal_classes},
-                    chunk_bytes, full ? FULL : CORE);
+                      int64_t chunk_bytes, const std::optional<int64_t>& focal_classes,
+                      int64_t unlabelled, const std::optional<Tensor>& annotated) {
+  const Arguments a(
+      features, weight, bias, target, voxel_weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      chunk_bytes, full ? FULL : CORE);
   const SoftConfusion& q = a.head.confusion;
   const int64_t rows = q.classes * q.columns;
   const Ranges ranges = ranges_of(a.head, rows);
@@ -94,10 +96,12 @@ std::tuple<Tensor, Tensor, Tensor> head_confusion_backward(
     const std::optional<Tensor>& bias, const Tensor& target,
     const std::optional<Tensor>& voxel_weight, int64_t activation, int64_t likelihood,
     int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma, int64_t chunk_bytes,
-    bool need_features, bool need_head, const std::optional<int64_t>& focal_classes) {
-  Arguments a(features, weight, bias, target, voxel_weight,
-              {activation, likelihood, overlap, ignore_index, gamma, focal_classes}, chunk_bytes,
-              checked_columns(grad, features, weight.size(0)));
+    bool need_features, bool need_head, const std::optional<int64_t>& focal_classes,
+    int64_t unlabelled, const std::optional<Tensor>& annotated) {
+  Arguments a(
+      features, weight, bias, target, voxel_weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      chunk_bytes, checked_columns(grad, features, weight.size(0)));
   Head& head = a.head;
   SoftConfusion& q = head.confusion;
   const Tensor cotangents = torch::stable::contiguous(grad);

@@ -252,6 +252,7 @@ struct Tiles {
         logits.data(), std::is_same_v<R, float> ? Element::f32 : Element::f64, {0, stride, 1}};
     q.target.data = advance(q.target);
     if (q.weight.data != nullptr) q.weight.data = advance(q.weight);
+    if (q.annotated != nullptr) q.annotated += b * classes;
     if (q.cotangents != nullptr) {
       q.cotangents += b * classes * q.columns;
       q.gradient = logits.data();
@@ -280,6 +281,17 @@ struct Tiles {
         const int64_t ignored = as_read<T>(q.ignore_index);
         for (int64_t v = 0; v < q.voxels; ++v) {
           excluded[v] |= integer_label(source[v * q.target.stride.voxel]) == ignored;
+          any |= excluded[v];
+        }
+      });
+    }
+    if (q.annotated != nullptr && q.unlabelled == Unlabelled::exclude && !q.dense) {
+      with_label(q.target.type, [&](auto tag) {
+        const auto* source = element<decltype(tag)>(q.target.data, 0);
+        for (int64_t v = 0; v < q.voxels; ++v) {
+          const int64_t label = integer_label(source[v * q.target.stride.voxel]);
+          const bool is_class = label >= 0 && label < classes;
+          excluded[v] |= is_class && q.annotated[label] == 0;
           any |= excluded[v];
         }
       });

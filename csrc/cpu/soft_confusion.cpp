@@ -125,6 +125,22 @@ void raise_wrong_label(const SoftConfusion& q, const Tensor& target) {
                           : "");
 }
 
+void check_annotated_classes(const SoftConfusion& q) {
+  for (int64_t b = 0; b < q.batch; ++b) {
+    const uint8_t* row = q.annotated + b * q.classes;
+    if (q.unlabelled == Unlabelled::background) {
+      VOXFUSE_CHECK_VALUE(row[0] != 0, "annotated: class 0 of sample ", b,
+                          " is not annotated, but with unlabelled='background' the classes that "
+                          "are not annotated count as it");
+    } else {
+      VOXFUSE_CHECK_VALUE(std::any_of(row, row + q.classes, [](uint8_t x) { return x != 0; }),
+                          "annotated: no class of sample ", b,
+                          " is annotated; leave it out, or give its voxels weight 0 and annotate "
+                          "any class");
+    }
+  }
+}
+
 namespace {
 
 // A gradient of this size would push everything else out of a last-level cache.
@@ -133,10 +149,12 @@ constexpr int64_t kStreamBytes = int64_t{32} << 20;
 Tensor soft_confusion(const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
                       int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
-                      bool full, const std::optional<int64_t>& focal_classes) {
-  const ConfusionArguments a(input, target, weight,
-                             {activation, likelihood, overlap, ignore_index, gamma, focal_classes},
-                             full ? FULL : CORE);
+                      bool full, const std::optional<int64_t>& focal_classes, int64_t unlabelled,
+                      const std::optional<Tensor>& annotated) {
+  const ConfusionArguments a(
+      input, target, weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      full ? FULL : CORE);
   const SoftConfusion& q = a.problem;
   const int64_t rows = q.classes * q.columns;
   // The ranges' sums together stay within 512 KiB.
@@ -157,10 +175,12 @@ Tensor soft_confusion_backward(const Tensor& grad, const Tensor& input, const Te
                                const std::optional<Tensor>& weight, int64_t activation,
                                int64_t likelihood, int64_t overlap,
                                const std::optional<int64_t>& ignore_index, double gamma,
-                               const std::optional<int64_t>& focal_classes) {
-  ConfusionArguments a(input, target, weight,
-                       {activation, likelihood, overlap, ignore_index, gamma, focal_classes},
-                       checked_columns(grad, input, input.size(1)));
+                               const std::optional<int64_t>& focal_classes, int64_t unlabelled,
+                               const std::optional<Tensor>& annotated) {
+  ConfusionArguments a(
+      input, target, weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      checked_columns(grad, input, input.size(1)));
   SoftConfusion& q = a.problem;
   const Tensor cotangents = torch::stable::contiguous(grad);
   q.cotangents = static_cast<const double*>(cotangents.const_data_ptr());

@@ -25,10 +25,14 @@ struct Ranges {
 // Finds the first label that no class has, and raises. Only called when a kernel met one.
 [[noreturn]] void raise_wrong_label(const SoftConfusion& q, const Tensor& target);
 
+// Raises if a sample lacks a class that it needs.
+void check_annotated_classes(const SoftConfusion& q);
+
 // Runs kernel(b, begin, end, task) for every range of every sample; raises if one has met a label
 // that no class has.
 template <class Kernel>
 void run_ranges(const SoftConfusion& q, const Tensor& target, const Ranges& ranges, Kernel kernel) {
+  if (q.annotated != nullptr) check_annotated_classes(q);
   std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, q.batch * ranges.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last && !wrong.load(std::memory_order_relaxed); ++task) {

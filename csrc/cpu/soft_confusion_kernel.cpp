@@ -27,7 +27,7 @@ bool forward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end
   constexpr int64_t width = Lanes<R>::width;
   const Core core = core_of<R>(q);
   const bool full = q.columns == FULL;
-  Workspace<R> work(q);
+  Workspace<R> work(q, b);
   Block<R> block{};
   const int64_t rows = q.classes * q.columns;
   std::vector<R> sums(rows * width);
@@ -37,7 +37,8 @@ bool forward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end
     std::fill(sums.begin(), sums.end(), R{0});
     for (int64_t at = chunk; at < stop; at += work.block) {
       const int64_t n = std::min(work.block, stop - at);
-      const Form form = core == Core::softmax ? form_of(q, n) : Form::rows;
+      const bool in_place = core == Core::softmax && !work.partial;
+      const Form form = in_place ? form_of(q, n) : Form::rows;
       if (stage(q, b, at, n, form, work, block)) return true;
       if constexpr (std::is_same_v<R, float>) {
         if (core == Core::softmax) {
@@ -55,17 +56,19 @@ bool forward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end
     }
     for (int64_t i = 0; i < rows; ++i) out[i] += sum_of_lanes<R>(load(sums.data() + i * width));
   }
+  if (work.partial) work.partial.clear(out, q.columns);
   return false;
 }
 
 template <class R>
 bool backward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t end,
                     bool past_caches) {
-  Workspace<R> work(q);
+  Workspace<R> work(q, b);
   Block<R> block{};
   const int64_t rows = q.classes * q.columns;
   std::vector<R> cotangent(rows);
   for (int64_t i = 0; i < rows; ++i) cotangent[i] = static_cast<R>(q.cotangents[b * rows + i]);
+  if (work.partial) work.partial.clear(cotangent.data(), q.columns);
   Core core = core_of<R>(q);
   Cotangents by_label;
   if constexpr (std::is_same_v<R, float>) {
@@ -77,11 +80,12 @@ bool backward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t en
       }
     }
   }
-  const bool streamed = past_caches && is_aligned<R>(q);
+  const bool streamed = past_caches && is_aligned<R>(q) && !work.partial;
   for (int64_t at = begin; at < end; at += work.block) {
     const int64_t n = std::min(work.block, end - at);
     const int64_t offset = b * q.gradient_stride.batch + at * q.gradient_stride.voxel;
-    const Form form = core == Core::softmax ? form_of(q, n) : Form::rows;
+    const bool in_place = core == Core::softmax && !work.partial;
+    const Form form = in_place ? form_of(q, n) : Form::rows;
     const bool halves = form == Form::halves;
     const bool direct =
         form == Form::interleaved || (q.input.type == kOwnElement<R> &&
@@ -108,6 +112,7 @@ bool backward_range(const SoftConfusion& q, int64_t b, int64_t begin, int64_t en
       }
     }
     if (!done) general_backward(q, block, work, cotangent.data(), gradient, stride);
+    if (work.partial) work.partial.change_gradient(gradient, stride, block.voxels);
     if (!direct && !halves) write_gradient(q, gradient, stride, n, offset, work);
   }
   if (streamed) stream_fence();

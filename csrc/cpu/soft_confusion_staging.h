@@ -17,6 +17,7 @@
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 #include "cpu/soft_confusion.h"
+#include "cpu/soft_confusion_partial.h"
 
 namespace voxfuse::VOXFUSE_ISA {
 
@@ -50,13 +51,10 @@ struct Workspace {
   int64_t block;  // voxels a block
   std::span<R> logits, interleaved, dense, weight, scratch;
   std::span<Label<R>> labels;
+  Partial<R> partial;
 
-  explicit Workspace(const SoftConfusion& q) {
+  Workspace(const SoftConfusion& q, int64_t b) : block(block_of(q)), partial(q, b, block) {
     const int64_t width = Lanes<R>::width;
-    // Tiles of a block stay within about 24 KiB.
-    block = std::clamp<int64_t>(6144 * 4 / (q.classes * static_cast<int64_t>(sizeof(R))), 64,
-                                kMaxBlock);
-    block = block / width * width;
     const int64_t tile = q.classes * block;
     const bool interleaves =
         q.input.stride.channel == 1 || (q.gradient != nullptr && q.gradient_stride.channel == 1);
@@ -86,6 +84,12 @@ struct Workspace {
   static constexpr int64_t kScratchRows = 9;
   static constexpr size_t kLine = 64;
   std::unique_ptr<std::byte[]> memory;
+
+  static int64_t block_of(const SoftConfusion& q) {
+    // Tiles of a block stay within about 24 KiB.
+    const int64_t voxels = 6144 * 4 / (q.classes * static_cast<int64_t>(sizeof(R)));
+    return std::clamp<int64_t>(voxels, 64, kMaxBlock) / Lanes<R>::width * Lanes<R>::width;
+  }
 };
 
 template <class R>
@@ -226,9 +230,11 @@ bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
     });
   }
   if (wrong) return true;
+  if (work.partial && !q.dense) ignores = work.partial.change_labels(labels, n);
 
   out.weighted = q.weight.data != nullptr || ignores || padded != n;
   if (q.dense) {
+    if (work.partial) work.partial.change_dense(work.dense.data(), n);
     for (int64_t c = 0; out.weighted && c < q.classes; ++c) {
       R* row = work.dense.data() + c * work.block;
       for (int64_t i = 0; i < n; ++i) row[i] = weight[i] == 0 ? R{0} : row[i];
@@ -260,6 +266,7 @@ void stage_logits(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   const int64_t width = Lanes<R>::width, padded = whole_vectors<R>(n), room = work.block;
   const int64_t offset = b * q.input.stride.batch + begin * q.input.stride.voxel;
   const bool direct = q.input.type == kOwnElement<R> && q.input.stride.voxel == 1 && padded == n &&
+                      !work.partial &&
                       q.classes <= 32;  // more streams than that outrun the prefetcher
   if (direct) {
     out.logits = element<R>(q.input.data, offset);
@@ -292,6 +299,7 @@ void stage_logits(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   for (int64_t c = 0; c < q.classes && padded != n; ++c) {
     std::fill(tile + c * room + n, tile + c * room + padded, R{0.5});
   }
+  if (work.partial) work.partial.change_logits(tile, padded);
   out.logits = tile;
   out.logits_stride = room;
 }

@@ -1,6 +1,7 @@
 // Everything that has no kernel of its own: dense targets under a softmax, two different
-// activations, float64, more than 256 classes. The logits of a tile of voxels are walked through
-// more than once; after the first time they come from the caches.
+// activations, float64, more than 256 classes, samples in which some classes are not annotated
+// (kPartial). The logits of a tile of voxels are walked through more than once; after the first
+// time they come from the caches.
 #pragma once
 
 #include "cuda/soft_confusion_separate.cuh"
@@ -9,21 +10,104 @@ namespace voxfuse::cuda {
 namespace {
 
 constexpr int kGeneralThreads = 256;
-constexpr int kGeneralTile = 1024;  // voxels, and the chunk of the forward pass
+template <bool kPartial>
+constexpr int kGeneralTile = kPartial ? 512 : 1024;  // voxels of the forward pass
+
+/// Blocks that a multiprocessor is to hold.
+template <class T, bool kPartial>
+constexpr int kGeneralBlocks = sizeof(T) == 8 || kPartial ? 2 : 4;
+
+/// Which classes of a sample are annotated; without kPartial all are.
+template <bool kPartial>
+struct Classes {
+  const uint8_t* annotated = nullptr;
+  bool merges = false;
+
+  __device__ Classes(const Launched& q, int64_t b) {
+    if constexpr (kPartial) {
+      annotated = q.annotated + b * q.classes;
+      merges = q.unlabelled == Unlabelled::background;
+    }
+  }
+  /// Where classes are merged, the background is there whatever is said of it.
+  __device__ bool leave_out(int c) const {
+    if constexpr (kPartial) return annotated[c] == 0 && !(merges && c == 0);
+    return false;
+  }
+  __device__ bool merge(int c) const {
+    if constexpr (kPartial) return merges && (c == 0 || annotated[c] == 0);
+    return false;
+  }
+};
+
+/// What the classes that are merged into the background make of its logit: log(total), measured, as
+/// all logits then are, from the largest of theirs.
+template <class Real, bool kPartial>
+struct Merged {};
+template <class Real>
+struct Merged<Real, true> {
+  Real from, total;
+};
+
+/// The logits of one voxel as its softmax sees them.
+template <class T, bool kPartial>
+struct Logits : Merged<typename Compute<T>::Real, kPartial> {
+  using Real = typename Compute<T>::Real;
+  using Merge = Merged<Real, kPartial>;
+  const T* data;
+  int64_t stride;
+  Classes<kPartial> which;
+
+  __device__ Logits(const T* first, int64_t step, const Classes<kPartial>& w, const Merge& merged)
+      : Merge(merged), data(first), stride(step), which(w) {}
+  __device__ Logits(const T* first, int64_t step, const Classes<kPartial>& w, int classes)
+      : Merge{}, data(first), stride(step), which(w) {
+    if constexpr (kPartial) {
+      if (!which.merges) return;
+      this->from = -math::largest(Real(0));
+      for (int c = 0; c < classes; ++c) {
+        if (which.merge(c) && !(finite(c) <= this->from)) this->from = finite(c);  // NaN stays
+      }
+      for (int c = 0; c < classes; ++c) {
+        if (which.merge(c)) this->total += math::exp_negative(finite(c) - this->from);
+      }
+    }
+  }
+  __device__ Real given(int c) const { return Convert<Real>::from(data[c * stride]); }
+  __device__ Real finite(int c) const { return math::finite(given(c)); }
+  __device__ Real operator()(int c) const {
+    if constexpr (kPartial) {
+      if (which.merges) return c == 0 ? math::log_accurate(this->total) : finite(c) - this->from;
+    }
+    return given(c);
+  }
+  /// d/dz of a logit that is part of the background's, where d is the derivative at that.
+  __device__ Real share(Real d, int c) const {
+    if constexpr (kPartial) {
+      return math::product(d, math::exp_negative(finite(c) - this->from) / this->total);
+    }
+    return d;
+  }
+};
 
 /// The softmax of one voxel without its classes: what is needed to evaluate any of them.
-template <class Real>
-struct Softmax {
+template <class Real, bool kPartial>
+struct Softmax : Merged<Real, kPartial> {
   Real maximum, inverse, complement_at_maximum, log_total;
-  int at;  // first class with the maximum
+  int at;  // first class with the maximum, of those that count
 
   template <class T>
-  __device__ void read(const T* logits, int64_t stride, int classes) {
+  __device__ void read(const Logits<T, kPartial>& logits, int classes) {
+    static_cast<Merged<Real, kPartial>&>(*this) = logits;
     maximum = -math::largest(Real(0));
     at = 0;
+    if constexpr (kPartial) {
+      while (at + 1 < classes && logits.which.leave_out(at)) ++at;
+    }
     bool nan = false;
     for (int c = 0; c < classes; ++c) {
-      const Real z = math::finite(Convert<Real>::from(logits[c * stride]));
+      if (logits.which.leave_out(c)) continue;
+      const Real z = math::finite(logits(c));
       nan = nan || z != z;
       if (z > maximum) {
         maximum = z;
@@ -32,7 +116,8 @@ struct Softmax {
     }
     Real others = 0;
     for (int c = 0; c < classes; ++c) {
-      const Real z = math::finite(Convert<Real>::from(logits[c * stride]));
+      if (logits.which.leave_out(c)) continue;
+      const Real z = math::finite(logits(c));
       if (c != at) others += math::exp_negative(z - maximum);
     }
     if (nan) maximum = others = static_cast<Real>(NAN);
@@ -49,16 +134,18 @@ struct Softmax {
   }
 };
 
-template <class Real>
+template <class Real, bool kPartial>
 __device__ inline math::Probability<Real> evaluate(Activation activation,
-                                                   const Softmax<Real>& softmax, Real z, int c) {
+                                                   const Softmax<Real, kPartial>& softmax, Real z,
+                                                   int c) {
   if (activation == Activation::softmax) return softmax.of(z, c);
   return activation == Activation::sigmoid ? math::sigmoid(z) : math::plain(z);
 }
 
 /// Target and weight of one voxel and class; a weight of 0 says that it is left out.
-template <class Real>
-__device__ inline Real load_one(const Launched& q, int64_t b, int c, int64_t voxel, Real& g) {
+template <class Real, bool kPartial>
+__device__ inline Real load_one(const Launched& q, const Classes<kPartial>& which, int64_t b, int c,
+                                int64_t voxel, Real& g) {
   const Span span{voxel, q.voxels, kGeneralThreads};  // a step that never asks for vectors
   Real weight[1];
   load_weights(q, b, span, weight);
@@ -68,23 +155,37 @@ __device__ inline Real load_one(const Launched& q, int64_t b, int c, int64_t vox
     bool excluded[1];
     load_dense(q, b, c, span, value, excluded);
     g = value[0];
+    if constexpr (kPartial) {
+      for (int u = 1; c == 0 && which.merges && u < q.classes; ++u) {
+        if (!which.merge(u)) continue;
+        bool unused[1];
+        load_dense(q, b, u, span, value, unused);
+        g += value[0];
+      }
+    }
     return excluded[0] ? Real(0) : w;
   }
   int label[1];
   load_labels(q, b, span, label);
+  if constexpr (kPartial) {
+    if (label[0] >= 0 && which.leave_out(label[0])) label[0] = which.merges ? 0 : -1;
+  }
   g = label[0] == c ? Real(1) : Real(0);
   return label[0] < 0 ? Real(0) : w;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
+template <class T, bool kPartial>
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks<T, kPartial>)
     general_forward(const __grid_constant__ Launched q) {
   using Real = typename Compute<T>::Real;
-  VOXFUSE_SHARED(Softmax<Real>, softmax, [kGeneralTile]);
+  constexpr int kTile = kGeneralTile<kPartial>;
+  using SoftmaxOf = Softmax<Real, kPartial>;
+  VOXFUSE_SHARED(SoftmaxOf, softmax, [kTile]);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   constexpr int kWarps = kGeneralThreads / kWarp;
   const int classes = static_cast<int>(q.classes);
   const Row row(q, blockIdx.x);
+  const Classes<kPartial> which(q, row.sample);
   const auto* input = static_cast<const T*>(q.input.data) + row.sample * q.input.stride.batch;
   const bool any_softmax =
       q.activation == Activation::softmax || q.likelihood == Activation::softmax;
@@ -95,24 +196,27 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   __syncwarp();
 
   const int64_t last = row.last * q.chunk < q.voxels ? row.last * q.chunk : q.voxels;
-  for (int64_t tile = row.first * q.chunk; tile < last; tile += kGeneralTile) {
-    const int count = static_cast<int>(last - tile < kGeneralTile ? last - tile : kGeneralTile);
+  for (int64_t tile = row.first * q.chunk; tile < last; tile += kTile) {
+    const int count = static_cast<int>(last - tile < kTile ? last - tile : kTile);
     if (any_softmax) {
       __syncthreads();
       for (int i = thread; i < count; i += kGeneralThreads) {
-        softmax[i].read(input + (tile + i) * q.input.stride.voxel, q.input.stride.channel, classes);
+        const T* voxel = input + (tile + i) * q.input.stride.voxel;
+        softmax[i].read(Logits<T, kPartial>(voxel, q.input.stride.channel, which, classes),
+                        classes);
       }
       __syncthreads();
     }
     for (int c = warp; c < classes; c += kWarps) {
-      const T* plane = input + c * q.input.stride.channel;
+      if (which.leave_out(c)) continue;
       const Real gamma = gamma_of<Real>(q, c);
       Real sums[8] = {};
       for (int i = lane; i < count; i += kWarp) {
         Real g;
-        const Real w = load_one<Real>(q, row.sample, c, tile + i, g);
+        const Real w = load_one<Real>(q, which, row.sample, c, tile + i, g);
         if (w == Real(0)) continue;
-        const Real z = Convert<Real>::from(plane[(tile + i) * q.input.stride.voxel]);
+        const T* voxel = input + (tile + i) * q.input.stride.voxel;
+        const Real z = Logits<T, kPartial>(voxel, q.input.stride.channel, which, softmax[i])(c);
         const auto p = evaluate<Real>(q.activation, softmax[i], z, c);
         const auto r =
             q.likelihood == q.activation ? p : evaluate<Real>(q.likelihood, softmax[i], z, c);
@@ -145,8 +249,8 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
   finish_rows(q, blockIdx.x, 1, partial);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
+template <class T, bool kPartial>
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks<T, kPartial>)
     general_backward(const __grid_constant__ Launched q) {
   using Real = typename Compute<T>::Real;
   const int classes = static_cast<int>(q.classes);
@@ -159,14 +263,15 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
       static_cast<const T*>(q.input.data) + b * q.input.stride.batch + voxel * q.input.stride.voxel;
   auto* gradient =
       static_cast<T*>(q.gradient) + b * q.gradient_stride.batch + voxel * q.gradient_stride.voxel;
-  const auto logit = [&](int c) { return Convert<Real>::from(input[c * q.input.stride.channel]); };
+  const Classes<kPartial> which(q, b);
 
   Real g;
-  if (load_one<Real>(q, b, 0, voxel, g) == Real(0)) {
+  if (load_one<Real>(q, which, b, 0, voxel, g) == Real(0)) {
     for (int c = 0; c < classes; ++c) gradient[c * q.gradient_stride.channel] = T(0.0f);
     return;
   }
-  Softmax<Real> softmax{};
+  const Logits<T, kPartial> logits(input, q.input.stride.channel, which, classes);
+  Softmax<Real, kPartial> softmax{};
   math::Slope<Real> best_slope{};
   Real a_best = 0, p_best = 0, mean = 0;    // of the overlap's slopes
   Real u_best = 0, total_without_best = 0;  // of the likelihood's
@@ -181,15 +286,16 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
                                   best_slope.square * p_best);
   };
   if (q.activation == Activation::softmax || q.likelihood == Activation::softmax) {
-    softmax.read(input, q.input.stride.channel, classes);
-    load_one<Real>(q, b, softmax.at, voxel, g);
+    softmax.read(logits, classes);
+    load_one<Real>(q, which, b, softmax.at, voxel, g);
     best_slope = slope_of(softmax.at);
-    const auto best = softmax.of(logit(softmax.at), softmax.at);
+    const auto best = softmax.of(logits(softmax.at), softmax.at);
     a_best = math::overlap_slope(best, g, q.overlap == Overlap::min);
     p_best = best.p;
     for (int c = 0; c < classes; ++c) {
-      load_one<Real>(q, b, c, voxel, g);
-      const auto p = softmax.of(logit(c), c);
+      if (which.leave_out(c)) continue;
+      load_one<Real>(q, which, b, c, voxel, g);
+      const auto p = softmax.of(logits(c), c);
       const math::Slope<Real> slope = slope_of(c);
       if (q.activation == Activation::softmax) mean += p.p * difference(c, slope, p);
       if (q.likelihood == Activation::softmax) {
@@ -202,8 +308,14 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
       }
     }
   }
+  Real background = 0;  // the gradient at its logit, of which merged classes have their shares
   for (int c = 0; c < classes; ++c) {
-    const Real w = load_one<Real>(q, b, c, voxel, g), z = logit(c);
+    if (which.leave_out(c)) {
+      const Real part = which.merges ? logits.share(background, c) : Real(0);
+      gradient[c * q.gradient_stride.channel] = Store<T>::from(part);
+      continue;
+    }
+    const Real w = load_one<Real>(q, which, b, c, voxel, g), z = logits(c);
     const math::Slope<Real> slope = slope_of(c);
     const Real gamma = gamma_of<Real>(q, c);
     const auto p = evaluate<Real>(q.activation, softmax, z, c);
@@ -224,7 +336,14 @@ __global__ void __launch_bounds__(kGeneralThreads, sizeof(T) == 8 ? 2 : 4)
     } else {
       value += separate_likelihood<kNone>(r, g, slope, gamma, full);
     }
-    gradient[c * q.gradient_stride.channel] = Store<T>::from(w * value);
+    value *= w;
+    if constexpr (kPartial) {
+      if (c == 0 && which.merges) {
+        background = value;
+        value = logits.share(background, 0);
+      }
+    }
+    gradient[c * q.gradient_stride.channel] = Store<T>::from(value);
   }
 }
 

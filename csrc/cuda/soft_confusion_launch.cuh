@@ -91,16 +91,17 @@ cudaError_t separate(Launched& q, cudaStream_t stream) {
   }
 }
 
-template <bool kBackward, class T>
+template <bool kBackward, class T, bool kPartial>
 cudaError_t general(Launched& q, cudaStream_t stream) {
   const dim3 block(kGeneralThreads);
   if constexpr (kBackward) {
     const int64_t blocks = q.batch * ((q.voxels + kGeneralThreads - 1) / kGeneralThreads);
-    return launch(general_backward<T>, dim3(static_cast<unsigned>(blocks)), block, stream, q);
+    return launch(general_backward<T, kPartial>, dim3(static_cast<unsigned>(blocks)), block, stream,
+                  q);
   } else {
     q.threads = static_cast<int>(block.x);
-    return launch(general_forward<T>, dim3(static_cast<unsigned>(q.batch * q.rows)), block, stream,
-                  q);
+    return launch(general_forward<T, kPartial>, dim3(static_cast<unsigned>(q.batch * q.rows)),
+                  block, stream, q);
   }
 }
 
@@ -141,6 +142,7 @@ cudaError_t start(Launched& q, cudaStream_t stream) {
   q.ignored_label = ignores ? static_cast<int>(q.ignore_index) : -1;
   q.target.vector = aligned(q.target);
   q.weight.vector = aligned(q.weight);
+  if (q.annotated != nullptr) return general<kBackward, T, true>(q, stream);
   const bool softmax = q.activation == Activation::softmax && q.likelihood == Activation::softmax;
   if constexpr (sizeof(T) < sizeof(double)) {
     q.input_layout = layout_of<T>(q.input, q);
@@ -164,7 +166,7 @@ cudaError_t start(Launched& q, cudaStream_t stream) {
       return separate<kBackward, T, kNone>(q, stream);
     }
   }
-  return general<kBackward, T>(q, stream);
+  return general<kBackward, T, false>(q, stream);
 }
 
 }  // namespace

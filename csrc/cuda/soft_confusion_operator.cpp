@@ -11,11 +11,13 @@ namespace {
 Tensor forward(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                int64_t activation, int64_t likelihood, int64_t overlap,
                const std::optional<int64_t>& ignore_index, double gamma, bool full,
-               const std::optional<int64_t>& focal_classes) {
+               const std::optional<int64_t>& focal_classes, int64_t unlabelled,
+               const std::optional<Tensor>& annotated) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const ConfusionArguments a(input, target, weight,
-                             {activation, likelihood, overlap, ignore_index, gamma, focal_classes},
-                             full ? FULL : CORE);
+  const ConfusionArguments a(
+      input, target, weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      full ? FULL : CORE);
   const SoftConfusion& q = a.problem;
   Tensor sums =
       torch::stable::new_empty(input, {q.batch, q.classes, q.columns}, ScalarType::Double);
@@ -31,11 +33,13 @@ Tensor forward(const Tensor& input, const Tensor& target, const std::optional<Te
 Tensor backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                 const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
                 int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
-                const std::optional<int64_t>& focal_classes) {
+                const std::optional<int64_t>& focal_classes, int64_t unlabelled,
+                const std::optional<Tensor>& annotated) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  ConfusionArguments a(input, target, weight,
-                       {activation, likelihood, overlap, ignore_index, gamma, focal_classes},
-                       checked_columns(grad, input, input.size(1)));
+  ConfusionArguments a(
+      input, target, weight,
+      {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
+      checked_columns(grad, input, input.size(1)));
   Gradient gradient(input, a.input);
   if (input.numel() == 0) return gradient.result;
   const Tensor cotangents = torch::stable::contiguous(grad);

@@ -13,6 +13,8 @@ struct ConfusionOptions {
   const std::optional<int64_t>& ignore_index;
   double gamma;
   const std::optional<int64_t>& focal_classes;
+  int64_t unlabelled;
+  const std::optional<Tensor>& annotated;
 };
 
 inline void check_floats(const Tensor& tensor, const char* name) {
@@ -44,6 +46,7 @@ inline View view_of(const Walkable& walkable, const char* name) {
 struct ConfusionCompanions {
   Walkable target;
   std::optional<Walkable> weight;
+  std::optional<Tensor> annotated;
 
   ConfusionCompanions(SoftConfusion& q, const Tensor& input, int64_t classes, const Tensor& target_,
                       const std::optional<Tensor>& weight_, const ConfusionOptions& options,
@@ -68,7 +71,22 @@ struct ConfusionCompanions {
     q.ignore_index = options.ignore_index.value_or(0);
     q.gamma = options.gamma;
     q.focal_classes = options.focal_classes.value_or(q.focal_classes);
+    q.unlabelled = static_cast<Unlabelled>(options.unlabelled);
+    if (options.annotated) {
+      check_annotated(*options.annotated, input, classes);
+      annotated = torch::stable::contiguous(*options.annotated);
+      q.annotated = static_cast<const uint8_t*>(annotated->const_data_ptr());
+    }
     q.columns = static_cast<int>(columns);
+  }
+
+  static void check_annotated(const Tensor& annotated, const Tensor& input, int64_t classes) {
+    STD_TORCH_CHECK(annotated.scalar_type() == ScalarType::Bool && annotated.dim() == 2 &&
+                        annotated.size(0) == input.size(0) && annotated.size(1) == classes &&
+                        annotated.device() == input.device(),
+                    "annotated: got ", torch::headeronly::toString(annotated.scalar_type()),
+                    " of shape ", shape_of(annotated), ", expected bool (", input.size(0), ", ",
+                    classes, ") on the device of input");
   }
 
   static const Tensor& checked_target(const Tensor& target, const Tensor& input, int64_t classes) {

@@ -32,6 +32,14 @@ class Overlap(Code):
     min = 1
 
 
+class Unlabelled(Code):
+    """What becomes of the classes that are not annotated in a sample: they leave it, or are counted
+    as background."""
+
+    exclude = 0
+    background = 1
+
+
 class TargetKind(Code):
     """How a target is stored: one label a voxel; one value a class; the foreground's indicator
     where there is one class, as a float or as an integer, of which only 0 and 1 count."""
@@ -137,6 +145,7 @@ class ConfusionOptions(NamedTuple):
     ignore_index: int | None = None
     gamma: float = 0.0
     focal_classes: int | None = None
+    unlabelled: int = Unlabelled.exclude
 
 
 class RatioOptions(NamedTuple):
@@ -163,7 +172,7 @@ class RatioOptions(NamedTuple):
 
 _CONFUSION = (
     "int activation, int likelihood, int overlap, int? ignore_index, float gamma, {}"
-    "int? focal_classes=None"
+    "int? focal_classes=None, int unlabelled=0, Tensor? annotated=None"
 )
 _HEAD = (
     "Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? voxel_weight, "

@@ -82,6 +82,12 @@ EXTRAS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
         dict(classes=4, activation=0, target="dense", full=True),
     ),
     ("one-voxel", (90,), dict(classes=3, tiny=True)),
+    ("exclude", (90,), dict(classes=4, unlabelled=0)),
+    (
+        "background",
+        CAPABILITIES,
+        dict(classes=40, unlabelled=1, target="dense", weighted=True, gamma=0.5, full=True),
+    ),
 )
 
 #: Of every launch shape of the heads (head_confusion.launch_shape) the ones with the most classes
@@ -200,6 +206,7 @@ def _confusion_problem(
     contiguous: bool = True,
     odd: bool = False,
     tiny: bool = False,
+    unlabelled: int = -1,
 ) -> Any:
     import torch
 
@@ -221,6 +228,7 @@ def _confusion_problem(
         sums=8 if full else 4,
         contiguous=contiguous,
         focal=focal,
+        unlabelled=unlabelled,
     )
 
 
@@ -264,6 +272,7 @@ def _soft_confusion_instance(
         "output": volume,
         "target": View(TYPES[target_type], step, step, 1),
         "weight": View(TYPES[weight_type], step, "i32", 1) if weighted else None,
+        "annotated": "*u8" if problem.partial else None,
         "rows": RowViews("*fp64", "*fp64", "*i32"),
         "grad": "*fp64",
         "gamma": "fp64",

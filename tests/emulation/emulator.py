@@ -378,6 +378,8 @@ class SoftConfusion(Operators):
         gamma: float,
         statistics: int,
         focal_classes: int | None = None,
+        unlabelled: int = 0,
+        annotated: Tensor | None = None,
     ) -> bytes:
         batch, classes = input.shape[:2]
         channel = target.ndim == input.ndim
@@ -398,6 +400,8 @@ class SoftConfusion(Operators):
             int(ignore_index is not None),
             ignore_index or 0,
             statistics,
+            unlabelled,
+            int(annotated is not None),
             *describe(input, True),
             *describe(target, channel),
             *describe(weight, weight_channel),
@@ -406,6 +410,7 @@ class SoftConfusion(Operators):
         empty = bytearray()
         buffers = [storage_bytes(input), storage_bytes(target)]
         buffers.append(empty if weight is None else storage_bytes(weight))
+        buffers.append(empty if annotated is None else storage_bytes(annotated.contiguous()))
         if grad is not None:
             gradient = self._gradient(input)
             integers += describe(gradient, True)

@@ -8,6 +8,7 @@ using voxfuse::Element;
 using voxfuse::Overlap;
 using voxfuse::SoftConfusion;
 using voxfuse::Strides;
+using voxfuse::Unlabelled;
 using voxfuse::View;
 using voxfuse::emulation::Buffer;
 using voxfuse::emulation::Record;
@@ -44,16 +45,18 @@ int main() {
     q.columns = static_cast<int>(x[10]);
     q.gamma = record.doubles[0];
     q.focal_classes = static_cast<std::int64_t>(record.doubles[1]);
-    q.input = view_of(record, 0, 11);
-    q.target = view_of(record, 1, 16);
-    q.weight = view_of(record, 2, 21);
+    q.unlabelled = static_cast<Unlabelled>(x[11]);
+    if (x[12] != 0) q.annotated = record.buffers[3].as<const std::uint8_t>();
+    q.input = view_of(record, 0, 13);
+    q.target = view_of(record, 1, 18);
+    q.weight = view_of(record, 2, 23);
     cudaError_t error = cudaSuccess;
     if (backward) {
-      q.cotangents = record.buffers[3].as<const double>();
-      q.gradient = record.buffers[4].get() + x[27];
-      q.gradient_stride = Strides{x[28], x[29], x[30]};
+      q.cotangents = record.buffers[4].as<const double>();
+      q.gradient = record.buffers[5].get() + x[29];
+      q.gradient_stride = Strides{x[30], x[31], x[32]};
       error = voxfuse::cuda::soft_confusion_backward(q, nullptr);
-      voxfuse::emulation::write({&record.buffers[4]});
+      voxfuse::emulation::write({&record.buffers[5]});
     } else {
       const auto bytes = static_cast<std::int64_t>(sizeof(double));
       const Buffer sums(q.batch * q.classes * q.columns * bytes);

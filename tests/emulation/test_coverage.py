@@ -98,6 +98,8 @@ def confusion_cases() -> Iterable[ConfusionCase]:
             yield ConfusionCase(spatial=(4, 16), full=full, **path, **{**rotated(), **types})
         if path["classes"] == 2:  # bool labels
             yield ConfusionCase(spatial=(4, 16), **path, target_dtype=torch.bool)
+    for dtype, unlabelled in itertools.product(FLOATS, ("exclude", "background")):
+        yield ConfusionCase(spatial=(4, 16), dtype=dtype, unlabelled=unlabelled)
     yield ConfusionCase(batch=300, classes=2, spatial=(5,))  # more samples than there are counters
     for (i, dtype), activation in itertools.product(
         enumerate((*TYPES, *TYPES)), ("sigmoid", "none", "softmax")

@@ -69,7 +69,8 @@ def test_functions_have_the_options_and_defaults_of_their_modules(function):
         ("target", inspect.Parameter.empty),
         ("mask", None),
     ]
-    options = {"return_sums": False, **{n: p.default for n, p in theirs.items()}}
+    of_call = {"annotated": None, "return_sums": False}
+    options = {**of_call, **{n: p.default for n, p in theirs.items()}}
     assert {p.name: p.default for p in own[3:]} == options
     assert all(p.kind is p.KEYWORD_ONLY for p in own[3:])
 

@@ -90,7 +90,7 @@ def head_backward(
         last = tl.minimum(first + tiles_a_chunk * O.BLOCK, voxels)
         for start in range(first, last, O.BLOCK):
             tile = tile_at(start, voxels, O)
-            own = load_voxels(target, voxel_weight, tile, classes, ignore, O)
+            own = load_voxels(target, voxel_weight, None, tile, classes, ignore, O)
             z = logits_of(features, head, tile, own.included, classes, channels, O, H)
             if O.PATH == BY_LABEL:
                 dz = _gradient_by_label(grad, z, own.label, cotangents, classes, gamma, O)

@@ -88,7 +88,7 @@ def head_forward(
         last = tl.minimum(first + tiles_a_chunk * O.BLOCK, voxels)
         for start in range(first, last, O.BLOCK):
             tile = tile_at(start, voxels, O)
-            own = load_voxels(target, voxel_weight, tile, classes, ignore, O)
+            own = load_voxels(target, voxel_weight, None, tile, classes, ignore, O)
             z = logits_of(features, head, tile, own.included, classes, channels, O, H)
             if O.PATH == BY_LABEL:
                 terms = _terms_by_label(z, own, classes, gamma, O)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from voxfuse.contract import CORE, FULL, ConfusionOptions
+from voxfuse.contract import CORE, FULL, ConfusionOptions, Unlabelled
 from voxfuse.reference import head_confusion as chunked
 from voxfuse.triton_kernels import soft_confusion as logits_kernels
 from voxfuse.triton_kernels.head_confusion.backward import head_backward
@@ -167,6 +167,8 @@ def head_confusion(
     full: bool,
     chunk_bytes: int,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums."""
     options = ConfusionOptions(activation, likelihood, overlap, ignore_index, gamma, focal_classes)
@@ -176,10 +178,11 @@ def head_confusion(
         shape = (batch, classes, sums)
         return torch.zeros(shape, dtype=torch.float64, device=features.device)
     problem = describe(features, classes, target, voxel_weight, sums, False, options)
-    if not in_registers(features.dtype, classes, channels, problem.labels_only, False):
+    resident = in_registers(features.dtype, classes, channels, problem.labels_only, False)
+    if not resident or annotated is not None:
         return chunked.head_confusion(
             features, weight, bias, target, voxel_weight,
-            *options[:-1], full, chunk_bytes, focal_classes,
+            *options[:5], full, chunk_bytes, focal_classes, unlabelled, annotated,
             confusion=logits_kernels.soft_confusion,
         )  # fmt: skip
     flat, flat_target, flat_weight = views_of(features, target, voxel_weight)
@@ -234,6 +237,8 @@ def head_confusion_backward(
     need_features: bool,
     need_head: bool,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients at features, weight and bias; empty ones for what is not needed."""
     options = ConfusionOptions(activation, likelihood, overlap, ignore_index, gamma, focal_classes)
@@ -241,10 +246,11 @@ def head_confusion_backward(
     classes, sums = grad.shape[1:]
     problem = describe(features, classes, target, voxel_weight, sums, False, options)
     resident = in_registers(features.dtype, classes, channels, problem.labels_only, True)
-    if features.numel() == 0 or not resident:
+    if features.numel() == 0 or not resident or annotated is not None:
         return chunked.head_confusion_backward(
             grad, features, weight, bias, target, voxel_weight,
-            *options[:-1], chunk_bytes, need_features, need_head, focal_classes,
+            *options[:5], chunk_bytes, need_features, need_head,
+            focal_classes, unlabelled, annotated,
             confusion_backward=logits_kernels.soft_confusion_backward,
         )  # fmt: skip
     flat, flat_target, flat_weight = views_of(features, target, voxel_weight)

@@ -9,15 +9,21 @@ from voxfuse.triton_kernels.numerics import (
     NAN,
     at_most_finite,
     exponential,
+    finite,
     log_of_sum,
     log_one_plus,
     reciprocal,
 )
 from voxfuse.triton_kernels.soft_confusion.load import (
     class_index,
+    load_block,
     load_cotangents,
+    load_cotangents_block,
+    load_kept,
     load_logits,
+    load_merged,
     load_target,
+    load_target_block,
     load_values,
     load_voxels,
     named,
@@ -361,6 +367,7 @@ def backward_resident(
     input,
     target,
     weight,
+    annotated,
     output,
     voxels,
     classes,
@@ -384,7 +391,7 @@ def backward_resident(
     last = tl.minimum(first + tiles_a_program * O.BLOCK, voxels)
     for start in range(first, last, O.BLOCK):
         tile = tile_at(start, voxels, O)
-        own = load_voxels(target, weight, tile, classes, ignore, O)
+        own = load_voxels(target, weight, annotated, tile, classes, ignore, O)
         zs = load_logits(input, tile, classes, O)
         if O.PATH == TWO_CLASSES:
             results = _gradient_of_two(zs, own.label, own.weight, cotangents, gamma, O)
@@ -407,6 +414,7 @@ def backward_online(
     input,
     target,
     weight,
+    annotated,
     output,
     voxels,
     classes,
@@ -422,39 +430,57 @@ def backward_online(
     output = of_sample(output, sample)
     if weight is not None:
         weight = of_sample(weight, sample)
+    if O.PARTIAL:
+        annotated += sample * classes
     first = tl.program_id(0).to(tl.int64) * tiles_a_program * O.BLOCK
     last = tl.minimum(first + tiles_a_program * O.BLOCK, voxels)
     for start in range(first, last, O.BLOCK):
         tile = tile_at(start, voxels, O)
-        own = load_voxels(target, weight, tile, classes, ignore, O)
-        softmax, largest = softmax_online(input, tile, classes, O.ACTIVATION == SOFTMAX, O)
+        own = load_voxels(target, weight, annotated, tile, classes, ignore, O)
+        merged = load_merged(input, target, annotated, tile, own, classes, O)
+        softmax, largest = softmax_online(
+            input, annotated, merged, tile, classes, O.ACTIVATION == SOFTMAX, O
+        )
         best = no_parts(O)
         mean = tl.full([1, O.BLOCK], 0.0, O.DTYPE)
         top, low = mean, mean
         if O.ACTIVATION == SOFTMAX:
             best = parts_of_largest(
                 softmax,
-                load_target(target, largest, tile, own, classes, False, O),
-                load_cotangents(grad, largest, classes, False, O),
+                load_target_block(target, annotated, merged, largest, tile, own, classes, False, O),
+                load_cotangents_block(grad, annotated, largest, classes, False, O),
                 O,
             )
         if O.ACTIVATION == SOFTMAX or O.LIKELIHOOD == SOFTMAX:
             for c in range(0, classes, O.CLASSES):
                 index = class_index(c, O)
-                z = load_values(input, index, tile, tile.inside, classes, True, O)
-                g = load_target(target, index, tile, own, classes, True, O)
-                cotangents = load_cotangents(grad, index, classes, True, O)
+                z = load_block(input, annotated, merged, index, tile, classes, O)
+                g = load_target_block(target, annotated, merged, index, tile, own, classes, True, O)
+                cotangents = load_cotangents_block(grad, annotated, index, classes, True, O)
                 slopes = slopes_of(z, softmax, g, cotangents, best, gamma, index, O)
                 new = shares_of(z, softmax, slopes, index < classes, True, O)
                 new = sum_of_shares(new, O)
                 mean, top, low = mean + new.mean, top + new.top, low + new.low
         shares = Shares(mean, top, low)
+        background = tl.full([1, O.BLOCK], 0.0, O.DTYPE)
         for c in range(0, classes, O.CLASSES):
             index = class_index(c, O)
-            z = load_values(input, index, tile, tile.inside, classes, True, O)
-            g = load_target(target, index, tile, own, classes, True, O)
-            cotangents = load_cotangents(grad, index, classes, True, O)
+            z = load_block(input, annotated, merged, index, tile, classes, O)
+            g = load_target_block(target, annotated, merged, index, tile, own, classes, True, O)
+            cotangents = load_cotangents_block(grad, annotated, index, classes, True, O)
             slopes = slopes_of(z, softmax, g, cotangents, best, gamma, index, O)
             result = combine(z, softmax, slopes, shares, O)
             result = tl.where(own.included, result * own.weight, 0.0)
+            if O.PARTIAL:
+                kept = load_kept(annotated, index, classes, O)
+                if O.MERGE:
+                    # Of what the background's logit gets, every merged one has its share.
+                    whole = tl.sum(tl.where(index == 0, result, 0.0), axis=0, keep_dims=True)
+                    background = tl.where(c == 0, whole, background)
+                    z = finite(load_values(input, index, tile, tile.inside, classes, True, O))
+                    share = background * exponential(z - merged.largest) / merged.total
+                    share = tl.where(background == 0, 0.0, share)
+                    result = tl.where(kept & (index > 0), result, share)
+                else:
+                    result = tl.where(kept, result, 0.0)
             store_values(output, index, tile, result, tile.inside & (index < classes))

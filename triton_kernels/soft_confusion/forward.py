@@ -14,9 +14,12 @@ from voxfuse.triton_kernels.numerics import (
 from voxfuse.triton_kernels.reduction import finish_rows, row_of_program, stack
 from voxfuse.triton_kernels.soft_confusion.load import (
     class_index,
+    load_block,
+    load_kept,
     load_logits,
+    load_merged,
     load_target,
-    load_values,
+    load_target_block,
     load_voxels,
     padded,
     tile_at,
@@ -194,6 +197,7 @@ def forward_resident(
     input,
     target,
     weight,
+    annotated,
     rows,
     group,
     voxels,
@@ -228,7 +232,7 @@ def forward_resident(
         last = tl.minimum(first + tiles_a_chunk * O.BLOCK, voxels)
         for start in range(first, last, O.BLOCK):
             tile = tile_at(start, voxels, O)
-            own = load_voxels(target, weight, tile, classes, ignore, O)
+            own = load_voxels(target, weight, annotated, tile, classes, ignore, O)
             zs = load_logits(input, tile, classes, O)
             if O.PATH == TWO_CLASSES:
                 sums = _add_two_classes(sums, zs, own.label, own.weight, gamma, O)
@@ -258,6 +262,7 @@ def forward_online(
     input,
     target,
     weight,
+    annotated,
     rows,
     group,
     voxels,
@@ -278,21 +283,27 @@ def forward_online(
     input, target = of_sample(input, sample), of_sample(target, sample)
     if weight is not None:
         weight = of_sample(weight, sample)
+    if O.PARTIAL:
+        annotated += sample * classes
     column = tl.arange(0, O.STATS)[None, :]
     row = row_of_program(rows, classes * O.STATS)
     for number in range(slot, tiles, slots):
         tile = tile_at(number * O.BLOCK, voxels, O)
-        own = load_voxels(target, weight, tile, classes, ignore, O)
-        softmax, _ = softmax_online(input, tile, classes, False, O)
+        own = load_voxels(target, weight, annotated, tile, classes, ignore, O)
+        merged = load_merged(input, target, annotated, tile, own, classes, O)
+        softmax, _ = softmax_online(input, annotated, merged, tile, classes, False, O)
         for c in range(0, classes, O.CLASSES):
             index = class_index(c, O)
-            z = load_values(input, index, tile, tile.inside, classes, True, O)
-            g = load_target(target, index, tile, own, classes, True, O)
+            z = load_block(input, annotated, merged, index, tile, classes, O)
+            g = load_target_block(target, annotated, merged, index, tile, own, classes, True, O)
             terms = confusion_terms(z, softmax, g, gamma, index, O)
+            counted = own.included
+            if O.PARTIAL:
+                counted = counted & load_kept(annotated, index, classes, O)
             sums = ()
             for s in tl.static_range(O.STATS):
                 x = tl.broadcast_to(terms[s] * own.weight, [O.CLASSES, O.BLOCK])
-                sums = sums + (tl.where(own.included, x, 0.0),)
+                sums = sums + (tl.where(counted, x, 0.0),)
             table = tl.reshape(stack(sums, O.LEVELS), [O.CLASSES, O.BLOCK, O.STATS])
             place = row + index.to(tl.int64) * O.STATS + column
             mask = (index < classes) & (column < O.STATS)

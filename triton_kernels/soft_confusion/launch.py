@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from voxfuse.contract import CORE, FULL, ConfusionOptions
+from voxfuse.contract import CORE, FULL, ConfusionOptions, Unlabelled
 from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
@@ -75,7 +75,10 @@ class Plan(NamedTuple):
 
 
 def _is_online(problem: Problem, backward: bool) -> bool:
-    """Whether the classes are too many for a tile of them to be kept in registers."""
+    """Whether the classes are too many for a tile of them to be kept in registers, or some may not
+    be annotated."""
+    if problem.partial:
+        return True
     if problem.double:
         most = RESIDENT_CLASSES // 4 if problem.labels_only else FEW_CLASSES // 4
     elif problem.labels_only:
@@ -91,8 +94,11 @@ def plan(problem: Problem, backward: bool) -> Plan:
     vector = VECTOR_BYTES // problem.dtype.itemsize
     if _is_online(problem, backward):
         most = 1 if problem.double and not problem.labels_only else 4
+        rows = min(CLASS_BLOCK, power_of_two(problem.classes)) if problem.partial else CLASS_BLOCK
         options = problem.options(
-            16 * min(most, vector), CLASSES=CLASS_BLOCK, LEVELS=problem.sums.bit_length() - 1
+            16 * min(most, vector) * CLASS_BLOCK // rows,
+            CLASSES=rows,
+            LEVELS=problem.sums.bit_length() - 1,
         )
         return Plan(backward_online if backward else forward_online, options, 4, _registers(4))
 
@@ -199,6 +205,11 @@ def views_of(
     return view_of(input), view_of(target, target.ndim == axes), weights
 
 
+def bytes_of(annotated: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, C) bool as the kernels read it."""
+    return None if annotated is None else annotated.contiguous().view(torch.uint8)
+
+
 def output_view(gradient: torch.Tensor) -> View:
     """Where a kernel writes ``gradient``: in place, or to be copied."""
     in_place = view_in_place(gradient)
@@ -225,18 +236,25 @@ def soft_confusion(
     gamma: float,
     full: bool,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums; see voxfuse.soft_confusion."""
     sums = FULL if full else CORE
     shape = (*input.shape[:2], sums)
     if input.numel() == 0:
         return torch.zeros(shape, dtype=torch.float64, device=input.device)
-    options = ConfusionOptions(activation, likelihood, overlap, ignore_index, gamma, focal_classes)
+    options = ConfusionOptions(
+        activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled
+    )
     if shape[0] > MAX_SAMPLES:
-        parts = _split(input, target, weight)
-        return torch.cat([soft_confusion(*x, *options[:-1], full, options[-1]) for x in parts])
+        parts = _split(input, target, weight, annotated)
+        rest = (*options[:5], full, *options[5:])
+        return torch.cat([soft_confusion(*x, *rest, which) for *x, which in parts])
     views = views_of(input, target, weight)
-    problem = describe(input, shape[1], target, weight, sums, views[0].voxel == 1, options)
+    problem = describe(
+        input, shape[1], target, weight, sums, views[0].voxel == 1, options, annotated
+    )
     result = torch.empty(shape, dtype=torch.float64, device=input.device)
     chosen = plan(problem, backward=False)
     tiles_a_chunk, chunks, slots = reduction_shape(problem, chosen)
@@ -245,6 +263,7 @@ def soft_confusion(
         rows = Rows(result, slots, chosen.num_warps)
         chosen.kernel[(slots, problem.batch)](
             *views,
+            bytes_of(annotated),
             rows.views,
             rows.group,
             problem.voxels,
@@ -271,20 +290,26 @@ def soft_confusion_backward(
     ignore_index: int | None,
     gamma: float,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient at ``input``, in its dtype and layout."""
     gradient = torch.empty_like(input)
     if input.numel() == 0:
         return gradient
-    options = ConfusionOptions(activation, likelihood, overlap, ignore_index, gamma, focal_classes)
+    options = ConfusionOptions(
+        activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled
+    )
     if input.shape[0] > MAX_SAMPLES:
-        parts = _split(grad, input, target, weight)
-        for part, output in zip(parts, gradient.split(MAX_SAMPLES), strict=True):
-            output.copy_(soft_confusion_backward(*part, *options))
+        parts = _split(grad, input, target, weight, annotated)
+        for (*part, which), output in zip(parts, gradient.split(MAX_SAMPLES), strict=True):
+            output.copy_(soft_confusion_backward(*part, *options, which))
         return gradient
     views, output = views_of(input, target, weight), output_view(gradient)
     classes, sums = grad.shape[1:]
-    problem = describe(input, classes, target, weight, sums, views[0].voxel == 1, options)
+    problem = describe(
+        input, classes, target, weight, sums, views[0].voxel == 1, options, annotated
+    )
     chosen = plan(problem, backward=True)
     tiles = triton.cdiv(problem.voxels, chosen.options.BLOCK)
     # Several tiles a program share the reading of the cotangents.
@@ -293,6 +318,7 @@ def soft_confusion_backward(
         chosen.kernel[(triton.cdiv(tiles, tiles_a_program), problem.batch)](
             grad.contiguous(),
             *views,
+            bytes_of(annotated),
             output,
             problem.voxels,
             problem.classes,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from voxfuse.triton_kernels.numerics import NAN, exponential, finite
 from voxfuse.triton_kernels.soft_confusion.options import BINARY, DENSE, LABELS
 
 
@@ -27,6 +28,17 @@ class Voxels(NamedTuple):
     value: Any
     weight: Any
     included: Any
+
+
+class Merged(NamedTuple):
+    """Of the classes that are merged into the background, at every voxel of a tile: the largest
+    logit, the sum of exp(z - largest) over them, and the dense targets of all but the background's
+    own. Nothing without O.MERGE.
+    """
+
+    largest: Any
+    total: Any
+    target: Any
 
 
 class Cotangents(NamedTuple):
@@ -85,6 +97,76 @@ def store_values(x, index, tile, value, mask):
 
 
 @triton.jit
+def load_kept(annotated, index, classes, O: tl.constexpr):
+    """Whether classes are annotated, and so are what is none. Where the others are merged into the
+    background, that is there whatever is said of it.
+    """
+    inside = (index >= 0) & (index < classes)
+    kept = tl.load(annotated + index, mask=inside, other=1) != 0
+    if O.MERGE:
+        kept = kept | (index == 0)
+    return kept
+
+
+@triton.jit
+def load_merged(input, target, annotated, tile, voxels, classes, O: tl.constexpr):
+    """The ``Merged`` of a tile, whose classes are read block by block."""
+    largest = tl.full([1, O.BLOCK], float("-inf"), O.DTYPE)
+    total = tl.full([1, O.BLOCK], 0.0, O.DTYPE)
+    theirs = total
+    if O.MERGE:
+        for c in range(0, classes, O.CLASSES):
+            index = class_index(c, O)
+            mine = (index == 0) | (load_kept(annotated, index, classes, O) == 0)
+            z = finite(load_values(input, index, tile, tile.inside, classes, True, O))
+            z = tl.where(mine, z, float("-inf"))
+            largest = tl.maximum(largest, tl.max(z, axis=0, keep_dims=True))
+            if O.TARGET == DENSE:
+                g = load_values(target, index, tile, voxels.included, classes, True, O)
+                g = tl.where(mine & (index > 0), g, 0.0)
+                theirs += tl.sum(g, axis=0, keep_dims=True)
+        for c in range(0, classes, O.CLASSES):
+            index = class_index(c, O)
+            mine = (index == 0) | (load_kept(annotated, index, classes, O) == 0)
+            z = finite(load_values(input, index, tile, tile.inside, classes, True, O))
+            e = tl.where(mine, exponential(z - largest), 0.0)
+            total += tl.sum(e, axis=0, keep_dims=True)
+    return Merged(largest, total, theirs)
+
+
+@triton.jit
+def load_block(input, annotated, merged, index, tile, classes, O: tl.constexpr):
+    """The logits of a block of classes as a softmax sees them.
+
+    Classes that are not annotated have the lowest number, all others at least half of that, so that
+    their probability is 0 whatever the others' logits are. With O.MERGE the background's logit is
+    log-sum-exp of theirs, and all are measured from the largest of these.
+    """
+    z = load_values(input, index, tile, tile.inside, classes, True, O)
+    if O.PARTIAL:
+        lowest = -3.4028234663852886e38 if O.DTYPE == tl.float32 else -1.7976931348623157e308
+        z = finite(z)
+        if O.MERGE:
+            z = tl.where(index == 0, tl.log(merged.total), z - merged.largest)
+        z = tl.maximum(z, 0.5 * lowest, propagate_nan=NAN)
+        z = tl.where(load_kept(annotated, index, classes, O), z, lowest)
+    return z
+
+
+@triton.jit
+def load_target_block(
+    target, annotated, merged, index, tile, voxels, classes, PADDED: tl.constexpr, O: tl.constexpr
+):
+    """``load_target`` without the classes that are not annotated."""
+    g = load_target(target, index, tile, voxels, classes, PADDED, O)
+    if O.PARTIAL and O.TARGET != LABELS:
+        g = tl.where(load_kept(annotated, index, classes, O), g, 0.0)
+        if O.MERGE and O.TARGET == DENSE:
+            g = tl.where(index == 0, g + merged.target, g)
+    return g
+
+
+@triton.jit
 def load_logits(input, tile, classes, O: tl.constexpr):
     """All blocks of classes of a tile."""
     zs = ()
@@ -95,8 +177,8 @@ def load_logits(input, tile, classes, O: tl.constexpr):
 
 
 @triton.jit
-def load_voxels(target, weight, tile, classes, ignore, O: tl.constexpr):
-    """The ``Voxels`` of a tile."""
+def load_voxels(target, weight, annotated, tile, classes, ignore, O: tl.constexpr):
+    """The ``Voxels`` of a tile; one whose label is not annotated is background, or excluded."""
     included = tile.inside
     label = tl.full([1, 1], -1, tl.int32)
     value = tl.full([1, 1], 0.0, O.DTYPE)
@@ -120,6 +202,13 @@ def load_voxels(target, weight, tile, classes, ignore, O: tl.constexpr):
             if O.HAS_IGNORE:
                 included = included & (tl.where(included, number, 0).to(tl.int32) != ignore)
             label = tl.where(included, number, -1).to(tl.int32)
+            if O.PARTIAL:
+                kept = load_kept(annotated, label, classes, O)
+                if O.MERGE:
+                    label = tl.where(kept, label, 0)
+                else:
+                    included = included & kept
+                    label = tl.where(included, label, -1)
         else:
             if O.HAS_IGNORE:
                 # The value itself and not its integer part: 1/2 is not 0.
@@ -171,3 +260,16 @@ def load_cotangents(grad, index, classes, PADDED: tl.constexpr, O: tl.constexpr)
     return Cotangents(
         hit.to(O.DTYPE), fp.to(O.DTYPE), nll.to(O.DTYPE), off.to(O.DTYPE), square.to(O.DTYPE)
     )
+
+
+@triton.jit
+def load_cotangents_block(grad, annotated, index, classes, PADDED: tl.constexpr, O: tl.constexpr):
+    """``load_cotangents``, 0 for classes that are not annotated."""
+    cotangents = load_cotangents(grad, index, classes, PADDED, O)
+    if O.PARTIAL:
+        kept = load_kept(annotated, index, classes, O)
+        result = ()
+        for i in tl.static_range(5):
+            result = result + (tl.where(kept, cotangents[i], 0.0),)
+        cotangents = named(result)
+    return cotangents

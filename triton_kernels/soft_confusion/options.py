@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from voxfuse.contract import CORE, Activation, ConfusionOptions, Overlap, TargetKind
+from voxfuse.contract import (
+    CORE,
+    Activation,
+    ConfusionOptions,
+    Overlap,
+    TargetKind,
+    Unlabelled,
+)
 
 NONE: tl.constexpr = tl.constexpr(int(Activation.none))
 SIGMOID: tl.constexpr = tl.constexpr(int(Activation.sigmoid))
@@ -34,6 +41,8 @@ class Options(NamedTuple):
     CLASSES: int  # of a block
     BLOCK: int  # voxels of a tile
     EVEN: bool  # whether tiles fill the volume
+    PARTIAL: bool = False  # whether classes may not be annotated, in the online kernels
+    MERGE: bool = False  # whether these are background
     PATH: int = 0  # GENERAL, or BY_LABEL or TWO_CLASSES for labels with softmax throughout
     TILES: int = 1  # blocks of all classes, where a tile is kept in registers
     # Forward, where a tile is kept in registers:
@@ -62,6 +71,7 @@ class Problem(NamedTuple):
     sums: int
     contiguous: bool
     focal: int = -1  # classes with the exponent gamma; -1: all
+    unlabelled: int = -1  # what becomes of classes that are not annotated; -1: all are
 
     @property
     def labels_only(self) -> bool:
@@ -71,7 +81,12 @@ class Problem(NamedTuple):
             and self.activation == self.likelihood == Activation.softmax
             and self.overlap == Overlap.product
             and self.sums == CORE
+            and not self.partial
         )
+
+    @property
+    def partial(self) -> bool:
+        return self.unlabelled >= 0
 
     @property
     def double(self) -> bool:
@@ -91,6 +106,8 @@ class Problem(NamedTuple):
             DTYPE=tl.float64 if self.double else tl.float32,
             BLOCK=block,
             EVEN=self.voxels % block == 0,
+            PARTIAL=self.partial,
+            MERGE=self.unlabelled == Unlabelled.background,
             **more,
         )
 
@@ -103,6 +120,7 @@ def describe(
     sums: int,
     contiguous: bool,
     options: ConfusionOptions,
+    annotated: torch.Tensor | None = None,
 ) -> Problem:
     """The problem of ``input``, which are logits of ``classes`` classes or the features of a head.
 
@@ -133,4 +151,5 @@ def describe(
         sums=sums,
         contiguous=contiguous,
         focal=-1 if options.focal_classes is None else options.focal_classes,
+        unlabelled=-1 if annotated is None else options.unlabelled,
     )

@@ -16,7 +16,7 @@ from voxfuse.triton_kernels.numerics import (
     reciprocal,
     sigmoid,
 )
-from voxfuse.triton_kernels.soft_confusion.load import class_index, load_values
+from voxfuse.triton_kernels.soft_confusion.load import class_index, load_block
 from voxfuse.triton_kernels.soft_confusion.options import SIGMOID, SOFTMAX
 
 
@@ -69,7 +69,7 @@ def softmax_of(zs, classes, O: tl.constexpr):
 
 
 @triton.jit
-def softmax_online(input, tile, classes, FIND: tl.constexpr, O: tl.constexpr):
+def softmax_online(input, annotated, merged, tile, classes, FIND: tl.constexpr, O: tl.constexpr):
     """The ``Softmax`` of classes that are read block by block.
 
     With FIND also a class with the largest logit; 0 without, or if no logit is a number.
@@ -81,7 +81,7 @@ def softmax_online(input, tile, classes, FIND: tl.constexpr, O: tl.constexpr):
     if O.ACTIVATION == SOFTMAX or O.LIKELIHOOD == SOFTMAX:
         for c in range(0, classes, O.CLASSES):
             index = class_index(c, O)
-            z = load_values(input, index, tile, tile.inside, classes, True, O)
+            z = load_block(input, annotated, merged, index, tile, classes, O)
             z = tl.where(index < classes, finite(z), float("-inf"))
             new = tl.maximum(m, tl.max(z, axis=0, keep_dims=True))
             d = z - new

@@ -199,6 +199,7 @@ class DeepSupervisionLoss(nn.Module):
         target: Tensor | Sequence[Tensor],
         mask: Tensor | None = None,
         *,
+        annotated: Tensor | None = None,
         return_sums: bool = False,
         **others: Any,
     ) -> Any:
@@ -210,6 +211,7 @@ class DeepSupervisionLoss(nn.Module):
                 one of its parts.
             target: (B, [k,] \*spatial), or a list of one an output.
             mask: mask or voxel weights (B, [1,] \*spatial), sampled like the target.
+            annotated: which classes are annotated in which sample, bool (B, C), for every output.
             return_sums: return a pair with the :class:`voxfuse.Sums` of the finest output that
                 counts.
 
@@ -226,6 +228,7 @@ class DeepSupervisionLoss(nn.Module):
             raise ValueError("input: got no output at all")
         if not one_target and len(target) < len(outputs):
             raise ValueError(f"target: got {len(target)} targets for {len(outputs)} outputs")
+        partial = {} if annotated is None else {"annotated": annotated}
         total: Tensor | None = None
         for level, factor in enumerate(self.level_weights(len(outputs))):
             if factor == 0:
@@ -235,9 +238,9 @@ class DeepSupervisionLoss(nn.Module):
             own, own_mask = self.at_level(own, mask, output)
             arguments = [output, own] if own_mask is None else [output, own, own_mask]
             if total is None and return_sums:
-                term, sums = self.loss(*arguments, return_sums=True)
+                term, sums = self.loss(*arguments, return_sums=True, **partial)
             else:
-                term = self.loss(*arguments)
+                term = self.loss(*arguments, **partial)
             total = factor * term if total is None else total + factor * term
         if total is None:
             raise ValueError("weights: every output has weight 0")

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from voxfuse._ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
+from voxfuse.contract import Normaliser, Sum
 from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
 from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
-from voxfuse.ops.soft_confusion import check_inputs, is_dense
+from voxfuse.ops.soft_confusion import check_annotated, check_inputs, is_dense
 
 # Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
 _below_autograd: Callable[[], Any] = getattr(
@@ -66,6 +67,7 @@ class Call(NamedTuple):
     ranks: Ranks | None = None
     function: Callable[[Sums], Tensor] | None = None
     by_sample: bool = False
+    annotated: Tensor | None = None
 
 
 def evaluate(
@@ -75,6 +77,7 @@ def evaluate(
     mask: Tensor | None,
     options: Any,
     return_sums: bool = False,
+    annotated: Tensor | None = None,
 ) -> Any:
     """Return the loss of ``recipe``, differentiable in ``input``, or a pair with its sums.
 
@@ -91,6 +94,8 @@ def evaluate(
         mask = _checks.require_tensor("mask", mask)
     check_inputs(input, target, mask, recipe.ignore_index)
     call = call_of(recipe, input, input.shape[1], is_dense(input, target), options, ranks)
+    if annotated is not None:
+        call = partial_call(recipe, call, input, input.shape[1], annotated)
     try:
         if recipe.by_voxel:
             if return_sums:
@@ -127,6 +132,26 @@ def call_of(
         recipe.function,
         recipe.by_sample,
     )
+
+
+def partial_call(
+    recipe: Recipe, call: Call, input: Tensor, classes: int, annotated: Tensor
+) -> Call:
+    """``call`` for samples in which only the ``annotated`` classes are."""
+    if recipe.by_voxel:
+        raise ValueError(
+            "annotated: a loss of single voxels (reduction='none', or the worst k percent) has no "
+            "partial labels; reduce by 'mean' or 'sum' over all voxels"
+        )
+    annotated = check_annotated(annotated, input, classes, recipe.unlabelled)
+    weights, ratio = call.weights, call.plan.ratio
+    # Over the ranks the sums are pooled, and 0 where a class is not annotated, before any weight.
+    if recipe.ratio is not None and not (ratio.batch and call.ranks is not None):
+        terms = annotated[:, ratio.first_class :].to(torch.float64).contiguous()
+        if weights.class_weight is not None:
+            terms = terms * weights.class_weight
+        weights = weights._replace(class_weight=terms)
+    return call._replace(annotated=annotated, weights=weights)
 
 
 def reraise(error: RuntimeError) -> NoReturn:
@@ -197,9 +222,25 @@ def _by_voxel(
 def _sums(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
     plan = call.plan
     stats: Tensor = call.operators.soft_confusion(
-        input, target, weight, full=plan.full, **plan.confusion._asdict()
+        input,
+        target,
+        weight,
+        full=plan.full,
+        **plan.confusion._asdict(),
+        annotated=call.annotated,
     )
-    return stats
+    return with_voxels(stats, call)
+
+
+def with_voxels(stats: Tensor, call: Call) -> Tensor:
+    """``stats`` in which class 0 has the voxels of its sample, annotated or not: a mean over the
+    voxels divides by them."""
+    if call.annotated is None or call.plan.ratio.normaliser != Normaliser.voxels:
+        return stats
+    voxels = stats[:, :, Sum.W].amax(1)
+    columns = torch.arange(stats.shape[2], device=stats.device) == Sum.W
+    first = torch.arange(stats.shape[1], device=stats.device) == 0
+    return torch.where(first[:, None] & columns, voxels[:, None, None], stats)
 
 
 def _loss_and_slopes(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, Tensor]:
@@ -273,7 +314,12 @@ class _Fused(torch.autograd.Function):
             if call.ranks is not None:
                 grad = share_of_rank(grad, input.shape[0], call.ranks)
             gradient = call.operators.soft_confusion_backward(
-                grad, input, target, weight, **call.plan.confusion._asdict()
+                grad,
+                input,
+                target,
+                weight,
+                **call.plan.confusion._asdict(),
+                annotated=call.annotated,
             )
         return once_differentiable(gradient, input), None, None, None
 

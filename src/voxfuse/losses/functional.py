@@ -2,8 +2,8 @@
 
 Every function takes ``input`` (logits, or probabilities with ``activation="none"``) of shape
 (B, C, *spatial), ``target`` (labels or dense), an optional ``mask`` or voxel weights, and by
-keyword the module's options, and ``return_sums`` of its call; ``class_weight`` may be a sequence, a
-tensor or one number.
+keyword the module's options, and ``annotated`` and ``return_sums`` of its call; ``class_weight``
+may be a sequence, a tensor or one number.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class LossFunction(Protocol[Options]):
         input: Tensor,
         target: Tensor,
         mask: Tensor | None = None,
+        annotated: Tensor | None = None,
         return_sums: Literal[False] = False,
         *args: Options.args,
         **options: Options.kwargs,
@@ -80,6 +81,7 @@ class LossFunction(Protocol[Options]):
         input: Tensor,
         target: Tensor,
         mask: Tensor | None = None,
+        annotated: Tensor | None = None,
         return_sums: Literal[True] = ...,
         *args: Options.args,
         **options: Options.kwargs,
@@ -105,6 +107,7 @@ def function_of(
         target: Tensor,
         mask: Tensor | None = None,
         *,
+        annotated: Tensor | None = None,
         return_sums: bool = False,
         **given: Any,
     ) -> Any:
@@ -113,7 +116,7 @@ def function_of(
                 hint = kind.hint(key)
                 more = f"; {hint}" if hint else ""
                 raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{more}")
-        return kind.of(Given({**defaults, **given}), input, target, mask, return_sums)
+        return kind.of(Given({**defaults, **given}), input, target, mask, return_sums, annotated)
 
     own = inspect.signature(loss)
     tensors = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -14,7 +14,7 @@ from voxfuse._ranks import ranks_of
 from voxfuse.losses.compound import DiceCELoss
 from voxfuse.losses.declared import declared
 from voxfuse.losses.deep_supervision import DeepSupervisionLoss
-from voxfuse.losses.engine import call_of, loss_of_call, reraise
+from voxfuse.losses.engine import call_of, loss_of_call, partial_call, reraise, with_voxels
 from voxfuse.losses.module import LossModule
 from voxfuse.losses.of_sums import SumsLoss
 from voxfuse.losses.options import refuse_arguments
@@ -32,6 +32,7 @@ def head_loss(
     target: Tensor,
     mask: Tensor | None = None,
     *,
+    annotated: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     return_sums: bool = False,
 ) -> Any:
@@ -50,6 +51,7 @@ def head_loss(
         bias: (C,) or None.
         target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial).
         mask: mask or voxel weights (B, [1,] \*spatial).
+        annotated: which classes are annotated in which sample, bool (B, C).
         chunk_bytes: most bytes of logits that exist at one time.
         return_sums: also return what the loss was computed from, :class:`voxfuse.Sums`.
 
@@ -83,6 +85,8 @@ def head_loss(
     group = loss.process_group
     ranks = None if group is None else ranks_of(group, loss.ddp_average)
     call = call_of(recipe, features, classes, dense, loss, ranks)
+    if annotated is not None:
+        call = partial_call(recipe, call, features, classes, annotated)
     confusion = _registry.namespace_of(loss.backend, features.device).head_confusion
     try:
         sums = confusion(
@@ -94,7 +98,9 @@ def head_loss(
             **call.plan.confusion._asdict(),
             full=call.plan.full,
             chunk_bytes=chunk_bytes,
+            annotated=call.annotated,
         )
+        sums = with_voxels(sums, call)
         value, sums = loss_of_call(call, sums, features.dtype == torch.float64)
     except RuntimeError as error:
         reraise(error)
@@ -126,6 +132,7 @@ class _OfFeatures(nn.Module):
         target: Tensor,
         mask: Tensor | None = None,
         *,
+        annotated: Tensor | None = None,
         return_sums: bool = False,
         **others: Any,
     ) -> Any:
@@ -138,6 +145,7 @@ class _OfFeatures(nn.Module):
             bias,
             target,
             mask,
+            annotated=annotated,
             chunk_bytes=self.chunk_bytes,
             return_sums=return_sums,
         )
@@ -385,6 +393,7 @@ class FusedHead(nn.Module):
         target: Tensor | Sequence[Tensor] | None = None,
         mask: Tensor | None = None,
         *,
+        annotated: Tensor | None = None,
         return_sums: bool = False,
         **options: Any,
     ) -> Any:
@@ -395,6 +404,7 @@ class FusedHead(nn.Module):
             target: labels or dense target. With several heads it is sampled down to each (nearest
                 voxel centre), or there is one target a resolution, as nnU-Net gives them.
             mask: mask or voxel weights (B, [1,] \*spatial), at the input's resolution.
+            annotated: which classes are annotated in which sample, bool (B, C).
             return_sums: return a pair with the :class:`voxfuse.Sums` of the finest head that
                 counts.
             options: further arguments of the network.
@@ -423,6 +433,7 @@ class FusedHead(nn.Module):
                 head.bias,  # type: ignore[arg-type]
                 own,
                 own_mask,
+                annotated=annotated,
                 chunk_bytes=self.chunk_bytes,
                 return_sums=return_sums,
             )

@@ -30,6 +30,7 @@ class CrossEntropyLoss(LossModule):
             classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
+        unlabelled: as in :class:`TverskyLoss`.
         process_group, ddp_average, backend: as in :class:`TverskyLoss`; the mean is over the voxels
             of all ranks. Not with ``reduction="none"``, to which no other rank adds.
 
@@ -44,6 +45,7 @@ class CrossEntropyLoss(LossModule):
     include_background: bool = True
     reduction: str = "mean"
     ignore_index: int | None = None
+    unlabelled: str = "exclude"
 
     def make_recipe(self) -> Recipe:
         part = likelihood_options(
@@ -52,7 +54,7 @@ class CrossEntropyLoss(LossModule):
             include_background=self.include_background,
             reduction=self.reduction,
         )
-        return likelihood_recipe(part, self.ignore_index)
+        return likelihood_recipe(part, self.ignore_index, self.unlabelled)
 
 
 @declared
@@ -118,6 +120,7 @@ class FocalLoss(LossModule):
             classes; that needs one single-channel volume and what a block of voxels needs.
         ignore_index: voxels with this label do not count.
         class_weight: (C,), or one number.
+        unlabelled: as in :class:`TverskyLoss`.
         process_group, ddp_average, backend: as in :class:`TverskyLoss`; the mean is over the voxels
             of all ranks. Not with ``reduction="none"``, to which no other rank adds.
 
@@ -133,6 +136,7 @@ class FocalLoss(LossModule):
     include_background: bool = True
     reduction: str = "mean"
     ignore_index: int | None = None
+    unlabelled: str = "exclude"
 
     shown = ("gamma",)
 
@@ -145,7 +149,7 @@ class FocalLoss(LossModule):
             mean="elements",
             reduction=self.reduction,
         )
-        return likelihood_recipe(part, self.ignore_index)
+        return likelihood_recipe(part, self.ignore_index, self.unlabelled)
 
 
 @declared

@@ -330,9 +330,15 @@ class _LovaszModule(Loss):
         target: Tensor,
         mask: Tensor | None,
         return_sums: bool = False,
+        annotated: Tensor | None = None,
     ) -> Tensor:
         if return_sums:
             raise TypeError(NO_SUMS)
+        if annotated is not None:
+            raise ValueError(
+                f"annotated: {cls.__name__} has no partial labels; the losses that are made of "
+                "sums over the voxels have, such as JaccardLoss"
+            )
         activation: int = Activation.none
         if not cls.hinge:
             activation = _checks.choice("activation", options.activation, Activation)

@@ -65,6 +65,7 @@ class Loss(Declared):
         target: Tensor,
         mask: Tensor | None,
         return_sums: bool = False,
+        annotated: Tensor | None = None,
     ) -> Any:
         """The loss with ``options``, which has the attributes of a module, or a pair with sums."""
         raise NotImplementedError
@@ -75,6 +76,7 @@ class Loss(Declared):
         target: Tensor,
         mask: Tensor | None = None,
         *,
+        annotated: Tensor | None = None,
         return_sums: bool = False,
         **others: Any,
     ) -> Tensor | tuple[Tensor, Sums]:
@@ -85,12 +87,16 @@ class Loss(Declared):
             target: labels (B, [1,] \*spatial) or dense (B, C, \*spatial); with C = 1 the
                 foreground indicator.
             mask: mask or voxel weights (B, [1,] \*spatial); weight 0 leaves a voxel out.
+            annotated: which classes are annotated in which sample, bool (B, C); the option
+                ``unlabelled`` says what becomes of the others.
             return_sums: also return what the loss was computed from, without a second pass:
                 detached soft counts (of all ranks, and pooled, where ``process_group`` does so),
                 with ``dice()`` and other scores. TypeError where the loss is not made of sums.
         """
         refuse_arguments(self, others)
-        result: Tensor | tuple[Tensor, Sums] = self.of(self, input, target, mask, return_sums)
+        result: Tensor | tuple[Tensor, Sums] = self.of(
+            self, input, target, mask, return_sums, annotated
+        )
         return result
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -150,9 +156,10 @@ class LossModule(Loss):
         target: Tensor,
         mask: Tensor | None,
         return_sums: bool = False,
+        annotated: Tensor | None = None,
     ) -> Any:
         recipe = options.recipe if isinstance(options, LossModule) else cls.make_recipe(options)
-        return evaluate(recipe, input, target, mask, options, return_sums)
+        return evaluate(recipe, input, target, mask, options, return_sums, annotated)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

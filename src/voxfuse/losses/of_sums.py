@@ -12,6 +12,7 @@ from voxfuse.losses.module import LossModule
 from voxfuse.losses.plan import Recipe
 from voxfuse.losses.sums import Sums
 from voxfuse.ops import _checks
+from voxfuse.ops.soft_confusion import check_unlabelled
 
 
 @declared
@@ -21,7 +22,7 @@ class SumsLoss(LossModule):
     Args:
         function: from :class:`voxfuse.Sums`, float64 and with autograd, to a loss. It has to weigh
             and reduce the classes itself.
-        activation, overlap, ignore_index: as in :class:`TverskyLoss`.
+        activation, overlap, ignore_index, unlabelled: as in :class:`TverskyLoss`.
         full: also count OFF, P2, G2 and W.
         process_group: None, "world" or a process group: the function gets the sums of all ranks'
             samples together, (1, C) each.
@@ -44,6 +45,7 @@ class SumsLoss(LossModule):
     overlap: str = "product"
     ignore_index: int | None = None
     full: bool = False
+    unlabelled: str = "exclude"
 
     shown = ("function",)
 
@@ -52,12 +54,14 @@ class SumsLoss(LossModule):
             raise TypeError(f"function: got {self.function!r}, expected a function of the sums")
         if self.class_weight is not None:
             raise ValueError("class_weight: not of this loss, whose function weighs the classes")
+        activation = _checks.choice("activation", self.activation, Activation)
         return Recipe(
-            _checks.choice("activation", self.activation, Activation),
+            activation,
             _checks.choice("overlap", self.overlap, Overlap),
             self.ignore_index,
             None,
             None,
             function=self.function,
             full=bool(self.full),
+            unlabelled=check_unlabelled(self.unlabelled, activation),
         )

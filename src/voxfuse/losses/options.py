@@ -79,6 +79,7 @@ class OverlapOptions:
     absent: str = "keep"
     log: bool = False
     overlap: str = "product"
+    unlabelled: str = "exclude"
 
 
 class LikelihoodOptions(NamedTuple):

@@ -71,6 +71,10 @@ class TverskyLoss(OverlapLoss):
         log: ``-log(TI)`` in place of ``(1 - TI)^gamma``.
         overlap: "product", or "min" for min(p, g) in place of p g, which is right for soft
             targets (MONAI's ``soft_label``).
+        unlabelled: what becomes of classes that the call's ``annotated`` (B, C) says are not
+            annotated in a sample: "exclude" them from its softmax, or count them as "background"
+            (softmax only); the formulas are in :func:`voxfuse.soft_confusion`. Their terms are 0;
+            with ``absent="ignore"`` they do not count in the mean either.
         process_group: sum the counts over these ranks: None, "world" (resolved at the first
             forward) or a process group. With ``batch`` the loss is that of the global batch;
             without, the ranks hold parts of the same samples (a volume split along space).
@@ -80,8 +84,9 @@ class TverskyLoss(OverlapLoss):
 
     Shapes: input (B, C, \*spatial), any number of spatial axes; target labels (B, [1,] \*spatial)
     of any integer type (or integers held in floats), or dense (B, C, \*spatial); with C = 1 the
-    foreground indicator. Optional third argument of the call, ``mask``: a mask or
-    voxel weights (B, [1,] \*spatial), applied after the activation.
+    foreground indicator. Optional third argument of the call: voxel weights or a mask
+    (B, [1,] \*spatial), applied after the activation; and by name ``annotated``, bool (B, C):
+    which classes are annotated in which sample, all of them if it is not given.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -25,6 +25,7 @@ from voxfuse.contract import (
     Overlap,
     RatioOptions,
     Reduction,
+    Unlabelled,
 )
 from voxfuse.losses.matthews import MatthewsOptions
 from voxfuse.losses.options import (
@@ -36,6 +37,7 @@ from voxfuse.losses.options import (
 )
 from voxfuse.losses.sums import Sums
 from voxfuse.ops import _checks
+from voxfuse.ops.soft_confusion import check_unlabelled
 
 #: Smallest ratio under a logarithm, as in segmentation-models-pytorch.
 LOG_FLOOR = 1e-7
@@ -89,6 +91,7 @@ def plan_of(
     ignore_index: int | None,
     ratio: RatioOptions | None,
     likelihood: Likelihood | None,
+    unlabelled: int = Unlabelled.exclude,
 ) -> Plan:
     """The plan of a ratio of the sums, a log-likelihood or both.
 
@@ -107,7 +110,13 @@ def plan_of(
             nll_scale=likelihood.on, off_scale=likelihood.off, normaliser=int(likelihood.normaliser)
         )
     confusion = ConfusionOptions(
-        int(activation), int(predictions), int(overlap), ignore_index, gamma, focal_classes
+        int(activation),
+        int(predictions),
+        int(overlap),
+        ignore_index,
+        gamma,
+        focal_classes,
+        int(unlabelled),
     )
     return Plan(confusion, full, terms)
 
@@ -126,6 +135,7 @@ class Recipe:
     full: bool = False
     #: Whether the loss is one number for every sample, as if it were alone.
     by_sample: bool = False
+    unlabelled: int = Unlabelled.exclude
     plans: dict[tuple[int, bool], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -147,6 +157,7 @@ class Recipe:
                 self.ignore_index,
                 self.ratio,
                 self._likelihood(classes, dense),
+                self.unlabelled,
             )
             self.plans[key] = plan._replace(full=plan.full or self.full)
         return self.plans[key]
@@ -321,16 +332,22 @@ def overlap_recipe(
         reduction=reduction_code("mean" if by_sample else options.reduction),
         ratio_scale=scale,
     )
+    activation = _checks.choice("activation", options.activation, Activation)
+    predictions = activation if likelihood is None else likelihood.activation
     return Recipe(
-        _checks.choice("activation", options.activation, Activation),
+        activation,
         _checks.choice("overlap", options.overlap, Overlap),
         options.ignore_index,
         ratio,
         likelihood,
         by_sample=by_sample,
+        unlabelled=check_unlabelled(options.unlabelled, activation, predictions),
     )
 
 
-def likelihood_recipe(part: LikelihoodOptions, ignore_index: int | None) -> Recipe:
+def likelihood_recipe(
+    part: LikelihoodOptions, ignore_index: int | None, unlabelled: str = "exclude"
+) -> Recipe:
     """A log-likelihood alone."""
-    return Recipe(part.activation, Overlap.product, ignore_index, None, part)
+    code = check_unlabelled(unlabelled, part.activation)
+    return Recipe(part.activation, Overlap.product, ignore_index, None, part, unlabelled=code)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from voxfuse.contract import CORE, FULL, Activation, Overlap
 from voxfuse.ops import _checks, _registry
-from voxfuse.ops.soft_confusion import check_focal_classes, check_inputs, options_of
+from voxfuse.ops.soft_confusion import (
+    check_annotated,
+    check_focal_classes,
+    check_inputs,
+    check_unlabelled,
+    options_of,
+)
 
 #: Bytes of logits that may exist at one time, unless the caller says otherwise.
 CHUNK_BYTES = 64 << 20
@@ -30,6 +36,8 @@ def head_confusion(
     gamma: float = 0.0,
     focal_classes: int | None = None,
     full: bool = False,
+    annotated: Tensor | None = None,
+    unlabelled: str = "exclude",
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,8 +59,8 @@ def head_confusion(
         bias: (C,) or None.
         target: labels or dense target for C classes, see :func:`voxfuse.soft_confusion`.
         mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial).
-        activation, likelihood, overlap, ignore_index, gamma, focal_classes, full: see
-            :func:`voxfuse.soft_confusion`.
+        activation, likelihood, overlap, ignore_index, gamma, focal_classes, full, annotated,
+            unlabelled: see :func:`voxfuse.soft_confusion`.
         chunk_bytes: most bytes of logits that exist at one time.
         backend: "auto", "cpp", "triton" or "reference"; see :func:`voxfuse.backends`.
 
@@ -92,6 +100,9 @@ def head_confusion(
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
     weight = check_head(features, weight, bias, target, mask, ignore_index, chunk_bytes)
+    unlabelled_code = check_unlabelled(unlabelled, activation_code, likelihood_code)
+    if annotated is not None:
+        annotated = check_annotated(annotated, features, weight.shape[0], unlabelled_code)
     operators = _registry.namespace_of(backend, features.device)
     try:
         result: Tensor = operators.head_confusion(
@@ -108,6 +119,8 @@ def head_confusion(
             full,
             chunk_bytes,
             focal_classes,
+            unlabelled_code,
+            annotated,
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -184,16 +197,18 @@ def _fake_backward(x: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
-    ctx.save_for_backward(x.features, x.weight, x.bias, x.target, x.voxel_weight)
+    ctx.save_for_backward(x.features, x.weight, x.bias, x.target, x.voxel_weight, x.annotated)
     ctx.options = {**options_of(x)._asdict(), "chunk_bytes": x.chunk_bytes}
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     needed = ctx.needs_input_grad[:3]
+    *saved, annotated = ctx.saved_tensors
     gradients = operators.head_confusion_backward(
         grad.contiguous(),
-        *ctx.saved_tensors,
+        *saved,
         **ctx.options,
+        annotated=annotated,
         need_features=needed[0],
         need_head=needed[1] or needed[2],
     )

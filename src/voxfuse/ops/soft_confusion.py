@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL, Activation, ConfusionOptions, Overlap
+from voxfuse.contract import CORE, FULL, Activation, ConfusionOptions, Overlap, Unlabelled
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.soft_confusion import label_complaint
+from voxfuse.reference.soft_confusion import annotated_complaint, label_complaint
 
 
 def soft_confusion(
@@ -26,6 +26,8 @@ def soft_confusion(
     gamma: float = 0.0,
     focal_classes: int | None = None,
     full: bool = False,
+    annotated: Tensor | None = None,
+    unlabelled: str = "exclude",
     backend: str = "auto",
 ) -> Tensor:
     r"""Soft true positives, false positives, false negatives and log-likelihood in one pass.
@@ -42,6 +44,21 @@ def soft_confusion(
     :math:`\sum w (1-g) r^\gamma (-\log(1-r))`), P2 = :math:`\sum w p^2`,
     G2 = :math:`\sum w g^2` and W = :math:`\sum w`. Every overlap loss is a function of these sums
     (Salehi et al. 2017, arXiv 1706.05721; Hashemi et al. 2018, arXiv 1803.11078).
+
+    With ``annotated``, U are the classes of a sample that are not annotated in it. Their sums are
+    0 there, and with ``unlabelled``
+
+    - "exclude" they leave the sample: :math:`p_u = 0`, and the softmax is over the others. Their
+      logits are not read and get a gradient of exactly 0. A voxel with one of their labels is left
+      out as if ignored; of a dense target their values are not read, and the voxel stays. With a
+      sigmoid this is the loss of Ulrich et al. 2023 (MultiTalent, arXiv 2303.14444).
+    - "background" they count as class 0: :math:`p'_0 = p_0 + \sum_{u \in U} p_u` and
+      :math:`g'_0 = g_0 + \sum_{u \in U} g_u`, so that a label of theirs is background. A
+      logit's gradient is :math:`dL/dz_u = p_u (h_0 - \sum_k p'_k h_k)` with
+      :math:`h = dL/dp'`, the background's times its share of :math:`p'_0`. This is the
+      marginal loss of Shi et al. 2021 (arXiv 2007.03868), and the target adaptive loss of Fang and
+      Yan 2020 (PIPO-FAN, arXiv 2001.00208). (The exclusion loss of Shi et al. is another thing, a
+      penalty on the overlap of U with the labels.)
 
     Args:
         input: logits, or probabilities with ``activation="none"``: (B, C, \*spatial) with any
@@ -61,6 +78,9 @@ def soft_confusion(
         focal_classes: how many classes, from the first on, gamma applies to; for the others it is
             0. None: all. 1 modulates the background alone (Yeung et al. 2022, arXiv 2102.04525).
         full: also return OFF, P2, G2 and W.
+        annotated: which classes are annotated in which sample, bool (B, C); None: all.
+        unlabelled: "exclude" the others (of a sample at least one is annotated), or count them as
+            "background" (class 0, which is annotated; softmax only).
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
     Returns:
@@ -71,7 +91,9 @@ def soft_confusion(
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes, devices or options do not fit, or (on the CPU) a label is
             outside [0, C) or no integer; the first one is named, and its place. On a GPU such a
-            voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check.
+            voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check. So it does for a sample
+            that lacks the annotated class it needs: on a GPU it contributes 0 with "exclude", and
+            its class 0 counts as annotated with "background".
 
     Example:
         >>> import torch, voxfuse
@@ -79,6 +101,16 @@ def soft_confusion(
         >>> labels = torch.tensor([[0, 1]])
         >>> voxfuse.soft_confusion(logits, labels)[0, 1, :3].round(decimals=4)  # TP, FP, FN
         tensor([0.9820, 0.1192, 0.0180], dtype=torch.float64)
+
+        Without class 2, softmax is over the first two; as background it would add to class 0:
+
+        >>> logits, labels = torch.zeros(1, 3, 1), torch.zeros(1, 1, dtype=torch.long)
+        >>> partial = {"annotated": torch.tensor([[True, True, False]])}
+        >>> for unlabelled in ("exclude", "background"):
+        ...     sums = voxfuse.soft_confusion(logits, labels, unlabelled=unlabelled, **partial)
+        ...     print(sums[0, 0, 0].round(decimals=4))  # TP of the background
+        tensor(0.5000, dtype=torch.float64)
+        tensor(0.6667, dtype=torch.float64)
     """
     input = _checks.require_logits(input)
     target = _checks.require_tensor("target", target)
@@ -92,6 +124,9 @@ def soft_confusion(
     )
     overlap_code = _checks.choice("overlap", overlap, Overlap)
     check_inputs(input, target, mask, ignore_index)
+    unlabelled_code = check_unlabelled(unlabelled, activation_code, likelihood_code)
+    if annotated is not None:
+        annotated = check_annotated(annotated, input, input.shape[1], unlabelled_code)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
@@ -108,6 +143,8 @@ def soft_confusion(
             float(gamma),
             full,
             focal_classes,
+            unlabelled_code,
+            annotated,
         )
     except RuntimeError as error:
         _checks.reraise(error)
@@ -121,6 +158,46 @@ def check_focal_classes(focal_classes: int | None) -> None:
         raise TypeError(f"focal_classes: got {focal_classes!r}, expected an int or None")
     if focal_classes < 0:
         raise ValueError(f"focal_classes: got {focal_classes}, expected an int >= 0 or None")
+
+
+def check_unlabelled(unlabelled: str, *activations: int) -> int:
+    """The code of ``unlabelled``; classes are merged only where a softmax gives them a sum of 1."""
+    code = _checks.choice("unlabelled", unlabelled, Unlabelled)
+    if code == Unlabelled.background and any(x != Activation.softmax for x in activations):
+        raise ValueError(
+            "unlabelled: got 'background', which needs a softmax; with another activation the "
+            "classes do not know of each other, and 'exclude' leaves out those not annotated"
+        )
+    return code
+
+
+def check_annotated(annotated: object, input: Tensor, classes: int, unlabelled: int) -> Tensor:
+    """Return ``annotated`` (B, C) if it fits the samples of ``input``, else raise."""
+    annotated = _checks.require_tensor("annotated", annotated)
+    if annotated.dtype != torch.bool:
+        raise TypeError(f"annotated: got {_checks.describe(annotated)}, expected bool")
+    shape = (input.shape[0], classes)
+    if tuple(annotated.shape) != shape:
+        raise ValueError(
+            f"annotated: got shape {tuple(annotated.shape)}, expected (B, C) = {shape}, whether "
+            "a class is annotated in a sample"
+        )
+    if annotated.device != input.device:
+        raise ValueError(f"annotated: is on {annotated.device}, but input is on {input.device}")
+    if _validates(input):
+        complaint = annotated_complaint(annotated, unlabelled)
+        if complaint is not None:
+            raise ValueError(complaint)
+    return annotated
+
+
+def _validates(input: Tensor) -> bool:
+    """Whether values are to be looked at that only a CPU looks at by itself."""
+    return (
+        input.device.type != "cpu"
+        and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"
+        and not torch.compiler.is_compiling()
+    )
 
 
 def is_dense(input: Tensor, target: Tensor) -> bool:
@@ -161,11 +238,7 @@ def check_inputs(
         _checks.require_numbers("mask", mask)
         if mask.requires_grad:
             raise ValueError("mask: requires grad, but no gradient flows to it; detach it")
-    if (
-        input.device.type != "cpu"
-        and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"
-        and not torch.compiler.is_compiling()
-    ):
+    if _validates(input):
         if not dense:
             validate_labels(target, classes, ignore_index)
         elif classes == 1 and not target.is_floating_point():
@@ -226,15 +299,17 @@ def options_of(x: Any) -> ConfusionOptions:
 
 
 def _setup_context(ctx: Any, x: Any, output: Tensor) -> None:
-    ctx.save_for_backward(x.input, x.target, x.weight)
+    ctx.save_for_backward(x.input, x.target, x.weight, x.annotated)
     ctx.options = options_of(x)
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     if not ctx.needs_input_grad[0]:
         return {}
-    saved = ctx.saved_tensors
-    gradient = operators.soft_confusion_backward(grad.contiguous(), *saved, *ctx.options)
+    *saved, annotated = ctx.saved_tensors
+    gradient = operators.soft_confusion_backward(
+        grad.contiguous(), *saved, *ctx.options, annotated=annotated
+    )
     return {"input": gradient}
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL
+from voxfuse.contract import CORE, FULL, Unlabelled
 from voxfuse.reference import soft_confusion as reference
 
 
@@ -45,6 +45,8 @@ def chunks(
     voxel_weight: Tensor | None,
     ignore_index: int | None,
     chunk_bytes: int,
+    unlabelled: int,
+    annotated: Tensor | None,
 ) -> Iterator[Chunk]:
     """Walk over the samples' voxels; features of excluded voxels come as 0."""
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -72,7 +74,10 @@ def chunks(
             if ignore_index is not None:
                 included = included & ~reference.is_ignored(g[:, :1], ignore_index)
             if not dense:
-                included = included & reference.classes_of(g, classes, ignore_index)[1]
+                labels, known = reference.classes_of(g, classes, ignore_index)
+                if annotated is not None and unlabelled == Unlabelled.exclude:
+                    known = known & annotated[sample][labels.clamp(0, classes - 1)]
+                included = included & known
             f = flat[sample, :, part].to(dtype).masked_fill(~included[0], 0)
             z = matrix @ f if offset is None else torch.addmm(offset, matrix, f)
             yield Chunk(sample, part, f, z.unsqueeze(0), g, w, included)
@@ -92,6 +97,8 @@ def head_confusion(
     full: bool,
     chunk_bytes: int,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: Tensor | None = None,
     *,
     confusion: Callable[..., Tensor] = reference.soft_confusion,
 ) -> Tensor:
@@ -102,9 +109,13 @@ def head_confusion(
     shape = (features.shape[0], weight.shape[0], FULL if full else CORE)
     sums = torch.zeros(shape, dtype=torch.float64, device=features.device)
     options = (activation, likelihood, overlap, ignore_index, gamma)
-    for chunk in chunks(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes):
+    tensors = (features, weight, bias, target, voxel_weight)
+    if annotated is not None:
+        reference.check_annotated(annotated, unlabelled)
+    for chunk in chunks(*tensors, ignore_index, chunk_bytes, unlabelled, annotated):
+        rest = (*options, full, focal_classes, unlabelled, _of_sample(annotated, chunk))
         g, w = _labels(chunk, weight), chunk.voxel_weight
-        sums[chunk.sample] += confusion(chunk.logits, g, w, *options, full, focal_classes)[0]
+        sums[chunk.sample] += confusion(chunk.logits, g, w, *rest)[0]
     return sums
 
 
@@ -124,6 +135,8 @@ def head_confusion_backward(
     need_features: bool,
     need_head: bool,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: Tensor | None = None,
     *,
     confusion_backward: Callable[..., Tensor] = reference.soft_confusion_backward,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,10 +150,14 @@ def head_confusion_backward(
     if need_features:
         # Written through a contiguous view of the voxel axes; laid out like features at the end.
         gradient = features.new_empty((*features.shape[:2], math.prod(features.shape[2:])))
-    for chunk in chunks(features, weight, bias, target, voxel_weight, ignore_index, chunk_bytes):
+    tensors = (features, weight, bias, target, voxel_weight)
+    if annotated is not None:
+        reference.check_annotated(annotated, unlabelled)
+    for chunk in chunks(*tensors, ignore_index, chunk_bytes, unlabelled, annotated):
         cotangent = grad[chunk.sample : chunk.sample + 1]
+        rest = (*options, focal_classes, unlabelled, _of_sample(annotated, chunk))
         g, w = _labels(chunk, weight), chunk.voxel_weight
-        dz = confusion_backward(cotangent, chunk.logits, g, w, *options, focal_classes)[0]
+        dz = confusion_backward(cotangent, chunk.logits, g, w, *rest)[0]
         if gradient is not None:
             if matrix is None:
                 matrix = weight.to(dz.dtype).t()
@@ -158,6 +175,10 @@ def head_confusion_backward(
         weight_sum.to(weight.dtype),
         weight.new_empty(0) if bias is None else bias_sum.to(bias.dtype),
     )
+
+
+def _of_sample(annotated: Tensor | None, chunk: Chunk) -> Tensor | None:
+    return None if annotated is None else annotated[chunk.sample : chunk.sample + 1]
 
 
 def _labels(chunk: Chunk, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL, VALUE_ERROR, Activation, Overlap, Sum
+from voxfuse.contract import CORE, FULL, VALUE_ERROR, Activation, Overlap, Sum, Unlabelled
 
 
 class Probabilities(NamedTuple):
@@ -38,10 +38,14 @@ def _sum_of_others(p: Tensor) -> Tensor:
     return before + after
 
 
-def probabilities(values: Tensor, activation: int) -> Probabilities:
-    """Apply ``activation`` to (B, C, V) values."""
+def probabilities(values: Tensor, activation: int, partial: Partial | None = None) -> Probabilities:
+    """Apply ``activation`` to (B, C, V) values; classes that are left out have probability 0."""
+    if partial is not None and activation != Activation.softmax:
+        values = values.masked_fill(partial.left_out, 0.5)
     if activation == Activation.softmax:
         logits = finite(values)
+        if partial is not None:
+            logits = logits.masked_fill(partial.left_out, -math.inf)
         exponentials = (logits - logits.amax(1, keepdim=True)).exp()
         total = exponentials.sum(1, keepdim=True)
         p = exponentials / total
@@ -84,6 +88,68 @@ def _product(factor: Tensor, value: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(value), factor * value.masked_fill(zero, 0))
 
 
+class Partial(NamedTuple):
+    """Which classes leave which sample, and which of them make its background, both (B, C, 1)."""
+
+    left_out: Tensor
+    merged: Tensor
+
+
+def partial_of(annotated: Tensor, unlabelled: int) -> Partial:
+    """The classes that are not annotated leave; with "background", they are merged into class 0."""
+    left_out = ~annotated.unsqueeze(-1)
+    merged = left_out.clone()
+    merged[:, 0] = True
+    if unlabelled == Unlabelled.exclude:
+        return Partial(left_out, torch.zeros_like(left_out))
+    left_out[:, 0] = False
+    return Partial(left_out, merged)
+
+
+def check_annotated(annotated: Tensor, unlabelled: int) -> None:
+    """Raise for a sample without a class that it needs, on the CPU."""
+    if annotated.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    complaint = annotated_complaint(annotated, unlabelled)
+    if complaint is not None:
+        raise RuntimeError(VALUE_ERROR + complaint)
+
+
+def annotated_complaint(annotated: Tensor, unlabelled: int) -> str | None:
+    """What is wrong with the first sample that lacks a class; the same words on every backend."""
+    background = unlabelled == Unlabelled.background
+    lacking = ~(annotated[:, 0] if background else annotated.any(1))
+    if not bool(lacking.any()):
+        return None
+    sample = int(lacking.nonzero()[0])
+    if background:
+        return (
+            f"annotated: class 0 of sample {sample} is not annotated, but with "
+            "unlabelled='background' the classes that are not annotated count as it"
+        )
+    return (
+        f"annotated: no class of sample {sample} is annotated; leave it out, or give its voxels "
+        "weight 0 and annotate any class"
+    )
+
+
+def without(values: Tensor, partial: Partial | None) -> Tensor:
+    """(B, C, V) logits in which classes that are merged have become one, log-sum-exp."""
+    if partial is None:
+        return values
+    theirs = finite(values).masked_fill(~partial.merged, -math.inf).logsumexp(1, keepdim=True)
+    background = torch.where(partial.merged[:, :1], theirs, values[:, :1])
+    return torch.cat([background, values[:, 1:]], 1)
+
+
+def _merged_target(g: Tensor, partial: Partial) -> Tensor:
+    """(B, C, V) targets in which the classes that are left out have none, or the background has
+    what was theirs."""
+    theirs = torch.where(partial.left_out & partial.merged, g, 0).sum(1, keepdim=True)
+    g = g.masked_fill(partial.left_out, 0)
+    return torch.cat([g[:, :1] + theirs, g[:, 1:]], 1)
+
+
 class Voxels(NamedTuple):
     """(B, C, V) values and target and (B, 1, V) weight, with excluded voxels made harmless."""
 
@@ -94,9 +160,16 @@ class Voxels(NamedTuple):
 
 
 def voxels(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    partial: Partial | None = None,
 ) -> Voxels:
-    """Flatten the spatial axes, make labels one-hot, exclude ignored and zero-weight voxels."""
+    """Flatten the spatial axes, make labels one-hot, exclude ignored and zero-weight voxels.
+
+    A label whose class is left out becomes the background, or excludes its voxel.
+    """
     batch, classes = input.shape[:2]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     count = math.prod(input.shape[2:])
@@ -115,7 +188,12 @@ def voxels(
         check_labels(target, classes, ignore_index)
         labels, included = classes_of(target.reshape(batch, 1, count), classes, ignore_index)
         index = torch.arange(classes, device=input.device).reshape(1, classes, 1)
-        g = (labels == index).to(dtype)
+        g = labels == index
+        if partial is not None:
+            included = included & ~(g & partial.left_out & ~partial.merged).any(1, keepdim=True)
+        g = g.to(dtype)
+    if partial is not None:
+        g = _merged_target(g, partial)
     if weight is None:
         w = torch.ones(batch, 1, count, dtype=dtype, device=input.device)
     else:
@@ -201,6 +279,8 @@ def soft_confusion(
     gamma: float,
     full: bool,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums.
 
@@ -208,10 +288,17 @@ def soft_confusion(
     ``sum w (1-g) r^gamma (-log(1-r))`` otherwise, P2 = ``sum w p^2``, G2 = ``sum w g^2`` and
     W = ``sum w``. Of the classes, only the first ``focal_classes`` have the exponent gamma; the
     others have 0.
+
+    The sums of a class that is not ``annotated`` (B, C) in a sample are 0.
     """
-    values, g, w, _ = voxels(input, target, weight, ignore_index)
-    p, complement, _, _ = probabilities(values, activation)
-    r = probabilities(values, likelihood)
+    partial = None
+    if annotated is not None:
+        check_annotated(annotated, unlabelled)
+        partial = partial_of(annotated, unlabelled)
+    values, g, w, _ = voxels(input, target, weight, ignore_index, partial)
+    values = without(values, partial)
+    p, complement, _, _ = probabilities(values, activation, partial)
+    r = probabilities(values, likelihood, partial)
     if overlap == Overlap.min:
         missed = _missed(p, complement, g)
         tp, fp, fn = torch.minimum(p, g), (-missed).clamp(min=0), missed.clamp(min=0)
@@ -229,6 +316,8 @@ def soft_confusion(
             off = torch.where(_focal(p, focal_classes), modulated, r.minus_log_complement)
             off = _product(1 - g, off)
         terms += [off, p * p, g * g, torch.ones_like(p)]
+    if partial is not None:
+        terms = [term.masked_fill(partial.left_out, 0) for term in terms]
     return torch.stack([_weighted_sum(w, term) for term in terms], -1)
 
 
@@ -255,14 +344,22 @@ def soft_confusion_backward(
     ignore_index: int | None,
     gamma: float,
     focal_classes: int | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient at ``input``, in its dtype and layout, from ``grad`` (B, C, 4 or 8)."""
-    values, g, w, included = voxels(input, target, weight, ignore_index)
+    partial = None
+    if annotated is not None:
+        check_annotated(annotated, unlabelled)
+        partial = partial_of(annotated, unlabelled)
+        grad = grad.masked_fill(partial.left_out, 0)
+    raw, g, w, included = voxels(input, target, weight, ignore_index, partial)
+    values = without(raw, partial)
     cotangent = [x.unsqueeze(-1) for x in grad.to(values.dtype).unbind(-1)]
     t, f, n, nll = cotangent[:CORE]
     o, s = (cotangent[Sum.OFF], cotangent[Sum.P2]) if len(cotangent) == FULL else (None, None)
-    p, complement, _, _ = probabilities(values, activation)
-    r = probabilities(values, likelihood)
+    p, complement, _, _ = probabilities(values, activation, partial)
+    r = probabilities(values, likelihood, partial)
 
     a = _overlap_slope(p, complement, g) if overlap == Overlap.min else g
     if activation == Activation.softmax:
@@ -296,6 +393,11 @@ def soft_confusion_backward(
             gradient = gradient - _product(o * (1 - g), slope * chain)
 
     gradient = torch.where(included, w * gradient, torch.zeros_like(gradient))
+    if partial is not None:
+        # The background's logit is log-sum-exp of theirs: each has its share of the gradient.
+        shares = finite(raw).masked_fill(~partial.merged, -math.inf).softmax(1)
+        theirs = _product(gradient[:, :1].expand_as(shares), shares)
+        gradient = torch.where(partial.merged, theirs, gradient.masked_fill(partial.left_out, 0))
     result = torch.empty_like(input)
     result.copy_(gradient.reshape(input.shape))
     return result

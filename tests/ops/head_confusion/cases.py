@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
-from tests.ops.soft_confusion.cases import ConfusionCase, lay_out, schema_arguments, tensors
+from tests.ops.soft_confusion.cases import (
+    ConfusionCase,
+    last_arguments,
+    lay_out,
+    schema_arguments,
+    tensors,
+)
 from voxfuse.reference import soft_confusion as reference
 
 CHUNK_BYTES = 64 << 20
@@ -43,19 +49,15 @@ def unfused(
     voxel_weight: Tensor | None,
     options: tuple[Any, ...],
     full: bool,
-    focal_classes: int | None = None,
+    *last: Any,
 ) -> tuple[Tensor, ...]:
     """Sums, or with ``grad`` the three gradients, by way of the logits, in the tensors' dtype."""
     logits = torch.einsum("ck,bk...->bc...", weight, features)
     if bias is not None:
         logits = logits + bias.reshape(-1, *[1] * (features.ndim - 2))
     if grad is None:
-        return (
-            reference.soft_confusion(logits, target, voxel_weight, *options, full, focal_classes),
-        )
-    dz = reference.soft_confusion_backward(
-        grad, logits, target, voxel_weight, *options, focal_classes
-    )
+        return (reference.soft_confusion(logits, target, voxel_weight, *options, full, *last),)
+    dz = reference.soft_confusion_backward(grad, logits, target, voxel_weight, *options, *last)
     flat = dz.reshape(*dz.shape[:2], -1)
     return (
         torch.einsum("ck,bc...->bk...", weight, dz),
@@ -81,9 +83,11 @@ def check(
     wide = [None if x is None else x.double() for x in on_cpu[:3]] + on_cpu[3:]
     narrow = [None if x is None else x.to(compute) for x in on_cpu[:3]] + on_cpu[3:]
 
-    actual = operators.head_confusion(*given, *options, case.full, chunk_bytes, case.focal_classes)
-    (truth,) = unfused(None, *wide, options, case.full, case.focal_classes)
-    (plain,) = unfused(None, *narrow, options, case.full, case.focal_classes)
+    last, last_on_cpu = last_arguments(case, device), last_arguments(case)
+
+    actual = operators.head_confusion(*given, *options, case.full, chunk_bytes, *last)
+    (truth,) = unfused(None, *wide, options, case.full, *last_on_cpu)
+    (plain,) = unfused(None, *narrow, options, case.full, *last_on_cpu)
     assert actual.dtype == torch.float64
     voxels = max(1, wide[0][0, 0].numel())
     # A logit is a sum of K products, wrong by at most (K + 1) / 2 roundings of the sum of their
@@ -106,10 +110,10 @@ def check(
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     gradients = operators.head_confusion_backward(
-        grad.to(device), *given, *options, chunk_bytes, True, True, case.focal_classes
+        grad.to(device), *given, *options, chunk_bytes, True, True, *last
     )
-    true = unfused(grad, *wide, options, case.full, case.focal_classes)
-    rough = unfused(grad, *narrow, options, case.full, case.focal_classes)
+    true = unfused(grad, *wide, options, case.full, *last_on_cpu)
+    rough = unfused(grad, *narrow, options, case.full, *last_on_cpu)
     if not bias:
         assert gradients[2].numel() == 0
     # dz is of the order of the cotangents; its rounding is multiplied by what it is summed with.

@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 import voxfuse
 from tests.ops.head_confusion.cases import CHUNK_BYTES, check, head_tensors, unfused
-from tests.ops.soft_confusion.cases import ACTIVATIONS, ConfusionCase, schema_arguments
+from tests.ops.soft_confusion.cases import (
+    ACTIVATIONS,
+    ConfusionCase,
+    partial_cases,
+    schema_arguments,
+)
 from voxfuse import _library
 from voxfuse.ops.head_confusion import head_confusion
 from voxfuse.reference.head_confusion import chunk_voxels
@@ -450,3 +455,28 @@ def test_the_operator_itself_raises_the_same_words():
     options = (*OPTIONS[:3], 9, 0.0)
     with pytest.raises(RuntimeError, match=r"target: label 2 .* or ignore_index 9"):
         call(features, torch.zeros(2, 3), None, wrong, None, *options, False, CHUNK_BYTES)
+
+
+# --- Partial labels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("namespace", BOTH)
+def test_samples_in_which_classes_are_not_annotated(namespace):
+    for index, case in enumerate(partial_cases(seed=40, count=24, spatial=(3, 7, 11))):
+        check(case, 6, operators(namespace), chunk_bytes=8192 if index % 2 else CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("namespace", BOTH)
+def test_features_of_voxels_whose_label_is_excluded_may_be_nan(namespace):
+    case = ConfusionCase(classes=3, spatial=(70,))
+    features, weight, bias, labels, _ = head_tensors(case, 4)
+    kept = torch.tensor([[True, False, True]] * 2)
+    features[(labels == 1)[:, None].expand_as(features)] = float("nan")
+    rest = (*OPTIONS, CHUNK_BYTES, True, True, None, 0, kept)
+    grad = torch.ones(2, 3, 4, dtype=torch.float64)
+    gradients = operators(namespace).head_confusion_backward(
+        grad, features, weight, bias, labels, None, *rest
+    )
+    assert not any(bool(gradient.isnan().any()) for gradient in gradients)
+    assert not bool(gradients[1][1].any())
+    assert not bool(gradients[2][1].any())

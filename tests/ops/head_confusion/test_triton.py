@@ -14,6 +14,7 @@ from tests.ops.soft_confusion.cases import (
     ConfusionCase,
     check_gradient_of_sure,
     on_interpreter,
+    partial_cases,
 )
 from voxfuse.contract import ConfusionOptions
 
@@ -275,3 +276,8 @@ def test_the_workspace_is_bounded(classes, channels):
         assert slots * batch * each <= max(24 << 20, batch * each)
         assert tiles * 64 == 4096
         assert 1 <= slots <= chunks
+
+
+def test_samples_in_which_classes_are_not_annotated():
+    for case in partial_cases(seed=50, count=4, spatial=(3, 5, 9)):
+        check(case, 7, OPERATORS, device=DEVICE, chunk_bytes=8192)

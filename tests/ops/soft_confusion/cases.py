@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.accuracy import assert_accurate, compute_dtype
-from voxfuse.contract import CORE, FULL, Activation, Overlap, Sum
+from voxfuse.contract import CORE, FULL, Activation, Overlap, Sum, Unlabelled
 from voxfuse.reference import soft_confusion as reference
 
 ALL = (torch.ops.voxfuse, torch.ops.voxfuse_reference)
@@ -37,6 +38,7 @@ class ConfusionCase:
     full: bool = False
     layout: str = "contiguous"  # "channels_last", "sliced" or "permuted"
     spread: float = 3.0
+    unlabelled: str | None = None  # what becomes of classes that are not annotated, if any is
     wrong: bool = False  # no label is the class with the greatest logit
     seed: int = 0
 
@@ -115,6 +117,25 @@ def schema_arguments(case: ConfusionCase) -> tuple[Any, ...]:
     )
 
 
+def annotated(case: ConfusionCase) -> Tensor:
+    """Which classes are annotated in which sample, (B, C): some, but in the last sample all."""
+    generator = torch.Generator().manual_seed(case.seed + 3)
+    drawn = torch.rand(case.batch, case.classes, generator=generator)
+    kept = drawn < 0.6
+    kept[drawn == drawn.amin(1, keepdim=True)] = True
+    kept[-1] = True
+    if case.unlabelled == "background":
+        kept[:, 0] = True
+    return kept
+
+
+def last_arguments(case: ConfusionCase, device: str = "cpu") -> tuple[Any, ...]:
+    """The operator's arguments from ``focal_classes`` on, without what has its default."""
+    if case.unlabelled is None:
+        return (case.focal_classes,)
+    return case.focal_classes, Unlabelled[case.unlabelled], annotated(case).to(device)
+
+
 def check(case: ConfusionCase, operators: Any, device: str = "cpu") -> None:
     """Compare forward and backward of ``operators`` with the truth under the accuracy rule."""
     input, target, weight = tensors(case, device)
@@ -124,11 +145,11 @@ def check(case: ConfusionCase, operators: Any, device: str = "cpu") -> None:
     wide = [on_cpu[0].double(), *on_cpu[1:]]
     narrow = [on_cpu[0].to(compute), *on_cpu[1:]]
 
-    actual = operators.soft_confusion(
-        input, target, weight, *arguments, case.full, case.focal_classes
-    )
-    truth = reference.soft_confusion(*wide, *arguments, case.full, case.focal_classes)
-    plain = reference.soft_confusion(*narrow, *arguments, case.full, case.focal_classes)
+    last, last_on_cpu = last_arguments(case, device), last_arguments(case)
+
+    actual = operators.soft_confusion(input, target, weight, *arguments, case.full, *last)
+    truth = reference.soft_confusion(*wide, *arguments, case.full, *last_on_cpu)
+    plain = reference.soft_confusion(*narrow, *arguments, case.full, *last_on_cpu)
     assert actual.dtype == torch.float64
     scale = truth.abs() + 1e-30
     if case.overlap == "min" and case.dtype == torch.float64:
@@ -151,12 +172,15 @@ def check(case: ConfusionCase, operators: Any, device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     gradient = operators.soft_confusion_backward(
-        grad.to(device), input, target, weight, *arguments, case.focal_classes
+        grad.to(device), input, target, weight, *arguments, *last
     )
-    true_gradient = reference.soft_confusion_backward(grad, *wide, *arguments, case.focal_classes)
-    plain_gradient = reference.soft_confusion_backward(
-        grad, *narrow, *arguments, case.focal_classes
-    )
+    true_gradient = reference.soft_confusion_backward(grad, *wide, *arguments, *last_on_cpu)
+    plain_gradient = reference.soft_confusion_backward(grad, *narrow, *arguments, *last_on_cpu)
+    if case.unlabelled is not None:
+        left_out = ~last_on_cpu[-1]
+        assert not bool(actual.cpu()[left_out].any())
+        if case.unlabelled == "exclude":
+            assert not bool(gradient.cpu()[left_out].any())
     assert gradient.dtype == input.dtype
     assert gradient.stride() == torch.empty_like(input).stride()
     # The cotangents are of order 1; what a gradient is made of (h, its mean, the focal slope) is of
@@ -213,6 +237,41 @@ def _sure_and_wrong() -> dict[str, tuple[ConfusionCase, str]]:
 
 
 SURE_AND_WRONG = _sure_and_wrong()
+
+
+def partial_cases(
+    seed: int = 0, count: int = 12, spatial: tuple[int, ...] = (5, 4, 3)
+) -> list[ConfusionCase]:
+    """Samples in which some classes are not annotated: ``count`` cases drawn from all kinds."""
+    draw = random.Random(seed)
+    cases = []
+    for index in range(count):
+        unlabelled = ("exclude", "background")[index % 2]
+        activations = ACTIVATIONS if unlabelled == "exclude" and index % 4 else ("softmax",)
+        target = draw.choice(["labels", "labels_channel", "dense"])
+        label_types = [torch.uint8, torch.int64, torch.float32]
+        cases.append(
+            ConfusionCase(
+                batch=3,
+                classes=draw.choice([2, 3, 5, 20, 40]),
+                spatial=spatial,
+                dtype=draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
+                target=target,
+                target_dtype=torch.float32 if target == "dense" else draw.choice(label_types),
+                weight=draw.choice([None, torch.bool, torch.float32]),
+                activation=draw.choice(activations),
+                likelihood=draw.choice(activations),
+                overlap=draw.choice(["product", "product", "min"]),
+                ignore_index=None if target == "dense" else draw.choice([None, 1, 99]),
+                gamma=draw.choice([0.0, 0.0, 2.0]),
+                focal_classes=draw.choice([None, 1]),
+                full=draw.choice([False, True]),
+                layout=draw.choice(["contiguous", "channels_last", "sliced", "permuted"]),
+                unlabelled=unlabelled,
+                seed=seed + index,
+            )
+        )
+    return cases
 
 
 def on_interpreter(case: ConfusionCase) -> ConfusionCase:

@@ -23,6 +23,7 @@ from tests.ops.soft_confusion.cases import (
     certain_probabilities,
     check,
     check_gradient_of_sure,
+    partial_cases,
     schema_arguments,
     tensors,
 )
@@ -462,3 +463,31 @@ def test_rows_added_by_the_last_block_are_those_of_a_second_kernel(
         assert torch.equal(first, expected)
         assert torch.equal(first, again)
     two_kernels.close()
+
+
+@pytest.mark.parametrize("spatial", [(5, 3, 9), (4, 16, 16)])
+def test_samples_in_which_classes_are_not_annotated(soft_confusion, spatial):
+    for case in partial_cases(seed=20 + len(spatial), count=16, spatial=spatial):
+        check(case, soft_confusion)
+
+
+def test_a_sample_without_any_class_contributes_nothing(soft_confusion):
+    """On a GPU, where no kernel can raise; and its background is there if others count as it."""
+    for classes, target in ((3, "labels"), (3, "dense"), (20, "labels")):
+        case = ConfusionCase(classes=classes, target=target, target_dtype=torch.uint8, full=True)
+        input, labels, _ = tensors(case)
+        kept = torch.zeros(2, classes, dtype=torch.bool)
+        kept[1] = True
+        rest = (*schema_arguments(case), True, None)
+        sums = soft_confusion.soft_confusion(input, labels, None, *rest, 0, kept)
+        assert not bool(sums[0].any())
+        assert bool(sums[1].any())
+        grad = torch.ones_like(sums)
+        arguments = (grad, input, labels, None, *rest[:5], None)
+        gradient = soft_confusion.soft_confusion_backward(*arguments, 0, kept)
+        assert not bool(gradient[0].any())
+        merged = soft_confusion.soft_confusion(input, labels, None, *rest, 1, kept)
+        kept[0, 0] = True
+        assert torch.equal(
+            merged, soft_confusion.soft_confusion(input, labels, None, *rest, 1, kept)
+        )

@@ -16,6 +16,7 @@ from tests.ops.soft_confusion.cases import (
     check,
     check_gradient_of_sure,
     on_interpreter,
+    partial_cases,
     schema_arguments,
     tensors,
 )
@@ -517,3 +518,26 @@ def test_a_captured_graph_replays_the_same_bits():
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_samples_in_which_classes_are_not_annotated():
+    for case in partial_cases(seed=33, count=8, spatial=(5, 3, 5)):
+        check(case, OPERATORS, DEVICE)
+
+
+@pytest.mark.parametrize("target", ["labels", "dense"])
+def test_a_sample_without_any_class_contributes_nothing(target):
+    """On a GPU, where no kernel can raise; and its background is there if others count as it."""
+    case = ConfusionCase(target=target, target_dtype=torch.uint8, full=True)
+    input, labels, _ = tensors(case, DEVICE)
+    kept = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
+    kept[1] = True
+    rest = (*schema_arguments(case), True, None)
+    sums = kernels.soft_confusion(input, labels, None, *rest, 0, kept)
+    assert not bool(sums[0].any())
+    assert bool(sums[1].any())
+    arguments = (torch.ones_like(sums), input, labels, None, *rest[:5], None)
+    assert not bool(kernels.soft_confusion_backward(*arguments, 0, kept)[0].any())
+    merged = kernels.soft_confusion(input, labels, None, *rest, 1, kept)
+    kept[0, 0] = True
+    assert torch.equal(merged, kernels.soft_confusion(input, labels, None, *rest, 1, kept))
