@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -207,3 +208,60 @@ def test_functions_equal_modules(name):
     torch.testing.assert_close(
         function(logits, labels, **options), module(logits, labels), rtol=0, atol=0
     )
+
+
+TENSOR = torch.zeros(2, 3, 4, 4)
+SLIPS = {
+    "boolean, by position": (
+        lambda: voxfuse.TverskyLoss(False, True),
+        "alpha: got False, exp",
+    ),
+    "boolean, by name": (lambda: voxfuse.DiceCELoss(lambda_ce=True), "lambda_ce: got True, expec"),
+    "MONAI's first argument": (lambda: voxfuse.DiceLoss(False), "DiceLoss: too many positional"),
+    "of BCE too": (lambda: voxfuse.BCELoss(False), "BCELoss: too many positional"),
+    "boolean label": (lambda: voxfuse.DiceLoss(ignore_index=True), "ignore_index: got True, exp"),
+    "not constructed": (
+        lambda: voxfuse.DiceCELoss(TENSOR, TENSOR),
+        r"got a tensor of shape \(2, 3, 4, 4\) .* construct the loss first: DiceCELoss\(\)\(logits",
+    ),
+    "not constructed, by name": (
+        lambda: voxfuse.DiceLoss(input=TENSOR, target=TENSOR),
+        r"construct the loss first: DiceLoss\(\)",
+    ),
+    "tensor for a number": (
+        lambda: voxfuse.TverskyLoss(alpha=TENSOR),
+        r"alpha: got a tensor of shape \(2, 3, 4, 4\), expected a number",
+    ),
+    "class of a loss": (
+        lambda: voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss),
+        r"loss: got the class DiceCELoss, expected a loss to call, DiceCELoss\(\)",
+    ),
+    "class as a function": (
+        lambda: voxfuse.SumsLoss(voxfuse.DiceCELoss),
+        "function: got the class DiceCELoss",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_common_slip_gets_a_short_message(slip):
+    make, message = SLIPS[slip]
+    with pytest.raises(TypeError, match=message) as caught:
+        make()
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        voxfuse.DiceCELoss,
+        voxfuse.LovaszLoss,
+        lambda **k: voxfuse.DeepSupervisionLoss(voxfuse.CrossEntropyLoss(**k), downsample="max"),
+    ],
+)
+def test_ignore_index_may_be_an_integer_of_numpy(loss):
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((2, 4, 4), 255, dtype=torch.uint8)
+    labels[0] = 1
+    expected = loss(ignore_index=255)(logits, labels)
+    assert torch.equal(loss(ignore_index=np.int64(255))(logits, labels), expected)

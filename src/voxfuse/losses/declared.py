@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 Kind = TypeVar("Kind", bound="type[Declared]")
@@ -17,6 +17,9 @@ class Declared(nn.Module):
 
     #: Every option with its default, in the constructor's order.
     defaults: ClassVar[dict[str, Any]] = {}
+
+    #: Whether an argument by position may be a tensor with several axes.
+    takes_tensors: ClassVar[bool] = True
 
     @classmethod
     def hint(cls, option: str) -> str | None:
@@ -47,6 +50,13 @@ def declared(kind: Kind) -> Kind:
     # By hand and not by ``signature.bind``, into which torch.compile does not look.
     def __init__(self: Any, *args: Any, **named: Any) -> None:
         name = type(self).__name__
+        others = [value for option, value in named.items() if option not in made.defaults]
+        for value in () if made.takes_tensors else (*args, *others):
+            if isinstance(value, Tensor) and value.ndim > 1:
+                raise TypeError(
+                    f"{name}: got a tensor of shape {tuple(value.shape)} in place of an option; "
+                    f"construct the loss first: {name}()(logits, labels)"
+                )
         for option in named:
             if option not in made.defaults:
                 hint = made.hint(option)

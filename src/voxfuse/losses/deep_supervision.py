@@ -139,6 +139,9 @@ class DeepSupervisionLoss(nn.Module):
         downsample: str = "nearest",
     ) -> None:
         super().__init__()
+        if isinstance(loss, type):
+            name = loss.__name__
+            raise TypeError(f"loss: got the class {name}, expected a loss to call, {name}()")
         if not callable(loss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a loss to call")
         if isinstance(weights, str):
@@ -172,7 +175,7 @@ class DeepSupervisionLoss(nn.Module):
             )
         if covered is not None and covered.ndim != target.ndim:
             covered = covered[:, 0] if covered.ndim > target.ndim else covered[:, None]
-        ignore_index = getattr(self.loss, "ignore_index", None)
+        ignore_index = _checks.ignored_label(getattr(self.loss, "ignore_index", None))
         dense = classes == 1 or (target.ndim == output.ndim and target.shape[1] == classes)
         if dense:
             target = pool_dense(target, size, ignore_index if classes == 1 else None, covered)

@@ -112,9 +112,13 @@ def _of_sums(loss: object) -> LossModule:
     if isinstance(loss, HeadLoss):
         loss = loss.loss
     if not isinstance(loss, LossModule) or loss.recipe.by_voxel:
+        kind = type(loss)
+        adapter = kind.__module__.startswith("voxfuse.integrations.")
+        given = f"{kind.__module__}.{kind.__name__}" if adapter else repr(loss)
         raise TypeError(
-            f"loss: got {loss!r}, expected a loss of this package that is made of sums over the "
-            "voxels, such as TverskyLoss, DiceCELoss or FocalLoss with a mean or sum"
+            f"loss: got {given}, expected a loss of voxfuse itself (no adapter of "
+            "voxfuse.integrations) that is made of sums over the voxels, such as "
+            "voxfuse.TverskyLoss, voxfuse.DiceCELoss or voxfuse.FocalLoss with a mean or sum"
         )
     return loss
 

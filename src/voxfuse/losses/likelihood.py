@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import KW_ONLY
 
 from voxfuse.losses.declared import declared
 from voxfuse.losses.module import LossModule
@@ -83,10 +83,11 @@ class BCELoss(LossModule):
         tensor(0.6931)
     """
 
+    _: KW_ONLY
     include_background: bool = True
     reduction: str = "mean"
     ignore_index: int | None = None
-    pos_weight: ClassWeights = field(default=None, kw_only=True)
+    pos_weight: ClassWeights = None
 
     def make_recipe(self) -> Recipe:
         part = likelihood_options(
@@ -190,9 +191,7 @@ class TopKLoss(LossModule):
     shown = ("k",)
 
     def make_recipe(self) -> Recipe:
-        percent = number("k", self.k, 0.0, 100.0)
-        if percent == 0:
-            raise ValueError(f"k: got {self.k}, expected a percentage in (0, 100]")
+        percent = number("k", self.k, 0.0, 100.0, above=True)
         part = likelihood_options(
             self.activation,
             label_smoothing=self.label_smoothing,

@@ -320,6 +320,7 @@ class _LovaszModule(Loss):
 
     def validate(self) -> None:
         _check_classes(self.classes)
+        _checks.ignored_label(self.ignore_index)
         _checks.choice("backend", self.backend, _BACKENDS)
 
     @classmethod
@@ -347,7 +348,8 @@ class _LovaszModule(Loss):
         target = _checks.require_tensor("target", target)
         if mask is not None:
             mask = _checks.require_tensor("mask", mask)
-        check_inputs(input, target, mask, options.ignore_index)
+        ignore_index = _checks.ignored_label(options.ignore_index)
+        check_inputs(input, target, mask, ignore_index)
         channels = input.shape[1]
         if activation == Activation.softmax and channels == 1:
             raise ValueError(
@@ -362,7 +364,7 @@ class _LovaszModule(Loss):
             list(range(channels) if isinstance(classes, str) else classes),
             classes == "present",
             options.per_image,
-            options.ignore_index,
+            ignore_index,
             class_weights("class_weight", options.class_weight, channels, input.device),
         )
         ranks = ranks_of(options.process_group, options.ddp_average)
@@ -376,7 +378,7 @@ class _LovaszModule(Loss):
                 0
             ]
             return traced
-        rows = _rows(input, target, mask, options.ignore_index)
+        rows = _rows(input, target, mask, ignore_index)
         loss: Tensor = _Lovasz.apply(input, rows, call, ranks)  # type: ignore[no-untyped-call]
         return loss
 

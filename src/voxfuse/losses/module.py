@@ -42,6 +42,7 @@ class Loss(Declared):
 
     #: Options always shown by repr; others are shown where they differ from the default.
     shown: ClassVar[tuple[str, ...]] = ()
+    takes_tensors = False
 
     @classmethod
     def hint(cls, option: str) -> str | None:

@@ -52,13 +52,16 @@ class SumsLoss(LossModule):
     def make_recipe(self) -> Recipe:
         if not callable(self.function):
             raise TypeError(f"function: got {self.function!r}, expected a function of the sums")
+        if isinstance(self.function, type):
+            name = self.function.__name__
+            raise TypeError(f"function: got the class {name}, expected a function of the sums")
         if self.class_weight is not None:
             raise ValueError("class_weight: not of this loss, whose function weighs the classes")
         activation = _checks.choice("activation", self.activation, Activation)
         return Recipe(
             activation,
             _checks.choice("overlap", self.overlap, Overlap),
-            self.ignore_index,
+            _checks.ignored_label(self.ignore_index),
             None,
             None,
             function=self.function,

@@ -152,23 +152,27 @@ def _balance(
     return tuple(number("alpha", value) for value in values)
 
 
-def number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
-    """Return ``value`` as a float in [low, high], or raise naming the argument."""
+def number(
+    name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> float:
+    """Return ``value`` as a float in [low, high], or ``above`` low; else raise naming it."""
     try:
+        several = isinstance(value, Tensor) and value.numel() != 1
+        if several or isinstance(value, (bool, np.bool_)):
+            raise TypeError
         result = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {value!r}, expected a number") from None
-    if not (low <= result <= high and math.isfinite(result)):
-        allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise TypeError(f"{name}: got {_checks.given(value)}, expected a number") from None
+    if not (low <= result <= high and math.isfinite(result)) or (above and result == low):
+        allowed = f"{'>' if above else '>='} {low:g}"
+        if high != math.inf:
+            allowed = f"in {'(' if above else '['}{low:g}, {high:g}]"
         raise ValueError(f"{name}: got {value}, expected a finite number {allowed}")
     return result
 
 
 def exponent(name: str, value: float) -> float:
-    result = number(name, value)
-    if result == 0:
-        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
-    return result
+    return number(name, value, above=True)
 
 
 def reduction_code(value: str, allow_none: bool = True) -> int:

@@ -189,7 +189,7 @@ class DiceLoss(OverlapLoss):
         tensor(0.2500)
     """
 
-    squared: bool = False
+    squared: bool = dataclasses.field(default=False, kw_only=True)
 
     def make_recipe(self) -> Recipe:
         return overlap_recipe(self, *dice_coefficients(self.squared))
@@ -216,7 +216,7 @@ class JaccardLoss(OverlapLoss):
         JaccardLoss(activation='sigmoid')
     """
 
-    squared: bool = False
+    squared: bool = dataclasses.field(default=False, kw_only=True)
 
     def make_recipe(self) -> Recipe:
         return overlap_recipe(self, *jaccard_coefficients(self.squared))

@@ -337,7 +337,7 @@ def overlap_recipe(
     return Recipe(
         activation,
         _checks.choice("overlap", options.overlap, Overlap),
-        options.ignore_index,
+        _checks.ignored_label(options.ignore_index),
         ratio,
         likelihood,
         by_sample=by_sample,
@@ -350,4 +350,5 @@ def likelihood_recipe(
 ) -> Recipe:
     """A log-likelihood alone."""
     code = check_unlabelled(unlabelled, part.activation)
-    return Recipe(part.activation, Overlap.product, ignore_index, None, part, unlabelled=code)
+    ignored = _checks.ignored_label(ignore_index)
+    return Recipe(part.activation, Overlap.product, ignored, None, part, unlabelled=code)

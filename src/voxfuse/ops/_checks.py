@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -52,10 +54,18 @@ def describe(tensor: Tensor) -> str:
     return f"{dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
+def given(value: object) -> str:
+    """An option as it was given, for error messages, which never show what a tensor holds."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
 def require_tensor(name: str, value: object) -> Tensor:
     """Return ``value`` as a plain tensor or raise TypeError."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        more = "; use torch.from_numpy" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{more}")
     refuse_forward_mode(value)
     return plain(value)
 
@@ -106,7 +116,16 @@ def choice(name: str, value: str, allowed: type[Code] | Mapping[str, int]) -> in
     except (KeyError, TypeError):
         names = allowed.__members__ if isinstance(allowed, type) else allowed
         listed = ", ".join(repr(key) for key in names)
-        raise ValueError(f"{name}: got {value!r}, expected one of {listed}") from None
+        raise ValueError(f"{name}: got {given(value)}, expected one of {listed}") from None
+
+
+def ignored_label(value: object) -> int | None:
+    """``ignore_index`` as an operator takes it; NumPy's integers are integers too."""
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"ignore_index: got {given(value)}, expected an int or None")
+    return int(value)
 
 
 def integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:

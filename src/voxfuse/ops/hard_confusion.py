@@ -90,8 +90,7 @@ def hard_confusion(
     if decision == Decision.threshold:
         check_threshold(threshold)
         least = least_above(_activation_of(activation), float(threshold))
-    if ignore_index is not None and not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {ignore_index!r}, expected an int or None")
+    ignore_index = _checks.ignored_label(ignore_index)
     if labels:
         _check_labels(input, target, mask, num_classes)
     else:

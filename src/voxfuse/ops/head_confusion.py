@@ -96,6 +96,7 @@ def head_confusion(
         else _checks.choice("likelihood", likelihood, Activation)
     )
     overlap_code = _checks.choice("overlap", overlap, Overlap)
+    ignore_index = _checks.ignored_label(ignore_index)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)

@@ -123,6 +123,7 @@ def soft_confusion(
         else _checks.choice("likelihood", likelihood, Activation)
     )
     overlap_code = _checks.choice("overlap", overlap, Overlap)
+    ignore_index = _checks.ignored_label(ignore_index)
     check_inputs(input, target, mask, ignore_index)
     unlabelled_code = check_unlabelled(unlabelled, activation_code, likelihood_code)
     if annotated is not None:
@@ -223,9 +224,8 @@ def check_inputs(
         raise ValueError("target: requires grad, but no gradient flows to the target; detach it")
     dense = is_dense(input, target)
     _checks.require_numbers("target", target, 0 if dense else classes)
+    ignore_index = _checks.ignored_label(ignore_index)
     if ignore_index is not None:
-        if not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index: got {ignore_index!r}, expected an int or None")
         if not -(2**63) <= ignore_index < 2**63:
             raise ValueError(f"ignore_index: got {ignore_index}, expected an int of 64 bits")
         if dense and classes > 1:
