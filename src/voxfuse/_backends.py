@@ -80,6 +80,14 @@ def triton_error() -> str | None:
     return None
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError unless a backend, or the choice between them, has this name."""
+    allowed = ("auto", *NAMES)
+    if name not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(f"backend: got {name!r}, expected one of {listed}")
+
+
 def require(name: str, device: torch.device) -> None:
     """Raise unless backend ``name`` can run on tensors of ``device``.
 
@@ -87,9 +95,7 @@ def require(name: str, device: torch.device) -> None:
         ValueError: no such backend.
         RuntimeError: not available here, with the reason.
     """
-    if name not in NAMES:
-        listed = ", ".join(repr(known) for known in ("auto", *NAMES))
-        raise ValueError(f"backend: got {name!r}, expected one of {listed}")
+    check_name(name)
     backend = _probe(name)
     if not backend.available:
         raise RuntimeError(f"backend: {name!r} is not available here: {backend.reason}")

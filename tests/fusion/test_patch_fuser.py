@@ -396,6 +396,7 @@ def test_bad_options_are_named(change, message):
         {"patch_size": (4, 4.5, 4)},
         {"origins": [[0, 4.9], [0], [0]]},
         {"origins": torch.zeros(1, 3)},
+        {"result_channels": [False, True]},
     ],
 )
 def test_places_that_are_no_integers_are_not_rounded(change):

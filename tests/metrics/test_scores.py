@@ -150,9 +150,20 @@ def test_bad_input_is_named():
         (dict(absent=math.nan), ValueError, "absent: got nan"),
         (dict(false_alarm="no"), ValueError, "false_alarm: got 'no', expected 'score' or 'ignore'"),
         (dict(beta=0), ValueError, "beta: got 0, expected a positive number"),
+        (dict(mode="bogus"), ValueError, "mode: got 'bogus', expected one of 'argmax'"),
+        (dict(mode=4), ValueError, "mode: got 4"),
+        (dict(mode="labels"), ValueError, "num_classes: got None"),
+        (dict(num_classes=-3), ValueError, "num_classes: got -3, expected an int >= 1"),
+        (dict(ignore_index=1.5), TypeError, "ignore_index: got 1.5, expected an int or None"),
+        (dict(activation="relu"), ValueError, "activation: got 'relu'"),
+        (dict(threshold="a"), TypeError, "threshold: got 'a', expected a number"),
+        (dict(threshold=[0.5] * 4), TypeError, r"threshold: got \[0.5, .*, expected a number"),
+        (dict(backend="gpu"), ValueError, "backend: got 'gpu', expected one of 'auto'"),
     ):
         with pytest.raises(error, match=message):
             SegmentationScores(**options)
+    with pytest.raises(TypeError, match=r"input: .* pass the finest, outputs\[0\]"):
+        SegmentationScores().update([torch.zeros(1, 2, 2)], torch.zeros(1, 2))
     scores = scored(6, names=["background", "a", "b", "c"])
     with pytest.raises(ValueError, match="reduction: got 'sum', expected one of 'none', 'class'"):
         scores.compute("sum")
@@ -168,6 +179,12 @@ def test_bad_input_is_named():
         SegmentationScores(pooled=True).load_state_dict({"counts": torch.zeros(2, 3, 4)})
     with pytest.raises(ValueError, match=r"state: got \['sums'\], expected counts"):
         SegmentationScores().load_state_dict({"sums": torch.zeros(2)})
+
+
+def test_printing_before_the_first_batch_says_so():
+    scores = SegmentationScores("threshold", absent=1.0)
+    assert repr(scores) == "SegmentationScores(mode='threshold', absent=1.0)"
+    assert str(scores) == f"{scores!r}: nothing was counted yet"
 
 
 def test_printing_shows_a_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from voxfuse._backends import check_name
 from voxfuse._ranks import Gathering, ranks_of
 from voxfuse.metrics.definitions import METRICS
 from voxfuse.metrics.voxelwise import VoxelCounts, check_beta, fraction
-from voxfuse.ops.hard_confusion import hard_confusion
+from voxfuse.ops import _checks
+from voxfuse.ops.hard_confusion import check_options, hard_confusion
 
 #: What is left of a class where neither truth nor prediction has it is a choice, not a formula.
 _CHOSEN_IF_ABSENT = ("dice", "jaccard", "f_beta", "sensitivity", "precision")
@@ -100,12 +103,14 @@ class SegmentationScores:
         if false_alarm not in ("score", "ignore"):
             raise ValueError(f"false_alarm: got {false_alarm!r}, expected 'score' or 'ignore'")
         check_beta(beta)
+        check_options(mode, activation, threshold, num_classes)
+        check_name(backend)
         self.options: dict[str, Any] = {
             "mode": mode,
             "activation": activation,
             "threshold": threshold,
             "num_classes": num_classes,
-            "ignore_index": ignore_index,
+            "ignore_index": _checks.ignored_label(ignore_index),
             "backend": backend,
         }
         self.include_background = include_background
@@ -250,8 +255,18 @@ class SegmentationScores:
             scores[f"f{self.beta:g}" if name == "f_beta" else name] = score
         return scores
 
+    def __repr__(self) -> str:
+        """The options that are not the defaults."""
+        defaults = inspect.signature(SegmentationScores).parameters
+        own = ("include_background", "pooled", "absent", "false_alarm", "beta", "names")
+        given = self.options | {name: getattr(self, name) for name in own}
+        shown = [f"{k}={v!r}" for k, v in given.items() if v != defaults[k].default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def __str__(self) -> str:
         """A table: a row a class, and their mean."""
+        if not self._counts and self.options["num_classes"] is None:
+            return f"{self!r}: nothing was counted yet"
         scores = self.compute("none")
         samples, classes = scores["dice"].shape
         first = int(not self.include_background)

@@ -85,12 +85,12 @@ def require_numbers(name: str, tensor: Tensor, classes: int = 0) -> None:
             )
 
 
-def require_logits(input: object) -> Tensor:
+def require_logits(input: object, advice: str = "call voxfuse.DeepSupervisionLoss") -> Tensor:
     """``input`` as a plain tensor; a list of them is what a deeply supervised network returns."""
     if isinstance(input, (list, tuple)):
         raise TypeError(
             f"input: expected a torch.Tensor, got a {type(input).__name__} of {len(input)}; for "
-            "the outputs of a deeply supervised network call voxfuse.DeepSupervisionLoss"
+            f"the outputs of a deeply supervised network {advice}"
         )
     return require_tensor("input", input)
 
@@ -129,11 +129,17 @@ def ignored_label(value: object) -> int | None:
 
 
 def integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
-    """Return ``values`` as integers; a number that would have to be rounded is an error."""
+    """Return ``values`` as integers; booleans, and what would have to be rounded, are errors."""
     try:
-        return tuple(operator.index(value) for value in values)
+        items = tuple(values)
     except TypeError:
-        raise TypeError(f"{name}: got {values!r}, expected integers") from None
+        raise TypeError(f"{name}: got {values!r}, expected a sequence of integers") from None
+    try:
+        if not any(isinstance(value, bool) for value in items):
+            return tuple(operator.index(value) for value in items)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {values!r}, expected integers")
 
 
 def require_held(name: str, value: float, dtype: torch.dtype) -> None:

@@ -155,7 +155,11 @@ def finalize_slab(
 
 def check_threshold(threshold: float) -> None:
     """Raise for a threshold to which nothing compares."""
-    if math.isnan(threshold):
+    try:
+        comparable = not math.isnan(threshold)
+    except TypeError:
+        raise TypeError(f"threshold: got {threshold!r}, expected a number") from None
+    if not comparable:
         raise ValueError(f"threshold: got {threshold}, expected a number")
 
 

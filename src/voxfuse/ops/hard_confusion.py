@@ -80,18 +80,20 @@ def hard_confusion(
     """
     labels = mode == "labels"
     input = (
-        _checks.require_tensor("input", input) if labels else _checks.require_logits(input)
+        _checks.require_tensor("input", input)
+        if labels
+        else _checks.require_logits(input, "pass the finest, outputs[0]")
     ).detach()
     target = _checks.require_tensor("target", target).detach()
     if mask is not None:
         mask = _checks.require_tensor("mask", mask).detach()
-    decision = _checks.choice("mode", mode, Decision)
+    decision = check_options(mode, activation, threshold, num_classes)
     least = 0.0
     if decision == Decision.threshold:
-        check_threshold(threshold)
         least = least_above(_activation_of(activation), float(threshold))
     ignore_index = _checks.ignored_label(ignore_index)
     if labels:
+        assert num_classes is not None
         _check_labels(input, target, mask, num_classes)
     else:
         _check_logits(input, target, mask, num_classes, mode)
@@ -106,6 +108,25 @@ def hard_confusion(
             _raise_complaint(arguments)
         raise
     return result
+
+
+def check_options(mode: str, activation: str, threshold: float, num_classes: int | None) -> int:
+    """Check what needs no tensor; return the mode's number."""
+    decision = _checks.choice("mode", mode, Decision)
+    check_threshold(threshold)
+    _checks.choice("activation", activation, Activation)
+    if decision == Decision.threshold:
+        _activation_of(activation)
+    if num_classes is None:
+        if decision == Decision.labels:
+            raise ValueError(
+                "num_classes: got None, expected the number of classes with mode 'labels'"
+            )
+    elif not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise TypeError(f"num_classes: got {num_classes!r}, expected an int")
+    elif num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes}, expected an int >= 1")
+    return decision
 
 
 def _raise_complaint(arguments: tuple[Any, ...]) -> None:
@@ -154,15 +175,7 @@ def _check_logits(
         _checks.require_numbers("mask", mask, 1)
 
 
-def _check_labels(
-    input: Tensor, target: Tensor, mask: Tensor | None, num_classes: int | None
-) -> None:
-    if num_classes is None:
-        raise ValueError("num_classes: got None, expected the number of classes with mode 'labels'")
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise TypeError(f"num_classes: got {num_classes!r}, expected an int")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes}, expected an int >= 1")
+def _check_labels(input: Tensor, target: Tensor, mask: Tensor | None, num_classes: int) -> None:
     if input.ndim < 1:
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected (B, *spatial)")
     shape = _without_channel(input, target)

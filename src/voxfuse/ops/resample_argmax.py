@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,19 +122,24 @@ def resample_argmax(
         raise ValueError("input: requires grad, but a decision has none; detach it")
     input = input.detach()
     if input.dtype not in _NUMBERS or not 2 <= input.ndim <= 4 or input.shape[0] < 1:
+        hint = ", without the batch axis" if input.ndim > 4 else ""
         raise TypeError(
             f"input: got {_checks.describe(input)}, expected numbers (C, *spatial) with 1 to 3 "
-            "axes, C >= 1"
+            f"axes, C >= 1{hint}"
         )
     channels, *source = input.shape
     target = _checks.integers("size", size)
     if len(target) != len(source) or min(target) < 1:
-        raise ValueError(f"size: got {target}, expected {len(source)} numbers >= 1")
+        batch = input.shape[0] == 1 and len(target) == len(source) - 1
+        hint = f"; input {tuple(input.shape)} is to be without the batch axis" if batch else ""
+        raise ValueError(f"size: got {target}, expected {len(source)} numbers >= 1{hint}")
     if min(source) < 1:
         raise ValueError(f"input: got shape {tuple(input.shape)}, which has no voxels")
-    orders = (order,) * len(source) if isinstance(order, int) else tuple(order)
+    orders = tuple(order) if isinstance(order, Iterable) else (order,) * len(source)
     if len(orders) != len(source) or not set(orders) <= {0, 1}:
-        raise ValueError(f"order: got {order}, expected 0 or 1, for all axes or one an axis")
+        raise ValueError(f"order: got {order!r}, expected 0 or 1, for all axes or one an axis")
+    if mode == "labels" and channels == 1:
+        raise ValueError("mode: 'labels' of one channel are all 0; use 'mask'")
     if mode == "values" and channels != 1:
         raise ValueError(f"mode: got 'values' of {channels} channels, expected a single one")
     least = 0.0

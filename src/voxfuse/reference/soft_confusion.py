@@ -261,7 +261,9 @@ def label_complaint(
     if not float(value).is_integer():
         return f"{name}: label {value:.9g} is no integer, {where}"
     label, allowed, hint = int(value), "", ""
-    if ignore_index is not None:
+    if name != "target":
+        hint = "; ignore_index is of the target, mask= leaves voxels out"
+    elif ignore_index is not None:
         allowed = f" or ignore_index {ignore_index}"
     elif label < 2**63 and bool((~wrong | (target == target[place])).all()):
         hint = f"; if {label} marks voxels to ignore, pass ignore_index={label}"

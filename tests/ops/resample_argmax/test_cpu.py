@@ -99,7 +99,7 @@ def test_the_kernel_equals_the_reference(data):
         target = (*target[:-1], source[-1])
     order = tuple(data.draw(st.lists(st.integers(0, 1), min_size=axes, max_size=axes)))
     mode = data.draw(st.sampled_from(["labels", "mask", "regions", "values"]))
-    channels = 1 if mode == "values" else data.draw(st.integers(1, 6))
+    channels = 1 if mode == "values" else data.draw(st.integers(1 + (mode == "labels"), 6))
     dtype = data.draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     input = (8 * torch.randn(channels, *source, generator=generator)).to(dtype)
@@ -214,8 +214,19 @@ def test_bad_input_is_named():
         call(input, (4,))
     with pytest.raises(ValueError, match=r"size: got \(0, 4\)"):
         call(input, (0, 4))
-    with pytest.raises(ValueError, match=r"order: got 3, expected 0 or 1"):
-        call(input, (4, 4), order=3)
+    with pytest.raises(TypeError, match="size: got 4, expected a sequence of integers"):
+        call(input, 4)
+    with pytest.raises(
+        ValueError, match=r"size: got .*; input \(1, 4, 4\) is to be without the batch"
+    ):
+        call(input[:1], (4,))
+    with pytest.raises(TypeError, match="input: got .*, without the batch axis"):
+        call(input[None, None], (4, 4, 4))
+    with pytest.raises(ValueError, match="mode: 'labels' of one channel are all 0; use 'mask'"):
+        call(input[:1], (4, 4))
+    for order in (3, "trilinear", 0.5):
+        with pytest.raises(ValueError, match=f"order: got {order!r}, expected 0 or 1"):
+            call(input, (4, 4), order=order)
     with pytest.raises(ValueError, match="mode: got 'values' of 2 channels"):
         call(input, (4, 4), "values")
     with pytest.raises(ValueError, match="regions: mode 'regions' needs"):
