@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import voxfuse
 from tests.integrations.monai_cases import (
     LENIENT,
     activations,
@@ -296,6 +297,19 @@ def test_masked_loss_takes_any_callable():
     )
     with pytest.raises(ValueError, match="not callable"):
         ours.MaskedLoss(3)
+
+
+@pytest.mark.parametrize("name", ["DiceLoss", "DiceCELoss", "FocalLoss", "MaskedDiceLoss"])
+def test_a_loss_of_the_adapter_says_that_it_returns_no_sums(name):
+    logits = torch.zeros(1, 2, 4, 4)
+    loss = getattr(ours, name)()
+    message = f"return_sums: not an argument of the call of {name}, .* voxfuse's own losses"
+    with pytest.raises(TypeError, match=message):
+        loss(logits, logits, return_sums=True)
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    message = rf"loss: got voxfuse.integrations.monai.{name}, .*made of sums.* voxfuse.DiceCELoss"
+    with pytest.raises(TypeError, match=message):
+        voxfuse.fuse_head(network, loss)
 
 
 # --- Constructors --------------------------------------------------------------------------------

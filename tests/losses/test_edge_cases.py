@@ -91,8 +91,11 @@ def test_a_nan_weight_gives_a_nan_loss_and_gradient(name):
     weight = torch.ones(logits.shape[0], *logits.shape[2:])
     weight[0, 2, 2, 2] = math.nan
     loss = MODULES[name]()
-    for voxels, classes in ((weight, None), (None, [1.0, math.nan, 1.0])):
-        loss.class_weight = classes
+    classes = torch.ones(3)
+    for voxels in (weight, None):
+        if voxels is None:  # changed in place, after the check of what is given
+            loss.class_weight = classes
+            classes[1] = math.nan
         leaf = logits.clone().requires_grad_()
         value = loss(leaf, labels, voxels)
         (gradient,) = torch.autograd.grad(value, leaf)

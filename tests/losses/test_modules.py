@@ -236,6 +236,26 @@ SLIPS = {
         lambda: voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss),
         r"loss: got the class DiceCELoss, expected a loss to call, DiceCELoss\(\)",
     ),
+    "misspelt": (
+        lambda: voxfuse.TopKLoss(class_wieght=[1.0, 2.0]),
+        r"class_wieght: not an option of TopKLoss, which has .*; did you mean class_weight\?",
+    ),
+    "misspelt, in a function": (
+        lambda: voxfuse.functional.dice_loss(TENSOR, TENSOR, smoth_nr=1.0),
+        r"'smoth_nr'; did you mean smooth_nr\?",
+    ),
+    "another loss's option": (
+        lambda: voxfuse.DiceLoss(w_type="simple"),
+        "w_type: not an option of DiceLoss; MONAI's w_type is class_pooling= of voxfuse.Gen",
+    ),
+    "a function that returns no tensor": (
+        lambda: voxfuse.SumsLoss(lambda sums: 3.0)(TENSOR, TENSOR),
+        "function: returned a float, expected a torch.Tensor",
+    ),
+    "an array": (
+        lambda: voxfuse.DiceLoss()(TENSOR, TENSOR.numpy()),
+        "target: expected a torch.Tensor, got ndarray; use torch.from_numpy",
+    ),
     "class as a function": (
         lambda: voxfuse.SumsLoss(voxfuse.DiceCELoss),
         "function: got the class DiceCELoss",
@@ -265,3 +285,39 @@ def test_ignore_index_may_be_an_integer_of_numpy(loss):
     labels[0] = 1
     expected = loss(ignore_index=255)(logits, labels)
     assert torch.equal(loss(ignore_index=np.int64(255))(logits, labels), expected)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_weights_of_classes_are_finite_and_not_negative(wrong):
+    message = f"class_weight: got {wrong:g}, expected finite numbers >= 0"
+    for weights in ([1.0, wrong, 1.0], torch.tensor([1.0, wrong, 1.0])):
+        with pytest.raises(ValueError, match=message):
+            voxfuse.LovaszLoss(class_weight=weights)
+        loss = voxfuse.DiceLoss()
+        with pytest.raises(ValueError, match=message):
+            loss.class_weight = weights
+        with pytest.raises(ValueError, match=message):
+            voxfuse.functional.dice_loss(TENSOR, TENSOR, class_weight=weights)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index", "told"),
+    [
+        (torch.bfloat16, 999, 999, True),  # held as 1000
+        (torch.int8, -1, 255, True),
+        (torch.float16, float("inf"), 70000, True),
+        (torch.uint8, 255, -1, True),
+        (torch.uint8, 255, 254, False),
+        (torch.float32, 7, 255, False),
+    ],
+)
+def test_a_wrong_label_says_that_its_type_cannot_hold_the_ignored_one(
+    dtype, label, ignore_index, told
+):
+    labels = torch.full((2, 4, 4), label).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    more = f"; {name} labels cannot hold ignore_index {ignore_index}"
+    for call in (voxfuse.soft_confusion, voxfuse.functional.dice_loss):
+        with pytest.raises(ValueError, match="target: label") as caught:
+            call(TENSOR, labels, ignore_index=ignore_index)
+        assert str(caught.value).endswith(more) == told

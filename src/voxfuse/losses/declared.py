@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -10,6 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 Kind = TypeVar("Kind", bound="type[Declared]")
+
+
+def did_you_mean(option: str, options: Iterable[str]) -> str:
+    """The end of a message about an unknown option: the known one that is spelt most like it."""
+    close = difflib.get_close_matches(option, list(options), 1, 0.75)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class Declared(nn.Module):
@@ -60,7 +68,8 @@ def declared(kind: Kind) -> Kind:
         for option in named:
             if option not in made.defaults:
                 hint = made.hint(option)
-                more = f"; {hint}" if hint else f", which has {', '.join(made.defaults)}"
+                more = f", which has {', '.join(made.defaults)}"
+                more = f"; {hint}" if hint else more + did_you_mean(option, made.defaults)
                 raise TypeError(f"{option}: not an option of {name}{more}")
         if len(args) > len(positional):
             raise TypeError(

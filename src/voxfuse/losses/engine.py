@@ -103,7 +103,7 @@ def evaluate(
             return _by_voxel(recipe, input, target, mask, call)
         loss, stats = _differentiable(input, target, mask, call)
     except RuntimeError as error:
-        reraise(error)
+        reraise(error, target, recipe.ignore_index)
     return (loss, sums_of(stats)) if return_sums else loss
 
 
@@ -154,11 +154,13 @@ def partial_call(
     return call._replace(annotated=annotated, weights=weights)
 
 
-def reraise(error: RuntimeError) -> NoReturn:
+def reraise(
+    error: RuntimeError, target: Tensor | None = None, ignore_index: int | None = None
+) -> NoReturn:
     """Raise a kernel's complaint as the error it is, where nothing is being compiled."""
     if torch.compiler.is_compiling():
         raise error
-    _checks.reraise(error)
+    _checks.reraise(error, target, ignore_index)
 
 
 def run(
@@ -363,4 +365,6 @@ def loss_of_call(call: Call, stats: Tensor, double_loss: bool) -> tuple[Tensor, 
     if call.function is None:
         return _loss_and_slopes(call, stats, double_loss)[0], stats
     loss = call.function(Sums(*stats.unbind(-1)))
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"function: returned a {type(loss).__name__}, expected a torch.Tensor")
     return loss.to(torch.float64 if double_loss else torch.float32), stats

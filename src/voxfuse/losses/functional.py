@@ -21,9 +21,10 @@ from voxfuse.losses.compound import (
     TverskyFocalLoss,
     UnifiedFocalLoss,
 )
+from voxfuse.losses.declared import did_you_mean
 from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
 from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
-from voxfuse.losses.options import WEIGHT_NAMES
+from voxfuse.losses.options import WEIGHT_NAMES, weights_of
 from voxfuse.losses.overlap import (
     DiceLoss,
     FBetaLoss,
@@ -114,8 +115,10 @@ def function_of(
         for key in given:
             if key not in kind.defaults:
                 hint = kind.hint(key)
-                more = f"; {hint}" if hint else ""
+                more = f"; {hint}" if hint else did_you_mean(key, kind.defaults)
                 raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{more}")
+            if key in WEIGHT_NAMES:
+                weights_of(key, given[key])
         return kind.of(Given({**defaults, **given}), input, target, mask, return_sums, annotated)
 
     own = inspect.signature(loss)

@@ -103,7 +103,7 @@ def head_loss(
         sums = with_voxels(sums, call)
         value, sums = loss_of_call(call, sums, features.dtype == torch.float64)
     except RuntimeError as error:
-        reraise(error)
+        reraise(error, target, recipe.ignore_index)
     return (value, sums_of(sums)) if return_sums else value
 
 
@@ -114,7 +114,7 @@ def _of_sums(loss: object) -> LossModule:
     if not isinstance(loss, LossModule) or loss.recipe.by_voxel:
         kind = type(loss)
         adapter = kind.__module__.startswith("voxfuse.integrations.")
-        given = f"{kind.__module__}.{kind.__name__}" if adapter else repr(loss)
+        given = f"{kind.__module__.split('._')[0]}.{kind.__name__}" if adapter else repr(loss)
         raise TypeError(
             f"loss: got {given}, expected a loss of voxfuse itself (no adapter of "
             "voxfuse.integrations) that is made of sums over the voxels, such as "

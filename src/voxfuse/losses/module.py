@@ -9,7 +9,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from voxfuse.losses.declared import Declared
@@ -20,15 +19,10 @@ from voxfuse.losses.options import (
     OverlapOptions,
     monai_hint,
     refuse_arguments,
+    weights_of,
 )
 from voxfuse.losses.plan import Recipe
 from voxfuse.losses.sums import Sums
-
-
-def _as_tensor(weights: Any) -> Tensor | None:
-    if weights is None or isinstance(weights, Tensor):
-        return weights
-    return torch.as_tensor(weights, dtype=torch.float64)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -50,7 +44,7 @@ class Loss(Declared):
 
     def set_up(self, *args: Any, **options: Any) -> None:
         for name in WEIGHT_NAMES:
-            self.register_buffer(name, _as_tensor(options.pop(name, None)))
+            self.register_buffer(name, weights_of(name, options.pop(name, None)))
         super().set_up(**options)
         self.validate()
 
@@ -102,7 +96,7 @@ class Loss(Declared):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHT_NAMES:
-            value = _as_tensor(value)
+            value = weights_of(name, value)
         super().__setattr__(name, value)
         if name in self.defaults:
             self.__dict__["_recipe"] = None

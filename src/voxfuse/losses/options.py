@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from voxfuse.contract import Activation, Code, Reduction
-from voxfuse.ops import _checks
+from voxfuse.ops import _checks, _registry
 
 ClassWeights = Tensor | Sequence[float] | Sequence[Sequence[float]] | float | None
 
@@ -39,6 +40,14 @@ MONAI_NAMES: dict[str, tuple[str, ...] | str] = {
 }
 
 
+#: Those of them that a loss with no option of that meaning does not have.
+ELSEWHERE = {
+    "w_type": "class_pooling= of voxfuse.GeneralizedDiceLoss",
+    "gamma": "an option of voxfuse.FocalLoss and voxfuse.TverskyLoss",
+    "alpha": "an option of voxfuse.FocalLoss and voxfuse.TverskyLoss",
+}
+
+
 def monai_hint(name: str, options: Container[str]) -> str | None:
     """What MONAI's argument ``name`` is called in a loss of ours with these ``options``."""
     if name == "weight":
@@ -52,7 +61,7 @@ def monai_hint(name: str, options: Container[str]) -> str | None:
         )
     ours = MONAI_NAMES.get(name, ())
     if isinstance(ours, tuple):
-        ours = "".join(f"{x}= here" for x in ours if x in options)
+        ours = "".join(f"{x}= here" for x in ours if x in options) or ELSEWHERE.get(name, "")
     return f"MONAI's {name} is {ours}" if ours else None
 
 
@@ -63,6 +72,29 @@ def refuse_arguments(loss: object, named: Iterable[str]) -> None:
         if name in ("weight", "voxel_weight"):
             hint = "; weights of voxels are mask=, weights of classes an option of the loss"
         raise TypeError(f"{name}: not an argument of the call of {type(loss).__name__}{hint}")
+
+
+def weights_of(name: str, given: ClassWeights) -> Tensor | None:
+    """The weights ``given`` as a tensor.
+
+    Raises:
+        ValueError: one is negative or not finite. On the CPU: looking elsewhere would wait.
+    """
+    if given is None:
+        return None
+    weights = given
+    if not isinstance(weights, Tensor):
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+    traced = torch.compiler.is_compiling() or _registry.functorch_active()
+    values = weights if traced else _checks.plain(weights).detach()
+    if traced or type(values) is not Tensor or values.device.type != "cpu":
+        return weights
+    values = values.to(torch.float64)
+    fits = (values >= 0) & (values < math.inf)
+    if not bool(fits.all()):
+        wrong = values[~fits][0].item()
+        raise ValueError(f"{name}: got {wrong:g}, expected finite numbers >= 0")
+    return weights
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -163,9 +163,27 @@ def _range(dtype: torch.dtype) -> tuple[int, int]:
     return info.min, info.max
 
 
-def reraise(error: RuntimeError) -> NoReturn:
+def _not_held(ignore_index: int | None, dtype: torch.dtype) -> str:
+    """What to add to a complaint about a label, if none of this type can be the ignored one."""
+    if ignore_index is None:
+        return ""
+    if dtype.is_floating_point:
+        held = torch.tensor(ignore_index, dtype=torch.float64).to(dtype).item() == ignore_index
+    else:
+        low, high = (0, 1) if dtype == torch.bool else _range(dtype)
+        held = low <= ignore_index <= high
+    name = str(dtype).removeprefix("torch.")
+    return "" if held else f"; {name} labels cannot hold ignore_index {ignore_index}"
+
+
+def reraise(
+    error: RuntimeError, target: Tensor | None = None, ignore_index: int | None = None
+) -> NoReturn:
     """Raise a kernel's complaint about a value in the data as the ValueError it is."""
     _, tag, message = str(error).partition(VALUE_ERROR)
     if tag:
-        raise ValueError(message.split("\n")[0]) from None
+        message = message.split("\n")[0]
+        if target is not None and message.startswith("target: label"):
+            message += _not_held(ignore_index, target.dtype)
+        raise ValueError(message) from None
     raise error

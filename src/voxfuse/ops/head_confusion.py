@@ -124,7 +124,7 @@ def head_confusion(
             annotated,
         )
     except RuntimeError as error:
-        _checks.reraise(error)
+        _checks.reraise(error, target, ignore_index)
     return result
 
 

@@ -148,7 +148,7 @@ def soft_confusion(
             annotated,
         )
     except RuntimeError as error:
-        _checks.reraise(error)
+        _checks.reraise(error, target, ignore_index)
     return result
 
 

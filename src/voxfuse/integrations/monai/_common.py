@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -152,19 +152,29 @@ def check_pair(input: Tensor, target: Tensor) -> None:
         )
 
 
+def refuse_others(loss: object, named: Iterable[str]) -> None:
+    """Raise TypeError for the first argument of a call that MONAI's losses do not take."""
+    for name in named:
+        raise TypeError(
+            f"{name}: not an argument of the call of {type(loss).__name__}, which takes what "
+            "MONAI's does; return_sums= and annotated= are of voxfuse's own losses"
+        )
+
+
 class FusedLoss(Declared, _Loss):
     """A loss of this package; ``_forward`` takes a mask of voxels to blank as well."""
 
     class_weight: Tensor | None
     _nonnegative: tuple[int, int] | None = None
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, **others: Any) -> Tensor:
         """Return the loss.
 
         Args:
             input: B x N x spatial; logits where the loss has an activation, else predictions.
             target: B x N x spatial, or labels B x 1 x spatial with ``to_onehot_y``.
         """
+        refuse_others(self, others)
         return self._forward(input, target, None)
 
     def _forward(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from voxfuse.integrations.lowering import LabelError, activated, is_binary, plai
 from voxfuse.integrations.monai._common import (
     CustomActivation,
     FusedLoss,
+    refuse_others,
     warn_ignored,
 )
 from voxfuse.integrations.monai._overlap import DiceLoss
@@ -168,8 +169,11 @@ class MaskedDiceLoss(DiceLoss):
         self.pre_softmax = softmax
         self.pre_other_act = other_act
 
-    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, mask: Tensor | None = None, **others: Any
+    ) -> Tensor:
         """Return the masked loss; ``mask`` is (B or 1) x 1 x spatial."""
+        refuse_others(self, others)
         activation = Activation.sigmoid if self.pre_sigmoid else Activation.none
         if self.pre_softmax:
             if input.shape[1] == 1:

@@ -19,6 +19,7 @@ from voxfuse.integrations.monai._common import (
     ignore_mask,
     one_hot,
     reduction_of,
+    refuse_others,
     warn_ignored,
 )
 from voxfuse.losses.declared import declared
@@ -61,13 +62,17 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
     def set_up(self, reduction: LossReduction | str, **options: Any) -> None:
         super().set_up(reduction=LossReduction(reduction).value, **options)
 
-    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+    # MONAI's names of the arguments.
+    def forward(  # type: ignore[override]
+        self, y_pred: Tensor, y_true: Tensor, **others: Any
+    ) -> Tensor:
         """Return the loss.
 
         Args:
             y_pred: probabilities B x 2 x spatial, or B x 1 x spatial; two or three spatial axes.
             y_true: one value a channel, or labels B x 1 x spatial with ``to_onehot_y``.
         """
+        refuse_others(self, others)
         if y_pred.ndim not in (4, 5):
             raise ValueError(f"input shape must be 4 or 5, but got {y_pred.shape}")
         reduction_of(self)
