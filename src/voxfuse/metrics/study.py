@@ -27,7 +27,7 @@ from voxfuse.metrics.voxelwise import VoxelCounts, correlation, volume_metrics, 
 
 #: Thresholds of the free-response curves.
 LEVELS = np.arange(1, 20) / 20
-VOXELWISE = ("dice", "jaccard", "sensitivity", "precision", "specificity", "npv")
+VOXELWISE = ("dice", "jaccard", "sensitivity", "precision", "specificity", "npv", "mcc")
 
 
 @dataclass(frozen=True)
