@@ -17,7 +17,7 @@ namespace {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kAnyBlocks = 2, kFourBlocks = 2, kFiveOrSixBlocks = 2, kSixteenBlocks = 2;
 #else
-constexpr int kAnyBlocks = 0, kFourBlocks = 3, kFiveOrSixBlocks = 5, kSixteenBlocks = 4;
+constexpr int kAnyBlocks = 0, kFourBlocks = 3, kFiveOrSixBlocks = 5, kSixteenBlocks = 3;
 #endif
 
 template <class T, int kClasses>
