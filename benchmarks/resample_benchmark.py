@@ -154,7 +154,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        found = {"machine": harness.machine(CPU), "commit": harness.commit(), "rows": rows}
+        found = {"machine": harness.machine(CPU), "rows": rows}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
