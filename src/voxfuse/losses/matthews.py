@@ -9,7 +9,7 @@ from torch import Tensor
 
 from voxfuse.contract import Absent, ClassPooling, RatioOptions, Reduction, Sum
 from voxfuse.ops import _registry
-from voxfuse.ops.ratio_loss import once_differentiable
+from voxfuse.ops.ratio_loss import save_slopes, slopes_backward
 from voxfuse.reference.ratio_loss import rows_of
 
 #: A target whose volume and sum of squares differ by no more is one of zeros and ones.
@@ -104,20 +104,7 @@ def _fake(x: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, x: Any, output: tuple[Tensor, Tensor]) -> None:
-    cotangents = output[1]
-    ctx.mark_non_differentiable(cotangents)
-    ctx.save_for_backward(x.stats, cotangents)
-    ctx.rows = (x.first_class, x.batch, int(ClassPooling.none))
-
-
-def _backward(
-    operators: Any, ctx: Any, grad_loss: Tensor, grad_cotangents: Tensor | None
-) -> dict[str, Tensor]:
-    if not ctx.needs_input_grad[0]:
-        return {}
-    stats, cotangents = ctx.saved_tensors
-    slopes = once_differentiable(cotangents, stats)
-    return {"stats": operators.ratio_loss_backward(grad_loss, slopes, *ctx.rows)}
+    save_slopes(ctx, x, output, ClassPooling.none)
 
 
 _registry.register_composed(
@@ -127,4 +114,4 @@ _registry.register_composed(
     matthews_loss,
     _fake,
 )
-_registry.register_autograd("matthews_loss", _setup_context, _backward)
+_registry.register_autograd("matthews_loss", _setup_context, slopes_backward)

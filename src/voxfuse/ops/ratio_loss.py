@@ -200,10 +200,15 @@ def _fake_backward(x: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, x: Any, output: tuple[Tensor, Tensor]) -> None:
+    save_slopes(ctx, x, output, x.class_pooling)
+
+
+def save_slopes(ctx: Any, x: Any, output: tuple[Tensor, Tensor], class_pooling: int) -> None:
+    """What :func:`slopes_backward` needs of a loss of sums, whose slopes are its second output."""
     cotangents = output[1]
     ctx.mark_non_differentiable(cotangents)
     ctx.save_for_backward(x.stats, cotangents)
-    ctx.rows = (x.first_class, x.batch, x.class_pooling)
+    ctx.rows = (x.first_class, x.batch, class_pooling)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -239,9 +244,10 @@ def once_differentiable(gradient: Tensor, origin: Tensor) -> Tensor:
     return result
 
 
-def _backward(
+def slopes_backward(
     operators: Any, ctx: Any, grad_loss: Tensor, grad_cotangents: Tensor | None
 ) -> dict[str, Tensor]:
+    """The gradient of the sums: the slopes times that of the loss."""
     if not ctx.needs_input_grad[0]:
         return {}
     stats, cotangents = ctx.saved_tensors
@@ -251,7 +257,7 @@ def _backward(
 
 _registry.register("ratio_loss", _fake, stem="ratio_loss")
 _registry.register("ratio_loss_backward", _fake_backward, stem="ratio_loss")
-_registry.register_autograd("ratio_loss", _setup_context, _backward)
+_registry.register_autograd("ratio_loss", _setup_context, slopes_backward)
 _registry.register_no_double_backward(
     "ratio_loss_backward",
     "second derivatives of the overlap losses are not implemented",

@@ -13,7 +13,6 @@ from voxfuse.ops.finalize_slab import check_threshold
 from voxfuse.reference.hard_confusion import least_above
 
 _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-_NUMBERS = (*_checks.LOGIT_DTYPES, *_LABEL_DTYPES, torch.bool)
 
 
 def axis_table(
@@ -121,7 +120,7 @@ def resample_argmax(
     if torch.is_grad_enabled() and input.requires_grad:
         raise ValueError("input: requires grad, but a decision has none; detach it")
     input = input.detach()
-    if input.dtype not in _NUMBERS or not 2 <= input.ndim <= 4 or input.shape[0] < 1:
+    if input.dtype not in _checks.NUMBER_DTYPES or not 2 <= input.ndim <= 4 or input.shape[0] < 1:
         hint = ", without the batch axis" if input.ndim > 4 else ""
         raise TypeError(
             f"input: got {_checks.describe(input)}, expected numbers (C, *spatial) with 1 to 3 "

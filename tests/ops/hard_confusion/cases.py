@@ -12,19 +12,11 @@ from torch import Tensor
 
 from tests.ops.soft_confusion.cases import lay_out
 from voxfuse.contract import Activation, Decision
+from voxfuse.ops._checks import INTEGER_DTYPES
 from voxfuse.reference import hard_confusion as reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
-)
+INTEGERS = tuple(dtype for dtype in INTEGER_DTYPES if dtype != torch.bool)
 LABELS = (*INTEGERS, *FLOATS)
 MASKS = (torch.bool, *LABELS)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
