@@ -50,7 +50,7 @@ LONGEST = (
     "losses/test_head.py",
     "losses/test_memory.py",
     "integrations/test_monai.py",
-    "integrations/test_nnunet.py",
+    "integrations/test_nnunet_losses.py",
 )
 
 

@@ -449,7 +449,7 @@ def test_ddp_equals_the_peer_on_two_ranks(tmp_path):
         pytest.skip("PyTorch was built without gloo")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     code = (
-        "import sys; from tests.integrations.test_nnunet import _rank; "
+        "import sys; from tests.integrations.test_nnunet_losses import _rank; "
         "_rank(int(sys.argv[1]), sys.argv[2])"
     )
     ranks = [

@@ -1,12 +1,10 @@
-"""nnU-Net's losses on the fused operators: same constructors, same numbers, same ``.dc``, ``.ce``.
-
-    from voxfuse.integrations.nnunet import DC_and_CE_loss  # instead of nnunetv2...compound_losses
+"""nnU-Net's losses: same constructors, same numbers, same ``.dc``, ``.ce``.
 
 Semantics are those of nnU-Net 2.8. Labels are read in the dtype they come in. In a compound loss
 both terms come from one pass over the voxels; a ``dc`` wrapped by ``torch.compile`` counts as the
 loss it wraps, and one that was replaced by something else is called as it is. What the kernels
 cannot do (another ``apply_nonlin``, ``square``, sums over some axes only) is left to PyTorch, in
-part or in whole. ``docs/differences.md`` says where the numbers differ.
+part or in whole.
 """
 
 from __future__ import annotations
