@@ -25,7 +25,7 @@ struct Resampling {
   const int64_t* regions = nullptr;  // the label of a channel; later channels overwrite earlier
   bool round_to_half = false;        // values are rounded to float16 before anything is decided
 
-  Element out_type = Element::u8;  // labels of 2 bytes are i16
+  Element out_type = Element::u8;
   void* out = nullptr;             // (channels or 1, *target), contiguous
 };
 

@@ -155,9 +155,13 @@ def test_bad_input_is_named():
         (dict(mode="labels"), ValueError, "num_classes: got None"),
         (dict(num_classes=-3), ValueError, "num_classes: got -3, expected an int >= 1"),
         (dict(ignore_index=1.5), TypeError, "ignore_index: got 1.5, expected an int or None"),
-        (dict(activation="relu"), ValueError, "activation: got 'relu'"),
-        (dict(threshold="a"), TypeError, "threshold: got 'a', expected a number"),
-        (dict(threshold=[0.5] * 4), TypeError, r"threshold: got \[0.5, .*, expected a number"),
+        (dict(mode="threshold", activation="relu"), ValueError, "activation: got 'relu'"),
+        (dict(mode="threshold", threshold="a"), TypeError, "threshold: got 'a', expected a number"),
+        (
+            dict(mode="threshold", threshold=[0.5] * 4),
+            TypeError,
+            r"threshold: got \[0.5, .*, expected a number",
+        ),
         (dict(backend="gpu"), ValueError, "backend: got 'gpu', expected one of 'auto'"),
     ):
         with pytest.raises(error, match=message):

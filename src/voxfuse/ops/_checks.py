@@ -119,6 +119,16 @@ def choice(name: str, value: str, allowed: type[Code] | Mapping[str, int]) -> in
         raise ValueError(f"{name}: got {given(value)}, expected one of {listed}") from None
 
 
+def only_with(mode: str, modes: Sequence[str], **options: object) -> None:
+    """Raise for an option that has no effect in ``mode``; None is one that was not given."""
+    for name, value in options.items():
+        if value is not None and mode not in modes:
+            listed = " and ".join(repr(x) for x in modes)
+            raise ValueError(
+                f"{name}: got {given(value)} with mode {mode!r}, expected None; it is of {listed}"
+            )
+
+
 def ignored_label(value: object) -> int | None:
     """``ignore_index`` as an operator takes it; NumPy's integers are integers too."""
     if value is None or type(value) is int:

@@ -21,8 +21,8 @@ def hard_confusion(
     mode: str = "argmax",
     *,
     mask: Tensor | None = None,
-    activation: str = "sigmoid",
-    threshold: float = 0.5,
+    activation: str | None = None,
+    threshold: float | None = None,
     num_classes: int | None = None,
     ignore_index: int | None = None,
     backend: str = "auto",
@@ -54,9 +54,10 @@ def hard_confusion(
               as nnU-Net compares (MONAI and segmentation-models-pytorch: >=); NaN is not above;
             - "labels": ``input``.
         mask: (B, \*spatial) or (B, 1, \*spatial) of any type; a voxel counts where it is not 0.
-        activation: "sigmoid" or "none", of a threshold.
-        threshold: compared with the activation's true value rounded to float32, on every backend
-            alike: :func:`voxfuse.reference.hard_confusion.least_above`.
+        activation: of ``mode="threshold"``: "sigmoid" (None means it) or "none".
+        threshold: of ``mode="threshold"``, None means 0.5; compared with the activation's true
+            value rounded to float32, on every backend alike:
+            :func:`voxfuse.reference.hard_confusion.least_above`.
         num_classes: C; required for ``mode="labels"``.
         ignore_index: voxels with this label do not count; of a dense target, for the classes that
             have it.
@@ -87,10 +88,7 @@ def hard_confusion(
     target = _checks.require_tensor("target", target).detach()
     if mask is not None:
         mask = _checks.require_tensor("mask", mask).detach()
-    decision = check_options(mode, activation, threshold, num_classes)
-    least = 0.0
-    if decision == Decision.threshold:
-        least = least_above(_activation_of(activation), float(threshold))
+    decision, least = check_options(mode, activation, threshold, num_classes)
     ignore_index = _checks.ignored_label(ignore_index)
     if labels:
         assert num_classes is not None
@@ -110,13 +108,17 @@ def hard_confusion(
     return result
 
 
-def check_options(mode: str, activation: str, threshold: float, num_classes: int | None) -> int:
-    """Check what needs no tensor; return the mode's number."""
+def check_options(
+    mode: str, activation: str | None, threshold: float | None, num_classes: int | None
+) -> tuple[int, float]:
+    """Check what needs no tensor; return the mode's number and the least logit above."""
     decision = _checks.choice("mode", mode, Decision)
-    check_threshold(threshold)
-    _checks.choice("activation", activation, Activation)
+    _checks.only_with(mode, ("threshold",), activation=activation, threshold=threshold)
+    least = 0.0
     if decision == Decision.threshold:
-        _activation_of(activation)
+        threshold = 0.5 if threshold is None else threshold
+        check_threshold(threshold)
+        least = least_above(_activation_of(activation or "sigmoid"), float(threshold))
     if num_classes is None:
         if decision == Decision.labels:
             raise ValueError(
@@ -126,7 +128,7 @@ def check_options(mode: str, activation: str, threshold: float, num_classes: int
         raise TypeError(f"num_classes: got {num_classes!r}, expected an int")
     elif num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes}, expected an int >= 1")
-    return decision
+    return decision, least
 
 
 def _raise_complaint(arguments: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ from voxfuse.ops import _checks, _registry
 from voxfuse.ops.finalize_slab import check_threshold
 from voxfuse.reference.hard_confusion import least_above
 
-_LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_LABEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
 def axis_table(
@@ -64,8 +64,8 @@ def resample_argmax(
     *,
     order: int | Sequence[int] = 1,
     align_corners: bool = False,
-    activation: str = "sigmoid",
-    threshold: float = 0.5,
+    activation: str | None = None,
+    threshold: float | None = None,
     regions: Sequence[int] | None = None,
     round_to_half: bool = False,
     dtype: torch.dtype | None = None,
@@ -91,13 +91,13 @@ def resample_argmax(
         order: 1 (linear) or 0 (nearest), for all axes or one an axis. ``(0, 1, 1)`` is nnU-Net's
             separate treatment of a coarse first axis with ``order_z=0``.
         align_corners: the corners' centres fall on each other, as in PyTorch.
-        activation, threshold: of "mask" and "regions"; "sigmoid" or "none". Compared as in
-            :func:`voxfuse.hard_confusion`.
+        activation, threshold: of "mask" and "regions"; "sigmoid" (None means it) or "none", and 0.5
+            unless given. Compared as in :func:`voxfuse.hard_confusion`.
         regions: the channels' labels, in their order.
         round_to_half: round v to float16 first, as a resampling of float16 logits that returns
             float16 does.
-        dtype: of labels: uint8, int16, int32 or int64; by default the smallest that holds them:
-            int16 from 257 classes on, where the sliding window's labels are uint16.
+        dtype: of labels: uint8, uint16, int16, int32 or int64; by default the first of these that
+            holds them, as the sliding window's.
         out: where the result goes instead: contiguous, of the result's shape.
         backend: "auto", "cpp" or "reference"; see :func:`voxfuse.backends`. On a GPU the reference
             runs, a few slices at a time.
@@ -142,7 +142,10 @@ def resample_argmax(
     if mode == "values" and channels != 1:
         raise ValueError(f"mode: got 'values' of {channels} channels, expected a single one")
     least = 0.0
+    _checks.only_with(mode, ("mask", "regions"), activation=activation, threshold=threshold)
     if mode in ("mask", "regions"):
+        activation = "sigmoid" if activation is None else activation
+        threshold = 0.5 if threshold is None else threshold
         check_threshold(threshold)
         if activation not in ("sigmoid", "none"):
             raise ValueError(f"activation: got {activation!r}, expected 'sigmoid' or 'none'")

@@ -36,6 +36,16 @@ BAD = [
     ),
     (dict(mode="threshold", threshold=float("nan")), ValueError, "threshold: got nan"),
     (
+        dict(threshold=0.5),
+        ValueError,
+        "threshold: got 0.5 with mode 'argmax', expected None; it is of 'threshold'",
+    ),
+    (
+        dict(input=LABELS, mode="labels", num_classes=2, activation="none"),
+        ValueError,
+        "activation: got 'none' with mode 'labels', expected None",
+    ),
+    (
         dict(input=LABELS, mode="labels"),
         ValueError,
         "num_classes: got None, expected the number of",

@@ -189,8 +189,12 @@ class TestPromises:
         input = torch.zeros(300, 2)
         input[299] = 1
         labels = voxfuse.resample_argmax(input, (3,), backend=backend)
-        assert labels.dtype == torch.int16
+        assert labels.dtype == torch.uint16
         assert labels.tolist() == [299] * 3
+        many = voxfuse.resample_argmax(
+            input[-2:], (3,), "regions", regions=(1, 65535), backend=backend
+        )
+        assert (many.dtype, many.tolist()) == (torch.uint16, [65535] * 3)
         out = torch.zeros(3, dtype=torch.int64)
         assert voxfuse.resample_argmax(input, (3,), out=out, backend=backend) is out
         assert out.tolist() == [299] * 3
@@ -226,12 +230,19 @@ def test_bad_input_is_named():
         call(input, (4, 4), "regions")
     with pytest.raises(ValueError, match="regions: got"):
         call(input, (4, 4), "regions", regions=(1,))
-    with pytest.raises(TypeError, match="dtype: got torch.uint8, expected int16, int32, int64"):
+    with pytest.raises(TypeError, match="dtype: got torch.uint8, expected uint16, int16, int32"):
         call(input, (4, 4), "regions", regions=(1, 256), dtype=torch.uint8)
     with pytest.raises(ValueError, match="out: got"):
         call(input, (4, 4), out=torch.zeros(4, 5, dtype=torch.uint8))
     with pytest.raises(ValueError, match="activation: got 'softmax'"):
         call(input, (4, 4), "mask", activation="softmax")
+    with pytest.raises(
+        ValueError,
+        match="activation: got 'none' with mode 'labels', expected None; it is",
+    ):
+        call(input, (4, 4), activation="none")
+    with pytest.raises(ValueError, match="threshold: got 0.5 with mode 'values', .* and 'regions'"):
+        call(input[:1], (4, 4), "values", threshold=0.5)
 
 
 def test_there_is_no_triton_kernel_and_it_says_so():
