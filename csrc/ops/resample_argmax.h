@@ -34,7 +34,10 @@ struct ResamplingPlan {
     const bool all = q.kept == Resampled::mask || q.kept == Resampled::values;
     bool fits =
         out.is_contiguous() && out.dim() == 1 + axes && out.size(0) == (all ? q.channels : 1);
+    STD_TORCH_CHECK(out.device() == input.device(), "out: is on another device than input");
     for (int64_t a = 0; a < axes; ++a) {
+      STD_TORCH_CHECK(index[a].device() == input.device() && weight[a].device() == input.device(),
+                      "index, weight: axis ", a, ": is on another device than input");
       const int64_t place = 3 - axes + a, size = index[a].numel();
       STD_TORCH_CHECK(index[a].dim() == 1 && index[a].scalar_type() == ScalarType::Long &&
                           index[a].is_contiguous() && weight[a].dim() == 2 &&

@@ -77,7 +77,7 @@ def test_number_of_instances(kernels):
     for kernel in kernels:
         per_architecture[kernel.architecture] = per_architecture.get(kernel.architecture, 0) + 1
     assert per_architecture
-    assert all(100 < count <= 200 for count in per_architecture.values()), per_architecture
+    assert all(100 < count <= 210 for count in per_architecture.values()), per_architecture
 
 
 def test_no_kernel_uses_local_memory(kernels):
@@ -160,6 +160,7 @@ def test_the_library_registers_a_kernel_for_every_operator(tmp_path):
         "overlap_weights_",
         "finalize_slab",
         "hard_confusion",
+        "resample_argmax",
     ]
     code = (
         "import sys, torch\n"

@@ -115,6 +115,11 @@ std::string features(const Problem& q) {
     add("head", q.weight != nullptr);
     add("total", q.total != nullptr);
     add("clear", q.clear);
+  } else if constexpr (requires { q.round_to_half; }) {
+    add("type", q.type);
+    add("kept", q.kept);
+    add("out", q.out_type);
+    add("half", q.round_to_half);
   }
   return words;
 }

@@ -23,13 +23,17 @@ import torch
 import voxfuse
 from tests.emulation import emulator
 from tests.emulation.hard_confusion import HardConfusion
+from tests.emulation.resample_argmax import ResampleArgmax
 from tests.ops.finalize_slab import cases as finalize_cases
 from tests.ops.finalize_slab.cases import SlabCase
 from tests.ops.hard_confusion import cases as hard_cases
 from tests.ops.hard_confusion.cases import HardCase
 from tests.ops.overlap_add.cases import FLOATS, assert_fused, fusion_case
 from tests.ops.ratio_loss.cases import check_ratio, with_absent_class
+from tests.ops.resample_argmax import cases as resample_cases
+from tests.ops.resample_argmax.cases import ResampleCase
 from tests.ops.soft_confusion.cases import ConfusionCase, check
+from voxfuse.contract import Resampled
 from voxfuse.reference import overlap_add as fusion_reference
 
 pytestmark = emulator.NEEDED
@@ -348,6 +352,35 @@ def test_every_instance_of_hard_confusion_runs(tmp_path):
         assert NONE in values["mask"], name
 
 
+def test_every_instance_of_resample_argmax_runs(tmp_path):
+    log = tmp_path / "launches"
+    operators = ResampleArgmax(EMULATION_LOG=str(log))
+    for i, (dtype, mode) in enumerate(itertools.product(TYPES, Resampled.__members__)):
+        for half, out in itertools.product((False, True), resample_cases.LABELS):
+            case = ResampleCase(
+                mode,
+                dtype=dtype,
+                layout=LAYOUTS[i % len(LAYOUTS)],
+                out_dtype=out,
+                round_to_half=half,
+                seed=i,
+            )
+            resample_cases.check(case, operators.resample_argmax)
+    operators.close()
+    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name, features in operators.launched(log):
+        for feature, value in features.items():
+            met[name][feature].add(value)
+    assert set(met) == set(operators.instances().values())
+    assert set().union(*(values["type"] for values in met.values())) == set(range(len(ELEMENT)))
+    labels = {emulator.ELEMENTS[dtype] for dtype in resample_cases.LABELS}
+    for name, values in met.items():
+        of_labels = name.endswith("true>")
+        assert values["kept"] == ({0} if of_labels else {1, 2, 3}), name
+        assert labels <= values["out"], name
+        assert values["half"] == {0, 1}, name
+
+
 def test_the_library_has_the_instances_of_the_emulation():
     library = Path(voxfuse.__file__).parent / "libvoxfuse_cuda.so"
     carried = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin/cuobjdump"
@@ -369,6 +402,7 @@ def test_the_library_has_the_instances_of_the_emulation():
         emulator.OverlapAdd,
         emulator.FinalizeSlab,
         HardConfusion,
+        ResampleArgmax,
     )
     emulated = {name for program in programs for name in program.instances().values()}
     assert {emulator.readable(name) for name in names} == emulated

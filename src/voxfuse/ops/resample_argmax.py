@@ -16,7 +16,12 @@ _LABEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int6
 
 
 def axis_table(
-    source: int, target: int, order: int = 1, *, align_corners: bool = False
+    source: int,
+    target: int,
+    order: int = 1,
+    *,
+    align_corners: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Where the voxels of a target axis lie in the source, and what its neighbours there weigh.
 
@@ -28,7 +33,8 @@ def axis_table(
     ``scipy.ndimage.map_coordinates(mode="nearest")`` as nnU-Net calls them, and of
     ``torch.nn.functional.interpolate``. Order 1 weighs the two neighbours by
     1 - (x - floor x) and x - floor x, each rounded once to float32; order 0 takes
-    floor(x + 0.5). An axis that keeps its size is not computed with.
+    floor(x + 0.5). An axis that keeps its size is not computed with. On a GPU the tables are made
+    there, with the same bits: nothing waits for a copy.
 
     Returns:
         int64 (m,) indices of the lower neighbour, and float32 (2, m) weights of the lower and the
@@ -40,16 +46,18 @@ def axis_table(
         >>> index, weight[1]
         (tensor([0, 0, 0, 1]), tensor([0.0000, 0.2500, 0.7500, 0.0000]))
     """
+    one_voxel = torch.zeros(2, target, device=device)
+    one_voxel[0] = 1
     if source == target:
-        return torch.arange(target), torch.tensor([[1.0], [0.0]]).repeat(1, target)
-    k = torch.arange(target, dtype=torch.float64)
+        return torch.arange(target, device=device), one_voxel
+    k = torch.arange(target, dtype=torch.float64, device=device)
     if align_corners:
         x = k * ((source - 1) / (target - 1)) if target > 1 else torch.zeros_like(k)
     else:
         x = (source / target) * (k + 0.5) - 0.5
     x = x.clamp(0, source - 1)
     if order == 0:
-        return torch.floor(x + 0.5).long(), torch.tensor([[1.0], [0.0]]).repeat(1, target)
+        return torch.floor(x + 0.5).long(), one_voxel
     index = torch.floor(x)
     upper = x - index
     weight = torch.stack([1 - upper, upper]).float()
@@ -99,8 +107,8 @@ def resample_argmax(
         dtype: of labels: uint8, uint16, int16, int32 or int64; by default the first of these that
             holds them, as the sliding window's.
         out: where the result goes instead: contiguous, of the result's shape.
-        backend: "auto", "cpp" or "reference"; see :func:`voxfuse.backends`. On a GPU the reference
-            runs, a few slices at a time.
+        backend: "auto", "cpp", "cuda" or "reference"; see :func:`voxfuse.backends`. On a GPU
+            without the CUDA library the reference runs, a few slices at a time.
 
     Returns:
         (\*size) labels; (C, \*size) bool for a mask; (\*size) float32 values. It has no gradient.
@@ -153,15 +161,15 @@ def resample_argmax(
     labels = _check_regions(regions, mode, channels)
     result = _result(input, (channels, *target), mode, max([*labels, channels - 1]), dtype, out)
     tables = [
-        axis_table(n, m, how, align_corners=align_corners)
+        axis_table(n, m, how, align_corners=align_corners, device=input.device)
         for n, m, how in zip(source, target, orders, strict=True)
     ]
     operators = _registry.namespace_of(backend, input.device)
     operators.resample_argmax(
         result if mode == "mask" else result.unsqueeze(0),
         input,
-        [index.to(input.device) for index, _ in tables],
-        [weight.to(input.device) for _, weight in tables],
+        [index for index, _ in tables],
+        [weight for _, weight in tables],
         kept,
         least,
         labels,
