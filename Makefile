@@ -21,6 +21,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What is imported is compiled then; all of PyTorch at once takes half a minute.
 INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
+NNUNET_NEEDS := acvl-utils anyio batchgenerators batchgeneratorsv2 blosc2 certifi connected-components-3d \
+  h11 httpcore httpx msgpack ndindex numexpr pandas seaborn yacs
 
 COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
@@ -78,6 +80,8 @@ $(VENV)/.tools: $(VENV)/.installed
 	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE) ".[dev]"
 	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
 	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
+	@# What nnU-Net needs to train and predict: 27 MB.
+	@$(INSTALL) --no-deps $(NNUNET_NEEDS)
 	@touch $@
 
 setup: $(VENV)/.tools
