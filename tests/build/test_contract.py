@@ -21,7 +21,6 @@ STEMS = (
     "ratio_loss",
     "overlap_add",
     "finalize_slab",
-    "resample_argmax",
 )
 ENUMERATIONS = {
     name: kind

@@ -69,6 +69,12 @@ OPTIONS = {
     "into a tensor": {"out": lambda: torch.full((3, *SHAPE), float("nan"))},
     "into a part of a tensor": {"out": lambda: torch.zeros(6, *SHAPE)[::2]},
     "labels into an array": {"output": "labels", "out": lambda: np.full(SHAPE, 9, np.uint8)},
+    "labels of another resolution": {"output": "labels", "resample_to": (70, 20, 15)},
+    "and in another order of axes": {
+        "output": "labels",
+        "resample_to": (70, 20, 15),
+        "out": lambda: np.full((15, 20, 70), 9, np.uint8).T,
+    },
 }
 
 

@@ -17,6 +17,7 @@ from voxfuse.fusion.importance import Importance, dense
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import turned
 from voxfuse.fusion.padded_volume import Placement
+from voxfuse.fusion.resampling import sink_of
 from voxfuse.fusion.sink import Destination, Sink
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops.finalize_slab import finalize_slab
@@ -148,7 +149,7 @@ class Composed(_Accumulator):
             sample, index = divmod(item, len(self.placement.origins))
             if self._sink is None or self._sums is None:
                 place = self.results.place(sample, options, extent, self.device)
-                self._sink = Sink(options, extent, 0, place, None)
+                self._sink = sink_of(options, extent, 0, place, None)
                 self._exact = accumulation_dtype(predictions[0][0].dtype)
                 shape = (predictions[0][0].shape[1], *extent)
                 self._sums = zeros(shape, options.accumulate or self._exact, self.device)
@@ -184,10 +185,11 @@ class Composed(_Accumulator):
         return tuple(box), tuple(part)
 
     def _finish(self, slab: Tensor, start: int, stop: int) -> None:
-        """Make the result of a sample, whose slices are all final."""
+        """Make the result of slices of a sample, which are all final."""
         assert self._sums is not None
-        options, sums = self.options, self._sums.to(self._exact)
-        uncovered = (self._total == 0).all(0).to(sums.device)
+        options = self.options
+        sums = self._sums[:, start:stop].to(self._exact)
+        uncovered = (self._total[:, start:stop] == 0).all(0).to(sums.device)
         if options.output == "logits" and options.head is None:
             # Only this one carries a gradient.
             mean = (sums / options.divisor if options.divisor > 1 else sums).to(slab.dtype)
@@ -199,8 +201,8 @@ class Composed(_Accumulator):
             finalize_slab(
                 sums.detach().flatten(1),
                 mean,
-                options.mode,
-                activation=options.activation,
+                options.finish,
+                activation=options.final_activation,
                 applied=options.voting == "soft",
                 divisor=options.divisor,
                 weight=None if weight is None else weight.to(sums),

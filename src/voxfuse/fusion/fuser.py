@@ -14,9 +14,10 @@ from torch import Tensor
 from voxfuse.fusion._memory import zeros
 from voxfuse.fusion.grids import Grid, Origins, checked_origins, plan_grid, weights_for_origins
 from voxfuse.fusion.options import FusionOptions
+from voxfuse.fusion.resampling import sink_of
 from voxfuse.fusion.ring import HalfRing, Ring
 from voxfuse.fusion.schedule import Schedule, chosen_axis
-from voxfuse.fusion.sink import Destination, Sink
+from voxfuse.fusion.sink import Destination
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
 from voxfuse.reference.overlap_add import accumulation_dtype
@@ -71,7 +72,8 @@ class PatchFuser:
         output: "logits" (the weighted means as they are), "probabilities", "labels" (index of the
             greatest channel), "mask" (probability > ``threshold``), "foreground" (greatest
             probability of all channels but the background, channel 0; with "sigmoid" or one channel
-            there is no background) or "entropy" (in nats).
+            there is no background), "entropy" (in nats) or "regions" (the label ``regions[c]`` of
+            the last channel c with probability > ``threshold``, or 0).
         activation: "sigmoid" or "softmax", which makes probabilities of predictions; "identity",
             where they are probabilities already; or "none". Probabilities, a mask, the foreground
             and the entropy need one of the first three.
@@ -104,6 +106,16 @@ class PatchFuser:
         backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
         result_channels: channels of the logits, probabilities or mask that are kept, in this order;
             the others exist in the ring only.
+        resample_to: extent of the result, where labels, a mask or regions are wanted at another
+            resolution: that of :func:`voxfuse.resample_argmax` of all fused predictions (logits
+            where these are averaged, and probabilities where patches are activated), bit for bit.
+            Slices are resampled as soon as they are final; ``out`` and its ``start`` and ``stop``
+            are those of the result. With ``out`` a view of a larger array, a crop is put back and
+            its axes are turned in the same pass.
+        resample_order: 1 (linear) or 0 (nearest), for all axes or one an axis.
+        regions: the channels' labels, of output "regions".
+        finite: whether an infinite fused prediction is an error (RuntimeError), with
+            ``resample_to``.
 
     A fuser can be copied in the middle of its work, by pickle, ``copy.deepcopy`` or ``torch.save``:
     the copy has a result of its own (of ``out`` too) and goes on to the same bits;
@@ -153,6 +165,10 @@ class PatchFuser:
         accumulate: torch.dtype | None = None,
         backend: str = "auto",
         result_channels: Sequence[int] | None = None,
+        resample_to: Sequence[int] | None = None,
+        resample_order: int | Sequence[int] = 1,
+        regions: Sequence[int] | None = None,
+        finite: bool = False,
     ) -> None:
         self.volume_shape = _checks.integers("volume_shape", volume_shape)
         if isinstance(patch_size, int):
@@ -171,6 +187,10 @@ class PatchFuser:
             accumulate=accumulate,
             backend=backend,
             result_channels=result_channels,
+            resample_to=resample_to,
+            resample_order=resample_order,
+            regions=regions,
+            finite=finite,
         )
         self.channels, self.members, self.options = channels, members, options
         shapes = self.volume_shape, self.patch_size
@@ -195,7 +215,7 @@ class PatchFuser:
         if self._weights.normalised and (not self._weights.covering or rounded):
             self._weights = weights_for_origins(self.origins, window, *shapes, normalise=False)
         self._ring: Ring | None = None
-        self._sink = Sink(options, self.volume_shape, axis, out, device)
+        self._sink = sink_of(options, self.volume_shape, axis, out, device)
 
     def __len__(self) -> int:
         return len(self.origins)

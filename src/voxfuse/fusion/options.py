@@ -11,6 +11,7 @@ from torch import Tensor
 
 from voxfuse.ops import _checks
 from voxfuse.ops.finalize_slab import ACTIVATIONS, check_threshold
+from voxfuse.ops.resample_argmax import check_regions
 
 #: What comes out, and what it is called by the finalisation.
 OUTPUTS = {
@@ -18,9 +19,12 @@ OUTPUTS = {
     "probabilities": "values",
     "labels": "labels",
     "mask": "mask",
+    "regions": "labels",
     "foreground": "foreground",
     "entropy": "entropy",
 }
+#: Of these, what can be decided at another resolution than the predictions'.
+RESAMPLED = ("labels", "mask", "regions")
 VOTINGS = {"soft": 0, "logit": 1}
 #: What ``accumulate=`` accepts beside None.
 ACCUMULATORS = (torch.float16, torch.bfloat16)
@@ -50,6 +54,10 @@ class FusionOptions:
     accumulate: torch.dtype | None = None
     backend: str = "auto"
     result_channels: Sequence[int] | None = None
+    resample_to: Sequence[int] | None = None
+    resample_order: int | Sequence[int] = 1
+    regions: Sequence[int] | None = None
+    finite: bool = False
 
     def __post_init__(self) -> None:
         if self.accumulate is not None and self.accumulate not in ACCUMULATORS:
@@ -85,6 +93,34 @@ class FusionOptions:
             raise ValueError(
                 f"activation: got {self.activation!r} with output 'logits'; use 'probabilities'"
             )
+        if self.regions is not None or self.output == "regions":
+            # Without a prediction the number of channels is not known yet.
+            count = self.classes or len(self.regions or ())
+            object.__setattr__(self, "regions", check_regions(self.regions, self.output, count))
+        if self.resample_to is not None:
+            sizes = _checks.integers("resample_to", self.resample_to)
+            object.__setattr__(self, "resample_to", sizes)
+        self._check_resampling()
+
+    def _check_resampling(self) -> None:
+        if self.resamples and self.output not in RESAMPLED:
+            raise ValueError(
+                f"resample_to: given with output {self.output!r}, expected one of "
+                + ", ".join(map(repr, RESAMPLED))
+            )
+        if self.finite and not self.resamples:
+            raise ValueError("finite: given without resample_to")
+        if self.resamples and self.fill != 0:
+            raise ValueError(
+                f"fill: got {self.fill} with resample_to or regions, expected 0, which all "
+                "channels have where no patch lies"
+            )
+        late = self.activation == "softmax" and self.voting == "logit"
+        if self.resamples and late and self.output != "labels":
+            raise ValueError(
+                f"activation: got 'softmax' of averaged logits with output {self.output!r} and "
+                "resample_to or regions; use 'sigmoid', or voting 'soft'"
+            )
 
     def of(
         self, channels: int, head: tuple[Tensor, Tensor] | None, predictions: torch.dtype
@@ -103,6 +139,29 @@ class FusionOptions:
     def mode(self) -> str:
         """What the finalisation calls the output."""
         return OUTPUTS[self.output]
+
+    @property
+    def resamples(self) -> bool:
+        """Whether values leave the ring, of which the result is decided afterwards."""
+        return self.resample_to is not None or self.output == "regions"
+
+    @property
+    def finish(self) -> str:
+        """What the finalisation of slices makes."""
+        return "values" if self.resamples else self.mode
+
+    @property
+    def final_activation(self) -> str:
+        """What the finalisation of slices applies, where patches were not activated."""
+        return "none" if self.resamples else self.activation
+
+    @property
+    def decided_by(self) -> tuple[str | None, float | None]:
+        """The activation and threshold of a resampled mask or regions; labels need none."""
+        if self.output == "labels":
+            return None, None
+        late = self.activates and self.voting == "logit"
+        return self.activation if late else "none", self.threshold
 
     @property
     def activates(self) -> bool:
@@ -133,13 +192,17 @@ class FusionOptions:
 
     def result_shape(self, volume: Sequence[int]) -> tuple[int, ...]:
         """Shape of the result, with its channel axis."""
+        volume = self.resample_to or volume
         if self.result_channels is not None:
             return (len(self.result_channels), *volume)
-        return self.finished_shape(volume)
+        return self._shape(self.mode, volume)
 
     def finished_shape(self, volume: Sequence[int]) -> tuple[int, ...]:
         """Shape of what is finalised, of which the result may be some channels."""
-        channels = self.classes if self.mode in ("values", "mask") else 1
+        return self._shape(self.finish, volume)
+
+    def _shape(self, mode: str, volume: Sequence[int]) -> tuple[int, ...]:
+        channels = self.classes if mode in ("values", "mask") else 1
         assert channels is not None
         return (channels, *volume)
 
@@ -147,13 +210,18 @@ class FusionOptions:
         """The dtype of a result of patches of a dtype, where the caller gives no memory for it."""
         if self.dtype is not None:
             return self.dtype
-        if self.output != "labels":
-            return torch.uint8 if self.output == "mask" else patches
-        assert self.classes is not None
+        if self.mode != "labels":
+            return torch.uint8 if self.mode == "mask" else patches
         for dtype in (torch.uint8, torch.uint16):
-            if self.classes - 1 <= torch.iinfo(dtype).max:
+            if self.greatest_label <= torch.iinfo(dtype).max:
                 return dtype
         return torch.int32
+
+    @property
+    def greatest_label(self) -> int:
+        """The greatest number that labels or regions can have."""
+        assert self.classes is not None
+        return max(self.regions) if self.regions else self.classes - 1
 
 
 def checked_channels(

@@ -117,11 +117,11 @@ class Ring:
         finalize_slab(
             sums,
             slab,
-            options.mode,
+            options.finish,
             ring_axis=self._schedule.axis,
             start=start,
             stop=stop,
-            activation=options.activation,
+            activation=options.final_activation,
             applied=options.voting == "soft",
             divisor=options.divisor,
             weight=weight,

@@ -57,6 +57,9 @@ def sliding_window_inference(
     accumulate: torch.dtype | None = None,
     backend: str = "auto",
     channels: Sequence[int] | None = None,
+    resample_to: Sequence[int] | None = None,
+    resample_order: int | Sequence[int] = 1,
+    regions: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Predict overlapping patches of a volume and fuse them into one prediction.
@@ -131,6 +134,8 @@ def sliding_window_inference(
         backend: backend of the fusion; see :func:`voxfuse.backends`.
         channels: channels of the logits, probabilities or mask that the result has, in this order;
             the others exist in the ring only, where the engine takes the patches.
+        resample_to, resample_order, regions: labels, a mask or regions at another resolution than
+            the volume's, with no array of all channels; see :class:`voxfuse.PatchFuser`.
 
     Returns:
         (B, C, \*spatial) in the predictions' dtype, accumulated in float32 (float64 for float64);
@@ -184,6 +189,9 @@ def sliding_window_inference(
             fill=fill,
             accumulate=accumulate,
             backend=backend,
+            resample_to=resample_to,
+            resample_order=resample_order,
+            regions=regions,
         )
         if channels is not None:
             channels = checked_channels("channels", channels, output, network.heads.classes)
@@ -260,7 +268,8 @@ class Outputs:
         """The results as the network returns its predictions, MetaTensors where ``meta`` is one."""
         results = [each.results.everything for each in self._accumulators]
         if meta is not None and self._out is None:
-            results = [_like(result, meta) for result in results]
+            resized = self._options.resample_to
+            results = [_like(result, meta, resized) for result in results]
         if self._keys is not None:
             return dict(zip(self._keys, results, strict=True))
         return results[0] if len(results) == 1 else tuple(results)
@@ -334,10 +343,17 @@ def _listed(kinds: list[tuple[Any, ...]]) -> str:
     return ", ".join(f"{kind[1]} channels {kind[2:]} of {kind[0]}" for kind in kinds)
 
 
-def _like(result: Tensor, meta: Any) -> Any:
-    """A MetaTensor with the affine and what else ``meta`` knows."""
+def _like(result: Tensor, meta: Any, resized: Sequence[int] | None = None) -> Any:
+    """A MetaTensor with what ``meta`` knows, its affine that of the result's voxels."""
     wrapped = type(meta)(result)
     wrapped.copy_meta_from(meta, copy_attr=False)
+    if resized is not None:
+        affine = wrapped.affine.clone()
+        for axis, (n, m) in enumerate(zip(meta.shape[2:], resized, strict=True)):
+            # Voxel k lies at (n / m) (k + 1/2) - 1/2.
+            affine[:, -1] += affine[:, axis] * ((n / m - 1) / 2)
+            affine[:, axis] *= n / m
+        wrapped.affine = affine
     return wrapped
 
 

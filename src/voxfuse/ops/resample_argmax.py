@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from voxfuse.ops import _checks, _registry
 from voxfuse.ops.finalize_slab import check_threshold
 from voxfuse.reference.hard_confusion import least_above
 
-_LABEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
+LABEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
 def axis_table(
@@ -107,7 +108,8 @@ def resample_argmax(
         dtype: of labels: uint8, uint16, int16, int32 or int64; by default the first of these that
             holds them, as the sliding window's.
         out: where the result goes instead: contiguous, of the result's shape.
-        backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
+        backend: "auto", "cpp", "cuda" or "reference"; see :func:`voxfuse.backends`. On a GPU
+            without the CUDA library the reference runs, a few slices at a time.
 
     Returns:
         (\*size) labels; (C, \*size) bool for a mask; (\*size) float32 values. It has no gradient.
@@ -123,7 +125,7 @@ def resample_argmax(
         tensor([0, 0, 1, 1], dtype=torch.uint8)
     """
     input = _checks.require_tensor("input", input)
-    kept = _checks.choice("mode", mode, Resampled)
+    _checks.choice("mode", mode, Resampled)
     if torch.is_grad_enabled() and input.requires_grad:
         raise ValueError("input: requires grad, but a decision has none; detach it")
     input = input.detach()
@@ -144,6 +146,41 @@ def resample_argmax(
     orders = tuple(order) if isinstance(order, Iterable) else (order,) * len(source)
     if len(orders) != len(source) or not set(orders) <= {0, 1}:
         raise ValueError(f"order: got {order!r}, expected 0 or 1, for all axes or one an axis")
+    chosen = decision(mode, channels, activation, threshold, regions)
+    most = max([*chosen.regions, channels - 1])
+    result = _result(input, (channels, *target), mode, most, dtype, out)
+    tables = [
+        axis_table(n, m, how, align_corners=align_corners, device=input.device)
+        for n, m, how in zip(source, target, orders, strict=True)
+    ]
+    decide(
+        result if mode == "mask" else result.unsqueeze(0),
+        input,
+        tables,
+        chosen,
+        round_to_half=round_to_half,
+        backend=backend,
+    )
+    return result
+
+
+class Decision(NamedTuple):
+    """What is kept of a voxel's interpolated channels, as the operator takes it."""
+
+    kept: Resampled
+    least: float
+    regions: list[int]
+
+
+def decision(
+    mode: str,
+    channels: int,
+    activation: str | None = None,
+    threshold: float | None = None,
+    regions: Sequence[int] | None = None,
+) -> Decision:
+    """Check what :func:`resample_argmax` is to make of some channels."""
+    kept = Resampled(_checks.choice("mode", mode, Resampled))
     if mode == "labels" and channels == 1:
         raise ValueError("mode: 'labels' of one channel are all 0; use 'mask'")
     if mode == "values" and channels != 1:
@@ -157,27 +194,35 @@ def resample_argmax(
         if activation not in ("sigmoid", "none"):
             raise ValueError(f"activation: got {activation!r}, expected 'sigmoid' or 'none'")
         least = least_above(int(Activation[activation]), float(threshold))
-    labels = _check_regions(regions, mode, channels)
-    result = _result(input, (channels, *target), mode, max([*labels, channels - 1]), dtype, out)
-    tables = [
-        axis_table(n, m, how, align_corners=align_corners, device=input.device)
-        for n, m, how in zip(source, target, orders, strict=True)
-    ]
+    return Decision(kept, least, check_regions(regions, mode, channels))
+
+
+def decide(
+    out: Tensor,
+    input: Tensor,
+    tables: Sequence[tuple[Tensor, Tensor]],
+    chosen: Decision,
+    *,
+    round_to_half: bool = False,
+    backend: str = "auto",
+) -> None:
+    """The operator by tables of its axes (:func:`axis_table`), which may be parts of those.
+
+    ``out`` is contiguous (channels or 1, spatial), of a dtype that :func:`resample_argmax` returns.
+    """
     operators = _registry.namespace_of(backend, input.device)
     operators.resample_argmax(
-        result if mode == "mask" else result.unsqueeze(0),
+        out,
         input,
         [index for index, _ in tables],
         [weight for _, weight in tables],
-        kept,
-        least,
-        labels,
+        *chosen,
         round_to_half,
     )
-    return result
 
 
-def _check_regions(regions: Sequence[int] | None, mode: str, channels: int) -> list[int]:
+def check_regions(regions: Sequence[int] | None, mode: str, channels: int) -> list[int]:
+    """The labels of regions, which that mode needs and no other takes."""
     if mode != "regions":
         if regions is not None:
             raise ValueError(f"regions: given with mode {mode!r}, expected None")
@@ -204,7 +249,7 @@ def _result(
     if fixed is not None:
         allowed: tuple[torch.dtype, ...] = (fixed,)
     else:
-        allowed = tuple(x for x in _LABEL_DTYPES if torch.iinfo(x).max >= most)
+        allowed = tuple(x for x in LABEL_DTYPES if torch.iinfo(x).max >= most)
     dtype = dtype or (out.dtype if out is not None else allowed[0])
     if dtype not in allowed:
         listed = ", ".join(str(x).removeprefix("torch.") for x in allowed)
@@ -224,4 +269,4 @@ def _result(
     return out
 
 
-_registry.register("resample_argmax", lambda x: None, stem="resample_argmax")
+_registry.register("resample_argmax", lambda x: None, stem="resample_argmax", on_gpu=False)
