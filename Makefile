@@ -19,7 +19,10 @@ IN_PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-load
 BIN := $(VENV)/bin
 # constraints.txt pins torch: without it pip may replace it by another build.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet -c constraints.txt
+# What is imported is compiled then; all of PyTorch at once takes half a minute.
+INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
+NNUNET_NEEDS := acvl-utils anyio batchgenerators batchgeneratorsv2 blosc2 certifi connected-components-3d \
+  h11 httpcore httpx msgpack ndindex numexpr pandas seaborn yacs
 
 COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
@@ -28,7 +31,7 @@ CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 .PHONY: help setup build demo test lint format types bench check-peers check-torch-matrix clean distclean
 
 help:
-	@echo "make setup               create $(VENV) and install voxfuse into it (editable)"
+	@echo "make setup               create $(VENV), install voxfuse (editable) and the development tools"
 	@echo "make demo                run the demo on the bundled head MR; results in $(OUT)"
 	@echo "make test                run the test suite (ARGS='-k name' selects)"
 	@echo "make build               compile the kernels again after a change in csrc/"
@@ -60,38 +63,45 @@ CUDA := $(VOXFUSE_CUDA)
 ifeq ($(CUDA),auto)
   CUDA := $(or $(shell cat $(VENV)/.cuda 2> /dev/null),auto)
 endif
-INSTALL_VOXFUSE := PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[demo,dev,monai]"
+INSTALL_VOXFUSE := PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable
 
 # Editable, so that Python code needs no reinstallation; compiled code is rebuilt when it changes.
 # Without build isolation the extension is compiled against the torch installed above.
 $(VENV)/.installed: $(VENV)/.requirements constraints.txt pyproject.toml setup.py CMakeLists.txt $(COMPILED)
 	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || \
 	  { echo "No C++ compiler found; on Debian and Ubuntu install g++"; exit 1; }
-	@echo "-- Compiling and installing voxfuse, with what the demo and the tests need"
-	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE)
-	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
-	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
+	@echo "-- Compiling and installing voxfuse"
+	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE) ".[demo,monai]"
 	@$(BIN)/voxfuse info
 	@touch $@
 
-setup: $(VENV)/.installed
+$(VENV)/.tools: $(VENV)/.installed
+	@echo "-- Installing what the tests and the development need"
+	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE) ".[dev]"
+	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
+	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
+	@# What nnU-Net needs to train and predict: 27 MB.
+	@$(INSTALL) --no-deps $(NNUNET_NEEDS)
+	@touch $@
+
+setup: $(VENV)/.tools
 
 # Tests read the machine code of the CUDA kernels, on a PyTorch without CUDA too.
-$(VENV)/.cuda: $(VENV)/.installed
+$(VENV)/.cuda: $(VENV)/.tools
 	@case "$(CUDA)" in \
 	  auto) command -v nvcc > /dev/null || exit 0; \
 	    echo "-- Compiling the CUDA kernels for the tests (a few minutes; VOXFUSE_CUDA=0 leaves them out)"; \
-	    VOXFUSE_CUDA=1 $(INSTALL_VOXFUSE) && echo 1 > $@;; \
+	    VOXFUSE_CUDA=1 $(INSTALL_VOXFUSE) . && echo 1 > $@;; \
 	  1) echo 1 > $@;; \
 	esac
 
 build:
 	@rm -f $(VENV)/.installed
-	@$(MAKE) --no-print-directory setup
+	@$(MAKE) --no-print-directory $(VENV)/.installed
 
 # --- What people do -------------------------------------------------------------------------------
 
-demo: setup
+demo: $(VENV)/.installed
 	@$(BIN)/python examples/skull_strip.py --out $(OUT) $(ARGS)
 
 test: setup $(VENV)/.cuda
@@ -133,7 +143,7 @@ check-peers: setup
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	rm -f src/voxfuse/*.so $(VENV)/.installed $(VENV)/.cuda
+	rm -f src/voxfuse/*.so $(VENV)/.installed $(VENV)/.tools $(VENV)/.cuda
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean

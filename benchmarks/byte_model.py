@@ -258,6 +258,22 @@ def finalize_slab(
     return Traffic("finalize_slab", backend, total, total)
 
 
+def resample_argmax(
+    channels: int,
+    source: Sequence[int],
+    target: Sequence[int],
+    out_bytes: int,
+    backend: str,
+    element: int = 4,
+) -> Traffic:
+    """Labels at another size, where the caches hold the source slices that are worked on: every
+    program reads its part of the tables (an index, two weights) from there too.
+    """
+    tables = sum(target) * (8 + 2 * 4)
+    total = channels * math.prod(source) * element + math.prod(target) * out_bytes + tables
+    return Traffic("resample_argmax", backend, total, total)
+
+
 # --- head_confusion ------------------------------------------------------------------------------
 
 
@@ -361,6 +377,8 @@ def table(backends: Sequence[str] = ("cuda", "triton")) -> list[dict[str, object
         slab = (48, 512, 512)
         add("117x48x512x512 labels", [finalize_slab(117, slab, 1, backend)])
         add("the same, cleared", [finalize_slab(117, slab, 1, backend, clear=True)])
+        add("117x96^3 to 160^3 labels", [resample_argmax(117, (96,) * 3, (160,) * 3, 1, backend)])
+        add("4x128^3 to 512^3 labels", [resample_argmax(4, (128,) * 3, (512,) * 3, 1, backend)])
     add("K=32 C=117 2x128^3 bfloat16", head_confusion(2, 32, 117, (128,) * 3, torch.bfloat16))
     return rows
 

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import voxfuse
-from voxfuse.contract import Activation
+from voxfuse.contract import Activation, Resampled
 from voxfuse.ops.finalize_slab import finalize_slab
+from voxfuse.ops.resample_argmax import axis_table
 
 NONE, SIGMOID, SOFTMAX = Activation
 
@@ -100,6 +101,28 @@ def _finalize(backend: str, device: torch.device) -> Callable[[], Any]:
     return call
 
 
+def _resample(operators: Any, device: torch.device, channels: int) -> Callable[[], Any]:
+    logits = torch.randn(channels, 9, 10, 11, device=device)
+    tables = [
+        axis_table(n, m, order, device=device)
+        for n, m, order in ((9, 4, 0), (10, 17, 1), (11, 20, 1))
+    ]
+    index, weight = (list(x) for x in zip(*tables, strict=True))
+    labels = list(range(1, channels + 1))
+
+    def call() -> Any:
+        out = torch.empty(channels, 4, 17, 20, dtype=torch.uint8, device=device)
+        operators.resample_argmax(out[:1], logits, index, weight, Resampled.labels, 0.0, [], False)
+        operators.resample_argmax(
+            out[:1], logits, index, weight, Resampled.regions, 0.0, labels, True
+        )
+        mask = out.view(torch.bool)
+        operators.resample_argmax(mask, logits, index, weight, Resampled.mask, 0.0, [], False)
+        return out
+
+    return call
+
+
 def _head(operators: Any, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     features = torch.randn(2, 32, 12, 11, 10, device=device).to(dtype)
     weight, bias = torch.randn(117, 32, device=device).to(dtype), torch.zeros(117, device=device)
@@ -137,6 +160,7 @@ def calls(device: torch.device, scale: int = 1) -> dict[str, Callable[[], Any]]:
         result[f"{name}: DiceCELoss"] = _epilogue(name, device)
         result[f"{name}: overlap_add"] = _fusion(operators, device, 24 * scale, 8 * scale)
         result[f"{name}: finalize_slab"] = _finalize(name, device)
+        result[f"{name}: resample_argmax"] = _resample(operators, device, 5)
         result[f"{name}: head_confusion"] = _head(operators, device, torch.float32)
     return result
 

@@ -39,7 +39,7 @@ from voxfuse.fusion.windows import resolve_window
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 NATIVE_PATCH = 128
-NATIVE_WINDOWS = ("constant", "gaussian", "hashemi", "bspline5")
+NATIVE_WINDOWS = ("constant", "gaussian", "bspline5")
 TRAINING_PATCHES = (96, 80, 64)
 TRAINING_WINDOWS = (
     "constant",
@@ -507,11 +507,12 @@ def segment(
     """Both tables. Returns their rows, the 128^3 grid and the network's logits on it."""
     network = load_skull_strip_unet(DATA / "skull_strip_unet" / "weights.npz").to(device)
     network(torch.zeros(1, 1, 16, 16, 16, device=device))  # start-up costs are not the network's
-    runs = [] if quick else native_table(network, head.native(), device, backend)
     training = head.training()
     whole, logits = predict_whole(network, training, device)
     sizes = TRAINING_PATCHES[:1] if quick else TRAINING_PATCHES
-    runs += [whole, *training_table(network, training, whole, sizes, device, backend)]
+    runs = [whole, *training_table(network, training, whole, sizes, device, backend)]
+    if not quick:
+        runs += native_table(network, head.native(), device, backend)
     return runs, training, logits
 
 

@@ -21,6 +21,7 @@ STEMS = (
     "ratio_loss",
     "overlap_add",
     "finalize_slab",
+    "resample_argmax",
 )
 ENUMERATIONS = {
     name: kind

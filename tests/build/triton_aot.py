@@ -522,6 +522,34 @@ def _hard_confusion_instance(
     return Instance(kernels.count, constants, types, kernels.WARPS, (*lengths, "voxels"))
 
 
+def _resample_argmax_instance(
+    kept: int, axes: int = 3, dtype: str = "float32", output: str = "uint8", half: bool = False
+) -> Instance:
+    from voxfuse.triton_kernels import resample_argmax as kernels
+    from voxfuse.triton_kernels.views import constexprs
+
+    def axis(present: bool, stride: Any = "i32") -> Any:
+        if not present:
+            return kernels.Axis(None, None, 1, 1, "i32")
+        return kernels.Axis("*i64", "*fp32", "i32", "i32", stride)
+
+    types: dict[str, Any] = {
+        "volume": kernels.Volume(
+            TYPES[dtype],
+            TYPES[output],
+            "*i64" if kept == 2 else None,
+            "i32",
+            "i32",
+            axis(axes > 2),
+            axis(axes > 1),
+            axis(True, 1),
+        ),
+        "least": "fp32",
+    }
+    constants = {"OPTIONS": constexprs(kernels.Options(kept, half))}
+    return Instance(kernels.resample, constants, types, kernels.WARPS)
+
+
 def _floating_sum_instance(dtype: str) -> Instance:
     """What no kernel may do: sums in an order that the hardware chooses."""
     import triton
@@ -544,6 +572,7 @@ INSTANCES = {
     "overlap_add": _overlap_add_instance,
     "finalize_slab": _finalize_slab_instance,
     "hard_confusion": _hard_confusion_instance,
+    "resample_argmax": _resample_argmax_instance,
     "floating_sum": _floating_sum_instance,
 }
 
@@ -625,6 +654,16 @@ CASES = (
         )
         for case in everywhere("hard_confusion", f"count-{name}", **options)
     ),
+    *(
+        case
+        for name, options in (
+            ("labels", dict(kept=0)),
+            ("mask-plane", dict(kept=1, axes=2, dtype="bfloat16")),
+            ("values-line", dict(kept=3, axes=1, dtype="uint8", output="float32")),
+            ("regions", dict(kept=2, dtype="float64", output="int64", half=True)),
+        )
+        for case in everywhere("resample_argmax", f"resample-{name}", **options)
+    ),
 )
 
 
@@ -644,7 +683,7 @@ def on_amd() -> tuple[Compilation, ...]:
         "backward-185-float32", "backward-81-float32-full", "second-stage", "ratio-loss",
         "ratio-loss-backward", "head-128x128-ieee-forward", "head-64x32-ieee-backward",
         "fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather", "fusion-backward",
-        "finalize-values-117", "count-argmax-4",
+        "finalize-values-117", "count-argmax-4", "resample-labels",
     )  # fmt: skip
     cases = {case.name: case for case in CASES}
     return tuple(

@@ -70,19 +70,18 @@ def register(
     *,
     stem: str,
     vmap: Callable[..., Any] | None = None,
-    on_gpu: bool = True,
 ) -> None:
     """Declare operator ``name`` in every namespace, with its implementations and its fake.
 
     ``fake`` gets the arguments as one tuple with the schema's names. Implementations are the
     functions called ``name`` in ``voxfuse.reference.<stem>`` and
     ``voxfuse.triton_kernels.<stem>``. ``vmap`` is the rule under ``torch.func.vmap``, by default
-    one call an element. Without kernels ``on_gpu`` the reference runs there.
+    one call an element.
     """
     schema = name + SCHEMAS[name]
     bound = _with_inputs(schema, fake)
     reference = _lazy(f"voxfuse.reference.{stem}", name)
-    triton = _lazy(f"voxfuse.triton_kernels.{stem}", name) if on_gpu else _no_triton(name)
+    triton = _lazy(f"voxfuse.triton_kernels.{stem}", name)
     for namespace, library in _libraries.items():
         # The compiled library declares its operators when it is loaded; a second definition of a
         # schema would raise.
@@ -90,7 +89,7 @@ def register(
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", bound, lib=library)
 
-    for key, implementation in (("CPU", reference), ("CUDA", triton if on_gpu else reference)):
+    for key, implementation in (("CPU", reference), ("CUDA", triton)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"voxfuse::{name}", key):
             _libraries["voxfuse"].impl(name, implementation, key)
     for key in ("CPU", "CUDA"):
@@ -101,13 +100,6 @@ def register(
     for library in _libraries.values():
         library.impl(name, _refuse_mps, "MPS")
     _register_vmap(name, vmap or one_by_one)
-
-
-def _no_triton(name: str) -> Callable[..., Any]:
-    def refuse(*args: Any) -> None:
-        raise RuntimeError(f"backend: {name} has no Triton kernel; use 'auto' or 'reference'")
-
-    return refuse
 
 
 def _refuse_mps(*args: Any) -> None:

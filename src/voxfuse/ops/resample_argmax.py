@@ -108,8 +108,7 @@ def resample_argmax(
         dtype: of labels: uint8, uint16, int16, int32 or int64; by default the first of these that
             holds them, as the sliding window's.
         out: where the result goes instead: contiguous, of the result's shape.
-        backend: "auto", "cpp", "cuda" or "reference"; see :func:`voxfuse.backends`. On a GPU
-            without the CUDA library the reference runs, a few slices at a time.
+        backend: "auto", "cpp", "cuda", "triton" or "reference"; see :func:`voxfuse.backends`.
 
     Returns:
         (\*size) labels; (C, \*size) bool for a mask; (\*size) float32 values. It has no gradient.
@@ -269,4 +268,4 @@ def _result(
     return out
 
 
-_registry.register("resample_argmax", lambda x: None, stem="resample_argmax", on_gpu=False)
+_registry.register("resample_argmax", lambda x: None, stem="resample_argmax")

@@ -198,11 +198,6 @@ def test_bad_input_is_named():
         call(input[:1], (4, 4), "values", threshold=0.5)
 
 
-def test_there_is_no_triton_kernel_and_it_says_so():
-    with pytest.raises(RuntimeError, match="resample_argmax has no Triton kernel"):
-        voxfuse.resample_argmax(torch.zeros(2, 4), (4,), backend="triton")
-
-
 @compiled
 def test_a_table_that_points_outside_is_refused_by_the_operator_itself():
     out, input = torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(2, 3)
