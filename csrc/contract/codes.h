@@ -27,4 +27,7 @@ inline constexpr int CORE = 4, FULL = 8;
 // What the message of an error begins with that a value in the data is the reason of.
 inline constexpr char VALUE_ERROR[] = "ValueError: ";
 
+/// How far the values of a dense target may lie outside [0, 1], for rounding's sake.
+inline constexpr double TARGET_ROOM = 1e-3;
+
 }  // namespace voxfuse

@@ -21,8 +21,9 @@ struct View {
 struct SoftConfusion {
   int64_t batch = 0, classes = 0, voxels = 0;
   View input, target;
-  View weight;         // without data every voxel has weight 1
-  bool dense = false;  // the target has one value a class instead of a label
+  View weight;               // without data every voxel has weight 1
+  bool dense = false;        // the target has one value a class instead of a label
+  bool check_range = false;  // on the CPU: a dense value outside [0, 1] ends the walk
 
   Activation activation = Activation::softmax, likelihood = Activation::softmax;
   Overlap overlap = Overlap::product;

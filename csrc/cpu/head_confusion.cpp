@@ -73,10 +73,11 @@ Tensor head_confusion(const Tensor& features, const Tensor& weight,
                       const std::optional<int64_t>& ignore_index, double gamma, bool full,
                       int64_t chunk_bytes, const std::optional<int64_t>& focal_classes,
                       int64_t unlabelled, const std::optional<Tensor>& annotated) {
-  const Arguments a(
+  Arguments a(
       features, weight, bias, target, voxel_weight,
       {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
       chunk_bytes, full ? FULL : CORE);
+  a.head.confusion.check_range = true;
   const SoftConfusion& q = a.head.confusion;
   const int64_t rows = q.classes * q.columns;
   const Ranges ranges = ranges_of(a.head, rows);

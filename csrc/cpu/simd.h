@@ -30,6 +30,7 @@ template <>
 struct Lanes<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
   static constexpr int width = kVectorBytes / 4;
 };
 
@@ -37,6 +38,7 @@ template <>
 struct Lanes<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
   static constexpr int width = kVectorBytes / 8;
 };
 

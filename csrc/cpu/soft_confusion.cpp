@@ -90,7 +90,46 @@ std::string written(double x) {
 
 }  // namespace
 
+namespace {
+
+double number_at(const View& view, int64_t offset) {
+  return is_floating(view.type) ? float_at(view.data, view.type, offset)
+         : view.type == Element::u64
+             ? static_cast<double>(static_cast<const uint64_t*>(view.data)[offset])
+             : static_cast<double>(integer_at(view.data, view.type, offset));
+}
+
+// Finds the first value of a dense target that is outside [0, 1], and raises.
+void raise_wrong_value(const SoftConfusion& q, const Tensor& target) {
+  const bool ignores = q.has_ignore && holds(q.target.type, q.ignore_index);
+  for (int64_t b = 0; b < q.batch; ++b) {
+    for (int64_t c = 0; c < q.classes; ++c) {
+      if (q.annotated != nullptr && q.unlabelled == Unlabelled::exclude &&
+          q.annotated[b * q.classes + c] == 0) {
+        continue;
+      }
+      for (int64_t v = 0; v < q.voxels; ++v) {
+        const Strides& s = q.target.stride;
+        const double x = number_at(q.target, b * s.batch + c * s.channel + v * s.voxel);
+        if (!(x < -TARGET_ROOM || x > 1 + TARGET_ROOM)) continue;
+        if (ignores && x == static_cast<double>(q.ignore_index)) continue;
+        const Strides& w = q.weight.stride;
+        if (q.weight.data != nullptr && number_at(q.weight, b * w.batch + v * w.voxel) == 0) {
+          continue;
+        }
+        const bool channel = target.dim() > 1 && target.size(1) == q.classes && q.classes > 1;
+        VOXFUSE_CHECK_VALUE(false, "target: value ", written(x), " is outside [0, 1] by more than ",
+                            written(TARGET_ROOM), ", first at ",
+                            place_of(target, b, channel ? c * q.voxels + v : v));
+      }
+    }
+  }
+}
+
+}  // namespace
+
 void raise_wrong_label(const SoftConfusion& q, const Tensor& target) {
+  if (q.dense && (q.classes > 1 || is_floating(q.target.type))) raise_wrong_value(q, target);
   const int64_t classes = q.classes == 1 ? 2 : q.classes;
   const Element type = q.target.type;
   const bool floating = is_floating(type), ignores = q.has_ignore && holds(type, q.ignore_index);
@@ -150,11 +189,12 @@ Tensor soft_confusion(const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int64_t activation, int64_t likelihood,
                       int64_t overlap, const std::optional<int64_t>& ignore_index, double gamma,
                       bool full, const std::optional<int64_t>& focal_classes, int64_t unlabelled,
-                      const std::optional<Tensor>& annotated) {
-  const ConfusionArguments a(
+                      const std::optional<Tensor>& annotated, bool any_target) {
+  ConfusionArguments a(
       input, target, weight,
       {activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled, annotated},
       full ? FULL : CORE);
+  a.problem.check_range = !any_target;
   const SoftConfusion& q = a.problem;
   const int64_t rows = q.classes * q.columns;
   // The ranges' sums together stay within 512 KiB.

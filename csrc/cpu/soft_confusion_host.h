@@ -22,7 +22,8 @@ struct Ranges {
   }
 };
 
-// Finds the first label that no class has, and raises. Only called when a kernel met one.
+// Finds the first label that no class has, or value outside [0, 1], and raises. Only called when a
+// kernel met one.
 [[noreturn]] void raise_wrong_label(const SoftConfusion& q, const Tensor& target);
 
 // Raises if a sample lacks a class that it needs.

@@ -41,6 +41,9 @@ struct Partial {
   // Where classes are merged, the background is there whatever is said of it.
   bool left_out(int64_t c) const { return annotated[c] == 0 && !(merges && c == 0); }
 
+  // Whether a dense target's values for the class count.
+  bool reads(int64_t c) const { return annotated == nullptr || merges || annotated[c] != 0; }
+
   // The voxels of classes that are left out become background, or ignored; returns whether any is
   // ignored now.
   template <class Label>

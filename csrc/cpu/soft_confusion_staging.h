@@ -5,10 +5,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -193,6 +197,34 @@ bool stage_dense(const SoftConfusion& q, const T* source, int64_t n, Workspace<R
   return wrong;
 }
 
+// Whether a value that is read is outside [0, 1]; NaN is not. Rows hold a whole number of vectors.
+template <class R>
+bool outside(const Workspace<R>& work, int64_t classes, int64_t padded) {
+  using U = typename Lanes<R>::U;
+  using Bits = std::conditional_t<sizeof(R) == 4, uint32_t, uint64_t>;
+  constexpr R room = static_cast<R>(TARGET_ROOM), limit = R{1} + room;
+  // As unsigned numbers, the bits of what is below 0 or NaN are above those of any other.
+  U most{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const R* row = work.dense.data() + c * work.block;
+    for (int64_t v = 0; work.partial.reads(c) && v < padded; v += Lanes<R>::width) {
+      const U bits = reinterpret_cast<U>(load(row + v));
+      most = bits > most ? bits : most;
+    }
+  }
+  const auto beyond = most > std::bit_cast<Bits>(limit);
+  std::array<uint64_t, kVectorBytes / 8> lanes;
+  std::memcpy(lanes.data(), &beyond, sizeof(lanes));
+  if (std::accumulate(lanes.begin(), lanes.end(), uint64_t{0}, std::bit_or<>()) == 0) return false;
+  for (int64_t c = 0; c < classes; ++c) {
+    const R* row = work.dense.data() + c * work.block;
+    for (int64_t v = 0; work.partial.reads(c) && v < padded; ++v) {
+      if (row[v] < -room || row[v] > limit) return true;
+    }
+  }
+  return false;
+}
+
 template <class R>
 void stage_weights(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, R* weight) {
   with_element(q.weight.type, [&](auto tag) {
@@ -207,7 +239,7 @@ void stage_weights(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, 
 }
 
 // Target and weights of voxels [begin, begin + n) of sample b; returns whether a label has no
-// class.
+// class, or a value is outside [0, 1].
 template <class R>
 bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, Workspace<R>& work,
                   Block<R>& out) {
@@ -234,11 +266,13 @@ bool stage_target(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
 
   out.weighted = q.weight.data != nullptr || ignores || padded != n;
   if (q.dense) {
-    if (work.partial) work.partial.change_dense(work.dense.data(), n);
     for (int64_t c = 0; out.weighted && c < q.classes; ++c) {
       R* row = work.dense.data() + c * work.block;
       for (int64_t i = 0; i < n; ++i) row[i] = weight[i] == 0 ? R{0} : row[i];
     }
+    const bool ranged = q.check_range && q.target.type != Element::boolean;
+    if (ranged && outside(work, q.classes, padded)) return true;
+    if (work.partial) work.partial.change_dense(work.dense.data(), n);
   } else {
     if (q.weight.data != nullptr) {
       for (int64_t i = 0; i < n; ++i) {
@@ -304,7 +338,7 @@ void stage_logits(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, W
   out.logits_stride = room;
 }
 
-// Brings voxels [begin, begin + n) of sample b into a block; returns whether a label has no class.
+// Brings voxels [begin, begin + n) of sample b into a block; returns as stage_target.
 template <class R>
 bool stage(const SoftConfusion& q, int64_t b, int64_t begin, int64_t n, Form form,
            Workspace<R>& work, Block<R>& out) {

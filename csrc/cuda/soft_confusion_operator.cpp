@@ -12,7 +12,7 @@ Tensor forward(const Tensor& input, const Tensor& target, const std::optional<Te
                int64_t activation, int64_t likelihood, int64_t overlap,
                const std::optional<int64_t>& ignore_index, double gamma, bool full,
                const std::optional<int64_t>& focal_classes, int64_t unlabelled,
-               const std::optional<Tensor>& annotated) {
+               const std::optional<Tensor>& annotated, bool /*any_target*/) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const ConfusionArguments a(
       input, target, weight,

@@ -72,6 +72,9 @@ FULL: Final = 8
 #: stable ABI knows no ValueError.
 VALUE_ERROR: Final = "ValueError: "
 
+#: How far the values of a dense target may lie outside [0, 1], for rounding's sake.
+TARGET_ROOM: Final = 1e-3
+
 
 class ClassPooling(Code):
     """Weights of the classes that are summed before the ratio; none: each has its own."""
@@ -183,7 +186,7 @@ _HEAD = (
 SCHEMAS: Final = {
     "soft_confusion": "(Tensor input, Tensor target, Tensor? weight, "
     + _CONFUSION.format("bool full, ")
-    + ") -> Tensor",
+    + ", bool any_target=False) -> Tensor",
     "soft_confusion_backward": "(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
     + _CONFUSION.format("")
     + ") -> Tensor",

@@ -59,6 +59,7 @@ def test_cpp_has_the_same_codes_under_the_same_names(header):
 def test_cpp_has_the_same_widths_of_the_sums(header):
     (listed,) = re.findall(r"inline constexpr int ([^;]*);", header)
     assert f'char VALUE_ERROR[] = "{contract.VALUE_ERROR}";' in header
+    assert float(re.search(r"TARGET_ROOM = (.*);", header)[1]) == contract.TARGET_ROOM
     assert enumerators(listed) == {"CORE": contract.CORE, "FULL": contract.FULL}
     assert list(contract.Sum) == list(range(contract.FULL))
     assert [column.name for column in contract.Sum][: contract.CORE] == ["TP", "FP", "FN", "NLL"]

@@ -422,7 +422,9 @@ class SoftConfusion(Operators):
     def _gradient(input: Tensor) -> Tensor:
         return torch.full_like(input, float("nan"))
 
-    def soft_confusion(self, input: Tensor, target: Tensor, weight: Any, *rest: Any) -> Tensor:
+    def soft_confusion(
+        self, input: Tensor, target: Tensor, weight: Any, *rest: Any, any_target: bool = False
+    ) -> Tensor:
         *options, full = rest[:6]
         statistics = 8 if full else 4
         result = self._call(None, input, target, weight, *options, statistics, *rest[6:])

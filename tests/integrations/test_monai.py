@@ -610,3 +610,24 @@ def test_numbers_are_not_rounded_to_a_half_default_dtype(dtype):
         finally:
             torch.set_default_dtype(default)
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DiceLoss", {"sigmoid": True, "squared_pred": True}),
+        ("DiceCELoss", {"softmax": True}),
+        ("FocalLoss", {"gamma": 1.5}),
+    ],
+)
+def test_a_target_of_any_numbers_is_what_it_is_to_the_peer(name, options):
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 2, 3, 5, 4, 4, generator=generator)
+    for numbers in (255 * (target > 0).float(), target):
+        assert_parity(
+            lambda: getattr(ours, name)(**options),
+            lambda: getattr(peer, name)(**options),
+            logits,
+            numbers,
+            dtype=torch.float32,
+        )

@@ -485,3 +485,8 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(call, dtype):
         call(torch.zeros(1, 3, 3, 3), target)
     target[0, 0, 1, 2] = 2
     call(torch.zeros(1, 3, 3, 3), target)
+
+
+def test_regions_of_any_numbers_are_what_they_are_to_the_peer():
+    logits, target = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_parity(*built("DC_and_BCE_loss", {}, {}), logits, 255 * (target > 0).float())

@@ -395,3 +395,9 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(name, dtype):
     loss = getattr(ours, name)("multiclass")
     with pytest.raises(ValueError, match=r"label 1.5 is no integer, first at target\[0, "):
         loss(torch.zeros(1, 3, 3, 3), target)
+
+
+@pytest.mark.parametrize("name", ["DiceLoss", "JaccardLoss", "FocalLoss"])
+def test_a_target_of_any_numbers_is_what_it_is_to_the_peer(name):
+    logits, target = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    check(name, {"mode": "multilabel"}, logits, 255 * (target > 0).float())

@@ -238,6 +238,7 @@ def soft_confusion(
     focal_classes: int | None = None,
     unlabelled: int = Unlabelled.exclude,
     annotated: torch.Tensor | None = None,
+    any_target: bool = False,
 ) -> torch.Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums; see voxfuse.soft_confusion."""
     sums = FULL if full else CORE

@@ -17,7 +17,7 @@ from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
-from voxfuse.ops.soft_confusion import check_annotated, check_inputs, is_dense
+from voxfuse.ops.soft_confusion import check_annotated, check_inputs, is_dense, validate_range
 
 # Below autograd the operators skip a layer of Python: autograd is _Fused's own business.
 _below_autograd: Callable[[], Any] = getattr(
@@ -68,6 +68,8 @@ class Call(NamedTuple):
     function: Callable[[Sums], Tensor] | None = None
     by_sample: bool = False
     annotated: Tensor | None = None
+    #: Whether a dense target's values may be outside [0, 1], as the adapters' peers allow.
+    any_target: bool = False
 
 
 def evaluate(
@@ -96,6 +98,7 @@ def evaluate(
     call = call_of(recipe, input, input.shape[1], is_dense(input, target), options, ranks)
     if annotated is not None:
         call = partial_call(recipe, call, input, input.shape[1], annotated)
+    validate_range(input, target, mask, recipe.ignore_index, call.annotated, recipe.unlabelled)
     try:
         if recipe.by_voxel:
             if return_sums:
@@ -175,7 +178,7 @@ def run(
     The tensors are plain, and ``weights`` as the operators take them.
     """
     check_inputs(input, target, weight, plan.confusion.ignore_index)
-    call = Call(operators_of("auto", input.device), plan, weights)
+    call = Call(operators_of("auto", input.device), plan, weights, any_target=True)
     try:
         return _differentiable(input, target, weight, call)[0]
     except RuntimeError as error:
@@ -230,6 +233,7 @@ def _sums(input: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> T
         full=plan.full,
         **plan.confusion._asdict(),
         annotated=call.annotated,
+        any_target=call.any_target,
     )
     return with_voxels(stats, call)
 
@@ -331,7 +335,8 @@ def sums(plan: Plan, input: Tensor, target: Tensor, weight: Tensor | None = None
     check_inputs(input, target, weight, plan.confusion.ignore_index)
     _checks.refuse_forward_mode(input)
     try:
-        return _sums(input, target, weight, Call(operators_of("auto", input.device), plan))
+        call = Call(operators_of("auto", input.device), plan, any_target=True)
+        return _sums(input, target, weight, call)
     except RuntimeError as error:
         reraise(error)
 

@@ -22,6 +22,7 @@ from voxfuse.losses.overlap import TverskyLoss
 from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.head_confusion import CHUNK_BYTES, check_head
+from voxfuse.ops.soft_confusion import is_dense, validate_range
 
 
 def head_loss(
@@ -81,12 +82,14 @@ def head_loss(
         mask = _checks.require_tensor("mask", mask)
     weight = check_head(features, weight, bias, target, mask, recipe.ignore_index, chunk_bytes)
     classes = weight.shape[0]
-    dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
+    dense = is_dense(features, target, classes)
     group = loss.process_group
     ranks = None if group is None else ranks_of(group, loss.ddp_average)
     call = call_of(recipe, features, classes, dense, loss, ranks)
     if annotated is not None:
         call = partial_call(recipe, call, features, classes, annotated)
+    unread = (call.annotated, recipe.unlabelled)
+    validate_range(features, target, mask, recipe.ignore_index, *unread, classes)
     confusion = _registry.namespace_of(loss.backend, features.device).head_confusion
     try:
         sums = confusion(

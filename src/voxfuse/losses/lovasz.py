@@ -22,8 +22,13 @@ from voxfuse.losses.plan import class_weights
 from voxfuse.losses.voxelwise import blocks, compute_dtype, flat
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.ratio_loss import once_differentiable
-from voxfuse.ops.soft_confusion import check_inputs, is_dense
-from voxfuse.reference.soft_confusion import classes_of, finite, is_ignored, label_complaint
+from voxfuse.ops.soft_confusion import check_inputs, is_dense, require_range, validate_range
+from voxfuse.reference.soft_confusion import (
+    classes_of,
+    finite,
+    is_ignored,
+    label_complaint,
+)
 
 
 class _Rows(NamedTuple):
@@ -59,6 +64,8 @@ def _rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
         weight = weight.reshape(batch, count)
         included = included & (weight != 0)
         unknown = weight.isnan() if weight.is_floating_point() else None
+    if dense and input.device.type == "cpu":
+        require_range(target, classes, weight, ignore_index)
     if not dense:
         labels, known = classes_of(flattened, classes, ignore_index)
         if input.device.type == "cpu" and not bool((known | ~included).all()):
@@ -350,6 +357,7 @@ class _LovaszModule(Loss):
             mask = _checks.require_tensor("mask", mask)
         ignore_index = _checks.ignored_label(options.ignore_index)
         check_inputs(input, target, mask, ignore_index)
+        validate_range(input, target, mask, ignore_index)
         channels = input.shape[1]
         if activation == Activation.softmax and channels == 1:
             raise ValueError(

@@ -18,6 +18,7 @@ from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import (
     check_labels,
+    check_range,
     classes_of,
     finite,
     probabilities,
@@ -67,6 +68,8 @@ def likelihood_map(
     dense = is_dense(input, target)
     if not dense:
         check_labels(target, classes, ignore_index)  # whole, to know the place
+    else:
+        check_range(target, classes, weight, ignore_index)
     plain = likelihood == Activation.softmax and gamma == 0 and off_scale == 0 and not dense
     for block in blocks(count, classes):
         x, t = values[..., block], g[..., block]

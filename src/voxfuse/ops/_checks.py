@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from voxfuse.contract import VALUE_ERROR, Code
+from voxfuse.reference.soft_confusion import outside
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_DTYPES = (
@@ -186,6 +187,27 @@ def _not_held(ignore_index: int | None, dtype: torch.dtype) -> str:
     return "" if held else f"; {name} labels cannot hold ignore_index {ignore_index}"
 
 
+def range_hint(target: Tensor, ignore_index: int | None) -> str:
+    """What to add to a complaint about a dense target's value, from all values outside [0, 1]."""
+    values = target.detach().to(torch.float64)
+    values = values[outside(values)]
+    if ignore_index is not None:
+        values = values[values != ignore_index]
+    if not values.numel():
+        return ""
+    low, high = float(values.min()), float(values.max())
+    if low == high and low.is_integer():
+        hint = (
+            f"; if {low:g} marks voxels to ignore, pass ignore_index={low:g} (one class) or a mask"
+        )
+        return hint + ("; if it is the foreground, divide by it" if low > 0 else "")
+    if low >= -0.5 and high <= 1.5:
+        return "; if it was interpolated, clamp it to [0, 1]"
+    if low >= 0 and bool((values == values.round()).all()):
+        return "; labels need an input with a channel for every class, and a grey image a division"
+    return "; if these are logits, input and target have changed places"
+
+
 def reraise(
     error: RuntimeError, target: Tensor | None = None, ignore_index: int | None = None
 ) -> NoReturn:
@@ -195,5 +217,7 @@ def reraise(
         message = message.split("\n")[0]
         if target is not None and message.startswith("target: label"):
             message += _not_held(ignore_index, target.dtype)
+        if target is not None and message.startswith("target: value"):
+            message += range_hint(target, ignore_index)
         raise ValueError(message) from None
     raise error

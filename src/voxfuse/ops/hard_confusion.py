@@ -11,8 +11,8 @@ from torch import Tensor
 from voxfuse.contract import VALUE_ERROR, Activation, Decision
 from voxfuse.ops import _checks, _registry
 from voxfuse.ops.finalize_slab import check_threshold
-from voxfuse.ops.soft_confusion import check_companion, validate_labels
-from voxfuse.reference.hard_confusion import is_dense, least_above
+from voxfuse.ops.soft_confusion import check_companion, is_dense, validate_labels
+from voxfuse.reference.hard_confusion import least_above
 
 
 def hard_confusion(

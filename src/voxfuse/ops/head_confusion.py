@@ -16,6 +16,7 @@ from voxfuse.ops.soft_confusion import (
     check_inputs,
     check_unlabelled,
     options_of,
+    validate_range,
 )
 
 #: Bytes of logits that may exist at one time, unless the caller says otherwise.
@@ -104,6 +105,9 @@ def head_confusion(
     unlabelled_code = check_unlabelled(unlabelled, activation_code, likelihood_code)
     if annotated is not None:
         annotated = check_annotated(annotated, features, weight.shape[0], unlabelled_code)
+    validate_range(
+        features, target, mask, ignore_index, annotated, unlabelled_code, weight.shape[0]
+    )
     operators = _registry.namespace_of(backend, features.device)
     try:
         result: Tensor = operators.head_confusion(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from voxfuse.contract import CORE, FULL, Activation, ConfusionOptions, Overlap, Unlabelled
 from voxfuse.ops import _checks, _registry
-from voxfuse.reference.soft_confusion import annotated_complaint, label_complaint
+from voxfuse.reference import soft_confusion as reference
+from voxfuse.reference.soft_confusion import is_dense as is_dense
 
 
 def soft_confusion(
@@ -66,7 +67,7 @@ def soft_confusion(
         target: labels (B, \*spatial) or (B, 1, \*spatial), or dense (B, C, \*spatial); bool, any
             integer or floating type, read as it is. Labels of a floating type that cannot tell the
             classes apart (float16 beyond 2049, bfloat16 beyond 257) are an error. With C = 1 the
-            target is the foreground indicator.
+            target is the foreground indicator. Dense values lie in [0, 1], give or take 0.001.
         mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial), of any of these types; a
             number, so that a mask of 0 and 255 weighs 255. A voxel of weight 0 contributes exactly
             0, even if its logits are NaN.
@@ -90,8 +91,9 @@ def soft_confusion(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes, devices or options do not fit, or (on the CPU) a label is
-            outside [0, C) or no integer; the first one is named, and its place. On a GPU such a
-            voxel counts as ignored; set ``VOXFUSE_VALIDATE=1`` to check. So it does for a sample
+            outside [0, C) or no integer, or a dense value outside [0, 1]; the first one that counts
+            is named, and its place. On a GPU such a label counts as ignored, and such a value as
+            what it is; set ``VOXFUSE_VALIDATE=1`` to check. A label is ignored for a sample
             that lacks the annotated class it needs: on a GPU it contributes 0 with "exclude", and
             its class 0 counts as annotated with "background".
 
@@ -128,6 +130,7 @@ def soft_confusion(
     unlabelled_code = check_unlabelled(unlabelled, activation_code, likelihood_code)
     if annotated is not None:
         annotated = check_annotated(annotated, input, input.shape[1], unlabelled_code)
+    validate_range(input, target, mask, ignore_index, annotated, unlabelled_code)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number >= 0")
     check_focal_classes(focal_classes)
@@ -186,7 +189,7 @@ def check_annotated(annotated: object, input: Tensor, classes: int, unlabelled: 
     if annotated.device != input.device:
         raise ValueError(f"annotated: is on {annotated.device}, but input is on {input.device}")
     if _validates(input):
-        complaint = annotated_complaint(annotated, unlabelled)
+        complaint = reference.annotated_complaint(annotated, unlabelled)
         if complaint is not None:
             raise ValueError(complaint)
     return annotated
@@ -199,11 +202,6 @@ def _validates(input: Tensor) -> bool:
         and os.environ.get("VOXFUSE_VALIDATE", "0") == "1"
         and not torch.compiler.is_compiling()
     )
-
-
-def is_dense(input: Tensor, target: Tensor) -> bool:
-    """Whether ``target`` holds one value a class (or the foreground indicator of one class)."""
-    return input.shape[1] == 1 or (target.ndim == input.ndim and target.shape[1] == input.shape[1])
 
 
 def check_inputs(
@@ -278,9 +276,33 @@ def _hint(shape: list[int], input: Tensor) -> str:
 
 def validate_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise ValueError if a label is no class. Synchronises with the device."""
-    complaint = label_complaint(target, classes, ignore_index)
+    complaint = reference.label_complaint(target, classes, ignore_index)
     if complaint is not None:
         raise ValueError(complaint)
+
+
+def validate_range(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    ignore_index: int | None,
+    annotated: Tensor | None = None,
+    unlabelled: int = Unlabelled.exclude,
+    classes: int | None = None,
+) -> None:
+    """On a GPU, on demand, the check of a dense target's values that a kernel makes on the CPU."""
+    if _validates(input) and is_dense(input, target, classes):
+        rest = (mask, ignore_index, annotated, unlabelled)
+        require_range(target, classes or input.shape[1], *rest)
+
+
+def require_range(
+    target: Tensor, classes: int, mask: Tensor | None, ignore_index: int | None, *rest: Any
+) -> None:
+    """Raise ValueError if a dense value that counts is outside [0, 1]."""
+    complaint = reference.range_complaint(target, classes, mask, ignore_index, *rest)
+    if complaint is not None:
+        raise ValueError(complaint + _checks.range_hint(target, ignore_index))
 
 
 def _fake(x: Any) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.contract import Activation, Decision
-from voxfuse.reference.soft_confusion import check_labels, classes_of
+from voxfuse.reference.soft_confusion import check_labels, classes_of, is_dense
 
 
 def hard_confusion(
@@ -77,11 +77,6 @@ def _voxels(tensor: Tensor, channels: int) -> Tensor:
     """(B, channels, V) of (B, *spatial), (B, 1, *spatial) or (B, C, *spatial)."""
     # An extent of -1 is ambiguous where there are no samples.
     return tensor.reshape(tensor.shape[0], channels, math.prod(tensor.shape[1:]) // channels)
-
-
-def is_dense(input: Tensor, target: Tensor) -> bool:
-    """Whether ``target`` holds one value a class (or the foreground's indicator of one class)."""
-    return input.shape[1] == 1 or (target.ndim == input.ndim and target.shape[1] == input.shape[1])
 
 
 def least_above(activation: int, threshold: float) -> float:

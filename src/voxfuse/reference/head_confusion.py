@@ -55,7 +55,7 @@ def chunks(
     matrix = weight.to(dtype)
     offset = None if bias is None else bias.to(dtype).unsqueeze(1)
     flat = features.flatten(2) if features.ndim > 2 else features.unsqueeze(2)
-    dense = classes == 1 or (target.ndim == features.ndim and target.shape[1] == classes)
+    dense = reference.is_dense(features, target, classes)
     if not dense:
         reference.check_labels(target, classes, ignore_index)  # whole, to know the place
     companions = [
@@ -112,8 +112,12 @@ def head_confusion(
     tensors = (features, weight, bias, target, voxel_weight)
     if annotated is not None:
         reference.check_annotated(annotated, unlabelled)
+    classes = weight.shape[0]
+    if reference.is_dense(features, target, classes):
+        # Whole, to know the place.
+        reference.check_range(target, classes, voxel_weight, ignore_index, annotated, unlabelled)
     for chunk in chunks(*tensors, ignore_index, chunk_bytes, unlabelled, annotated):
-        rest = (*options, full, focal_classes, unlabelled, _of_sample(annotated, chunk))
+        rest = (*options, full, focal_classes, unlabelled, _of_sample(annotated, chunk), True)
         g, w = _labels(chunk, weight), chunk.voxel_weight
         sums[chunk.sample] += confusion(chunk.logits, g, w, *rest)[0]
     return sums

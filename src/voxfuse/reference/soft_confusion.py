@@ -12,13 +12,27 @@ prediction is almost perfect, because ``1 - p`` and ``-log p`` are never differe
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.contract import CORE, FULL, VALUE_ERROR, Activation, Overlap, Sum, Unlabelled
+from voxfuse.contract import (
+    CORE,
+    FULL,
+    TARGET_ROOM,
+    VALUE_ERROR,
+    Activation,
+    Overlap,
+    Sum,
+    Unlabelled,
+)
+
+#: Values of a target that are looked at in one go.
+_BLOCK = 1 << 18
 
 
 class Probabilities(NamedTuple):
@@ -150,6 +164,12 @@ def _merged_target(g: Tensor, partial: Partial) -> Tensor:
     return torch.cat([g[:, :1] + theirs, g[:, 1:]], 1)
 
 
+def is_dense(input: Tensor, target: Tensor, classes: int | None = None) -> bool:
+    """Whether ``target`` holds one value a class (or the foreground's indicator of one class)."""
+    classes = input.shape[1] if classes is None else classes
+    return classes == 1 or (target.ndim == input.ndim and target.shape[1] == classes)
+
+
 class Voxels(NamedTuple):
     """(B, C, V) values and target and (B, 1, V) weight, with excluded voxels made harmless."""
 
@@ -174,7 +194,7 @@ def voxels(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     count = math.prod(input.shape[2:])
     values = input.to(dtype).reshape(batch, classes, count)
-    dense = classes == 1 or (target.ndim == input.ndim and target.shape[1] == classes)
+    dense = is_dense(input, target)
     included = torch.ones(batch, 1, count, dtype=torch.bool, device=input.device)
     if dense:
         g = target.reshape(batch, classes, count)
@@ -270,6 +290,60 @@ def label_complaint(
     return f"{name}: label {label} is outside [0, {classes}){allowed}, {where}{hint}"
 
 
+def check_range(target: Tensor, classes: int, *rest: Any) -> None:
+    """Raise for a dense value outside [0, 1] on the CPU, if it counts; ``rest`` and the words are
+    those of :func:`range_complaint`."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        complaint = range_complaint(target, classes, *rest)
+        if complaint is not None:
+            raise RuntimeError(VALUE_ERROR + complaint)
+
+
+def range_complaint(
+    target: Tensor,
+    classes: int,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    annotated: Tensor | None = None,
+    unlabelled: int = Unlabelled.exclude,
+) -> str | None:
+    """What is wrong with the first value of a dense target that counts and is outside [0, 1], and
+    where it stands; None if there is none. NaN is not outside."""
+    if target.dtype == torch.bool:
+        return None
+    batch = target.shape[0]
+    count = target.numel() // max(batch * classes, 1)
+    values = target.reshape(batch, classes, count)
+    weights = None if weight is None else weight.reshape(batch, count)
+    for b, c in itertools.product(range(batch), range(classes)):
+        if annotated is not None and unlabelled == Unlabelled.exclude and not annotated[b, c]:
+            continue
+        for start in range(0, count, _BLOCK):
+            part = slice(start, start + _BLOCK)
+            x = values[b, c, part]
+            wrong = outside(x)
+            if ignore_index is not None:
+                wrong &= ~is_ignored(x, ignore_index)
+            if weights is not None:
+                wrong &= weights[b, part] != 0
+            if not bool(wrong.any()):
+                continue
+            v = start + int(wrong.nonzero()[0])
+            spatial = target.shape[2 if classes > 1 else 1 :]
+            place = [b, *([c] if classes > 1 else []), *np.unravel_index(v, spatial)]
+            return (
+                f"target: value {values[b, c, v].item():.9g} is outside [0, 1] by more than "
+                f"{TARGET_ROOM:g}, first at target[{', '.join(map(str, place))}]"
+            )
+    return None
+
+
+def outside(values: Tensor) -> Tensor:
+    """Where values of a dense target are outside [0, 1] by more than rounding explains."""
+    values = values.to(torch.float64)
+    return (values < -TARGET_ROOM) | (values > 1 + TARGET_ROOM)
+
+
 def soft_confusion(
     input: Tensor,
     target: Tensor,
@@ -283,6 +357,7 @@ def soft_confusion(
     focal_classes: int | None = None,
     unlabelled: int = Unlabelled.exclude,
     annotated: Tensor | None = None,
+    any_target: bool = False,
 ) -> Tensor:
     """Return (B, C, 4) or, with ``full``, (B, C, 8) float64 sums.
 
@@ -291,13 +366,16 @@ def soft_confusion(
     W = ``sum w``. Of the classes, only the first ``focal_classes`` have the exponent gamma; the
     others have 0.
 
-    The sums of a class that is not ``annotated`` (B, C) in a sample are 0.
+    The sums of a class that is not ``annotated`` (B, C) in a sample are 0. The values of a dense
+    target have to be in [0, 1], unless ``any_target`` makes them numbers like any other.
     """
     partial = None
     if annotated is not None:
         check_annotated(annotated, unlabelled)
         partial = partial_of(annotated, unlabelled)
     values, g, w, _ = voxels(input, target, weight, ignore_index, partial)
+    if not any_target and is_dense(input, target):
+        check_range(target, input.shape[1], weight, ignore_index, annotated, unlabelled)
     values = without(values, partial)
     p, complement, _, _ = probabilities(values, activation, partial)
     r = probabilities(values, likelihood, partial)

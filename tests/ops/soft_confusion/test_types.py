@@ -93,7 +93,7 @@ def results(operators: Any, call: dict[str, Any], plain: bool) -> tuple[Tensor, 
     options = (activation, activation, 0, ignored, 0.0)
     grad = torch.randn(2, classes, 8, generator=generator, dtype=torch.float64)
     return (
-        operators.soft_confusion(input, target, weight, *options, True),
+        operators.soft_confusion(input, target, weight, *options, True, any_target=True),
         operators.soft_confusion_backward(grad, input, target, weight, *options),
     )
 
