@@ -67,7 +67,8 @@ def test_logits_are_the_weighted_mean(data):
     window = data.draw(st.sampled_from(["bspline", "constant", "monai_gaussian", "hann"]))
     origins = None
     if data.draw(st.booleans()):
-        origin = st.tuples(*[st.integers(-3, v) for v in volume])
+        reach = zip(volume, patch, strict=True)
+        origin = st.tuples(*[st.integers(max(-3, 1 - p), v - 1) for v, p in reach])
         origins = torch.tensor(data.draw(st.lists(origin, min_size=1, max_size=9, unique=True)))
     elif data.draw(st.booleans()):
         origins = plan_grid(volume, patch, 0.5, "half_patch")
@@ -288,6 +289,38 @@ def test_any_order_within_the_ring():
         members = [i for i, row in enumerate(rows) if row == start][::-1]
         fuser.add(patches[members], fuser.origins[members])
     torch.testing.assert_close(fuser.result().double(), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_every_patch_has_a_voxel_in_the_volume():
+    """Swapped axes, a wrong spacing: parts of the volume would silently have no prediction."""
+    sizes, patch = (40, 12, 12), (8, 8, 8)
+    wrong = torch.tensor([[0, 0, 32], [0, 0, 0], [0, 0, 12]])
+    named = r"origins: the patch at \(0, 0, 32\), of \(8, 8, 8\) voxels, has none in the volume"
+    more = r" \(40, 12, 12\) \(2 of 3 patches\)"
+    hint = "; with the axes in reverse order all have some"
+    for origins, message in (
+        (wrong, named + more + hint),
+        (torch.tensor([[-8, 0, 0]]), r"the patch at \(-8, 0, 0\).*\(1 of 1 patches\)$"),
+        ([[0, 40], [0], [0]], r"the patch at \(40, 0, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            voxfuse.PatchFuser(sizes, patch, 2, origins=origins)
+    with pytest.raises(ValueError, match=named):
+        voxfuse.overlap_add(torch.zeros(3, 1, *patch), wrong, sizes)
+    assert len(voxfuse.PatchFuser(sizes, patch, 2, origins=[[-7, 39], [0], [0]])) == 2
+
+
+@hypothesis.given(
+    extent=st.integers(1, 70),
+    patch=st.integers(1, 50),
+    overlap=st.floats(0, 1, exclude_max=True),
+    rule=st.sampled_from(["shifted", "even", "half_patch"]),
+)
+def test_every_patch_of_a_grid_has_a_voxel_in_the_volume(extent, patch, overlap, rule):
+    (starts,) = plan_grid(
+        (extent,), (patch,), 0.5 if rule == "half_patch" else overlap, rule
+    ).starts
+    assert all(-patch < start < extent for start in starts)
 
 
 def test_wrong_origins_are_named():

@@ -156,8 +156,36 @@ def checked_origins(
 
     Raises:
         TypeError: ``origins`` is none of the three, or has other numbers than integers.
-        ValueError: its shape does not fit, or the grid is another one's.
+        ValueError: its shape does not fit, the grid is another one's, or a patch has no voxel in
+            the volume.
     """
+    places = _as_places(origins, volume_shape, patch_shape, count)
+    # No rule makes such a patch, whatever the sizes: it comes of wrong axes, spacing or padding.
+    table = places.origins if isinstance(places, Grid) else places
+    outside = ~_reaches(table, volume_shape, patch_shape)
+    if bool(outside.any()):
+        first = int(outside.nonzero()[0])
+        swapped = bool(_reaches(table.flip(1), volume_shape, patch_shape).all())
+        raise ValueError(
+            f"origins: the patch at {tuple(table[first].tolist())}, of {patch_shape} voxels, has "
+            f"none in the volume {volume_shape} ({int(outside.sum())} of {len(table)} patches)"
+            + ("; with the axes in reverse order all have some" if swapped else "")
+        )
+    return places
+
+
+def _reaches(table: Tensor, volume_shape: Sequence[int], patch_shape: Sequence[int]) -> Tensor:
+    """Whether each of the patches at ``table`` (N, n) has a voxel in the volume."""
+    inside = (table < torch.tensor(volume_shape)) & (table > -torch.tensor(patch_shape))
+    return inside.all(1)
+
+
+def _as_places(
+    origins: Origins,
+    volume_shape: tuple[int, ...],
+    patch_shape: tuple[int, ...],
+    count: int | str,
+) -> Grid | Tensor:
     axes = len(patch_shape)
     if isinstance(origins, Grid):
         if (origins.volume_shape, origins.patch_shape) != (volume_shape, patch_shape):
