@@ -7,9 +7,10 @@ the weighted means of all classes ("logits"), or uint8 or int64 labels.
 
 Floor: "read" is reading the predictions of all patches once.
 
-Peers: MONAI's sliding window, plain and with buffer_steps, and TorchIO's GridAggregator. MONAI
-multiplies a prediction in place, so it is given a copy; the seconds of copying are measured inside
-the call and taken off. Where labels are asked for, the peers' volumes go through argmax.
+Peers: MONAI's sliding window, plain and with buffer_steps, TorchIO's GridAggregator, and KonfAI's
+accumulators, for labels that of finished slabs. MONAI multiplies a prediction in place, so it is
+given a copy; the seconds of copying are measured inside the call and taken off. Where labels are
+asked for, the peers' volumes and slabs go through argmax.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DISTINCT = 32
 OVERLAP = 0.5
 #: Peers whose volumes would take more than this are left out of the sweeps of memory.
 PEER_LIMIT = 6 << 30
-PEERS = {"monai": "monai", "monai-buffered": "monai", "torchio": "torchio"}
+PEERS = {"monai": "monai", "monai-buffered": "monai", "torchio": "torchio", "konfai": "konfai"}
 FLOOR = ("read", "copy")
 
 Call = Callable[[], Any]
@@ -106,6 +107,7 @@ class Setting:
         self.patch = (patch,) * 3
         self.volume = torch.zeros(1, 1, *shape, device=device)
         grid = plan_grid(shape, self.patch, OVERLAP)
+        self.origins = grid.origins.tolist()
         self.count, self.row = len(grid), len(grid.starts[-1])
         # Whole rows, so that a batch of one row is a slice of what is prepared.
         self.predictor = NullPredictor(
@@ -159,6 +161,33 @@ class Setting:
         with stage("finalisation"):
             return aggregator.get_output_tensor()
 
+    def konfai(self, output: str) -> Tensor:
+        """What KonfAI's accumulators make of the patches; labels from finished slabs."""
+        from konfai.data.patching import Accumulator, Gaussian, StreamingAccumulator
+
+        places = [
+            tuple(slice(x, x + n) for x, n in zip(origin, self.patch, strict=True))
+            for origin in self.origins
+        ]
+        combine = Gaussian()
+        combine.set_patch_config(list(self.patch), int(self.patch[0] * OVERLAP))
+        self.predictor.restart()
+        if output == "logits":
+            accumulator = Accumulator(places, list(self.patch), combine)
+            for i in range(self.count):
+                accumulator.add_layer(i, self.predictor(self.volume))
+            return accumulator.assemble()
+        labels = torch.empty(self.volume.shape, dtype=torch.int64, device=self.device)
+        streaming = StreamingAccumulator(places, list(self.patch), combine)
+        for i in range(self.count + 1):
+            if i < self.count:
+                slabs = streaming.add_layer(i, self.predictor(self.volume))
+            else:
+                slabs = streaming.finalize()
+            for rows, slab in slabs:
+                labels[:, :, rows] = slab.argmax(1, keepdim=True)
+        return labels
+
     def _sampler(self) -> Any:
         import torchio
 
@@ -201,6 +230,8 @@ def jobs(
         calls["MONAI"] = finish(setting.monai)
     if "monai-buffered" in peers:
         calls["MONAI, buffered"] = finish(lambda: setting.monai(buffer_steps=1, buffer_dim=0))
+    if "konfai" in peers:
+        calls["KonfAI"] = lambda: setting.konfai(output)
     if not labels:
         calls["voxfuse as MONAI"] = setting.drop_in
     calls["voxfuse"] = lambda: setting.voxfuse(output=output)
@@ -249,6 +280,8 @@ def check(setting: Setting, calls: dict[str, Call], output: str) -> dict[str, fl
         del plain
         if "voxfuse as MONAI" in calls:
             compare("voxfuse as MONAI", calls["voxfuse as MONAI"](), calls["MONAI"]())
+    if "KonfAI" in calls:
+        compare("KonfAI", calls["KonfAI"](), calls["voxfuse"]())
     for name, call in calls.items():
         mode = name.removeprefix("voxfuse as TorchIO, ")
         if mode != name:
@@ -296,7 +329,9 @@ def _time(options: argparse.Namespace, peers: Sequence[str], output: str) -> dic
         line = f"  {name:28}{row['median_ms']:9.1f} ms  {row['over_read']:6.2f} x reading"
         if name.startswith("voxfuse"):
             mode = name.removeprefix("voxfuse as TorchIO, ")
-            rivals = ("MONAI", "MONAI, buffered") if mode == name else (f"TorchIO, {mode}",)
+            rivals: tuple[str, ...] = (f"TorchIO, {mode}",)
+            if mode == name:
+                rivals = ("MONAI", "MONAI, buffered", "KonfAI")
             row["times_faster_than"] = {
                 rival: rows[rival]["median_ms"] / row["median_ms"]
                 for rival in rivals
@@ -565,6 +600,8 @@ def _peaks(
         calls["MONAI"] = lambda: setting.monai().argmax(1)
     if "monai-buffered" in peers and 2 * dense <= PEER_LIMIT:
         calls["MONAI, buffered"] = lambda: setting.monai(buffer_steps=1, buffer_dim=-1).argmax(1)
+    if "konfai" in peers and dense <= PEER_LIMIT:
+        calls["KonfAI"] = lambda: setting.konfai("labels")
     if "torchio" in peers and 3 * dense <= PEER_LIMIT:
         from torchio import GridAggregator
 

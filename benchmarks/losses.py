@@ -122,7 +122,7 @@ def tversky_peers(
     """The peers' Tversky losses, and why a wanted one is missing.
 
     Args:
-        wanted: of "reference", "monai", "nnunet" and "compile".
+        wanted: of "reference", "monai", "nnunet", "exacta" and "compile".
         forms: what is compiled: plain PyTorch in one of its forms, or nnU-Net's Dice.
         options: of ``torch.compile``.
     """
@@ -140,6 +140,11 @@ def tversky_peers(
             softmax=True, to_onehot_y=True, alpha=ALPHA, beta=BETA, smooth_nr=SMOOTH,
             smooth_dr=SMOOTH,
         )  # fmt: skip
+    if "exacta" in wanted:
+        if importlib.util.find_spec("exacta") is None:
+            missing["exacta"] = "the package exacta is not installed"
+        else:
+            found["exacta"] = _exacta_tversky()
     if importlib.util.find_spec("nnunetv2") is None:
         missing["nnunet"] = "the package nnunetv2 is not installed"
     else:
@@ -153,6 +158,14 @@ def tversky_peers(
     else:
         missing["compile"] = "not asked for"
     return found, missing
+
+
+def _exacta_tversky() -> Loss:
+    """exacta's Tversky loss: Triton on a GPU, PyTorch on the CPU. Its labels have no channel."""
+    from exacta.losses import TverskyLoss
+
+    loss = TverskyLoss(alpha=ALPHA, beta=BETA, smooth=SMOOTH)
+    return lambda logits, labels: loss(logits, labels[:, 0])
 
 
 def _nnunet_dice() -> Loss:

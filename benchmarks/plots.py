@@ -227,7 +227,7 @@ def _fusion_colour(name: str) -> str:
         return COLOURS["voxfuse"]
     if name.startswith("MONAI"):
         return COLOURS["monai"]
-    return COLOURS["nnunet"] if name.startswith("TorchIO") else COLOURS["floor"]
+    return COLOURS["nnunet"] if name.startswith(("TorchIO", "KonfAI")) else COLOURS["floor"]
 
 
 def _fusion_times(axis: Any, timed: dict[str, Any]) -> None:

@@ -62,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     loss.add_argument(
         "--peers",
         type=names,
-        default=["monai", "nnunet", "compile", "reference"],
-        help="comma-separated: monai,nnunet,compile,reference",
+        default=["monai", "nnunet", "exacta", "compile", "reference"],
+        help="comma-separated: monai,nnunet,exacta,compile,reference",
     )
     loss.add_argument(
         "--sweep", action="store_true", help="over volume sizes at 2 classes and classes at 64^3"
@@ -102,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     fusion.add_argument(
         "--peers",
         type=names,
-        default=["monai", "monai-buffered", "torchio"],
-        help="comma-separated: monai,monai-buffered,torchio",
+        default=["monai", "monai-buffered", "torchio", "konfai"],
+        help="comma-separated: monai,monai-buffered,torchio,konfai",
     )
     fusion.add_argument(
         "--parts",
