@@ -334,7 +334,7 @@ def survivors(labels, size, classes, ignore_index=None, mask=None):
                 for i, n, m in zip(place, own, size, strict=True)
             )
             seen = labels[(b, ..., *window)][keep[(..., *window)]].tolist()
-            ignored = classes if ignore_index is None else ignore_index
+            ignored = 0 if ignore_index is None else ignore_index
             rarest = min(seen, key=lambda c: (counts[int(c)], -c), default=ignored)
             result[(b, ..., *place)] = rarest
     return result
@@ -377,6 +377,16 @@ def test_a_lesion_of_one_voxel_survives_max_and_not_nearest():
         expected = voxfuse.DiceLoss()(outputs[0], labels) + voxfuse.DiceLoss()(outputs[1], coarse)
         torch.testing.assert_close(loss(outputs, labels), expected)
         assert ("downsample='max'" in repr(loss)) == (downsample == "max")
+
+
+def test_voxels_that_the_mask_leaves_out_of_a_coarse_one_are_no_wrong_labels():
+    labels = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    outputs = [torch.randn(1, 2, 8, 8), torch.randn(1, 2, 4, 4)]
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), downsample="max")
+    expected = loss([x[..., x.shape[-1] // 2 :] for x in outputs], labels[..., 4:])
+    torch.testing.assert_close(loss(outputs, labels, mask), expected)
 
 
 def test_max_pooling_of_dense_targets_and_of_one_class():

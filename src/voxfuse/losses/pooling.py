@@ -75,7 +75,8 @@ def pool_labels(
     rank[:, classes] = classes + 1
     ranked = rank.gather(1, index).reshape(labels.shape)
     pooled = pool_max(ranked.to(torch.int16 if classes < 2**15 - 1 else torch.int64), size)
-    ignored = classes if ignore_index is None else ignore_index
+    # Without a label to ignore only the mask leaves voxels out, and theirs is any class.
+    ignored = 0 if ignore_index is None else ignore_index
     ends = torch.tensor([ignored, classes], device=index.device).expand(index.shape[0], 2)
     label = torch.cat([ends[:, :1], order, ends[:, 1:]], 1)
     result = label.gather(1, pooled.flatten(1).to(torch.int64)).reshape(pooled.shape)
