@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from voxfuse.cli import evaluate, info, nnunet_trainer_path
+from voxfuse.cli import evaluate, info, nnunet_trainer_path, predict, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="voxfuse", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (info, evaluate, nnunet_trainer_path):
+    for command in (info, evaluate, train, predict, nnunet_trainer_path):
         command.add(commands)
     options = parser.parse_args(arguments)
     try:

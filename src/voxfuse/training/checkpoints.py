@@ -1,0 +1,92 @@
+"""Files of a run that are whole whenever the process dies, and load without running code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+#: Of the files of checkpoints and models.
+FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that has its old content or all of its new one, never a part.
+
+    The content goes to a file beside it, onto the disk, and then takes its name.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too is on the disk
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_whole` of a text."""
+    write_whole(path, lambda file: void(file.write(text.encode())))
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values for :func:`restore`."""
+    write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+
+
+def restore(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what :func:`save` wrote; tensors and plain values only, never code.
+
+    Raises:
+        ValueError: the file cannot be read, or is of another format.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a pickle's errors are of many kinds
+        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no file of voxfuse's training of format {FORMAT}")
+    return content
+
+
+class Log:
+    """A CSV file that grows by rows; after a crash it is cut to what a checkpoint knows."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, list(columns)
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to ``step``; without a file, begin one."""
+        kept = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    whole = None not in row.values() and (row.get("step") or "").isdigit()
+                    if whole and int(row["step"]) <= step:
+                        kept.append([row[column] for column in self.columns])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *kept])
+        write_text(self.path, text.getvalue())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text.getvalue())

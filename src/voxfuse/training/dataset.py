@@ -1,0 +1,373 @@
+"""Which files are which subject's, which patient a subject is, and who is trained and tested on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxfuse.losses.declared import did_you_mean
+from voxfuse.metrics.files import ENDINGS
+from voxfuse.training.config import DataOptions
+
+
+class DataError(ValueError):
+    """Files are missing or do not fit; the message names subject and file."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One examination: its files, none of which has been looked at yet."""
+
+    name: str
+    images: tuple[Path, ...]  #: one a modality, or one that has all of them as channels
+    label: Path | None
+    mask: Path | None = None
+    group: str = ""  #: the patient
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The subjects of a folder, their modalities and labels."""
+
+    folder: Path
+    subjects: dict[str, Subject]
+    images: tuple[str, ...]
+    labels: dict[str, int]  #: name and value, the background first
+    given: dict[str, list[str]] = field(default_factory=dict)  #: a dataset.json's own split
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of subjects; no patient is in two of the lists."""
+
+    training: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def file_named(folder: Path, name: str) -> Path | None:
+    """The image file of this name without the ending, or None."""
+    for ending in ENDINGS:
+        if (folder / f"{name}{ending}").is_file():
+            return folder / f"{name}{ending}"
+    return None
+
+
+def name_of(path: Path) -> str:
+    """The file's name without an image's ending."""
+    for ending in ENDINGS:
+        if path.name.endswith(ending):
+            return path.name[: -len(ending)]
+    return path.stem
+
+
+def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
+    """The subjects of a folder: one a subfolder, or as a ``dataset.json`` says.
+
+    A ``dataset.json`` is nnU-Net's (``channel_names``, ``labels``, ``file_ending``; ``imagesTr``
+    and ``labelsTr``, or a ``dataset`` of cases), the Medical Segmentation Decathlon's or MONAI's
+    (``training``: a list of ``image`` and ``label``, optionally ``patient``; ``validation`` and
+    ``test`` too, where they have labels).
+
+    Args:
+        folder: where the data lie.
+        options: the section ``[data]``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or nothing in it.
+        DataError: a ``dataset.json`` that cannot be read, a table of patients that lacks a subject.
+        ValueError: ``images`` or ``labels`` are not said, or not in the ``dataset.json``.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data: {folder} is no folder")
+    if (folder / "dataset.json").is_file():
+        found = _from_json(folder, options)
+    else:
+        found = _from_folders(folder, options)
+    if not found.subjects:
+        raise FileNotFoundError(f"{folder}: there is no subject with images")
+    if options.groups:
+        groups = _groups(folder / options.groups, found.subjects)
+        found = replace(
+            found, subjects={k: replace(s, group=groups[k]) for k, s in found.subjects.items()}
+        )
+    return found
+
+
+def _from_folders(folder: Path, options: DataOptions) -> Dataset:
+    if not options.images or not options.label or not options.labels:
+        missing = next(x for x in ("images", "label", "labels") if not getattr(options, x))
+        raise ValueError(
+            f"data.{missing}: is empty, and there is no dataset.json in {folder}; "
+            f"voxfuse train --init {folder} writes a configuration for it"
+        )
+    subjects = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        subject = subject_of_folder(place, options.images, options)
+        if subject is not None:
+            subjects[subject.name] = subject
+    return Dataset(folder, subjects, tuple(options.images), options.labels)
+
+
+def subject_of_folder(place: Path, images: Sequence[str], options: DataOptions) -> Subject | None:
+    """The subject whose files lie in ``place``; None if no image does.
+
+    A missing image is the path where it was looked for, so that an error can name it.
+    """
+    found = [file_named(place, name) for name in images]
+    if not any(found):
+        return None
+    paths = [path or place / f"{name}.nii.gz" for path, name in zip(found, images, strict=True)]
+    mask = None
+    if options.mask not in ("positive", "all"):
+        mask = file_named(place, options.mask) or place / f"{options.mask}.nii.gz"
+    label = file_named(place, options.label) if options.label else None
+    return Subject(place.name, tuple(paths), label, mask, place.name)
+
+
+def _from_json(folder: Path, options: DataOptions) -> Dataset:
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    named = content.get("channel_names") or content.get("modality")
+    if not isinstance(named, dict):
+        raise DataError(f"{path}: has no channel_names (nnU-Net) or modality (Decathlon)")
+    channels = [str(named[key]) for key in sorted(named, key=int)]
+    chosen = options.images or channels
+    for name in chosen:
+        if name not in channels:
+            raise ValueError(
+                f"data.images: {path} has no channel {name!r}{did_you_mean(name, channels)} "
+                f"(it has {', '.join(channels)})"
+            )
+    if options.mask not in ("positive", "all"):
+        raise ValueError(
+            f"data.mask: got {options.mask!r}, expected positive or all with a dataset.json"
+        )
+    cases, given = _cases(folder, content, channels)
+    subjects = {}
+    for name, (images, label, group) in cases.items():
+        if len(images) == len(channels):
+            images = [images[channels.index(channel)] for channel in chosen]
+        elif len(images) != 1:
+            raise DataError(f"{name}: {path} has {len(images)} images for {len(channels)} channels")
+        elif chosen != channels:
+            raise ValueError(
+                f"data.images: got {chosen}, expected all channels, {channels}, of one file"
+            )
+        subjects[name] = Subject(name, tuple(images), label, None, group)
+    labels = options.labels or _labels(path, content)
+    return Dataset(folder, subjects, tuple(chosen), labels, given)
+
+
+_Case = tuple[list[Path], "Path | None", str]
+
+
+def _cases(
+    folder: Path, content: Mapping[str, Any], channels: Sequence[str]
+) -> tuple[dict[str, _Case], dict[str, list[str]]]:
+    """Images, label and patient of every case; and the lists that the file itself has."""
+    cases: dict[str, _Case] = {}
+    given: dict[str, list[str]] = {}
+    if "training" in content and isinstance(content["training"], list):
+        for part in ("training", "validation", "test"):
+            for item in content.get(part, []):
+                if not isinstance(item, dict) or "label" not in item:
+                    continue  # the Decathlon's test images have no labels
+                images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+                paths = [folder / image for image in images]
+                name = name_of(Path(item["label"]))
+                cases[name] = (paths, folder / item["label"], str(item.get("patient", name)))
+                given.setdefault(part, []).append(name)
+        return cases, given
+    if isinstance(content.get("dataset"), dict):
+        for name, item in content["dataset"].items():
+            cases[name] = ([folder / x for x in item["images"]], folder / item["label"], name)
+        return cases, given
+    ending = content.get("file_ending", ".nii.gz")
+    for label in sorted((folder / "labelsTr").glob(f"[!.]*{ending}")):
+        name = label.name[: -len(ending)]
+        paths = [folder / f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))]
+        cases[name] = (paths, label, name)
+    return cases, given
+
+
+def _labels(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
+    """Names and values: nnU-Net has name -> value, the Decathlon value -> name."""
+    labels = content.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        raise DataError(f"{path}: has no labels")
+    if all(str(key).lstrip("-").isdigit() for key in labels):
+        labels = {str(name): int(value) for value, name in labels.items()}
+    for name, value in labels.items():
+        if name == "ignore" or not isinstance(value, int):
+            raise DataError(
+                f"{path}: labels: got {name!r}: {value!r}, expected a name and one value; regions "
+                "and nnU-Net's ignored label are not read (data.labels can say others)"
+            )
+    ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
+    if next(iter(ordered.values())) != 0:
+        raise DataError(f"{path}: labels: got {labels}, expected a background of 0")
+    return ordered
+
+
+def _groups(path: Path, subjects: Iterable[str]) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise DataError(f"data.groups: {path} cannot be read: {error.strerror}") from None
+    if not rows or not {"subject", "patient"} <= set(rows[0]):
+        raise DataError(f"data.groups: {path} has no columns subject and patient")
+    found = {row["subject"]: row["patient"] for row in rows}
+    missing = [name for name in subjects if name not in found]
+    if missing:
+        raise DataError(f"{missing[0]}: data.groups: {path} has no row of it")
+    return found
+
+
+def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Split:
+    """Who is trained on, validated and tested.
+
+    Lists name subjects, or patients for all of theirs. Where nothing is said of training, it is
+    everyone else, but for scans of patients who are validated or tested.
+
+    Args:
+        dataset: see :func:`find_dataset`.
+        options: the section ``[data]``.
+        seed: of the patients that ``validation_share`` draws.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest one), a patient in two lists, or
+            nobody left to train on.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from voxfuse.training.config import DataOptions
+        >>> from voxfuse.training.dataset import Dataset, Subject, split_dataset
+        >>> scans = {"a1": "a", "a2": "a", "b1": "b", "c1": "c"}
+        >>> subjects = {name: Subject(name, (), None, group=of) for name, of in scans.items()}
+        >>> data = Dataset(Path(), subjects, ("t1",), {"background": 0, "lesion": 1})
+        >>> split = split_dataset(data, DataOptions(test=["a1"]))
+        >>> split.training, split.test, split.unused
+        (('b1', 'c1'), ('a1',), ('a2',))
+    """
+    subjects = dataset.subjects
+    groups: dict[str, list[str]] = {}
+    for name, subject in subjects.items():
+        groups.setdefault(subject.group or name, []).append(name)
+
+    def named(part: str) -> list[str]:
+        chosen: list[str] = []
+        for name in getattr(options, part) or dataset.given.get(part, []):
+            if name not in subjects and name not in groups:
+                known = [*subjects, *groups]
+                raise ValueError(
+                    f"data.{part}: there is no subject or patient {name!r} in {dataset.folder}"
+                    + did_you_mean(name, known)
+                )
+            chosen += [name] if name in subjects else groups[name]
+        return list(dict.fromkeys(chosen))
+
+    def patients(names: Iterable[str]) -> set[str]:
+        return {subjects[name].group or name for name in names}
+
+    training, validation, test = named("training"), named("validation"), named("test")
+    if not validation and options.validation_share:
+        held = patients(test)
+        free = sorted(patients(training or subjects) - held)
+        count = min(max(1, round(options.validation_share * len(free))), len(free) - 1)
+        drawn = np.random.default_rng([seed, 0x5917]).choice(
+            len(free), max(count, 0), replace=False
+        )
+        chosen = {free[k] for k in drawn}
+        validation = [name for name in subjects if patients([name]) <= chosen]
+        training = [name for name in training if not patients([name]) <= chosen]
+    if not training:
+        held = patients([*validation, *test])
+        training = [name for name in subjects if not patients([name]) & held]
+    lists = {"training": training, "validation": validation, "test": test}
+    seen: dict[str, tuple[str, str]] = {}
+    for part, names in lists.items():
+        for name in names:
+            (patient,) = patients([name])
+            other, where = seen.setdefault(patient, (name, part))
+            if where != part:
+                what = "is" if other == name else f"({other}) is"
+                raise ValueError(
+                    f"data.{part}: {name} is of patient {patient}, who {what} in data.{where} too"
+                )
+    if not training:
+        raise ValueError("data.training: nobody is left to train on")
+    used = {name for names in lists.values() for name in names}
+    unused = tuple(name for name in subjects if name not in used)
+    return Split(tuple(training), tuple(validation), tuple(test), unused)
+
+
+def find_inputs(
+    paths: Sequence[Path], images: Sequence[str], options: DataOptions
+) -> list[Subject]:
+    """The subjects that ``voxfuse predict --input`` names; labels are not looked for.
+
+    Args:
+        paths: a file a modality, in the network's order; or a folder: of one subject, of a folder a
+            subject, of files ``CASE_0000.nii.gz`` as nnU-Net names them, or, for one modality (or
+            all of them in one file), of a file a subject.
+        images: the modalities.
+        options: the section ``[data]``.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing there.
+        ValueError: not as many files as modalities.
+    """
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"--input: there is no {path}")
+    if len(paths) > 1 or paths[0].is_file():
+        if len(paths) not in (1, len(images)) or not all(path.is_file() for path in paths):
+            raise ValueError(
+                f"--input: got {len(paths)} paths, expected a folder, or {len(images)} files: "
+                f"{', '.join(images)}"
+            )
+        mask = None
+        if options.mask not in ("positive", "all"):
+            mask = file_named(paths[0].parent, options.mask)
+        return [Subject(name_of(paths[0]), tuple(paths), None, mask)]
+    folder = paths[0]
+    plain = DataOptions(mask=options.mask)
+    one = subject_of_folder(folder, images, plain)
+    if one is not None:
+        return [one]
+    places = sorted(path for path in folder.iterdir() if path.is_dir())
+    several = [s for s in (subject_of_folder(place, images, plain) for place in places) if s]
+    if several:
+        return several
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
+    cases: dict[str, list[Path]] = {}
+    for path in files:
+        name, underscore, number = name_of(path).rpartition("_")
+        if underscore and len(number) == 4 and number.isdigit():
+            cases.setdefault(name, []).append(path)
+    if cases:
+        for name, found in cases.items():
+            if len(found) != len(images):
+                raise ValueError(
+                    f"{name}: {folder} has {len(found)} files of it, expected {len(images)}: "
+                    f"{', '.join(images)}"
+                )
+        return [Subject(name, tuple(found), None) for name, found in cases.items()]
+    if not files:
+        raise FileNotFoundError(
+            f"--input: {folder} has no {', '.join(images)}, no folders with them and no images"
+        )
+    return [Subject(name_of(path), (path,), None) for path in files]

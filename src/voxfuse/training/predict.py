@@ -1,0 +1,192 @@
+"""A trained run as a function of a subject's scans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from voxfuse import sliding_window_inference
+from voxfuse.training.checkpoints import restore
+from voxfuse.training.config import Config, PredictionOptions, parse
+from voxfuse.training.dataset import Subject
+from voxfuse.training.networks import make_network
+from voxfuse.training.objective import Objective
+from voxfuse.training.volumes import Volume, load_volume, on_own_grid
+
+#: The file of a run's folder that predicts.
+MODEL = "model.pt"
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names; "auto" is a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def first_output(outputs: Any) -> Tensor:
+    """The finest of what a network returns."""
+    while not isinstance(outputs, Tensor):
+        outputs = outputs[0]
+    return outputs
+
+
+def foreground_probabilities(
+    network: nn.Module,
+    volume: Volume,
+    options: PredictionOptions,
+    patch: tuple[int, ...],
+    activation: str = "softmax",
+) -> NDArray[np.float32]:
+    """Fused probabilities of the classes above the background on the network's grid.
+
+    Patches without a voxel of the mask are not predicted, and voxels outside it have probability 0.
+
+    Args:
+        network: in its evaluation mode.
+        volume: see :func:`voxfuse.training.volumes.load_volume`.
+        options: the section ``[prediction]``.
+        patch: extent of a patch.
+        activation: "softmax" or "sigmoid".
+
+    Returns:
+        (C - 1, \\*spatial) float32.
+    """
+    device = next(network.parameters()).device
+    # The mask travels as one channel more, so that it is cut and padded as the image is.
+    inputs = np.concatenate([volume.image, volume.mask[None]], dtype=np.float32)
+
+    def predicted(patches: Tensor) -> Tensor:
+        images = patches[:, :-1].to(device, memory_format=torch.channels_last_3d)
+        return first_output(network(images)).float().to(patches.device)
+
+    fused: Tensor = sliding_window_inference(
+        torch.from_numpy(inputs)[None],
+        patch,
+        options.batch,
+        predicted,
+        overlap=options.overlap,
+        window=options.window,
+        grid=options.grid,
+        tta=None if options.orientations == "none" else options.orientations,
+        output="probabilities",
+        activation=activation,
+        skip=lambda patches: not bool(patches[:, -1].any()),
+    )
+    result: NDArray[np.float32] = fused[0, 1:].numpy()
+    result[:, ~volume.mask] = 0
+    return result
+
+
+def decided(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Classes of foreground probabilities (C - 1, \\*spatial): 0 is the background.
+
+    One foreground: 1 where ``p >= threshold``. More: the greatest of all, the background's being
+    what they leave of 1; ties go to the lower class.
+    """
+    if probabilities.shape[0] == 1:
+        one: NDArray[np.uint8] = (probabilities[0] >= threshold).astype(np.uint8)
+        return one
+    background = 1 - probabilities.sum(0, keepdims=True)
+    classes: NDArray[np.uint8] = np.concatenate([background, probabilities]).argmax(0)
+    return classes.astype(np.uint8)
+
+
+@dataclass
+class Model:
+    """What a run's folder predicts with."""
+
+    config: Config
+    images: tuple[str, ...]
+    labels: dict[str, int]  #: name and value, the background first
+    network: nn.Module
+    step: int
+
+    @property
+    def values(self) -> list[int]:
+        """The labels' values, class by class."""
+        return sorted(self.labels.values())
+
+    def probabilities(
+        self, subject: Subject, options: PredictionOptions | None = None
+    ) -> tuple[NDArray[np.float32], Volume]:
+        """Of the classes above the background (C - 1, x, y, z) on the scan's own grid.
+
+        Args:
+            subject: its files; a label is not looked at.
+            options: in place of the run's section ``[prediction]``.
+
+        Raises:
+            DataError: the scans do not fit; see :func:`voxfuse.training.volumes.load_volume`.
+        """
+        volume = load_volume(subject, self.config.data)
+        if volume.image.shape[0] != len(self.images):
+            raise ValueError(
+                f"{subject.name}: got {volume.image.shape[0]} modalities, expected "
+                f"{', '.join(self.images)}"
+            )
+        return self.of_volume(volume, options), volume
+
+    def of_volume(
+        self, volume: Volume, options: PredictionOptions | None = None
+    ) -> NDArray[np.float32]:
+        """:meth:`probabilities` of scans that are in memory."""
+        config = self.config
+        fused = foreground_probabilities(
+            self.network,
+            volume,
+            options or config.prediction,
+            tuple(config.sampling.patch),
+            Objective(config.loss).activation,
+        )
+        return on_own_grid(fused, volume.placement)
+
+    def segmentation(
+        self, subject: Subject, options: PredictionOptions | None = None
+    ) -> tuple[NDArray[np.generic], NDArray[np.float32], Volume]:
+        """Values of labels (x, y, z) on the scan's own grid; the probabilities, and the volume."""
+        probabilities, volume = self.probabilities(subject, options)
+        threshold = (options or self.config.prediction).threshold
+        values = np.asarray(self.values)
+        values = values.astype(np.min_scalar_type(int(values[-1])))
+        return values[decided(probabilities, threshold)], probabilities, volume
+
+
+def load_model(run: str | Path, device: str = "auto") -> Model:
+    """The model of a run's folder: the best by validation, or the last where there is none.
+
+    Args:
+        run: what ``voxfuse train --out`` wrote, or its ``model.pt``.
+        device: as PyTorch names it; "auto" is a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: no such run, or one that has no model yet.
+        ValueError: a file that is no model.
+    """
+    path = Path(run)
+    if path.is_dir():
+        path = path / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(f"--model: there is no {path}; voxfuse train writes it")
+    content = restore(path)
+    if content.get("kind") != "patches":
+        raise ValueError(f"{path}: got a model of kind {content.get('kind')!r}, expected 'patches'")
+    return model_of(content, device)
+
+
+def model_of(content: Mapping[str, Any], device: str = "auto") -> Model:
+    """The model of a file's content."""
+    config = parse(content["config"])
+    images, labels = tuple(content["images"]), dict(content["labels"])
+    options = config.network
+    network = make_network(options.name, len(images), len(labels), options.options)
+    network.load_state_dict(content["network"])
+    network.eval().to(device_of(device), memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return Model(config, images, labels, network, content["step"])

@@ -1,0 +1,304 @@
+"""A subject's arrays: read, checked, in one orientation and spacing, normalised; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from voxfuse import resample_argmax
+from voxfuse.metrics._arrays import optional
+from voxfuse.metrics.files import Scan, load_scan
+from voxfuse.training.config import DataOptions
+from voxfuse.training.dataset import DataError, Subject
+
+Array = NDArray[Any]
+
+#: Affines that differ by no more, in mm, are the same grid.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a scan's own grid was left, so that a prediction gets back to it."""
+
+    affine: NDArray[np.float64]  #: of the scan as it lies in its file
+    shape: tuple[int, ...]
+    turned: tuple[tuple[int, int], ...]  #: of every axis: where it goes, and whether it is flipped
+    turned_shape: tuple[int, ...]
+    path: Path  #: of the first image, whose header a prediction takes
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A subject as the network sees it."""
+
+    name: str
+    image: NDArray[np.float32]  #: (C, *spatial), normalised inside the mask, 0 outside
+    mask: NDArray[np.bool_]  #: (*spatial)
+    label: NDArray[np.uint8] | None  #: (*spatial), classes in the order of the labels' values
+    placement: Placement
+
+
+def load_volume(
+    subject: Subject, options: DataOptions, labels: dict[str, int] | None = None
+) -> Volume:
+    """Read a subject, check it, and bring it to the network's grid and intensities.
+
+    Args:
+        subject: its files.
+        options: the section ``[data]``.
+        labels: names and values; None leaves the label unread.
+
+    Raises:
+        DataError: a file is missing or cannot be read; shapes or affines differ within the subject;
+            NaN or infinity in an image; a label of unknown value; a mask without a voxel; a
+            modality that is constant inside the mask. An empty label is allowed.
+        ModuleNotFoundError: nibabel is not installed.
+    """
+    images, placement = _images(subject)
+    placement = oriented(placement, options.orientation)
+    mask = _mask(subject, images, options, placement)
+    label = None
+    if labels is not None:
+        if subject.label is None:
+            raise DataError(f"{subject.name}: has no label file beside {subject.images[0]}")
+        label = _classes(subject, _read(subject, subject.label, placement).array, labels)
+
+    def turned(array: Array) -> Array:
+        return turn(array, placement.turned)
+
+    image, mask = np.stack([turned(x) for x in images]), turned(mask)
+    label = None if label is None else turned(label)
+    shape = _resampled_shape(placement, options.spacing)
+    if shape != placement.turned_shape:
+        image = interpolate(image, shape)
+        mask = _nearest_class(mask.astype(np.uint8), 2, shape).astype(bool)
+        if label is not None and labels is not None:
+            label = _nearest_class(label, len(labels), shape)
+        if not mask.any():
+            raise DataError(f"{subject.name}: the mask has no voxel left at {options.spacing} mm")
+    for k, channel in enumerate(image):
+        path = subject.images[k if len(subject.images) > 1 else 0]
+        image[k] = _normalised(f"{subject.name}: {path}", channel, mask, options)
+    return Volume(subject.name, np.ascontiguousarray(image), mask, label, placement)
+
+
+def check_subjects(
+    subjects: Iterable[Subject], options: DataOptions, labels: dict[str, int], keep: Sequence[str]
+) -> dict[str, Volume]:
+    """Load every subject, and keep those named; of all errors make one.
+
+    Raises:
+        DataError: the first ten of what :func:`load_volume` raises, a line each.
+    """
+    volumes: dict[str, Volume] = {}
+    problems: list[str] = []
+    for subject in subjects:
+        try:
+            volume = load_volume(subject, options, labels)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if subject.name in keep:
+            volumes[subject.name] = volume
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if problems[10:] else ""
+        raise DataError("\n".join(problems[:10]) + more)
+    return volumes
+
+
+def _read(subject: Subject, path: Path, like: Placement | None = None) -> Scan:
+    if not path.is_file():
+        raise DataError(f"{subject.name}: {path} is missing")
+    try:
+        scan = load_scan(path)
+    except ValueError as error:
+        raise DataError(f"{subject.name}: {error}") from None
+    if like is not None:
+        if scan.shape != like.shape:
+            raise DataError(
+                f"{subject.name}: {path} has shape {scan.shape}, but {like.path} has {like.shape}; "
+                "the files of a subject have to lie on one grid"
+            )
+        gap = float(np.abs(scan.affine - like.affine).max())
+        if not gap <= TOLERANCE:
+            raise DataError(
+                f"{subject.name}: {path} lies elsewhere than {like.path}: their affines differ by "
+                f"up to {gap:g} mm, expected at most {TOLERANCE:g}"
+            )
+    return scan
+
+
+def _images(subject: Subject) -> tuple[list[Array], Placement]:
+    """The modalities as float32, and where they lie."""
+    arrays: list[Array] = []
+    placement: Placement | None = None
+    for path in subject.images:
+        scan = _read(subject, path, placement)
+        array = np.asarray(scan.array, np.float32)
+        if array.ndim == 4 and len(subject.images) > 1:
+            raise DataError(
+                f"{subject.name}: {path} has shape {array.shape}, expected one modality (x, y, z)"
+            )
+        if not np.isfinite(array).all():
+            where = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
+            raise DataError(
+                f"{subject.name}: {path} is {array[where]} at {where}, expected finite numbers"
+            )
+        arrays += [array] if array.ndim == 3 else list(np.moveaxis(array, 3, 0))
+        placement = placement or _placement(scan, path)
+    assert placement is not None
+    return arrays, placement
+
+
+def _placement(scan: Scan, path: Path) -> Placement:
+    still = tuple((axis, 1) for axis in range(3))
+    return Placement(scan.affine, scan.shape, still, scan.shape, path)
+
+
+def _mask(
+    subject: Subject, images: Sequence[Array], options: DataOptions, placement: Placement
+) -> NDArray[np.bool_]:
+    if options.mask == "all":
+        return np.ones(placement.shape, bool)
+    if options.mask == "positive":
+        mask: NDArray[np.bool_] = images[0] > 0
+        path = subject.images[0]
+    else:
+        if subject.mask is None:
+            raise DataError(f"{subject.name}: has no file {options.mask} (data.mask)")
+        path = subject.mask
+        mask = _read(subject, path, placement).array > 0
+        if mask.ndim != 3:
+            raise DataError(f"{subject.name}: {path} has {mask.ndim} axes, expected a mask of 3")
+    if not mask.any():
+        raise DataError(f"{subject.name}: {path} has no voxel above 0 for the mask (data.mask)")
+    return mask
+
+
+def _classes(subject: Subject, array: Array, labels: dict[str, int]) -> NDArray[np.uint8]:
+    """Values of labels to classes 0, 1, ..."""
+    values = sorted(labels.values())
+    if array.ndim != 3:
+        raise DataError(
+            f"{subject.name}: {subject.label} has shape {array.shape}, expected (x, y, z)"
+        )
+    found = np.unique(array)
+    unknown = found[~np.isclose(found[:, None], values, rtol=0, atol=1e-3).any(1)]
+    if unknown.size:
+        known = ", ".join(f"{name} = {value}" for name, value in labels.items())
+        shown = ", ".join(f"{value:g}" for value in unknown[:5].astype(float))
+        raise DataError(
+            f"{subject.name}: {subject.label} has the value {shown}, expected {known} (data.labels)"
+        )
+    places = np.searchsorted(np.asarray(values), np.rint(array))
+    result: NDArray[np.uint8] = places.astype(np.uint8)
+    return result
+
+
+def _normalised(
+    what: str, channel: Array, mask: NDArray[np.bool_], options: DataOptions
+) -> NDArray[np.float32]:
+    inside = channel[mask].astype(np.float64)
+    low, high = options.clip
+    if low > 0 or high < 100:
+        inside = np.clip(inside, *np.percentile(inside, [low, high]))
+    if options.normalisation != "none":
+        start, width = inside.min(), float(np.ptp(inside))
+        if width == 0:
+            raise DataError(f"{what} is {start:g} everywhere inside the mask")
+        if options.normalisation == "zscore":
+            start, width = inside.mean(), float(inside.std())
+        inside = (inside - start) / width
+    result = np.zeros(channel.shape, np.float32)
+    result[mask] = inside
+    return result
+
+
+# --- Grids ----------------------------------------------------------------------------------------
+
+
+def oriented(placement: Placement, orientation: str) -> Placement:
+    """The same with its axes turned to ``orientation`` (nibabel's names, such as RAS)."""
+    if not orientation:
+        return placement
+    orientations = optional("nibabel.orientations", "Orientation")
+    transform = orientations.ornt_transform(
+        orientations.io_orientation(placement.affine), orientations.axcodes2ornt(orientation)
+    )
+    turned = tuple((int(axis), int(flip)) for axis, flip in transform)
+    shape = [0, 0, 0]
+    for own, (axis, _) in enumerate(turned):
+        shape[axis] = placement.shape[own]
+    return Placement(placement.affine, placement.shape, turned, tuple(shape), placement.path)
+
+
+def turn(array: Array, turned: Sequence[tuple[int, int]]) -> Array:
+    """Axes of (x, y, z) moved and flipped, as nibabel's ``apply_orientation``."""
+    flipped = array[tuple(slice(None, None, flip) for _, flip in turned)]
+    order = [own for _, own in sorted((axis, own) for own, (axis, _) in enumerate(turned))]
+    return np.ascontiguousarray(flipped.transpose(order))
+
+
+def turn_back(array: Array, turned: Sequence[tuple[int, int]]) -> Array:
+    """What :func:`turn` undoes."""
+    back = array.transpose([axis for axis, _ in turned])
+    return np.ascontiguousarray(back[tuple(slice(None, None, flip) for _, flip in turned)])
+
+
+def _resampled_shape(placement: Placement, spacing: Sequence[float]) -> tuple[int, ...]:
+    """Extent after resampling to ``spacing``; sizes within a thousandth stay as they are."""
+    if not spacing:
+        return placement.turned_shape
+    own = np.sqrt((placement.affine[:3, :3] ** 2).sum(0))
+    sizes = [0.0] * 3
+    for k, (axis, _) in enumerate(placement.turned):
+        sizes[axis] = float(own[k])
+    return tuple(
+        n if abs(size / wanted - 1) < 1e-3 else max(1, round(n * size / wanted))
+        for n, size, wanted in zip(placement.turned_shape, sizes, spacing, strict=True)
+    )
+
+
+def interpolate(channels: Array, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Channels (C, x, y, z) linearly at another extent: voxel k at (n/m)(k + 1/2) - 1/2."""
+    tensor = torch.from_numpy(np.ascontiguousarray(channels, np.float32))[None]
+    resampled = torch.nn.functional.interpolate(tensor, tuple(shape), mode="trilinear")
+    result: NDArray[np.float32] = resampled[0].numpy()
+    return result
+
+
+def _nearest_class(label: NDArray[np.uint8], classes: int, shape: Sequence[int]) -> Array:
+    """The greatest of the linearly interpolated classes, at another extent."""
+    indicators = torch.from_numpy(np.stack([label == c for c in range(classes)])).float()
+    result: Array = resample_argmax(indicators, tuple(shape)).numpy()
+    return result.astype(np.uint8)
+
+
+def on_own_grid(probabilities: Array, placement: Placement) -> NDArray[np.float32]:
+    """Channels (C, \\*spatial) on the network's grid, put back on the scan's own."""
+    if probabilities.shape[1:] != placement.turned_shape:
+        probabilities = interpolate(probabilities, placement.turned_shape)
+    return np.stack([turn_back(x, placement.turned) for x in probabilities]).astype(
+        np.float32, copy=False
+    )
+
+
+def save_like(array: Array, placement: Placement, path: Path) -> None:
+    """Write (x, y, z) or (x, y, z, C) as NIfTI where the scan lies, with its affine and codes."""
+    nibabel = optional("nibabel", f"Writing {path}")
+    source = nibabel.load(placement.path)
+    image = nibabel.Nifti1Image(array, placement.affine)
+    if isinstance(source, nibabel.Nifti1Pair):
+        for form in ("sform", "qform"):
+            affine, code = getattr(source, f"get_{form}")(coded=True)
+            getattr(image, f"set_{form}")(affine, int(code))
+        image.header.set_xyzt_units(*source.header.get_xyzt_units())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, path)

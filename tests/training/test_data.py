@@ -1,0 +1,289 @@
+"""Data: what is found, what is refused and how it is said, grids that are undone, who is where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from tests.training.phantom import SECTIONS, write_heads
+from voxfuse.training.config import DataOptions
+from voxfuse.training.dataset import (
+    DataError,
+    Dataset,
+    Subject,
+    find_dataset,
+    find_inputs,
+    split_dataset,
+)
+from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
+
+LABELS = {"background": 0, "lesion": 1}
+
+
+def options(**given):
+    return DataOptions(**{**SECTIONS["data"], "test": [], **given})
+
+
+def volume(folder, name="a", **given):
+    data = options(**given)
+    dataset = find_dataset(folder, data)
+    return load_volume(dataset.subjects[name], data, dataset.labels)
+
+
+def rewrite(path, change, affine=None):
+    image = nibabel.load(path)
+    array = change(np.asarray(image.dataobj).copy())
+    nibabel.save(nibabel.Nifti1Image(array, image.affine if affine is None else affine), path)
+
+
+# --- Intensities and grids ------------------------------------------------------------------------
+
+
+def test_intensities_are_normalised_inside_the_mask(heads):
+    flair = nibabel.load(heads / "a/flair.nii.gz").get_fdata()
+    for kind, low, high in (("zscore", None, None), ("range", 0, 1), ("none", None, None)):
+        found = volume(heads, normalisation=kind)
+        inside = found.image[0][found.mask]
+        assert not found.image[:, ~found.mask].any()
+        np.testing.assert_array_equal(found.mask, flair > 0)
+        if kind == "zscore":
+            assert abs(inside.mean()) < 1e-5
+            assert abs(inside.std() - 1) < 1e-5
+        elif kind == "range":
+            assert (inside.min(), inside.max()) == (low, high)
+        else:
+            np.testing.assert_allclose(inside, flair[flair > 0], rtol=1e-6)
+    clipped = volume(heads, normalisation="none", clip=[1, 99])
+    edges = np.percentile(flair[flair > 0], [1, 99])
+    np.testing.assert_allclose(
+        clipped.image[0][clipped.mask], np.clip(flair[flair > 0], *edges), rtol=1e-6
+    )
+
+
+ROTATED = np.array([[0, 0, 1.5, 3], [-1, 0, 0, 5], [0, -1.25, 0, 7], [0, 0, 0, 1.0]])
+
+
+def test_orientation_and_resampling_are_undone(tmp_path):
+    """A smooth field of the scan, seen by the network at another orientation and spacing."""
+    write_heads(tmp_path, ["a"], shape=(24, 20, 28), affine=ROTATED)
+    for file in ("flair", "t1"):
+        smooth = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((24, 20, 28)), 3)
+        field = (100 + 100 * smooth / np.abs(smooth).max()).astype(np.float32)
+        rewrite(tmp_path / f"a/{file}.nii.gz", lambda _, field=field: field)
+    turned = volume(tmp_path, mask="all", normalisation="none")
+    codes = nibabel.aff2axcodes(ROTATED)
+    assert codes == ("P", "I", "R")
+    own = nibabel.load(tmp_path / "a/flair.nii.gz").get_fdata(dtype=np.float32)
+    expected = nibabel.as_closest_canonical(nibabel.load(tmp_path / "a/flair.nii.gz")).get_fdata()
+    np.testing.assert_allclose(turned.image[0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(on_own_grid(turned.image[:1], turned.placement)[0], own)
+    found = volume(tmp_path, mask="all", normalisation="none", spacing=[0.75, 1.0, 0.625])
+    assert found.image.shape[1:] == (56, 24, 40)  # axes R, A, S of 1.5, 1 and 1.25 mm
+    assert found.label.shape == found.mask.shape == (56, 24, 40)
+    back = on_own_grid(found.image[:1], found.placement)[0]
+    assert back.shape == own.shape
+    assert np.abs(back - own)[2:-2, 2:-2, 2:-2].max() < 3  # of 200: linear interpolation twice
+    assert volume(tmp_path, mask="all", orientation="").image.shape[1:] == (24, 20, 28)
+
+
+def test_resampled_labels_are_the_greatest_interpolated_class(tmp_path):
+    write_heads(tmp_path, ["a"], shape=(24, 20, 28))
+    box = np.zeros((24, 20, 28), np.uint8)
+    box[4:12, 4:12, 4:12], box[12:16, 4:12, 4:12] = 1, 3
+    rewrite(tmp_path / "a/lesions.nii.gz", lambda _: box)
+    found = volume(tmp_path, spacing=[0.5, 0.5, 0.5], labels={"background": 0, "x": 1, "y": 3})
+    assert set(np.unique(found.label)) == {0, 1, 2}  # classes, not values
+    for c, value in ((1, 1), (2, 3)):
+        assert abs((found.label == c).sum() / 8 / (box == value).sum() - 1) < 0.05
+
+
+def test_a_prediction_lies_where_the_scan_does(tmp_path):
+    write_heads(tmp_path, ["a"], shape=(24, 20, 28), affine=ROTATED)
+    source = nibabel.load(tmp_path / "a/flair.nii.gz")
+    source.set_qform(ROTATED, 1)
+    source.set_sform(ROTATED, 4)
+    nibabel.save(source, tmp_path / "a/flair.nii.gz")
+    placement = volume(tmp_path).placement
+    save_like(np.ones((24, 20, 28), np.uint8), placement, tmp_path / "out/a.nii.gz")
+    written = nibabel.load(tmp_path / "out/a.nii.gz")
+    np.testing.assert_array_equal(written.affine, source.affine)
+    assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == (1, 4)
+    assert written.get_data_dtype() == np.uint8
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def spoil(folder, what):
+    """Spoil subject a; the error's pattern."""
+    flair, t1, lesions = (folder / f"a/{x}.nii.gz" for x in ("flair", "t1", "lesions"))
+    if what == "missing":
+        t1.unlink()
+        return r"^a: .*a/t1.nii.gz is missing"
+    if what == "no label":
+        lesions.unlink()
+        return r"^a: has no label file beside .*flair.nii.gz"
+    if what == "broken":
+        t1.write_bytes(t1.read_bytes()[:500])
+        return r"^a: .*t1.nii.gz: cannot be read"
+    if what == "shape":
+        rewrite(t1, lambda x: x[1:])
+        return r"^a: .*t1.nii.gz has shape \(23, 20, 28\), but .*flair.nii.gz has \(24, 20, 28\)"
+    if what == "affine":
+        rewrite(lesions, lambda x: x, np.diag([1, 1, 1.1, 1]))
+        return r"^a: .*lesions.nii.gz lies elsewhere than .*flair.nii.gz: .* differ by up to 0.1 mm"
+    if what == "nan":
+
+        def poke(x):
+            x[12, 10, 14] = np.nan
+            return x
+
+        rewrite(t1, poke)
+        return r"^a: .*t1.nii.gz is nan at \(12, 10, 14\), expected finite numbers"
+    if what == "label":
+        rewrite(lesions, lambda x: x * 2)
+        return r"^a: .*lesions.nii.gz has the value 2, expected background = 0, lesion = 1"
+    if what == "mask":
+        rewrite(flair, lambda x: -x)
+        return r"^a: .*flair.nii.gz has no voxel above 0 for the mask"
+    assert what == "constant"
+    rewrite(t1, lambda x: np.full_like(x, 7))
+    return r"^a: .*t1.nii.gz is 7 everywhere inside the mask"
+
+
+WRONG = ["missing", "no label", "broken", "shape", "affine", "nan", "label", "mask", "constant"]
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_files_that_do_not_fit_are_named_with_what_was_found(tmp_path, what):
+    write_heads(tmp_path, ["a"], shape=(24, 20, 28))
+    pattern = spoil(tmp_path, what)
+    with pytest.raises(DataError, match=pattern):
+        volume(tmp_path)
+
+
+def test_every_subject_is_named_at_once_and_an_empty_label_is_allowed(tmp_path):
+    write_heads(tmp_path, ["a", "b", "c", "d"], shape=(24, 20, 28))
+    spoil(tmp_path, "missing")
+    rewrite(tmp_path / "b/lesions.nii.gz", lambda x: x * 0)
+    rewrite(tmp_path / "c/lesions.nii.gz", lambda x: x * 5)
+    data = options()
+    dataset = find_dataset(tmp_path, data)
+    with pytest.raises(DataError) as caught:
+        check_subjects(dataset.subjects.values(), data, dataset.labels, [])
+    assert [line[:2] for line in str(caught.value).splitlines()] == ["a:", "c:"]
+    kept = check_subjects([dataset.subjects["b"]], data, dataset.labels, ["b"])
+    assert not kept["b"].label.any()
+
+
+# --- Layouts --------------------------------------------------------------------------------------
+
+
+def as_layout(heads, folder, kind):
+    """The phantoms as nnU-Net or the Decathlon would have them."""
+    names = ["a", "b", "c"]
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    for name in names:
+        images = [nibabel.load(heads / f"{name}/{x}.nii.gz") for x in ("flair", "t1")]
+        if kind == "decathlon":
+            both = np.stack([np.asarray(x.dataobj) for x in images], -1)
+            nibabel.save(
+                nibabel.Nifti1Image(both, images[0].affine), folder / f"imagesTr/{name}.nii.gz"
+            )
+        else:
+            for k, image in enumerate(images):
+                nibabel.save(image, folder / f"imagesTr/{name}_{k:04d}.nii.gz")
+        nibabel.save(
+            nibabel.load(heads / f"{name}/lesions.nii.gz"), folder / f"labelsTr/{name}.nii.gz"
+        )
+    channels = {"0": "FLAIR", "1": "T1"}
+    if kind == "nnunet":
+        content = {"channel_names": channels, "labels": LABELS, "file_ending": ".nii.gz"}
+    else:
+        items = [
+            {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names
+        ]
+        items[1]["patient"] = items[2]["patient"] = "p"
+        content = {
+            "modality": channels, "labels": {"0": "background", "1": "lesion"},
+            "training": items, "test": ["./imagesTs/z.nii.gz"],
+        }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["nnunet", "decathlon"])
+def test_a_dataset_json_says_the_same_as_folders(heads, tmp_path, kind):
+    as_layout(heads, tmp_path / "set", kind)
+    dataset = find_dataset(tmp_path / "set", DataOptions())
+    assert (dataset.images, dataset.labels) == (("FLAIR", "T1"), LABELS)
+    assert list(dataset.subjects) == ["a", "b", "c"]
+    if kind == "decathlon":
+        assert dataset.subjects["b"].group == dataset.subjects["c"].group == "p"
+    found = load_volume(dataset.subjects["b"], DataOptions(), dataset.labels)
+    expected = volume(heads, "b")
+    np.testing.assert_array_equal(found.image, expected.image)
+    np.testing.assert_array_equal(found.label, expected.label)
+    if kind == "nnunet":
+        chosen = find_dataset(tmp_path / "set", DataOptions(images=["T1"])).subjects["a"]
+        assert [path.name for path in chosen.images] == ["a_0001.nii.gz"]
+        with pytest.raises(ValueError, match="has no channel 'FLIAR'; did you mean FLAIR"):
+            find_dataset(tmp_path / "set", DataOptions(images=["FLIAR"]))
+
+
+def test_what_a_prediction_may_be_given(heads, tmp_path):
+    plain, names = DataOptions(), ["flair", "t1"]
+    files = [heads / "a/flair.nii.gz", heads / "a/t1.nii.gz"]
+    assert find_inputs([heads / "a"], names, plain)[0].images == tuple(files)
+    assert find_inputs(files, names, plain)[0].images == tuple(files)
+    assert [subject.name for subject in find_inputs([heads], names, plain)] == ["a", "b", "c"]
+    as_layout(heads, tmp_path / "set", "nnunet")
+    cases = find_inputs([tmp_path / "set/imagesTr"], names, plain)
+    assert [(s.name, len(s.images)) for s in cases] == [("a", 2), ("b", 2), ("c", 2)]
+    with pytest.raises(ValueError, match="got 3 paths, expected a folder, or 2 files: flair, t1"):
+        find_inputs(files[:1] * 3, names, plain)
+    with pytest.raises(FileNotFoundError, match="--input: there is no .*nothing"):
+        find_inputs([tmp_path / "nothing"], names, plain)
+
+
+# --- Who is trained on ----------------------------------------------------------------------------
+
+SCANS = {"a1": "a", "a2": "a", "b1": "b", "c1": "c", "d1": "d", "e1": "e"}
+
+
+def scans():
+    subjects = {name: Subject(name, (), None, group=group) for name, group in SCANS.items()}
+    return Dataset(Path("x"), subjects, ("t1",), LABELS)
+
+
+def test_no_patient_is_in_two_lists():
+    split = split_dataset(scans(), DataOptions(validation=["b"], test=["a"]))
+    assert split.test == ("a1", "a2")
+    assert split.validation == ("b1",)
+    assert split.training == ("c1", "d1", "e1")
+    with pytest.raises(ValueError, match=r"data.test: a2 is of patient a, who \(a1\) is in data.t"):
+        split_dataset(scans(), DataOptions(training=["a1"], test=["a2"]))
+    with pytest.raises(ValueError, match="data.test: there is no subject or patient 'c2'"):
+        split_dataset(scans(), DataOptions(test=["c2"]))
+    with pytest.raises(ValueError, match="nobody is left to train on"):
+        split_dataset(scans(), DataOptions(test=list("abcde")))
+    for seed in range(20):
+        drawn = split_dataset(scans(), DataOptions(validation_share=0.4, test=["e"]), seed)
+        assert len({SCANS[name] for name in drawn.validation}) == 2
+        assert {SCANS[x] for x in drawn.validation} & {SCANS[x] for x in drawn.training} == set()
+        assert drawn == split_dataset(scans(), DataOptions(validation_share=0.4, test=["e"]), seed)
+
+
+def test_patients_of_a_table(tmp_path):
+    write_heads(tmp_path, ["a", "b"], shape=(24, 20, 28))
+    (tmp_path / "who.csv").write_text("subject,patient\na,x\nb,x\n")
+    dataset = find_dataset(tmp_path, options(groups="who.csv"))
+    assert {subject.group for subject in dataset.subjects.values()} == {"x"}
+    (tmp_path / "who.csv").write_text("subject,patient\na,x\n")
+    with pytest.raises(DataError, match="^b: data.groups: .*who.csv has no row of it"):
+        find_dataset(tmp_path, options(groups="who.csv"))
