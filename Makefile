@@ -28,7 +28,7 @@ COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format types bench check-peers check-torch-matrix clean distclean
+.PHONY: help setup build demo test lint format types docs bench check-peers check-torch-matrix clean distclean
 
 help:
 	@echo "make setup               create $(VENV), install voxfuse (editable) and the development tools"
@@ -38,6 +38,7 @@ help:
 	@echo "make lint                ruff and clang-format, changing nothing"
 	@echo "make format              ruff and clang-format, in place"
 	@echo "make types               mypy"
+	@echo "make docs                the documentation site, in build/site"
 	@echo "make bench               loss benchmark, quick form, and its picture in build/bench (ARGS replaces its options)"
 	@echo "make check-peers         the adapters under the newest MONAI, nnU-Net, smp and TorchIO (ARGS names others)"
 	@echo "make check-torch-matrix  one wheel under the oldest, a fixed and the newest torch (slow)"
@@ -122,6 +123,10 @@ format: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/site
+	@echo "-- build/site/index.html"
 
 # One wheel, built once, must work under every supported PyTorch. This downloads several of them,
 # some with gigabytes of CUDA libraries, so it is not part of continuous integration.

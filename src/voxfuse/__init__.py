@@ -4,7 +4,7 @@ from voxfuse import _library
 
 _library.load()
 
-from voxfuse import functional, metrics  # noqa: E402
+from voxfuse import functional  # noqa: E402
 from voxfuse._backends import Backend, backends  # noqa: E402
 from voxfuse.fusion.fuser import PatchFuser  # noqa: E402
 from voxfuse.fusion.overlap import overlap_add  # noqa: E402
@@ -79,7 +79,6 @@ __all__ = [
     "hard_confusion",
     "head_confusion",
     "head_loss",
-    "metrics",
     "overlap_add",
     "resample_argmax",
     "sliding_window_inference",

@@ -102,9 +102,26 @@ def test_files_named_in_code_spans_exist(page):
 
 def test_readme_links_every_example_and_page():
     text = (ROOT / "README.md").read_text()
-    files = [*(ROOT / "examples").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    pages = [p for p in (ROOT / "docs").glob("*.md") if "include}" not in p.read_text()]
+    files = [*(ROOT / "examples").glob("*.py"), *pages]
     missing = [x for x in (f.relative_to(ROOT).as_posix() for f in files) if f"]({x})" not in text]
     assert not missing
+
+
+def test_the_site_has_every_example_and_every_public_name():
+    examples = (ROOT / "docs/examples.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"{{literalinclude}} ../examples/{path.name}" in examples, path.name
+    reference = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
+    listed = set(re.findall(r"^\.\. auto\w+:: (voxfuse\.\S+)$", reference, re.MULTILINE))
+    for name in ("", ".functional", ".metrics", ".integrations.monai", ".integrations.nnunet"):
+        module = importlib.import_module(f"voxfuse{name}")
+        for public in module.__all__:
+            found = getattr(module, public)
+            defined = f"{getattr(found, '__module__', '')}.{public}"
+            constants = {f"voxfuse.metrics.{x}.{public}" for x in ("definitions", "lesions")}
+            if not isinstance(found, type(importlib)):
+                assert {f"voxfuse{name}.{public}", defined} & listed or constants & listed, public
 
 
 def test_the_page_of_losses_has_every_loss_and_every_argument_of_monais_with_another_name():

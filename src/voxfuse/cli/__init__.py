@@ -9,14 +9,22 @@ from collections.abc import Sequence
 
 from voxfuse.cli import evaluate, info, nnunet_trainer_path, predict, train
 
+#: One module of this package a command, in the order in which they are listed.
+COMMANDS = (info, evaluate, train, predict, nnunet_trainer_path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    made = argparse.ArgumentParser(prog="voxfuse", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return made
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="voxfuse", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (info, evaluate, train, predict, nnunet_trainer_path):
-        command.add(commands)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()

@@ -127,8 +127,8 @@ class DiceCELoss(BinaryCompoundLoss):
     Args:
         lambda_dice, lambda_ce: factors of the two terms, >= 0.
         squared: as in :class:`DiceLoss`.
-        label_smoothing, ce_activation, class_weight, likelihood_weight, pos_weight,
-            likelihood_include_background: as in :class:`TverskyCELoss`.
+        label_smoothing, ce_activation, class_weight: as in :class:`TverskyCELoss`.
+        likelihood_weight, pos_weight, likelihood_include_background: as there.
         options: as in :class:`TverskyLoss`; ``reduction="none"`` gives (B,), each sample's loss as
             if it were alone, not with ``batch``.
 

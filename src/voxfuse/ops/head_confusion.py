@@ -60,8 +60,9 @@ def head_confusion(
         bias: (C,) or None.
         target: labels or dense target for C classes, see :func:`voxfuse.soft_confusion`.
         mask: mask or voxel weights (B, \*spatial) or (B, 1, \*spatial).
-        activation, likelihood, overlap, ignore_index, gamma, focal_classes, full, annotated,
-            unlabelled: see :func:`voxfuse.soft_confusion`.
+        activation, likelihood, overlap, ignore_index, gamma, focal_classes, full: see
+            :func:`voxfuse.soft_confusion`.
+        annotated, unlabelled: see :func:`voxfuse.soft_confusion`.
         chunk_bytes: most bytes of logits that exist at one time.
         backend: "auto", "cpp", "triton" or "reference"; see :func:`voxfuse.backends`.
 

@@ -1,0 +1,111 @@
+"""The site: `make docs` builds it into build/site, and a warning is an error.
+
+Sphinx, because the docstrings are its language (roles, mathematics) and it checks every reference
+between pages; MyST, because the pages are Markdown that is read in the repository as well.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+import voxfuse
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "voxfuse"
+author = "voxfuse developers"
+copyright = author
+version = release = voxfuse.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxarg.ext",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["images"]
+
+# Pages.
+myst_heading_anchors = 3  # as in the repository's own rendering: page.md#heading
+myst_enable_extensions = ["dollarmath"]
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Docstrings.
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shapes"]
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = f"voxfuse {release}"
+html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+# The source of a page is the repository.
+html_copy_source = html_show_sourcelink = False
+html_math_renderer = "mathml"
+
+
+def mathml(self: Any, node: nodes.math | nodes.math_block, block: bool) -> None:
+    """Mathematics as MathML, which browsers draw without a script from elsewhere."""
+    display = "block" if block else "inline"
+    text = convert(node.astext(), display=display)
+    self.body.append(f'<div class="math">{text}</div>' if block else text)
+    raise nodes.SkipNode
+
+
+#: Pages of the site that are files elsewhere in the repository.
+ELSEWHERE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+    "data/README.md": "data.md",
+}
+
+
+def on_the_site(text: str, folder: Path) -> str:
+    """Links of a page in ``folder`` lead to pages of the site; one to a source is its text alone."""
+
+    def moved(link: re.Match[str]) -> str:
+        label, path, anchor = link.groups(default="")
+        if not path or ":" in path:
+            return link[0]
+        path = posixpath.normpath((folder / path).relative_to(ROOT).as_posix())
+        if path.startswith("examples/") and path.endswith(".py"):
+            return f"[{label}](examples.md#{path.replace('/', '').replace('.', '')})"
+        if label.endswith(".md"):
+            label = ""  # becomes the page's title
+        page = ELSEWHERE.get(path, path.removeprefix("docs/"))
+        return f"[{label}]({page}{anchor})" if (ROOT / "docs" / page).is_file() else link[1]
+
+    return re.sub(r"\[([^\[\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)", moved, text)
+
+
+def read_page(app: Sphinx, page: str, content: list[str]) -> None:
+    if Path(app.env.doc2path(page)).suffix == ".md":
+        content[0] = on_the_site(content[0], ROOT / "docs")
+
+
+def read_included(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+    content[0] = on_the_site(content[0], (ROOT / "docs" / path).resolve().parent)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", read_page)
+    app.connect("include-read", read_included)
+    app.add_html_math_renderer(
+        "mathml",
+        inline_renderers=(lambda self, node: mathml(self, node, False), None),
+        block_renderers=(lambda self, node: mathml(self, node, True), None),
+    )
