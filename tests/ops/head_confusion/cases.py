@@ -15,6 +15,7 @@ from tests.ops.soft_confusion.cases import (
     schema_arguments,
     tensors,
 )
+from voxfuse.ops._checks import NUMBER_DTYPES
 from voxfuse.reference import soft_confusion as reference
 
 CHUNK_BYTES = 64 << 20
@@ -142,3 +143,32 @@ def check(
             allowance=1 if half else allowance,
             what=f"gradient of {name} of {case}, {channels} features",
         )
+
+
+def check_types(operators: Any, device: str = "cpu", step: int = 1) -> None:
+    """Targets and voxel weights of every type, whatever the layout, give the bits of int64 and
+    float64. Of the pairs of a type and a kind of target, every ``step``-th is looked at."""
+    options, last = (2, 2, 0, None, 0.0), (False, CHUNK_BYTES)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 5, 3, 7, generator=generator).to(device)
+    weight = torch.randn(3, 5, generator=generator).to(device)
+    labels = torch.randint(0, 2, (1, 3, 7), generator=generator).to(device)
+    dense = torch.randint(0, 2, (1, 3, 3, 7), generator=generator).to(device)
+    kept = torch.randint(0, 2, (1, 3, 7), generator=generator).to(device)
+    grad = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64).to(device)
+
+    def results(target: Tensor, voxel_weight: Tensor) -> tuple[Tensor, ...]:
+        given = (features, weight, None, target, voxel_weight, *options)
+        sums = operators.head_confusion(*given, *last)
+        return sums, *operators.head_confusion_backward(grad, *given, CHUNK_BYTES, True, True)
+
+    for k, (target, layout) in enumerate(
+        [(labels, ""), (dense, "channels_last"), (dense, "sliced")]
+    ):
+        expected = results(target, kept.double())
+        for i, dtype in enumerate(NUMBER_DTYPES):
+            if (i + k) % step:
+                continue
+            mask = kept.to(NUMBER_DTYPES[i - 5])
+            actual = results(lay_out(target.to(dtype), layout), mask)
+            assert all(map(torch.equal, actual, expected)), (dtype, mask.dtype, layout)

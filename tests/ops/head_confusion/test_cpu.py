@@ -14,7 +14,13 @@ import torch
 from hypothesis import strategies as st
 
 import voxfuse
-from tests.ops.head_confusion.cases import CHUNK_BYTES, check, head_tensors, unfused
+from tests.ops.head_confusion.cases import (
+    CHUNK_BYTES,
+    check,
+    check_types,
+    head_tensors,
+    unfused,
+)
 from tests.ops.soft_confusion.cases import (
     ACTIVATIONS,
     ConfusionCase,
@@ -40,6 +46,11 @@ def operators(namespace: str):
 
 
 # --- Against the unfused pipeline -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("namespace", BOTH)
+def test_every_type_of_targets_and_masks_gives_the_same_bits(namespace):
+    check_types(operators(namespace))
 
 
 @pytest.mark.parametrize("namespace", BOTH)

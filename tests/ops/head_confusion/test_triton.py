@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.ops.head_confusion.cases import CHUNK_BYTES, check, head_tensors
+from tests.ops.head_confusion.cases import CHUNK_BYTES, check, check_types, head_tensors
 from tests.ops.soft_confusion.cases import (
     ACTIVATIONS,
     SURE_AND_WRONG,
@@ -26,6 +26,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.voxfuse_triton
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OPTIONS = (2, 2, 0, None, 0.0)
+
+
+def test_every_type_of_targets_and_masks_gives_the_same_bits():
+    check_types(OPERATORS, DEVICE, step=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
