@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import voxfuse
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+
+import voxfuse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +76,7 @@ ELSEWHERE = {
 
 
 def on_the_site(text: str, folder: Path) -> str:
-    """Links of a page in ``folder`` lead to pages of the site; one to a source is its text alone."""
+    """Links of a page in ``folder`` as the site has them; one to a source is its text alone."""
 
     def moved(link: re.Match[str]) -> str:
         label, path, anchor = link.groups(default="")
