@@ -133,7 +133,8 @@ def test_outputs_are_those_of_the_fused_volume(activation, voting):
     volume, patch = (21, 18, 17), (10, 8, 8)
 
     def fused(output):
-        fuser = voxfuse.PatchFuser(volume, patch, 4, output=output, threshold=0.4, **options)
+        threshold = 0.4 if output == "mask" else None
+        fuser = voxfuse.PatchFuser(volume, patch, 4, output=output, threshold=threshold, **options)
         return run(fuser, predictions(fuser))
 
     fuser = voxfuse.PatchFuser(volume, patch, 4, stream_axis=fused_axis(volume, patch))
@@ -396,7 +397,8 @@ def test_skipped_patches_leave_the_fill_value():
         ({"stream_axis": 3}, "stream_axis: got 3"),
         ({"output": "labels", "channels": 1}, "output: 'labels' of one channel"),
         ({"activation": "softmax"}, "use 'probabilities'"),
-        ({"threshold": math.nan}, "threshold: got nan"),
+        ({"threshold": math.nan, "output": "mask", "activation": "sigmoid"}, "threshold: got nan"),
+        ({"threshold": 0.5}, "threshold: got 0.5 with output 'logits', expected None; it is of"),
         ({"output": "labels", "fill": -1}, "fill: got -1, expected an integer from 0 to 255"),
         ({"output": "labels", "fill": 1.5}, "fill: got 1.5, expected an integer from 0 to 255"),
         ({"output": "labels", "fill": math.nan}, "fill: got nan, expected an integer"),

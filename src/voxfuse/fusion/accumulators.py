@@ -208,7 +208,7 @@ class Composed(_Accumulator):
                 weight=None if weight is None else weight.to(sums),
                 bias=None if bias is None else bias.to(sums),
                 total=(~uncovered).flatten().double(),
-                threshold=options.threshold,
+                threshold=options.bound,
                 fill=options.fill,
                 backend=options.backend,
             )

@@ -81,7 +81,7 @@ class PatchFuser:
             activate; the default, and the only way, with ``head``). Soft voting activates patches
             as they are added, without a copy of them. With ``activation="none"`` both average
             predictions as they are.
-        threshold: for "mask".
+        threshold: for "mask" and "regions"; None means 0.5.
         head: (weight (C, channels), bias (C,)) of the network's last, linear layer: features are
             fused, and the layer applied to finished slices only. Exact up to rounding, because the
             layer is linear and the weights sum to 1.
@@ -153,7 +153,7 @@ class PatchFuser:
         output: str = "logits",
         activation: str = "none",
         voting: str | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         head: tuple[Tensor, Tensor] | None = None,
         members: int = 1,
         skip_origin: Callable[[tuple[int, ...]], bool] | None = None,

@@ -46,7 +46,7 @@ class FusionOptions:
     output: str = "logits"
     activation: str = "none"
     voting: str | None = None
-    threshold: float = 0.5
+    threshold: float | None = None
     head: tuple[Tensor, Tensor] | None = None
     members: int = 1
     fill: float = 0.0
@@ -76,7 +76,12 @@ class FusionOptions:
         object.__setattr__(self, "voting", voting)
         _checks.choice("output", self.output, dict.fromkeys(OUTPUTS, 0))
         _checks.choice("activation", self.activation, ACTIVATIONS)
-        check_threshold(self.threshold)
+        if self.threshold is not None and self.output not in ("mask", "regions"):
+            raise ValueError(
+                f"threshold: got {_checks.given(self.threshold)} with output {self.output!r}, "
+                "expected None; it is of 'mask' and 'regions'"
+            )
+        check_threshold(self.bound)
         if self.output not in ("logits", "labels") and self.activation == "none":
             raise ValueError(
                 f"activation: got 'none' with output {self.output!r}, which needs probabilities; "
@@ -136,6 +141,11 @@ class FusionOptions:
         return self.channels if self.head is None else self.head[0].shape[0]
 
     @property
+    def bound(self) -> float:
+        """The threshold of a mask or of regions."""
+        return 0.5 if self.threshold is None else self.threshold
+
+    @property
     def mode(self) -> str:
         """What the finalisation calls the output."""
         return OUTPUTS[self.output]
@@ -161,7 +171,7 @@ class FusionOptions:
         if self.output == "labels":
             return None, None
         late = self.activates and self.voting == "logit"
-        return self.activation if late else "none", self.threshold
+        return self.activation if late else "none", self.bound
 
     @property
     def activates(self) -> bool:

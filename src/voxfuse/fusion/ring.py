@@ -127,7 +127,7 @@ class Ring:
             weight=weight,
             bias=bias,
             total=total,
-            threshold=options.threshold,
+            threshold=options.bound,
             fill=options.fill,
             clear=True,
             backend=options.backend,

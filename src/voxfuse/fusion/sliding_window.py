@@ -48,7 +48,7 @@ def sliding_window_inference(
     head: HeadLike = None,
     activation: str = "none",
     voting: str | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     grid: str = "shifted",
     skip: Callable[[Tensor], bool] | None = None,
     skip_origin: Callable[[tuple[int, ...]], bool] | None = None,

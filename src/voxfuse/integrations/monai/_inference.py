@@ -44,7 +44,7 @@ def sliding_window_inference(
     head: HeadLike = None,
     activation: str = "none",
     voting: str | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""``monai.inferers.sliding_window_inference``, argument by argument (MONAI 1.6), fused here.

@@ -33,7 +33,7 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         head: HeadLike = None,
         activation: str = "none",
         voting: str | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
