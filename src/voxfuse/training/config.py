@@ -240,7 +240,9 @@ class TrainingOptions:
         0, "Of PyTorch on the CPU; 0: its default. Bits are the same for the same number.", least=0
     )
     validate_every: int = _key(200, "Steps between validations.", least=1)
-    validation_overlap: float = _key(0.25, "Of the patches of a validation.", least=0, most=0.9)
+    validation_overlap: float = _key(
+        0.25, "Of the patches of a validation, in one orientation.", least=0, most=0.9
+    )
     patience: int = _key(
         0, "Stop after so many validations without a better one; 0: never.", least=0
     )

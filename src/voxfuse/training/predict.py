@@ -85,18 +85,21 @@ def foreground_probabilities(
     return result
 
 
-def decided(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
-    """Classes of foreground probabilities (C - 1, \\*spatial): 0 is the background.
+def decided(
+    probabilities: NDArray[np.float32], threshold: float, mask: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """Classes of foreground probabilities (C - 1, \\*spatial): 0, the background, outside the mask.
 
     One foreground: 1 where ``p >= threshold``. More: the greatest of all, the background's being
     what they leave of 1; ties go to the lower class.
     """
     if probabilities.shape[0] == 1:
-        one: NDArray[np.uint8] = (probabilities[0] >= threshold).astype(np.uint8)
+        one: NDArray[np.uint8] = ((probabilities[0] >= threshold) & mask).astype(np.uint8)
         return one
     background = 1 - probabilities.sum(0, keepdims=True)
-    classes: NDArray[np.uint8] = np.concatenate([background, probabilities]).argmax(0)
-    return classes.astype(np.uint8)
+    classes = np.concatenate([background, probabilities]).argmax(0).astype(np.uint8)
+    several: NDArray[np.uint8] = classes * mask
+    return several
 
 
 @dataclass
@@ -146,7 +149,10 @@ class Model:
             tuple(config.sampling.patch),
             Objective(config.loss).activation,
         )
-        return on_own_grid(fused, volume.placement)
+        probabilities = on_own_grid(fused, volume.placement)
+        assert volume.own_mask is not None
+        probabilities[:, ~volume.own_mask] = 0  # interpolation reaches beyond it
+        return probabilities
 
     def segmentation(
         self, subject: Subject, options: PredictionOptions | None = None
@@ -156,7 +162,9 @@ class Model:
         threshold = (options or self.config.prediction).threshold
         values = np.asarray(self.values)
         values = values.astype(np.min_scalar_type(int(values[-1])))
-        return values[decided(probabilities, threshold)], probabilities, volume
+        assert volume.own_mask is not None
+        labels = values[decided(probabilities, threshold, volume.own_mask)]
+        return labels, probabilities, volume
 
 
 def load_model(run: str | Path, device: str = "auto") -> Model:

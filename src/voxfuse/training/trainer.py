@@ -253,10 +253,10 @@ class Trainer:
                 # Dropout too is a function of the seed and the step.
                 torch.manual_seed(int(generator(training.seed, step, NETWORK).integers(2**62)))
                 self.network.train()
-                self._note(self.update(batch, step), batch.relaxed)
+                self.note(self.update(batch, step), batch.relaxed)
                 self.progress.seconds = before + time.monotonic() - began
                 leaving = minutes is not None and time.monotonic() - began > 60 * minutes
-                self._after(leaving or self.progress.step == end)
+                self.after(leaving or self.progress.step == end)
                 bar(self.progress)
                 if leaving:
                     break
@@ -300,7 +300,7 @@ class Trainer:
                     coming = pool.submit(self.batch, k + 1)
                 yield k, batch
 
-    def _note(self, loss: Tensor, relaxed: int) -> None:
+    def note(self, loss: Tensor, relaxed: int) -> None:
         """Add a step to the row to come. A GPU is waited for only where a row is written."""
         progress = self.progress
         assert progress.losses is not None
@@ -320,7 +320,7 @@ class Trainer:
                     )
         progress.losses.append(value)
 
-    def _after(self, last: bool) -> None:
+    def after(self, last: bool) -> None:
         """What follows a step: validation, a row, a checkpoint."""
         progress, training = self.progress, self.config.training
         assert progress.losses is not None
@@ -362,9 +362,10 @@ class Trainer:
 
     def validate(self) -> float:
         """Mean Dice over validation subjects and classes, on the network's grid; 0 for none."""
-        options = replace(self.config.prediction, overlap=self.config.training.validation_overlap)
-        if options.grid == "half_patch":  # which has an overlap of its own
-            options = replace(options, grid="shifted")
+        overlap = self.config.training.validation_overlap
+        options = replace(
+            self.config.prediction, overlap=overlap, grid="shifted", orientations="none"
+        )
         scores = SegmentationScores(
             "labels", num_classes=len(self.dataset.labels), include_background=False
         )
@@ -373,7 +374,7 @@ class Trainer:
             probabilities = foreground_probabilities(
                 self.network, volume, options, self.sampler.patch, self.objective.activation
             )
-            labels = torch.from_numpy(decided(probabilities, options.threshold))
+            labels = torch.from_numpy(decided(probabilities, options.threshold, volume.mask))
             scores.update(labels[None], torch.from_numpy(volume.label)[None])
         dice = float(scores.compute("mean")["dice"])
         return 0.0 if math.isnan(dice) else dice

@@ -43,6 +43,7 @@ class Volume:
     mask: NDArray[np.bool_]  #: (*spatial)
     label: NDArray[np.uint8] | None  #: (*spatial), classes in the order of the labels' values
     placement: Placement
+    own_mask: NDArray[np.bool_] | None = None  #: the mask on the scan's own grid
 
 
 def load_volume(
@@ -73,6 +74,7 @@ def load_volume(
     def turned(array: Array) -> Array:
         return turn(array, placement.turned)
 
+    own_mask = mask
     image, mask = np.stack([turned(x) for x in images]), turned(mask)
     label = None if label is None else turned(label)
     shape = _resampled_shape(placement, options.spacing)
@@ -86,7 +88,7 @@ def load_volume(
     for k, channel in enumerate(image):
         path = subject.images[k if len(subject.images) > 1 else 0]
         image[k] = _normalised(f"{subject.name}: {path}", channel, mask, options)
-    return Volume(subject.name, np.ascontiguousarray(image), mask, label, placement)
+    return Volume(subject.name, np.ascontiguousarray(image), mask, label, placement, own_mask)
 
 
 def check_subjects(
