@@ -80,7 +80,7 @@ $(VENV)/.tools: $(VENV)/.installed
 	@echo "-- Installing what the tests and the development need"
 	@VOXFUSE_CUDA=$(CUDA) $(INSTALL_VOXFUSE) ".[dev]"
 	@# Peers that tests compare with. What is compared needs none of their dependencies, which are many.
-	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance
+	@$(INSTALL) --no-deps nnunetv2 dynamic-network-architectures segmentation-models-pytorch lesion-metrics surface-distance totalsegmentator
 	@# What nnU-Net needs to train and predict: 27 MB.
 	@$(INSTALL) --no-deps $(NNUNET_NEEDS)
 	@touch $@

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from voxfuse.cli import evaluate, info, nnunet_trainer_path, predict, train
+from voxfuse.cli import evaluate, info, nnunet_predict, nnunet_trainer_path, predict, train
 
 #: One module of this package a command, in the order in which they are listed.
-COMMANDS = (info, evaluate, train, predict, nnunet_trainer_path)
+COMMANDS = (info, evaluate, train, predict, nnunet_predict, nnunet_trainer_path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if nnunet_predict.takes(arguments):
+        return nnunet_predict.run(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         status: int = options.run(options)
