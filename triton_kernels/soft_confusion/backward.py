@@ -385,8 +385,10 @@ def backward_resident(
         weight = of_sample(weight, sample)
     cotangents = ()
     for t in tl.static_range(O.TILES):
-        index = class_index(t * O.CLASSES, O)
-        cotangents = cotangents + (load_cotangents(grad, index, classes, padded(t, O), O),)
+        # Of one class numbers and not tensors: Triton's compiler takes far longer for these.
+        number = tl.full([], t, tl.int32)
+        block = number if O.CLASSES == 1 else class_index(t * O.CLASSES, O)
+        cotangents = cotangents + (load_cotangents(grad, block, classes, padded(t, O), O),)
     first = tl.program_id(0).to(tl.int64) * tiles_a_program * O.BLOCK
     last = tl.minimum(first + tiles_a_program * O.BLOCK, voxels)
     for start in range(first, last, O.BLOCK):
