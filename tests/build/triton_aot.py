@@ -155,15 +155,16 @@ def launch_class(plan: Any) -> tuple[Any, ...]:
     )
 
 
-def confusion_problems() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every kind of problem that the losses' launches tell apart: its name, its options."""
+def confusion_problems() -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Every kind of problem that the losses' launches tell apart: its name, whether it is the
+    backward pass, its options.
+    """
     for backward in (False, True):
         for dtype in ("float32", "bfloat16", "float64"):
             for feature, options in FEATURES.items():
                 for layout in ("", "-strided"):
                     name = f"{'backward' if backward else 'forward'}-{{}}-{dtype}{layout}{feature}"
-                    more = {**options, "dtype": dtype, "backward": backward}
-                    yield name, {**more, "contiguous": not layout}
+                    yield name, backward, {**options, "dtype": dtype, "contiguous": not layout}
 
 
 def confusion_cases() -> tuple[Compilation, ...]:
@@ -174,15 +175,14 @@ def confusion_cases() -> tuple[Compilation, ...]:
     from voxfuse.triton_kernels.soft_confusion import launch
 
     found: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
-    for name, options in confusion_problems():
+    for name, backward, options in confusion_problems():
         for classes in range(2, MOST_CLASSES + 1):
-            problem = _confusion_problem(classes, **options)
-            backward = options["backward"]
-            plan = launch.plan(problem, backward)
+            plan = launch.plan(_confusion_problem(classes, **options), backward)
             key = launch_class(plan)
             tiles = plan.options.TILES
             if key not in found or found[key][0] < tiles:
-                found[key] = tiles, name.format(classes), {**options, "classes": classes}
+                more = {**options, "classes": classes, "backward": backward}
+                found[key] = tiles, name.format(classes), more
     return tuple(
         case
         for _, name, options in found.values()
@@ -193,7 +193,6 @@ def confusion_cases() -> tuple[Compilation, ...]:
 def _confusion_problem(
     classes: int,
     dtype: str = "float32",
-    backward: bool = False,
     target: str = "labels",
     activation: int = 2,
     likelihood: int | None = None,
@@ -252,7 +251,6 @@ def _soft_confusion_instance(
     problem = _confusion_problem(
         classes,
         dtype=dtype,
-        backward=backward,
         target=target,
         weighted=weighted,
         contiguous=contiguous,
@@ -675,21 +673,22 @@ REFUSED = tuple(
 
 
 def on_amd() -> tuple[Compilation, ...]:
-    """Every kernel for AMD's GPUs, in the launches that take the most registers and in the
-    commonest ones.
+    """Every kernel for AMD's GPUs, in the commonest launches; for the data centre's in those that
+    take the most registers, too.
     """
     names = (
-        "forward-2-float32", "forward-249-float32", "forward-97-float32-full", "backward-2-float32",
-        "backward-185-float32", "backward-81-float32-full", "second-stage", "ratio-loss",
-        "ratio-loss-backward", "head-128x128-ieee-forward", "head-64x32-ieee-backward",
-        "fusion-softmax-normalise", "fusion-softmax-backward", "fusion-gather", "fusion-backward",
-        "finalize-values-117", "count-argmax-4", "resample-labels",
+        "forward-2-float32", "forward-97-float32-full", "backward-2-float32",
+        "backward-81-float32-full", "second-stage", "ratio-loss", "ratio-loss-backward",
+        "head-128x128-ieee-forward", "head-64x32-ieee-backward", "fusion-softmax-normalise",
+        "fusion-softmax-backward", "fusion-gather", "fusion-backward", "finalize-values-117",
+        "count-argmax-4", "resample-labels",
     )  # fmt: skip
+    largest = ("forward-249-float32", "backward-185-float32")
     cases = {case.name: case for case in CASES}
     return tuple(
         dataclasses.replace(cases[f"{name}-sm90"], name=f"{name}-{gpu}", capability=gpu)
-        for name in names
         for gpu in AMD
+        for name in (names if gpu == "gfx1100" else (*names, *largest))
     )
 
 
