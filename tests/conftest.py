@@ -14,10 +14,11 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-from tests.interpreter import replace_the_language_once_a_launch
+from tests.interpreter import remember_types_and_shapes, replace_the_language_once_a_launch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     replace_the_language_once_a_launch()
+    remember_types_and_shapes()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core: more threads would only wait for each other.
