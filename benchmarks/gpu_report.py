@@ -449,7 +449,7 @@ def in_parallel(report: Report, most: int, share: str) -> list[str]:
 def gpu_tests(report: Report) -> Step:
     """Most of their time is Triton's compiler, one kernel after the other in a process."""
     junit = report.out / "junit-gpu.xml"
-    files = ["tests"] if report.cuda else ["tests/ops"]
+    files = ["tests"] if report.cuda else ["tests/ops/soft_confusion/test_gpu.py"]
     command = pytest_command(junit, ["-m", "gpu", *in_parallel(report, 6, "loadgroup"), *files])
     return Step("gpu tests", command, 200, read=read_junit(junit, report, "gpu"))
 

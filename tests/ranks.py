@@ -33,7 +33,10 @@ def run(rank: int, world: int, folder: str, checks: tuple[Check, ...]) -> None:
 
 def launch(world: int, folder: Path, checks: tuple[Check, ...]) -> None:
     """Run ``checks`` (functions of a module) in ``world`` processes; fail with their tracebacks."""
-    context = multiprocessing.get_context("spawn")
+    # A process that has imported PyTorch once, and nothing else, is forked for every rank; they end
+    # without the destructors of C++, which abort where a thread of FSDP's still runs.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "voxfuse"])
     processes = [
         context.Process(target=run, args=(rank, world, str(folder), checks))
         for rank in range(world)
