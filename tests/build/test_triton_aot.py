@@ -15,14 +15,13 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import voxfuse.triton_kernels  # noqa: E402
+from tests.build.kernel_instances import INSTANCES, confusion_problem  # noqa: E402
 from tests.build.triton_aot import (  # noqa: E402
     AMD,
     AMD_STACKS,
     CAPABILITIES,
     CASES,
-    INSTANCES,
     REFUSED,
-    _confusion_problem,
     compile_in_parallel,
     confusion_problems,
     launch_class,
@@ -207,9 +206,7 @@ def test_every_launch_shape_of_the_losses_has_a_case():
         if case.operator == "soft_confusion":
             other = ("target_type", "weight_type", "backward")
             options = {name: value for name, value in case.options if name not in other}
-            plan = soft_confusion.plan(
-                _confusion_problem(**options), dict(case.options)["backward"]
-            )
+            plan = soft_confusion.plan(confusion_problem(**options), dict(case.options)["backward"])
             key = (case.capability, *launch_class(plan))
             tiles[key] = max(tiles.get(key, 0), plan.options.TILES)
     more = {"target": "binary", "activation": 1, "likelihood": 0, "full": False}
@@ -218,7 +215,7 @@ def test_every_launch_shape_of_the_losses_has_a_case():
             given = {**options, **change}
             # A single class has no labels.
             for classes in range(1 if change is more else 2, 301, 7):
-                plan = soft_confusion.plan(_confusion_problem(classes, **given), backward)
+                plan = soft_confusion.plan(confusion_problem(classes, **given), backward)
                 for capability in CAPABILITIES:
                     key = (capability, *launch_class(plan))
                     assert tiles.get(key, -1) >= plan.options.TILES, (given, classes)
