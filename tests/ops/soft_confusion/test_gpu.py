@@ -88,6 +88,8 @@ def test_labels_out_of_range_are_ignored_or_refused(gpu_backend, monkeypatch):
     monkeypatch.setenv("VOXFUSE_VALIDATE", "1")
     with pytest.raises(ValueError, match="200"):
         voxfuse.soft_confusion(logits, labels, backend=gpu_backend)
+    with pytest.raises(ValueError, match=r"target: value .* is outside \[0, 1\]"):
+        voxfuse.soft_confusion(logits, 2 * torch.ones_like(logits), backend=gpu_backend)
 
 
 def test_work_goes_to_the_current_stream(gpu_operators, gpu_backend):
