@@ -39,9 +39,9 @@ class Volume:
     """A subject as the network sees it."""
 
     name: str
-    image: NDArray[np.float32]  #: (C, *spatial), normalised inside the mask, 0 outside
-    mask: NDArray[np.bool_]  #: (*spatial)
-    label: NDArray[np.uint8] | None  #: (*spatial), classes in the order of the labels' values
+    image: NDArray[np.float32]  #: (C, \*spatial), normalised inside the mask, 0 outside
+    mask: NDArray[np.bool_]  #: (\*spatial)
+    label: NDArray[np.uint8] | None  #: (\*spatial), classes in the order of the labels' values
     placement: Placement
     own_mask: NDArray[np.bool_] | None = None  #: the mask on the scan's own grid
 
