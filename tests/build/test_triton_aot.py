@@ -57,6 +57,9 @@ FIRST = tuple(case for case in CASES if case.capability == 90)
 #: Operators whose kernels are compiled for the other generations only where they are close to the
 #: registers that a thread may have. The others' take a third of a second each.
 LARGE = ("soft_confusion", "head_confusion")
+#: Operators whose kernels are compiled for all of them: products of matrices are other instructions
+#: on each, and float64 has been seen to spill on one alone.
+EVERYWHERE = ("head_confusion", "ratio_loss")
 #: The part of those registers that is close. Of the large cases compiled for several generations
 #: none took over 28 % more there than on sm_90.
 CLOSE = 1 / 1.28
@@ -79,11 +82,11 @@ def generations(case):
 def compiled(tmp_path_factory):
     """What the compiler makes of every case for sm_90, of the refused kernels, and for AMD.
 
-    And for sm_80 and sm_100, of the large kernels the case with the most registers, and the heads
-    that are close to the registers they may have; all of the others. Of soft_confusion those that
-    are close are compiled for one of the two, in turn: what is compiled is the same on all three
-    until registers are assigned, while the products of the heads are other instructions on each.
-    The instructions of one case of every kernel and generation are counted.
+    And for sm_80 and sm_100, of every kernel the case with the most registers. Of the others, those
+    of the large ones that are close to the registers they may have and all of the small ones are
+    compiled for one of the two in turn, for what is compiled is the same until registers are
+    assigned; for both, those in EVERYWHERE. The instructions of one case of every kernel and
+    generation are counted.
     """
     directory = tmp_path_factory.mktemp("triton")
     # The last ones: a kernel's cases with the most options.
@@ -97,11 +100,14 @@ def compiled(tmp_path_factory):
 
     everywhere = [case for case in FIRST if len(generations(case)) > 1]
     most = {kernel_of(case): case for case in sorted(everywhere, key=registers)}.values()
-    close = [x for x in everywhere if registers(x) > CLOSE * (instance_of(x).registers or 255)]
-    in_turn = [case for case in close if case.operator == "soft_confusion"]
-    all_three = [case for case in close if case not in in_turn]
-    all_three += [*most, *(case for case in everywhere if case.operator not in LARGE)]
-    again = {x for case in all_three for x in generations(case)}
+    chosen = [
+        x
+        for x in everywhere
+        if x.operator not in LARGE or registers(x) > CLOSE * (instance_of(x).registers or 255)
+    ]
+    in_turn = [case for case in chosen if case.operator not in EVERYWHERE]
+    both = [*most, *(case for case in chosen if case not in in_turn)]
+    again = {x for case in both for x in generations(case)}
     # The first and the last of three generations.
     again |= {generations(case)[i % 2 * 2] for i, case in enumerate(in_turn)}
     again |= {case for case in CASES if case.name in VECTORS}

@@ -124,7 +124,8 @@ def test_pictures_and_mask_are_written(quick):
     assert set(np.unique(np.asarray(mask.dataobj))) == {0, 1}
 
 
-def test_own_image_gets_its_mask_on_its_own_grid(turned_head, tmp_path, capsys):
+def test_own_image_gets_its_mask_on_its_own_grid(turned_head, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(skull_strip, "TRAINING_WINDOWS", skull_strip.NATIVE_WINDOWS)
     image, mask = turned_head
     arguments = ["--quick", "--image", str(image), "--mask", str(mask), "--out", str(tmp_path)]
     assert skull_strip.main(arguments) == 0
