@@ -90,44 +90,55 @@ def test_shared_memory_fits_without_asking_for_more(kernels):
     assert max(kernel.shared for kernel in kernels) <= 48 * 1024
 
 
-@pytest.mark.parametrize(
-    ("kernel", "width"),
-    [
-        ("few_forward<float, 2, false>", 128),
-        ("few_forward<float, 16, false>", 128),
-        ("few_forward<__nv_bfloat16, 2, false>", 128),
-        ("few_forward<__half, 2, false>", 128),
-        ("few_forward<__nv_bfloat16, 4, false>", 64),
-        ("few_backward<float, 2>", 128),
-        ("few_backward<__nv_bfloat16, 2>", 128),
-        ("many_forward<float, 8>", 128),
-        ("many_backward<float, 8>", 128),
-        ("separate_forward<float, 1, false>", 128),
-        ("separate_backward<__nv_bfloat16, 1>", 128),
-        ("gather<float, (Mode)0, false>", 128),
-        ("gather<__nv_bfloat16, (Mode)0, false>", 128),
-        ("gather<float, (Mode)0, true>", 128),
-        ("gather<__nv_bfloat16, (Mode)1, true>", 128),
-        ("normalise<__half>", 128),
-        ("scatter<__half>", 128),
-        ("scatter_activated<float>", 128),
-        ("finalize<float, (voxfuse::Finish)1>", 128),
-        ("finalize<double, (voxfuse::Finish)0>", 128),
-        ("count<float, (voxfuse::Decision)0>", 128),
-        ("count<__half, (voxfuse::Decision)1>", 128),
-    ],
-)
-def test_wide_loads_and_stores(kernels, kernel, width):
-    """Each thread reads (and, backward, writes) that many bits at once."""
+#: Bits that a thread of a kernel reads (and, backward, writes) at once.
+WIDE = {
+    "few_forward<float, 2, false>": 128,
+    "few_forward<float, 16, false>": 128,
+    "few_forward<__nv_bfloat16, 2, false>": 128,
+    "few_forward<__half, 2, false>": 128,
+    "few_forward<__nv_bfloat16, 4, false>": 64,
+    "few_backward<float, 2>": 128,
+    "few_backward<__nv_bfloat16, 2>": 128,
+    "many_forward<float, 8>": 128,
+    "many_backward<float, 8>": 128,
+    "separate_forward<float, 1, false>": 128,
+    "separate_backward<__nv_bfloat16, 1>": 128,
+    "gather<float, (Mode)0, false>": 128,
+    "gather<__nv_bfloat16, (Mode)0, false>": 128,
+    "gather<float, (Mode)0, true>": 128,
+    "gather<__nv_bfloat16, (Mode)1, true>": 128,
+    "normalise<__half>": 128,
+    "scatter<__half>": 128,
+    "scatter_activated<float>": 128,
+    "finalize<float, (voxfuse::Finish)1>": 128,
+    "finalize<double, (voxfuse::Finish)0>": 128,
+    "count<float, (voxfuse::Decision)0>": 128,
+    "count<__half, (voxfuse::Decision)1>": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def code(kernels) -> dict[str, str]:
+    """Instructions of the kernels in WIDE, by symbol; the library is read once for all of them."""
+    symbols = {kernel.symbol for kernel in kernels if kernel.name in WIDE}
+    found: dict[str, str] = {}
+    for part in dump("--dump-sass", "--function", ",".join(symbols)).split("Function : ")[1:]:
+        symbol, _, body = part.partition("\n")
+        found[symbol] = found.get(symbol, "") + body
+    return found
+
+
+@pytest.mark.parametrize("kernel", WIDE)
+def test_wide_loads_and_stores(kernels, code, kernel):
     if shutil.which("c++filt") is None:
         pytest.skip("c++filt (binutils) is not installed")
     chosen = [k for k in kernels if k.name == kernel]
     assert chosen, f"no kernel {kernel} in {sorted({k.name for k in kernels})}"
-    code = dump("--dump-sass", "--function", chosen[0].symbol)
-    assert re.search(rf"LDG\.E(\.\w+)*\.{width}", code)
+    instructions, width = code[chosen[0].symbol], WIDE[kernel]
+    assert re.search(rf"LDG\.E(\.\w+)*\.{width}", instructions)
     if "backward" in kernel or kernel.startswith(("gather", "scatter")):
-        assert re.search(rf"STG\.E(\.\w+)*\.{width}", code)
-    assert not re.search(r"\b(LDL|STL)\b", code)
+        assert re.search(rf"STG\.E(\.\w+)*\.{width}", instructions)
+    assert not re.search(r"\b(LDL|STL)\b", instructions)
 
 
 def test_the_library_registers_a_kernel_for_every_operator(tmp_path):
