@@ -2,16 +2,22 @@
 
     python -m benchmarks.resample_benchmark --json benchmarks/results/cpu/resample.json
 
-What is timed beside ours is checked first: every label that differs from the peer's must be one
+What is timed beside ours is checked: every label that differs from the peer's must be one
 whose two values are equal within float32's rounding. The peers, once each: what nnU-Net's export
-does (scikit-image and argmax), and plain PyTorch (``F.interpolate`` and argmax, a few slices of the
-target at a time). The floor is what must be read and written: the logits once, the labels.
+does (scikit-image and argmax, which is one thread's work and measured beside the first number of
+threads), and plain PyTorch (``F.interpolate`` and argmax, a few slices of the
+target at a time). The floor is what must be read and written: the logits once, the labels. On a CPU
+with AVX-512, ours is measured with AVX2 as well, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,16 +53,23 @@ SMALL = (Case(5, (24, 24, 24), (40, 40, 40)),)
 
 
 def nnunet(logits: Tensor, case: Case) -> Tensor:
-    """What nnU-Net's export does with these orders: scikit-image channel by channel, and argmax."""
+    """What nnU-Net's export does with these orders, channel by channel, and argmax: scikit-image;
+    where the first axis has order 0, scikit-image slice by slice and SciPy between slices.
+    """
+    from scipy.ndimage import map_coordinates
     from skimage.transform import resize
 
-    values = np.stack(
-        [
-            resize(channel, case.target, 1, mode="edge", anti_aliasing=False, preserve_range=True)
-            for channel in logits.numpy()
-        ]
-    )
-    return torch.from_numpy(values).argmax(0)
+    options = {"mode": "edge", "anti_aliasing": False, "preserve_range": True}
+    values = []
+    for channel in logits.numpy():
+        if case.order[0] == 1:
+            values.append(resize(channel, case.target, 1, **options))
+            continue
+        planes = np.stack([resize(plane, case.target[1:], 1, **options) for plane in channel])
+        places = np.mgrid[tuple(slice(0, n) for n in case.target)].astype(np.float64)
+        places[0] = (case.source[0] / case.target[0]) * (places[0] + 0.5) - 0.5
+        values.append(map_coordinates(planes, places, order=0, mode="nearest"))
+    return torch.from_numpy(np.stack(values)).argmax(0)
 
 
 def slabwise(logits: Tensor, case: Case, slices: int = 8) -> Tensor:
@@ -99,7 +112,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
     return best
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, peers: dict[str, Callable[[Tensor, Case], Tensor]]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     # Blobs, as a network's: neighbours differ little, and every class wins somewhere.
     coarse = torch.randn(
@@ -123,9 +136,9 @@ def measure(case: Case) -> dict[str, Any]:
         "peak_extra_bytes": harness.peak_extra_bytes(ours, CPU),
     }
     labels = ours().long()
-    if case.peers:
+    if case.peers and peers:
         found["checked"] = {}
-        for name, function in (("PyTorch", slabwise), ("nnU-Net", nnunet)):
+        for name, function in peers.items():
             started = time.perf_counter()
             theirs = function(logits, case)
             found["seconds"][name] = time.perf_counter() - started
@@ -139,12 +152,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--small", action="store_true", help="one small case, to see it run")
+    parser.add_argument("--ours", action="store_true", help="no peers")
     options = parser.parse_args()
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
+        peers: dict[str, Callable[[Tensor, Case], Tensor]] = {"PyTorch": slabwise}
+        if threads == options.threads[0]:
+            peers["nnU-Net"] = nnunet
         for case in SMALL if options.small else CASES:
-            row = {"threads": threads, **measure(case)}
+            row = {"threads": threads, **measure(case, {} if options.ours else peers)}
             rows.append(row)
             times = ", ".join(f"{name} {value:.3f} s" for name, value in row["seconds"].items())
             extra = row["peak_extra_bytes"] / 2**20
@@ -154,8 +171,23 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        found = {"machine": harness.machine(CPU), "rows": rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        machine = harness.machine(CPU)
+        if machine["cpu_capability"] == "avx512" and not options.ours:
+            for row, lower in zip(rows, with_avx2(options), strict=True):
+                row["seconds"]["voxfuse, AVX2"] = lower["seconds"]["voxfuse"]
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+def with_avx2(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of ours alone, measured in a process that has AVX2 only."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "benchmarks.resample_benchmark", "--ours"]
+        command += ["--json", file.name, "--threads", *map(str, options.threads)]
+        command += ["--small"] * options.small
+        environment = {**os.environ, "VOXFUSE_CPU_CAPABILITY": "avx2"}
+        subprocess.run(command, check=True, env=environment)
+        rows: list[dict[str, Any]] = json.loads(Path(file.name).read_text())["rows"]
+    return rows
 
 
 if __name__ == "__main__":

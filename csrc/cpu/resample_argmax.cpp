@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 VOXFUSE_DECLARE_KERNEL(void,
                        resample_rows(const Resampling& q, int64_t first_row, int64_t last_row))
@@ -29,8 +30,9 @@ void resample_argmax(const Tensor& out, const Tensor& input, const std::vector<T
   const Resampling& q = plan.q;
   if (out.numel() == 0) return;
   check_indices(q);
+  advise_huge_pages(q.out, out.numel() * bytes_of(q.out_type));
   // Rows of a task follow one another, so that source rows are interpolated once.
-  const int64_t grain = std::max<int64_t>(262144 / (q.target[2] * q.channels), 1);
+  const int64_t grain = std::max<int64_t>(1048576 / (q.target[2] * q.channels), 1);
   torch::stable::parallel_for(
       0, q.target[0] * q.target[1], grain,
       [&](int64_t first, int64_t last) { VOXFUSE_DISPATCH(resample_rows, q, first, last); });

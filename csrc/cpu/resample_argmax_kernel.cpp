@@ -5,6 +5,11 @@
 // are interpolated between two slices once, for all channels, and stay as long as target rows need
 // them; a target row is then a mean of two of them, and along it the channels of a vector of voxels
 // are interpolated and compared in registers. No array of channels at the target's size exists.
+//
+// Four channels decide in some 20 instructions a vector, so that what is beside them counts: labels
+// are narrowed in registers, and of source rows that are tame (no NaN, nothing infinite: looked at
+// once, when they are read) no comparison asks for a NaN, and no voxel whether its second
+// neighbour, of weight 0, is one.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,6 +25,7 @@ namespace {
 constexpr int kWidth = Lanes<float>::width;
 using V = Vec<float>;
 using I = Mask<float>;
+constexpr float kTamest = 1e38f;
 
 // The target voxels of one vector along the row: which source voxels they read, from `base` on, and
 // how much each counts.
@@ -40,27 +46,23 @@ class Rows {
     slices.resize(2 * q.channels * span);
     mixed.resize(q.channels * span);
     row.resize(span);
-    decided.resize(width);
     values.resize(width);
   }
 
   void operator()(int64_t z, int64_t y) {
     const float* channels = between_rows(z, y);
     const int64_t place = (z * q.target[1] + y) * q.target[2];
-    switch (q.kept) {
-      case Resampled::labels:
-        along<Resampled::labels>(channels);
-        return write_labels(place);
-      case Resampled::regions:
-        along<Resampled::regions>(channels);
-        return write_labels(place);
-      default:
-        for (int64_t c = 0; c < q.channels; ++c) {
-          for (size_t k = 0; k < columns.size(); ++k) {
-            store(values.data() + k * kWidth, interpolated(channels + c * span, columns[k]));
-          }
-          write_values(c, place);
-        }
+    if (q.kept == Resampled::labels || q.kept == Resampled::regions) {
+      return with_label(q.out_type, [&](auto label) {
+        using T = decltype(label);
+        if constexpr (std::is_integral_v<T>) decide<T>(channels, static_cast<T*>(q.out) + place);
+      });
+    }
+    for (int64_t c = 0; c < q.channels; ++c) {
+      for (size_t k = 0; k < columns.size(); ++k) {
+        store(values.data() + k * kWidth, interpolated(channels + c * span, columns[k]));
+      }
+      write_values(c, place);
     }
   }
 
@@ -107,8 +109,10 @@ class Rows {
     const int64_t first = q.index[1] == nullptr ? y : q.index[1][y];
     const float w1 = upper_weight(1, y);
     const float* low = between_slices(z, first);
+    tame = tame_rows[first % 2];
     if (w1 == 0) return low;
     const float* high = between_slices(z, first + 1);
+    tame = tame && tame_rows[(first + 1) % 2];
     const float w0 = lower_weight(1, y);
     for (int64_t c = 0; c < q.channels; ++c) {
       mean(low + c * span, high + c * span, w0, w1, q.source[2], mixed.data() + c * span);
@@ -123,8 +127,29 @@ class Rows {
       held[place % 2] = place;
       slice_held[place % 2] = z;
       with_element(q.type, [&](auto element) { read_row<decltype(element)>(z, place, rows); });
+      tame_rows[place % 2] = all_tame(rows);
     }
     return rows;
+  }
+
+  // Whether nothing in the rows is NaN or infinite, or so great that a mean of means could be.
+  bool all_tame(const float* rows) const {
+    I most{};
+    for (int64_t c = 0; c < q.channels; ++c, rows += span) {
+      int64_t i = 0;
+      for (; i + kWidth <= q.source[2]; i += kWidth) {
+        const I bits = reinterpret_cast<I>(load(rows + i)) & 0x7fffffff;
+        most = bits > most ? bits : most;
+      }
+      for (; i < q.source[2]; ++i) {
+        if (!(std::abs(rows[i]) < kTamest)) return false;
+      }
+    }
+    const V greatest = reinterpret_cast<V>(most);
+    for (int j = 0; j < kWidth; ++j) {
+      if (!(greatest[j] < kTamest)) return false;
+    }
+    return true;
   }
 
   template <class T>
@@ -177,6 +202,29 @@ class Rows {
 #endif
   }
 
+  // Where v is greater than the most so far. A NaN is greater than any number, and nothing than it;
+  // among tame values there is none to look for.
+  template <bool kTame>
+  static VOXFUSE_INLINE Choice greater(V v, V most) {
+#if defined(__AVX512F__)
+    if constexpr (kTame) return _mm512_cmp_ps_mask(v, most, _CMP_GT_OQ);
+    const Choice number = _mm512_cmp_ps_mask(most, most, _CMP_ORD_Q);
+    return _mm512_mask_cmp_ps_mask(number, v, most, _CMP_NLE_UQ);
+#else
+    return kTame ? v > most : ~(v <= most) & (most == most);
+#endif
+  }
+
+  static VOXFUSE_INLINE I label_where(Choice c, int32_t label, I otherwise) {
+    const I labels = I{} + label;
+#if defined(__AVX512F__)
+    return reinterpret_cast<I>(_mm512_mask_blend_epi32(c, reinterpret_cast<__m512i>(otherwise),
+                                                       reinterpret_cast<__m512i>(labels)));
+#else
+    return c ? labels : otherwise;
+#endif
+  }
+
   template <Columns::Reach kReach, bool kPlain>
   VOXFUSE_INLINE V interpolated_from(const float* from, const Columns& at) const {
     V low, high;
@@ -205,11 +253,12 @@ class Rows {
   }
 
   // Calls f(reach, plain) with what the compiler is to know of a vector of columns: whether every
-  // voxel is a mean of two that stays float32.
+  // voxel may be computed as a mean of two, and stays float32. Where the upper weight is 0, tame
+  // values may: but for the sign of a 0.
   template <class F>
-  VOXFUSE_INLINE void with_columns(const Columns& at, F&& f) const {
+  VOXFUSE_INLINE void with_columns(const Columns& at, bool tame, F&& f) const {
     using Reach = Columns::Reach;
-    const bool plain = !at.single && !q.round_to_half;
+    const bool plain = (tame || !at.single) && !q.round_to_half;
     if (at.reach == Columns::one && plain) {
       f(std::integral_constant<Reach, Columns::one>{}, std::true_type{});
     } else if (at.reach == Columns::two && plain) {
@@ -227,7 +276,7 @@ class Rows {
 
   V interpolated(const float* channel, const Columns& at) const {
     V v;
-    with_columns(at, [&](auto reach, auto plain) __attribute__((always_inline)) {
+    with_columns(at, false, [&](auto reach, auto plain) __attribute__((always_inline)) {
       v = interpolated_from<reach(), plain()>(channel + at.base, at);
     });
     return v;
@@ -240,44 +289,89 @@ class Rows {
     return load(x);
   }
 
-  // Decides between the channels of a row, a vector of target voxels at a time.
-  template <Resampled kKept>
-  void along(const float* channels) {
-    for (size_t k = 0; k < columns.size(); ++k) {
-      const Columns at = columns[k];
-      I label{};
-      with_columns(at, [&](auto reach, auto plain) __attribute__((always_inline)) {
-        const float* from = channels + at.base;
-        if constexpr (kKept == Resampled::regions) {
-          const V least = broadcast<float>(q.least);
-          for (int64_t c = 0; c < q.channels; ++c, from += span) {
-            const I region = I{} + static_cast<int32_t>(q.regions[c]);
-            label = interpolated_from<reach(), plain()>(from, at) >= least ? region : label;
-          }
-        } else {
-          V most = interpolated_from<reach(), plain()>(from, at);
-          for (int64_t c = 1; c < q.channels; ++c) {
-            const V v = interpolated_from<reach(), plain()>(from += span, at);
-            // The first NaN is the greatest.
-            const I greater = ~(v <= most) & (most == most);
-            most = greater ? v : most;
-            label = greater ? I{} + static_cast<int32_t>(c) : label;
-          }
-        }
+  // Decides between the channels of a row.
+  template <class T>
+  void decide(const float* channels, T* out) {
+    if (q.kept == Resampled::regions) {
+      along<T>(out, [&](const Columns& at, auto reach, auto plain) __attribute__((always_inline)) {
+        return region<reach(), plain()>(channels + at.base, at);
       });
-      std::memcpy(decided.data() + k * kWidth, &label, sizeof(label));
+    } else if (tame) {
+      along<T>(out, [&](const Columns& at, auto reach, auto plain) __attribute__((always_inline)) {
+        return greatest<reach(), plain(), true>(channels + at.base, at);
+      });
+    } else {
+      along<T>(out, [&](const Columns& at, auto reach, auto plain) __attribute__((always_inline)) {
+        return greatest<reach(), plain(), false>(channels + at.base, at);
+      });
     }
   }
 
-  void write_labels(int64_t place) {
-    with_element(q.out_type, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_integral_v<T>) {
-        const int32_t* from = decided.data();
-        T* to = static_cast<T*>(q.out) + place;
-        for (int64_t x = 0; x < q.target[2]; ++x) to[x] = static_cast<T>(from[x]);
+  // Writes label(columns, reach, plain) of a row, a vector of target voxels at a time.
+  template <class T, class F>
+  void along(T* out, F&& label) const {
+    int64_t left = q.target[2];
+    for (const Columns& at : columns) {
+      I wide;
+      with_columns(at, tame, [&](auto reach, auto plain) __attribute__((always_inline)) {
+        wide = label(at, reach, plain);
+      });
+      const Narrow<T> narrow = narrowed<T>(wide);
+      if (left >= kWidth) {
+        std::memcpy(out, &narrow, sizeof(narrow));
+      } else {
+        std::memcpy(out, &narrow, left * sizeof(T));
       }
-    });
+      out += kWidth;
+      left -= kWidth;
+    }
+  }
+
+  template <class T>
+  using Narrow __attribute__((vector_size(kWidth * sizeof(T)))) = T;
+
+  // Labels that a T holds, as such.
+  template <class T>
+  static VOXFUSE_INLINE Narrow<T> narrowed(I label) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Element by element otherwise.
+    if constexpr (sizeof(T) <= 2) {
+      const __m256i wide = reinterpret_cast<__m256i>(label);
+      __m128i half =
+          _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+      if constexpr (sizeof(T) == 1) half = _mm_packus_epi16(half, half);
+      Narrow<T> result;
+      std::memcpy(&result, &half, sizeof(result));
+      return result;
+    }
+#endif
+    return __builtin_convertvector(label, Narrow<T>);
+  }
+
+  // The greatest channel of a vector of voxels: ties to the lower, the first NaN is the greatest.
+  template <Columns::Reach kReach, bool kPlain, bool kTame>
+  VOXFUSE_INLINE I greatest(const float* from, const Columns& at) const {
+    V most = interpolated_from<kReach, kPlain>(from, at);
+    I label{};
+    for (int64_t c = 1; c < q.channels; ++c) {
+      const V v = interpolated_from<kReach, kPlain>(from += span, at);
+      const Choice chosen = greater<kTame>(v, most);
+      most = select(chosen, v, most);
+      label = label_where(chosen, static_cast<int32_t>(c), label);
+    }
+    return label;
+  }
+
+  // The label of the last channel that is at least so great, or 0.
+  template <Columns::Reach kReach, bool kPlain>
+  VOXFUSE_INLINE I region(const float* from, const Columns& at) const {
+    const V least = broadcast<float>(q.least);
+    I label{};
+    for (int64_t c = 0; c < q.channels; ++c, from += span) {
+      const I own = I{} + static_cast<int32_t>(q.regions[c]);
+      label = interpolated_from<kReach, kPlain>(from, at) >= least ? own : label;
+    }
+    return label;
   }
 
   void write_values(int64_t c, int64_t place) {
@@ -296,8 +390,9 @@ class Rows {
   // Source rows of all channels between two slices, an even and an odd one, and which they are.
   std::vector<float> slices;
   int64_t held[2] = {-1, -1}, slice_held[2] = {-1, -1};
+  // Of each of them, and of what the row is made of at present: whether all of it is tame.
+  bool tame_rows[2] = {false, false}, tame = false;
   std::vector<float> mixed, row, values;
-  std::vector<int32_t> decided;
 };
 
 }  // namespace

@@ -229,8 +229,10 @@ def check_regions(regions: Sequence[int] | None, mode: str, channels: int) -> li
     if regions is None:
         raise ValueError("regions: mode 'regions' needs the label of every channel")
     labels = list(_checks.integers("regions", regions))
-    if len(labels) != channels or min(labels) < 0:
-        raise ValueError(f"regions: got {labels}, expected {channels} numbers >= 0, one a channel")
+    if len(labels) != channels or min(labels) < 0 or max(labels) >= 2**31:
+        raise ValueError(
+            f"regions: got {labels}, expected {channels} numbers of 0 to 2147483647, one a channel"
+        )
     return labels
 
 

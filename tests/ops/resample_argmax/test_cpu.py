@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 import voxfuse
+from benchmarks.resample_benchmark import Case, nnunet
+from benchmarks.resample_benchmark import check as check_labels
 from tests.ops.resample_argmax.cases import check, random_case
 from voxfuse import _library
 from voxfuse.ops.resample_argmax import axis_table
@@ -78,6 +80,18 @@ def test_no_voxel_outside_of_the_source_is_read(source, target, order, corners):
 def test_random_calls(part):
     for seed in range(part, 400, 2):
         check(random_case(seed), torch.ops.voxfuse.resample_argmax)
+
+
+@compiled
+@pytest.mark.parametrize("order", [(1, 1, 1), (0, 1, 1)])
+def test_labels_are_nnunets_but_for_ties(order):
+    """Where a label differs, the float64 values of the two are equal within float32's rounding."""
+    case = Case(9, (10, 24, 22), (24, 37, 41), order)
+    # Steps of 1/4: ties of values, and means that are as good as equal, occur.
+    logits = (8 * torch.randn(case.classes, *case.source)).round() / 4
+    labels = voxfuse.resample_argmax(logits, case.target, order=order, backend="cpp")
+    found = check_labels(logits, labels.long(), nnunet(logits, case).long(), case)
+    assert found["differ"] < 0.01 * labels.numel()
 
 
 @compiled
@@ -183,6 +197,8 @@ def test_bad_input_is_named():
         call(input, (4, 4), "regions")
     with pytest.raises(ValueError, match="regions: got"):
         call(input, (4, 4), "regions", regions=(1,))
+    with pytest.raises(ValueError, match="regions: got .*, expected 2 numbers of 0 to 2147483647"):
+        call(input, (4, 4), "regions", regions=(1, 2**31), dtype=torch.int64)
     with pytest.raises(TypeError, match="dtype: got torch.uint8, expected uint16, int16, int32"):
         call(input, (4, 4), "regions", regions=(1, 256), dtype=torch.uint8)
     with pytest.raises(ValueError, match="out: got"):
