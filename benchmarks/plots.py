@@ -33,6 +33,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "step": draw_step,
         "fusion": draw_fusion,
         "head": draw_head,
+        "nnunet": draw_nnunet,
     }
     drawings[results["benchmark"]](results, path)
 
@@ -298,6 +299,66 @@ def _fusion_memory(axis: Any, rows: list[dict[str, Any]], over: str) -> None:
     axis.set_ylabel("MiB above the inputs")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_nnunet(results: dict[str, Any], path: Path) -> None:
+    """Bars: seconds of a case by stage; lines: peak memory over the depth of the volume."""
+    missing = [part for part in ("peer", "ours", "ct", "memory") if part not in results["parts"]]
+    if missing:
+        raise SystemExit(f"--plot: needs the parts peer, ours, ct and memory, lacks {missing}")
+    parts = results["parts"]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 3.8), width_ratios=(3, 2), constrained_layout=True
+    )
+    rows = [
+        (f"{name}\n{_size(parts[part]['shape'])} to {_size(parts[part]['target'])}", parts[part])
+        for part, name in (("ct", "voxfuse"), ("ours", "voxfuse"), ("peer", "nnU-Net"))
+    ]
+    starts = [0.0] * len(rows)
+    for stage, colour in (
+        ("network", COLOURS["plain"]),
+        ("fusion", COLOURS["voxfuse"]),
+        ("export", COLOURS["compiled"]),
+    ):
+        widths = [row["seconds"][stage] for _, row in rows]
+        left.barh([name for name, _ in rows], widths, left=starts, color=colour, label=stage)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for index, (total, (_, row)) in enumerate(zip(starts, rows, strict=True)):
+        outside = total - row["seconds"]["network"]
+        text = f"{outside:.1f} s outside the network; {row['peak_bytes'] / 2**30:.1f} GiB"
+        # Inside the longest bar, beside the others.
+        inside = total > 0.7 * max(starts)
+        left.annotate(
+            text, (total, index), (-5 if inside else 4, 0), textcoords="offset points",
+            va="center", ha="right" if inside else "left", fontsize=8,
+        )  # fmt: skip
+    left.set_xlabel("seconds from a preprocessed image to labels, once")
+    left.set_title(f"nnU-Net's prediction, {results['classes']} classes", fontsize=10)
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    for kind, name, colour in (("peer", "nnU-Net", "nnunet"), ("ours", "voxfuse", "voxfuse")):
+        points = [
+            (row["depth"], row["peaks"][kind] / 2**20)
+            for row in parts["memory"]
+            if kind in row["peaks"]
+        ]
+        right.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[colour])
+        right.annotate(name, points[-1], (0, 7), textcoords="offset points", ha="right", fontsize=8)
+    ticks = [row["depth"] for row in parts["memory"]]
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
+    right.grid(alpha=0.25)
+    right.set_xlabel("depth D of the network's volume, slices")
+    right.set_ylabel("MiB above the image, labels included")
+    right.set_title("Peak memory: 64x64xD to 128x128x2D, tiles of 32³", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    _finish(figure, results, path)
+
+
+def _size(shape: list[int]) -> str:
+    return f"{shape[0]}³" if len(set(shape)) == 1 else "x".join(map(str, shape))
 
 
 def draw_head(results: dict[str, Any], path: Path) -> None:
