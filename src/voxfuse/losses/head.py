@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,9 @@ class _OfFeatures(nn.Module):
     """A loss whose input is the features before the last layer."""
 
     chunk_bytes: int
+
+    if TYPE_CHECKING:  # for HeadTverskyLoss: not that of a loss of logits
+        __call__: Callable[..., Any]
 
     def forward(
         self,

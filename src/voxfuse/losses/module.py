@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 from torch import Tensor
 
@@ -64,6 +64,32 @@ class Loss(Declared):
     ) -> Any:
         """The loss with ``options``, which has the attributes of a module, or a pair with sums."""
         raise NotImplementedError
+
+    if TYPE_CHECKING:  # of a module's call type checkers know nothing
+
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor,
+            mask: Tensor | None = None,
+            *,
+            annotated: Tensor | None = None,
+            return_sums: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor,
+            mask: Tensor | None = None,
+            *,
+            annotated: Tensor | None = None,
+            return_sums: Literal[True],
+        ) -> tuple[Tensor, Sums]: ...
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def forward(
         self,
