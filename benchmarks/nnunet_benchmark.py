@@ -5,9 +5,9 @@
 
 Both predict with the same generated model folder (117 classes, one fold, no mirroring, a network of
 two small convolutions) and the same tiles; reading, preprocessing and writing of files, which are
-nnU-Net's in either case, are left out. Every run is a process of its own. Its seconds are split into
-the network, the fusion of tiles, and the export (all that comes after a voxel's sum is complete);
-its peak is the resident memory above what was there before.
+nnU-Net's in either case, are left out. Every run is a process of its own. Its seconds are split
+into the network, the fusion of tiles, and the export (all that comes after a voxel's sum is
+complete); its peak is the resident memory above what was there before.
 
 ``check`` compares labels: with the float64 fusion, interpolated in float64 at the positions of
 nnU-Net's function (two channels of which are compared with that function's own result), and with
