@@ -57,7 +57,7 @@ def test_a_trained_run_beats_the_best_threshold_and_monai_agrees_on_its_dice(tmp
     sections["network"] = {"features": [8, 16]}
     sections["loss"] = {"name": "DiceCELoss", "batch": True, "include_background": False}
     sections["optimiser"] = {"learning_rate": 5e-3}
-    sections["training"] = {"steps": 150, "threads": 1}
+    sections["training"] = {"steps": 100, "threads": 1}
     (tmp_path / "config.toml").write_text(to_toml(parse(sections)))
     run, out = str(tmp_path / "run"), tmp_path / "out"
     command = ["train", str(tmp_path / "config.toml"), "--data", str(heads), "--out", run]
