@@ -145,6 +145,12 @@ def test_a_file_is_whole_or_the_one_before(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_run_that_died_in_its_first_file_begins_again(heads, tmp_path):
+    (tmp_path / ".config.toml.4711.part").write_text("[tra")
+    train(config(), heads, tmp_path, stop_at=1)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_the_log_is_cut_to_the_checkpoint(tmp_path):
     log = checkpoints.Log(tmp_path / "log.csv", ["step", "loss"])
     log.cut(0)

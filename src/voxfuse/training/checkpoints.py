@@ -15,7 +15,7 @@ import torch
 FORMAT = 1
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file that has its old content or all of its new one, never a part.
 
     The content goes to a file beside it, onto the disk, and then takes its name.
@@ -36,13 +36,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.close(folder)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Files that :func:`write_whole` was writing when its process died."""
+    return list(folder.glob(".*.part"))
+
+
 def write_text(path: Path, text: str) -> None:
     """:func:`write_whole` of a text."""
-    write_whole(path, lambda file: void(file.write(text.encode())))
-
-
-def void(_: object) -> None:
-    """Nothing."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

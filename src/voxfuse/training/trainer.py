@@ -129,7 +129,8 @@ class Trainer:
         if self.run.exists() and not self.run.is_dir():
             raise ConfigError(f"--out: {self.run} is a file, expected a folder")
         if not path.is_file():
-            if self.run.is_dir() and any(self.run.iterdir()):
+            dead = checkpoints.unfinished(self.run)
+            if self.run.is_dir() and any(path not in dead for path in self.run.iterdir()):
                 raise ConfigError(
                     f"--out: {self.run} is not empty and no run (it has no config.toml)"
                 )
@@ -270,6 +271,8 @@ class Trainer:
         """Write what a new run begins with, or take the checkpoint's place."""
         path = self.run / CHECKPOINT
         self.run.mkdir(parents=True, exist_ok=True)
+        for dead in checkpoints.unfinished(self.run):
+            dead.unlink()
         if not (self.run / "config.toml").is_file():
             checkpoints.write_text(self.run / "config.toml", to_toml(self.config))
         if path.is_file():
@@ -421,14 +424,14 @@ class Trainer:
                 self.say(f"{row['subject']}{label}: Dice {row['dice']:.3f} at 0.5")
 
     @contextmanager
-    def _bar(self) -> Iterator[Callable[[Progress], None]]:
+    def _bar(self) -> Iterator[Callable[[Progress], object]]:
         """A bar with the time left on a terminal; else a line every half minute."""
         steps, spoken = self.config.training.steps, [time.monotonic()]
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             with tqdm(total=steps, initial=self.progress.step, unit="step") as bar:
-                yield lambda progress: void(bar.update(progress.step - bar.n))
+                yield lambda progress: bar.update(progress.step - bar.n)
             return
         first, began = self.progress.step, time.monotonic()
 
@@ -440,10 +443,6 @@ class Trainer:
                 self.say(f"step {progress.step} of {steps}, {left / 60:.1f} minutes left")
 
         yield line
-
-
-def void(_: object) -> None:
-    """Nothing."""
 
 
 @contextmanager
