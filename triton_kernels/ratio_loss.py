@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     exponent_from: Any
 
 
-class Weights(NamedTuple):
+class TermWeights(NamedTuple):
     """Weights of the classes, or None: of the terms, the likelihood and that of the negatives."""
 
     terms: Any
@@ -547,7 +547,7 @@ def ratio_loss(
     with device_guard(stats):
         forward[(1,)](
             stats.contiguous(),
-            Weights(*weights),
+            TermWeights(*weights),
             loss,
             cotangents,
             Shape(samples, rows, classes, first_class, terms, exponent_from),

@@ -216,7 +216,7 @@ def _ratio_loss_instance(
     scalars += ["smooth_nr", "smooth_dr", "min_denominator", "exponent", "ratio_scale"]
     scalars += ["nll_scale", "off_scale"]
     types: dict[str, Any] = {"stats": "*fp64", "loss": "*fp32", "cotangents": "*fp64"}
-    types["weights"] = kernels.Weights(*["*fp64" if nll else None] * 3)
+    types["weights"] = kernels.TermWeights(*["*fp64" if nll else None] * 3)
     types["shape"] = kernels.Shape(*[1 if tiny else "i32"] * 5, "i32")
     types |= dict.fromkeys(scalars, "fp64")
     return Instance(kernels.forward, {"OPTIONS": constexprs(options)}, types)

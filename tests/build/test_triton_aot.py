@@ -141,7 +141,7 @@ def test_every_kernel_has_a_case(compiled):
         r"\b(\w+)\[[^][]+\]\(",
         r"kernel = (\w+) if",
         r" if backward else (\w+)",
-        r"Plan\((\w+)",
+        r"Launch\(\s*(\w+)",
     )
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)

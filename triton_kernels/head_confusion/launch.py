@@ -106,7 +106,7 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """Compile-time parameters of a kernel, and its warps."""
 
     options: Options
@@ -116,14 +116,14 @@ class Plan(NamedTuple):
 
 def plan(
     problem: Problem, channels: int, backward: bool, features: bool = True, head: bool = True
-) -> Plan:
+) -> Launch:
     """Choose the block shapes; ``features`` and ``head`` say which gradients are needed."""
     fast, exact = problem.labels_only, precision(problem.dtype) == "ieee"
     rows, columns = padded(problem.classes), padded(channels)
     block, num_warps, step = launch_shape(rows, columns, problem.dtype, fast, exact, backward)
     path = BY_LABEL if fast else GENERAL
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return Plan(
+    return Launch(
         problem.options(block, CLASSES=rows, PATH=path.value),
         HeadOptions(
             CHANNELS=step,

@@ -59,7 +59,7 @@ MAX_TILES = 16
 TILES_A_PROGRAM = 8
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """A kernel with its compile-time parameters."""
 
     kernel: Any
@@ -89,7 +89,7 @@ def _is_online(problem: Problem, backward: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(problem: Problem, backward: bool) -> Plan:
+def plan(problem: Problem, backward: bool) -> Launch:
     """Choose the kernel and its block shapes, from the shape and the dtype alone."""
     vector = VECTOR_BYTES // problem.dtype.itemsize
     if _is_online(problem, backward):
@@ -100,7 +100,7 @@ def plan(problem: Problem, backward: bool) -> Plan:
             CLASSES=rows,
             LEVELS=problem.sums.bit_length() - 1,
         )
-        return Plan(backward_online if backward else forward_online, options, 4, _registers(4))
+        return Launch(backward_online if backward else forward_online, options, 4, _registers(4))
 
     few = problem.classes <= FEW_CLASSES // (2 if problem.double else 1)
     # Beyond FEW_CLASSES every warp has one class of each block.
@@ -131,7 +131,9 @@ def plan(problem: Problem, backward: bool) -> Plan:
             "COLUMNS": columns,
         }
     options = problem.options(32 * vector * (num_warps if few else 1), **shape)
-    return Plan(backward_resident if backward else forward_resident, options, num_warps, registers)
+    return Launch(
+        backward_resident if backward else forward_resident, options, num_warps, registers
+    )
 
 
 def _registers(num_warps: int) -> int:
@@ -176,7 +178,7 @@ class ReductionShape(NamedTuple):
     slots: int  # programs of a sample
 
 
-def reduction_shape(problem: Problem, chosen: Plan) -> ReductionShape:
+def reduction_shape(problem: Problem, chosen: Launch) -> ReductionShape:
     """The order of the sums, from the shape alone."""
     tiles = triton.cdiv(problem.voxels, chosen.options.BLOCK)
     online = chosen.kernel is forward_online

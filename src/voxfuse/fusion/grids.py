@@ -244,7 +244,7 @@ def tables_for_origins(
 
 
 @dataclass(frozen=True)
-class Weights:
+class PatchWeights:
     """Weights of patches at given origins, and whether they are a partition of unity already.
 
     ``covering``: patches lie over every voxel (known only for normalised weights). With ``floor``
@@ -266,7 +266,7 @@ def weights_for_origins(
     patch_shape: Sequence[int],
     *,
     normalise: bool = True,
-) -> Weights:
+) -> PatchWeights:
     """Weights of patches at ``origins`` (N, n) on the CPU, in that order.
 
     They are normalised where the origins are a Cartesian product and the window is one of axes,
@@ -277,7 +277,7 @@ def weights_for_origins(
         grid, _ = _factorise(origins, volume_shape, patch_shape)
         if grid is not None:
             axes = list(zip(raised.vectors, grid.starts, grid.volume_shape, strict=True))
-            return Weights(
+            return PatchWeights(
                 torch.zeros_like(origins),
                 [torch.from_numpy(vector).unsqueeze(0) for vector in raised.vectors],
                 True,
@@ -289,9 +289,9 @@ def weights_for_origins(
     if normalise and len(vectors) == len(patch_shape):
         grid, rows = _factorise(origins, volume_shape, patch_shape)
         if grid is not None:
-            return Weights(rows, _partition(vectors, grid), True, _covers(grid))
+            return PatchWeights(rows, _partition(vectors, grid), True, _covers(grid))
     weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
-    return Weights(torch.zeros_like(origins), weights, False)
+    return PatchWeights(torch.zeros_like(origins), weights, False)
 
 
 def _covers(grid: Grid) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.fusion._memory import zeros
-from voxfuse.fusion.grids import Weights
+from voxfuse.fusion.grids import PatchWeights
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.schedule import Schedule
 from voxfuse.ops import _registry
@@ -33,7 +33,7 @@ class Ring:
         self,
         sums: Tensor,
         schedule: Schedule,
-        weights: Weights,
+        weights: PatchWeights,
         options: FusionOptions,
         dtype: torch.dtype,
         *,

@@ -27,7 +27,7 @@ from voxfuse.contract import (
     Sum,
 )
 from voxfuse.losses import engine
-from voxfuse.losses.plan import Likelihood, Plan, Weights, class_weights, plan_of
+from voxfuse.losses.plan import Likelihood, Plan, TermWeights, class_weights, plan_of
 from voxfuse.ops import _checks
 from voxfuse.ops.soft_confusion import is_dense
 
@@ -195,13 +195,13 @@ def _weights(
     ratio: RatioOptions | None,
     likelihood: Likelihood | None,
     class_weight: Tensor | None,
-) -> Weights:
+) -> TermWeights:
     classes = voxels.input.shape[1]
     first_class = ratio.first_class if ratio else 0
     on, off = (likelihood.on_weight, likelihood.off_weight) if likelihood else (None, None)
     parts = ((class_weight, classes - first_class), (on, classes), (off, classes))
     device = voxels.input.device
-    return Weights(*(class_weights("weight", x, length, device) for x, length in parts))
+    return TermWeights(*(class_weights("weight", x, length, device) for x, length in parts))
 
 
 def activated(input: Tensor, activation: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from voxfuse._ranks import Ranks, ranks_of, share_of_rank, sum_over_ranks, total_over_ranks
 from voxfuse.contract import Normaliser, Sum
 from voxfuse.losses.matthews import MatthewsOptions
-from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, Weights
+from voxfuse.losses.plan import NO_WEIGHTS, Plan, Recipe, TermWeights
 from voxfuse.losses.sums import Sums, sums_of
 from voxfuse.losses.voxelwise import likelihood_arguments, worst_voxels
 from voxfuse.ops import _checks, _registry
@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
     operators: Operators
     plan: Plan
-    weights: Weights = NO_WEIGHTS
+    weights: TermWeights = NO_WEIGHTS
     ranks: Ranks | None = None
     function: Callable[[Sums], Tensor] | None = None
     by_sample: bool = False
@@ -171,7 +171,7 @@ def run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    weights: Weights = NO_WEIGHTS,
+    weights: TermWeights = NO_WEIGHTS,
 ) -> Tensor:
     """Return the loss of a ready ``plan``: for the adapters, whose options no recipe has.
 
@@ -341,7 +341,7 @@ def sums(plan: Plan, input: Tensor, target: Tensor, weight: Tensor | None = None
         reraise(error)
 
 
-def loss_of_sums(plan: Plan, stats: Tensor, weights: Weights, double_loss: bool) -> Tensor:
+def loss_of_sums(plan: Plan, stats: Tensor, weights: TermWeights, double_loss: bool) -> Tensor:
     """The loss as a function of the sums, with autograd."""
     call = Call(operators_of("auto", stats.device), plan, weights)
     return _loss_and_slopes(call, stats, double_loss)[0]

@@ -43,7 +43,7 @@ from voxfuse.ops.soft_confusion import check_unlabelled
 LOG_FLOOR = 1e-7
 
 
-class Weights(NamedTuple):
+class TermWeights(NamedTuple):
     """Weights of the classes: in the ratio's terms, in NLL and in OFF."""
 
     class_weight: Tensor | None = None
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     off_weight: Tensor | None = None
 
 
-NO_WEIGHTS = Weights()
+NO_WEIGHTS = TermWeights()
 
 
 class Likelihood(NamedTuple):
@@ -225,7 +225,7 @@ class Recipe:
         class_weight: ClassWeights,
         likelihood_weight: ClassWeights,
         pos_weight: ClassWeights,
-    ) -> Weights:
+    ) -> TermWeights:
         """The weights of the classes as the operators take them."""
         terms = None
         name = "likelihood_weight"
@@ -236,7 +236,7 @@ class Recipe:
             terms = class_weights("class_weight", class_weight, counted, device, samples)
         part = self.likelihood
         if part is None:
-            return Weights(terms)
+            return TermWeights(terms)
         on = class_weights(name, likelihood_weight, classes, device)
         off = on
         binary = part.activation == Activation.sigmoid or classes == 1
@@ -258,7 +258,7 @@ class Recipe:
             foreground = torch.ones(classes, dtype=torch.float64, device=device)
             foreground[0] = 0
             on, off = _product(on, foreground), _product(off, foreground)
-        return Weights(terms, on, off)
+        return TermWeights(terms, on, off)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

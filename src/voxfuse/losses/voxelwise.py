@@ -13,7 +13,7 @@ from torch import Tensor
 
 from voxfuse._ranks import Gathering, Ranks, refuse_tracing
 from voxfuse.contract import FULL, Activation, ConfusionOptions, Sum
-from voxfuse.losses.plan import Plan, Weights
+from voxfuse.losses.plan import Plan, TermWeights
 from voxfuse.ops import _registry
 from voxfuse.ops.soft_confusion import is_dense
 from voxfuse.reference.soft_confusion import (
@@ -125,7 +125,7 @@ def _weighted(class_weight: Tensor, g: Tensor, value: Tensor) -> Tensor:
     return (factor * value.masked_fill(factor == 0, 0)).sum(1)
 
 
-def likelihood_arguments(plan: Plan, weights: Weights) -> dict[str, Any]:
+def likelihood_arguments(plan: Plan, weights: TermWeights) -> dict[str, Any]:
     """The arguments of ``likelihood_map`` after the voxel weight."""
     confusion, ratio = plan.confusion, plan.ratio
     return {
