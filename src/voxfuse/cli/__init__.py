@@ -7,10 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from voxfuse.cli import evaluate, info, nnunet_predict, nnunet_trainer_path, predict, train
+from voxfuse.cli import (
+    evaluate,
+    info,
+    nnunet_predict,
+    nnunet_trainer_path,
+    predict,
+    simulate,
+    train,
+)
 
 #: One module of this package a command, in the order in which they are listed.
-COMMANDS = (info, evaluate, train, predict, nnunet_predict, nnunet_trainer_path)
+COMMANDS = (info, evaluate, simulate, train, predict, nnunet_predict, nnunet_trainer_path)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,182 @@
+"""Hosts from files, and simulated heads into folders that training reads."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxfuse.metrics.files import ENDINGS
+from voxfuse.training.config import DataOptions
+from voxfuse.training.dataset import Subject, file_named, name_of, subject_of_folder
+from voxfuse.training.simulation.hosts import Host
+from voxfuse.training.simulation.placement import SimulationOptions, simulate
+from voxfuse.training.simulation.shapes import Shapes
+from voxfuse.training.volumes import Volume, load_volume, save_like, turn_back
+
+#: The table of the simulated heads.
+TABLE = "subjects.csv"
+COLUMNS = ("subject", "patient", "host", "seed", "lesions", "simulated_ml", "lesion_ml")
+
+
+@dataclass(frozen=True)
+class HostFiles:
+    """A head's files, and the names of its modalities."""
+
+    subject: Subject
+    images: tuple[str, ...]
+    data: DataOptions
+
+
+def find_hosts(
+    places: Sequence[str | Path], images: Sequence[str], label: str, mask: str = "positive"
+) -> list[HostFiles]:
+    """The heads of folders and files.
+
+    Args:
+        places: a folder with ``t1`` is a head, another folder one of such folders; a file is a T1.
+        images: modalities that are taken where a head has them; ``t1`` has to be among them.
+        label: name of a head's own lesions, where it has any.
+        mask: name of the brain mask, or "positive" for T1 > 0.
+
+    A ``subjects.csv`` beside the folders of heads says by its columns subject and patient whose
+    they are.
+
+    Raises:
+        FileNotFoundError: a place is not there, or has no T1.
+        ValueError: ``images`` has no t1, or two heads have one name.
+    """
+    if "t1" not in images:
+        raise ValueError(f"--images: got {', '.join(images)}, expected t1 among them")
+    ordered = ["t1", *(name for name in images if name != "t1")]
+    found: list[HostFiles] = []
+    for place in map(Path, places):
+        if place.is_file() and place.name.endswith(ENDINGS):
+            name = name_of(place)
+            data = DataOptions(images=["t1"], normalisation="none")
+            found.append(HostFiles(Subject(name, (place,), None, None, name), ("t1",), data))
+            continue
+        if not place.is_dir():
+            raise FileNotFoundError(f"--host: {place} is no folder, nor an image")
+        folders = [place] if file_named(place, "t1") else sorted(x for x in place.iterdir())
+        heads = [folder for folder in folders if folder.is_dir() and file_named(folder, "t1")]
+        if not heads:
+            raise FileNotFoundError(f"--host: {place} has no t1, nor has a folder in it")
+        for head in heads:
+            present = [name for name in ordered if file_named(head, name)]
+            data = DataOptions(images=present, label=label, mask=mask, normalisation="none")
+            subject = subject_of_folder(head, present, data)
+            assert subject is not None
+            found.append(HostFiles(subject, tuple(present), data))
+    names = [host.subject.name for host in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--host: two heads are called {name}")
+    return found
+
+
+def _patient(subject: Subject) -> str:
+    """Whose head it is, as the table beside its folder says; else its name."""
+    table = subject.images[0].parent.parent / TABLE
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get("subject") == subject.name and row.get("patient"):
+                    return row["patient"]
+    return subject.name
+
+
+def host_of(volume: Volume, images: Sequence[str]) -> Host:
+    """A volume that was loaded without normalisation, as a host."""
+    affine = volume.placement.affine
+    own = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    spacing = [0.0] * 3
+    for size, (axis, _) in zip(own, volume.placement.turned, strict=True):
+        spacing[axis] = float(size)
+    modalities = dict(zip(images, volume.image, strict=True))
+    lesions = None if volume.label is None else volume.label > 0
+    return Host.of(modalities, volume.mask, lesions, spacing)
+
+
+def write_simulated(
+    hosts: Sequence[HostFiles],
+    shapes: Shapes,
+    out: Path,
+    count: int = 1,
+    seed: int = 0,
+    label: str = "lesions",
+    options: SimulationOptions | None = None,
+    with_hosts: bool = False,
+) -> Iterator[str]:
+    """Write ``count`` simulated heads of each host, and :data:`TABLE`; yield a line for each.
+
+    Head k of host h, in the order given, has the seed (seed, h, k).
+
+    Raises:
+        ValueError: ``out`` has a table already, or a host cannot be read or used.
+    """
+    table = out / TABLE
+    if table.exists():
+        raise ValueError(f"--out: {table} is there already; expected a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    for h, files in enumerate(hosts):
+        labels = {"background": 0, "lesion": 1} if files.subject.label else None
+        volume = load_volume(files.subject, files.data, labels)
+        try:
+            host = host_of(volume, files.images)
+        except ValueError as error:
+            raise ValueError(f"{files.subject.name}: {error}") from None
+        voxel = float(host.spacing.prod()) / 1000
+        about = {"patient": _patient(files.subject), "host": files.subject.name}
+        if with_hosts:
+            name = files.subject.name
+            _write(out / name, volume, files.images, volume.image, host.lesions, label)
+            volumes = {"simulated_ml": 0, "lesion_ml": round(host.lesions.sum() * voxel, 3)}
+            rows.append({"subject": name, **about, "seed": "", "lesions": 0, **volumes})
+            yield f"{name}: as it is"
+        for k in range(count):
+            made = simulate(host, shapes, (seed, h, k), options)
+            name = f"{files.subject.name}-sim{seed}-{k:03d}"
+            arrays = np.stack([made.images[image] for image in files.images])
+            _write(out / name, volume, files.images, arrays, made.lesions, label)
+            simulated, real = made.simulated.sum() * voxel, host.lesions.sum() * voxel
+            rows.append({
+                "subject": name, **about, "seed": f"{seed} {h} {k}", "lesions": made.placed,
+                "simulated_ml": round(simulated, 3), "lesion_ml": round(simulated + real, 3),
+            })  # fmt: skip
+            yield (
+                f"{name}: {made.placed} lesions of {simulated:.1f} ml"
+                + (f" (and {real:.1f} ml of its own)" if real else "")
+                + (f"; {made.drawn - made.placed} found no place" * (made.drawn > made.placed))
+            )
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write(
+    folder: Path,
+    volume: Volume,
+    names: Sequence[str],
+    images: NDArray[np.float32],
+    lesions: NDArray[np.bool_],
+    label: str,
+) -> None:
+    """Modalities (whole numbers where the host has such) and lesions, on the host's own grid."""
+    placement = volume.placement
+    for name, before, image in zip(names, volume.image, images, strict=True):
+        own = turn_back(image * volume.mask, placement.turned)
+        if np.array_equal(before, np.rint(before)) and np.abs(before).max() < 2**13:
+            # In the brain above 0: training may take that for its mask.
+            own = np.where(turn_back(before, placement.turned) > 0, np.maximum(np.rint(own), 1), 0)
+            own = own.astype(np.int16)
+        save_like(own, placement, folder / f"{name}.nii.gz")
+    save_like(
+        turn_back(lesions.astype(np.uint8), placement.turned), placement, folder / f"{label}.nii.gz"
+    )

@@ -1,0 +1,216 @@
+"""Simulated lesions have the statistics measured on patients, and leave the host alone."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from tests.training.conftest import ROOT
+from voxfuse.cli import main
+from voxfuse.training.config import DataOptions
+from voxfuse.training.dataset import find_dataset
+from voxfuse.training.simulation import (
+    CONTRASTS,
+    Host,
+    MaskShapes,
+    RandomShapes,
+    SimulationOptions,
+    simulate,
+)
+from voxfuse.training.simulation.placement import grow
+from voxfuse.training.volumes import load_volume
+
+HEAD = ROOT / "data/head_mr/ch2bet.nii.gz"
+NEIGHBOURS = ndimage.generate_binary_structure(3, 2)  # 18-connected
+
+#: 10, 50 and 90 % of a lesion's voxels over white matter; see the package's docstring.
+MEASURED = {"flair": (1.15, 1.355, 1.6), "t1": (0.46, 0.755, 0.955), "t2": (1.25, 1.75, 2.5)}
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
+
+
+@pytest.fixture(scope="module")
+def head() -> Host:
+    return Host.of({"t1": read(HEAD)})
+
+
+def volumes_of(mask: np.ndarray) -> np.ndarray:
+    """mm3 of the lesions of a mask at 1 mm, as they were measured on patients."""
+    labels, _ = ndimage.label(mask, NEIGHBOURS)
+    sizes = np.bincount(labels.ravel())[1:]
+    return sizes[sizes >= 3]
+
+
+class Measurement:
+    """Simulates until there are so many lesions, and keeps volumes and contrasts."""
+
+    def __init__(self, hosts: list[Host], shapes, seed: int, lesions: int = 2000) -> None:
+        volumes, ratios, k = [], {name: [] for name in hosts[0].images}, 0
+        while sum(map(len, volumes)) < lesions:
+            host = hosts[k % len(hosts)]
+            made = simulate(host, shapes, (seed, k))
+            assert made.placed == made.drawn
+            volumes.append(volumes_of(made.simulated[host.box]))
+            assert len(volumes[-1]) == made.placed, "lesions have merged, or are too small"
+            for name, image in made.images.items():
+                ratios[name].append(image[made.simulated] / host.levels[name])
+            k += 1
+        self.volumes = np.concatenate(volumes)
+        self.ratios = {name: np.concatenate(values) for name, values in ratios.items()}
+
+    def check_volumes(self) -> None:
+        logarithm = np.log(self.volumes)
+        assert logarithm.mean() == pytest.approx(3.22, abs=0.15)
+        assert logarithm.std() == pytest.approx(1.40, abs=0.15)
+        assert (self.volumes < 10).mean() == pytest.approx(0.26, abs=0.05)
+        large = self.volumes[self.volumes > 1000].sum() / self.volumes.sum()
+        assert large == pytest.approx(0.71, abs=0.10)
+
+    def check_contrasts(self) -> None:
+        for name, values in self.ratios.items():
+            found = np.percentile(values, [10, 50, 90])
+            assert found == pytest.approx(MEASURED[name], abs=0.05), name
+
+
+def test_the_random_model_has_the_measured_volumes_and_contrasts(head):
+    found = Measurement([head], RandomShapes(), seed=11)
+    found.check_volumes()
+    found.check_contrasts()
+
+
+@pytest.mark.data
+def test_real_shapes_in_patients_have_the_measured_volumes_and_contrasts(ms_lesions):
+    hosts = []
+    for name in ("lesjak07", "lesjak19", "lesjak26"):
+        images = {x: read(ms_lesions / name / f"{x}.nii.gz") for x in ("t1", "flair", "t2")}
+        hosts.append(Host.of(images, None, read(ms_lesions / name / "lesions.nii.gz")))
+    found = Measurement(hosts, MaskShapes.from_folder(ms_lesions / "masks_mni"), seed=11)
+    found.check_volumes()
+    found.check_contrasts()
+
+
+def test_lesions_are_a_function_of_the_seed(head):
+    one, same, other = (simulate(head, seed=(seed, 5)) for seed in (1, 1, 2))
+    assert np.array_equal(one.images["t1"], same.images["t1"])
+    assert np.array_equal(one.lesions, same.lesions)
+    assert (one.lesions & other.lesions).sum() < 0.5 * (one.lesions | other.lesions).sum()
+
+
+def test_confluent_lesions_lie_at_the_ventricles_and_the_host_elsewhere_stays(head):
+    for seed in range(2):
+        made = simulate(head, seed=seed)
+        labels, count = ndimage.label(made.simulated[head.box], NEIGHBOURS)
+        sizes = np.bincount(labels.ravel())[1:]
+        near = ndimage.minimum(head.to_ventricles, labels, np.arange(1, count + 1))
+        assert 1 <= (sizes >= 950).sum() <= 3
+        assert (near[sizes >= 950] <= 5).all()
+        assert not (made.simulated[head.box] & ~(head.white | head.wall)).any()
+        # The edge's Gaussian ends at four deviations, which are three voxels.
+        rim = ndimage.binary_dilation(made.simulated, np.ones((3, 3, 3)))
+        reached = ndimage.binary_dilation(rim, np.ones((3, 3, 3)), 2)
+        rim &= ~made.simulated
+        changed = np.abs(made.images["t1"] - head.images["t1"])
+        assert not changed[~reached].any()
+        assert changed[made.simulated].mean() > changed[rim].mean() > 0
+
+
+def test_real_lesions_stay_and_new_ones_do_not_touch_them(head):
+    first = simulate(head, seed=3)
+    again = Host.of(first.images, head.images["t1"] > 0, first.lesions)
+    made = simulate(again, seed=4)
+    assert np.array_equal(made.lesions, made.simulated | first.lesions)
+    around = ndimage.binary_dilation(first.lesions, np.ones((3, 3, 3)))
+    assert not (made.simulated & around).any()
+    for name, image in made.images.items():
+        assert np.array_equal(image[first.lesions], first.images[name][first.lesions])
+
+
+def test_shapes_of_masks_scale_with_the_brain(tmp_path):
+    mask = np.zeros((40, 40, 40), np.uint8)
+    mask[5:9, 5:9, 5:10] = mask[20:35, 10:22, 10:20] = 1  # 80 and 1,800 mm3
+    mask[1, 1, 1] = 1
+    for name in ("a", "b"):
+        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    shapes = MaskShapes.from_folder(tmp_path, 1e6, leave_out=["b"])
+    drawn = shapes.draw(np.random.default_rng(0), 3, 1, brain_volume=1.5e6)
+    assert [shape.volume for shape in drawn] == pytest.approx([2700, 120, 120])
+    with pytest.raises(ValueError, match="leave_out: got c, expected some of a, b"):
+        MaskShapes.from_folder(tmp_path, leave_out=["c"])
+
+
+def test_a_lesion_grows_to_its_volume_where_there_is_room():
+    score = -np.abs(np.indices((9, 9, 9)) - 4.0).sum(0)
+    free = np.ones((9, 9, 9), bool)
+    free[:, :, 6:] = False
+    for voxels in (1, 3, 12, 100):
+        lesion = grow(score, free, (4, 4, 4), voxels)
+        assert abs(lesion.sum() - voxels) <= (0 if voxels <= 12 else 0.04 * voxels)
+        assert not (lesion & ~free).any()
+        assert ndimage.label(lesion, NEIGHBOURS)[1] == 1
+    free[:, :, 5] = False
+    free[3:6, 3:6, 3:5] = True
+    free[2], free[:, 2], free[:, :, 2] = False, False, False
+    free[6], free[:, 6] = False, False
+    assert grow(score, free, (4, 4, 4), 30) is None, "18 voxels hang together"
+
+
+def test_errors_name_what_is_wrong(head):
+    t1 = head.images["t1"]
+    with pytest.raises(ValueError, match="images: got flair, expected t1 among them"):
+        Host.of({"flair": t1})
+    with pytest.raises(ValueError, match=r"brain: got shape \(3, 3, 3\), expected that of t1"):
+        Host.of({"t1": t1}, np.ones((3, 3, 3), bool))
+    with pytest.raises(ValueError, match="brain: got 0 voxels with t1 > 0|brain: has no voxel"):
+        Host.of({"t1": np.zeros((20, 20, 20))})
+    only = SimulationOptions(contrasts={"flair": CONTRASTS["flair"]})
+    with pytest.raises(ValueError, match="contrasts: there is none of t1, only of flair"):
+        simulate(head, options=only)
+
+
+def test_the_command_writes_folders_that_training_reads(tmp_path, capsys):
+    out = tmp_path / "made"
+    arguments = ["simulate", "--host", str(HEAD), "--out", str(out), "--count", "1", "--seed", "3"]
+    assert main([*arguments, "--with-hosts"]) == 0
+    assert "ch2bet-sim3-000: " in capsys.readouterr().out
+    with (out / "subjects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["subject"] for row in rows] == ["ch2bet", "ch2bet-sim3-000"]
+    assert {row["patient"] for row in rows} == {"ch2bet"}
+    options = DataOptions(
+        images=["t1"], label="lesions", labels={"background": 0, "lesion": 1}, groups="subjects.csv"
+    )
+    dataset = find_dataset(out, options)
+    for row in rows:
+        volume = load_volume(dataset.subjects[row["subject"]], options, dataset.labels)
+        voxels = int((volume.label > 0).sum())
+        assert voxels / 1000 == pytest.approx(float(row["lesion_ml"]), abs=1e-3)
+        assert np.array_equal(volume.mask, read(HEAD) > 0)
+        if voxels:
+            assert volume.image[0][volume.label > 0].mean() < volume.image[0][volume.mask].mean()
+    assert nibabel.load(out / "ch2bet-sim3-000/t1.nii.gz").affine == pytest.approx(
+        nibabel.load(HEAD).affine
+    )
+    assert main(arguments) == 1
+    assert "subjects.csv is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--host", "nowhere"], "--host: nowhere is no folder, nor an image"),
+        (["--host", str(ROOT / "docs")], "has no t1, nor has a folder in it"),
+        (["--host", str(HEAD), "--count", "0"], "--count: got 0, expected 1 or more"),
+        (["--host", str(HEAD), "--images", "flair"], "--images: got flair, expected t1 among them"),
+        (["--host", str(HEAD), "--shapes", "nowhere"], "nowhere: there is no such file or folder"),
+    ],
+)
+def test_the_command_says_what_is_wrong(given, message, tmp_path, capsys):
+    assert main(["simulate", *given, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
