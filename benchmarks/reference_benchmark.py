@@ -1,10 +1,11 @@
-"""How much slower the reference is than the compiled CPU kernels: what an install without them loses.
+"""How much slower the reference is than the compiled CPU kernels.
 
     python -m benchmarks.reference_benchmark --json benchmarks/results/cpu/reference.json
 
-The package carries this file (src/voxfuse/_reference_cost.json is a link to it): the warning that no
-compiled library loads quotes it. Results are compared before they are timed; both run interleaved, on
-one thread, and what is taken is the CPU's time, which other work on the machine hardly changes.
+The package carries this file (src/voxfuse/_reference_cost.json is a link to it): the warning that
+no compiled library loads quotes it. Results are compared before they are timed; both run
+interleaved, on one thread, and what is taken is the CPU's time, which other work on the machine
+hardly changes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,32 @@ def load() -> None:
             _State.cuda_error = _load(_DIRECTORY / "libvoxfuse_cuda.so")
     if _State.cpu_error is not None:
         warnings.warn(
-            f"voxfuse runs without its compiled CPU kernels ({_State.cpu_error}); "
-            "CPU tensors use the slow PyTorch reference. Reinstall with a C++ compiler, CMake and "
-            "Ninja at hand; `voxfuse info` shows every backend.",
+            f"voxfuse runs without its compiled CPU kernels ({_State.cpu_error}); CPU tensors use "
+            f"the PyTorch reference, which is slow ({reference_cost()}). What helps: {remedy()}",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def reference_cost() -> str:
+    """How much slower the reference is than the compiled kernels, as it was measured."""
+    measured = json.loads((_DIRECTORY / "_reference_cost.json").read_text())
+    return "; ".join(
+        f"{name}: {row['times_slower']:.{0 if row['times_slower'] > 10 else 1}f} times"
+        for name, row in measured["rows"].items()
+    )
+
+
+def remedy() -> str:
+    """The command after which the compiled CPU kernels are there."""
+    if os.environ.get("VOXFUSE_LIBRARY", "1") == "0":
+        return "unset VOXFUSE_LIBRARY"
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
+        return 'pip install --upgrade "torch>=2.11"'
+    root = _DIRECTORY.parents[1]
+    if (root / "CMakeLists.txt").exists():
+        return f"make -C {root} build"
+    return "VOXFUSE_BUILD=1 pip install --force-reinstall --no-deps --no-cache-dir voxfuse"
 
 
 def cpu_error() -> str | None:
