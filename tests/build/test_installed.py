@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,3 +117,23 @@ def test_the_citation_is_of_this_version_and_of_the_papers_that_the_readme_names
     assert papers <= set(
         re.findall(r"https://arxiv\.org/abs/[\d.]+", (ROOT / "README.md").read_text())
     )
+
+
+def test_a_build_says_in_a_line_what_is_missing(tmp_path):
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    environment = {key: value for key, value in os.environ.items() if key != "CXX"}
+    environment |= {"PATH": str(tmp_path), "VOXFUSE_BUILD": "1"}
+
+    def last_line() -> str:
+        run = subprocess.run(
+            [sys.executable, "setup.py", "build_ext"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode != 0
+        return run.stderr.splitlines()[-1]
+
+    assert re.search("CMake was not found.*or set VOXFUSE_BUILD=0", last_line())
+    (tmp_path / "cmake").touch(mode=0o755)
+    assert re.search(r"no C\+\+ compiler was found \(c\+\+ or g\+\+ or clang\+\+\)", last_line())
+    environment["CXX"] = "icpx -O2"
+    assert "no C++ compiler was found (icpx)" in last_line()
