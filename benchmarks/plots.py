@@ -344,6 +344,7 @@ def draw_nnunet(results: dict[str, Any], path: Path) -> None:
         right.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[colour])
         right.annotate(name, points[-1], (0, 7), textcoords="offset points", ha="right", fontsize=8)
     ticks = [row["depth"] for row in parts["memory"]]
+    right.margins(y=0.2)
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -249,7 +249,9 @@ def _run(
         members=len(members) * len(turns),
         **options,
     )
-    source = pad_nd_image(data.to(device), plan.padded, "constant", {"value": 0})
+    source = data.to(device)
+    if plan.padded != plan.volume:
+        source = pad_nd_image(source, plan.padded, "constant", {"value": 0})
     for origins in tqdm(fuser.batches(1), total=len(fuser), disable=not predictor.allow_tqdm):
         place = [
             slice(start + low, start + low + size)
