@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,29 @@ THOROUGH = {
     "data__validation": ["b"],
     "sampling__method": "lesions",
 }
+
+
+def test_simulated_lesions_change_with_the_steps_and_a_run_goes_on_with_the_same(heads, tmp_path):
+    wanted = config(augmentation__simulate_every=4, training__steps=8, training__checkpoint_every=3)
+    whole = Trainer(wanted, heads, tmp_path / "whole", quiet)
+    real = {name: volume.label for name, volume in whole.sampler.volumes.items()}
+    seen = []
+    for step in (0, 3, 4):
+        whole.batch(step)
+        seen.append({name: volume.label for name, volume in whole.sampler.volumes.items()})
+    for name, label in real.items():
+        first, same, other = (labels[name] for labels in seen)
+        assert (first[label > 0] == 1).all(), "a real lesion is gone"
+        assert first.sum() > label.sum()
+        assert np.array_equal(first, same)
+        assert not np.array_equal(first, other)
+    assert whole.fit()
+    assert not train(wanted, heads, tmp_path / "left", stop_at=5)
+    assert train(wanted, heads, tmp_path / "left")
+    assert_same_runs(tmp_path / "whole", tmp_path / "left")
+    wanted = config(augmentation__simulate_every=4, data__images=["flair"])
+    with pytest.raises(ConfigError, match="simulate_every: got images flair, expected t1 and any"):
+        Trainer(wanted, heads, tmp_path / "x", quiet)
 
 
 def test_a_run_that_is_left_goes_on_to_the_same_bits(heads, tmp_path):

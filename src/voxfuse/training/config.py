@@ -162,6 +162,17 @@ class AugmentationOptions:
         '{name = "RandGaussianNoised", prob = 0.2, std = 0.05}: dictionary transforms with their '
         "options. keys is ['image'] for those of intensity, else ['image', 'label'].",
     )
+    simulate_every: int = _key(
+        0,
+        "Put simulated MS lesions into every training subject, others each so many steps; 0: none. "
+        "About a second a subject, in which nothing trains. Needs a modality t1.",
+        least=0,
+    )
+    simulate_shapes: str = _key(
+        "none",
+        "Their shapes: 'none' is a random model, else a folder of masks; leave those of patients "
+        "who are validated or tested out of it.",
+    )
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from voxfuse.training.objective import Objective
 from voxfuse.training.optimisers import forgets, learning_rate, make_optimiser
 from voxfuse.training.predict import MODEL, decided, device_of, foreground_probabilities, load_model
 from voxfuse.training.sampling import AUGMENTATION, NETWORK, Sampler, generator
+from voxfuse.training.simulation.renewal import Renewal
 from voxfuse.training.volumes import Volume, check_subjects
 
 #: Columns of log.csv. A row is the mean of the steps since the row before; "relaxed" is the share
@@ -111,13 +112,19 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.progress = Progress(losses=[])
         volumes = self._load()
-        groups = {name: self.dataset.subjects[name].group for name in self.split.training}
-        self.sampler = Sampler(
-            {name: volumes[name] for name in self.split.training},
-            config.sampling,
-            groups,
-            config.training.seed,
-        )
+        self.sampler = self._sampler({name: volumes[name] for name in self.split.training})
+        self.renewal: Renewal | None = None
+        self.renewed = -1  #: number of the simulation that the sampler has
+        if config.augmentation.simulate_every:
+            self.renewal = Renewal(
+                {name: self.dataset.subjects[name] for name in self.split.training},
+                self.dataset.images,
+                self.dataset.labels,
+                config.data,
+                config.augmentation.simulate_shapes,
+                config.training.seed,
+            )
+            assert self.fingerprint >= 0  # of the subjects as they are: taken before they change
         self.validation = [volumes[name] for name in self.split.validation]
         self.log = checkpoints.Log(self.run / "log.csv", COLUMNS)
 
@@ -167,6 +174,10 @@ class Trainer:
         )
         return volumes
 
+    def _sampler(self, volumes: Mapping[str, Volume]) -> Sampler:
+        groups = {name: self.dataset.subjects[name].group for name in volumes}
+        return Sampler(volumes, self.config.sampling, groups, self.config.training.seed)
+
     @cached_property
     def fingerprint(self) -> int:
         """Of the arrays that are trained on: a run is not gone on with on others."""
@@ -183,6 +194,11 @@ class Trainer:
         """The patches of a step: a function of the seed and the step."""
         training = self.config.training
         number = step // training.updates_per_patch
+        if self.renewal is not None:
+            first = number * training.updates_per_patch  # the patches are of one simulation
+            renewed = first // self.config.augmentation.simulate_every
+            if renewed != self.renewed:
+                self.sampler, self.renewed = self._sampler(self.renewal.volumes(renewed)), renewed
         random = generator(training.seed, number, AUGMENTATION)
         images, labels, masks, relaxed = [], [], [], 0
         for place, patch in self.sampler.patches(number):

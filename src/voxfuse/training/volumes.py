@@ -87,7 +87,7 @@ def load_volume(
             raise DataError(f"{subject.name}: the mask has no voxel left at {options.spacing} mm")
     for k, channel in enumerate(image):
         path = subject.images[k if len(subject.images) > 1 else 0]
-        image[k] = _normalised(f"{subject.name}: {path}", channel, mask, options)
+        image[k] = normalised(f"{subject.name}: {path}", channel, mask, options)
     return Volume(subject.name, np.ascontiguousarray(image), mask, label, placement, own_mask)
 
 
@@ -204,9 +204,10 @@ def _classes(subject: Subject, array: Array, labels: dict[str, int]) -> NDArray[
     return result
 
 
-def _normalised(
+def normalised(
     what: str, channel: Array, mask: NDArray[np.bool_], options: DataOptions
 ) -> NDArray[np.float32]:
+    """A modality as ``[data]`` wants it inside the mask, 0 outside; ``what`` is named in errors."""
     inside = channel[mask].astype(np.float64)
     low, high = options.clip
     if low > 0 or high < 100:

@@ -35,7 +35,7 @@ measures all of these.
 
 A simulation takes about a third of a second at 1 mm with the random model, and about one with
 masks: too much for every patch, little once a subject. So it changes whole volumes, before patches
-are taken of them.
+are taken of them: ahead by ``voxfuse simulate``, or in training every so many steps (``renewal``).
 """
 
 from voxfuse.training.simulation.appearance import CONTRASTS, Contrast

@@ -92,11 +92,12 @@ def _patient(subject: Subject) -> str:
 
 def host_of(volume: Volume, images: Sequence[str]) -> Host:
     """A volume that was loaded without normalisation, as a host."""
-    affine = volume.placement.affine
-    own = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    placement = volume.placement
+    own = np.sqrt((placement.affine[:3, :3] ** 2).sum(0))
     spacing = [0.0] * 3
-    for size, (axis, _) in zip(own, volume.placement.turned, strict=True):
-        spacing[axis] = float(size)
+    for size, (axis, _) in zip(own, placement.turned, strict=True):
+        # Of a resampled volume: the same extent in mm.
+        spacing[axis] = float(size) * placement.turned_shape[axis] / volume.mask.shape[axis]
     modalities = dict(zip(images, volume.image, strict=True))
     lesions = None if volume.label is None else volume.label > 0
     return Host.of(modalities, volume.mask, lesions, spacing)
