@@ -1,6 +1,6 @@
 """An exported network, without its Python code, as the predictor of the sliding window.
 
-    python examples/exported_network.py [--patch 64]
+    python examples/exported_network.py [--patch 72]
 
 Exports the bundled brain extraction network with torch.export, and to ONNX where the packages
 onnxscript and onnxruntime are installed; loads each file and fuses its predictions of the bundled
@@ -58,7 +58,7 @@ def with_onnx_runtime(network: nn.Module, patches: Tensor, file: Path) -> Predic
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, load, fuse; fail where a segmentation differs from that of the network itself."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--patch", type=int, default=64, help="divisible by 8 (default 64)")
+    parser.add_argument("--patch", type=int, default=72, help="divisible by 8 (default 72)")
     options = parser.parse_args(arguments)
     grid = head_image.read_head(
         DATA / "head_mr/ch2.nii.gz", DATA / "head_mr/ch2bet.nii.gz", clip=False
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def brain(predictor: Predictor) -> Tensor:
         logits = voxfuse.sliding_window_inference(
-            grid.image[None, None], patches.shape[2:], BATCH, predictor, overlap=0.25
+            grid.image[None, None], patches.shape[2:], BATCH, predictor, overlap=0.2
         )
         return logits[0, 0] > 0
 
