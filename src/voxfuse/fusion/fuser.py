@@ -232,7 +232,10 @@ class PatchFuser:
 
     @property
     def finished(self) -> int:
-        """Slices before this one, along :attr:`stream_axis`, are final and written."""
+        """Slices of the volume before this one, along :attr:`stream_axis`, are final and written.
+
+        With ``resample_to`` what is written are the slices of the result that need no others.
+        """
         self.flush()
         return self._schedule.front
 
