@@ -20,6 +20,7 @@ from voxfuse.training.dataset import (
     find_inputs,
     split_dataset,
 )
+from voxfuse.training.initial import initial_config
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 
 LABELS = {"background": 0, "lesion": 1}
@@ -236,6 +237,63 @@ def test_a_dataset_json_says_the_same_as_folders(heads, tmp_path, kind):
             find_dataset(tmp_path / "set", DataOptions(images=["FLIAR"]))
 
 
+def json_of(folder, **content):
+    folder.mkdir(exist_ok=True)
+    made = {"channel_names": {"0": "FLAIR", "1": "T1"}, "labels": LABELS, **content}
+    (folder / "dataset.json").write_text(json.dumps(made))
+    return find_dataset(folder, DataOptions())
+
+
+def test_cases_whose_labels_have_one_file_name_stay_apart(tmp_path):
+    items = [
+        {"image": [f"p{k}/f.nii.gz", f"p{k}/t1.nii.gz"], "label": f"p{k}/seg.nii.gz"}
+        for k in range(3)
+    ]
+    found = json_of(tmp_path, training=items[:2], validation=items[2:])
+    assert list(found.subjects) == ["p0/seg", "p1/seg", "p2/seg"]
+    assert found.given == {"training": ["p0/seg", "p1/seg"], "validation": ["p2/seg"]}
+    assert found.subjects["p1/seg"].images[1] == tmp_path / "p1/t1.nii.gz"
+    with pytest.raises(DataError, match="two entries have the label p0/seg.nii.gz"):
+        json_of(tmp_path, training=[items[0], {**items[1], "label": items[0]["label"]}])
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (
+            {"training": [{"label": "a"}]},
+            r"dataset.json: training\[0\]: got .* expected paths as im",
+        ),
+        ({"training": [{"image": "a"}]}, r"dataset.json: training\[0\]: got .* image and label"),
+        (
+            {"dataset": {"x": {"images": ["a"]}}},
+            r"dataset.json: dataset.x: got .* images and label",
+        ),
+    ],
+)
+def test_an_entry_of_a_dataset_json_that_lacks_something_is_named(tmp_path, content, pattern):
+    with pytest.raises(DataError, match=pattern):
+        json_of(tmp_path, **content)
+    (tmp_path / "dataset.json").write_text("[]")
+    with pytest.raises(DataError, match="dataset.json: got a list, expected an object"):
+        find_dataset(tmp_path, DataOptions())
+
+
+def test_a_prediction_takes_the_channels_that_were_trained_on(heads, tmp_path):
+    as_layout(heads, tmp_path, "nnunet")
+    images = tmp_path / "imagesTr"
+    for chosen in (["T1", "FLAIR"], ["T1"], []):
+        data = DataOptions(images=chosen)
+        trained = find_dataset(tmp_path, data)
+        given = find_inputs([images], trained.images, data, trained.channels)
+        assert [s.images for s in given] == [s.images for s in trained.subjects.values()]
+    (images / "b_0001.nii.gz").rename(images / "b_0002.nii.gz")
+    pattern = r"^b: .*imagesTr has 0000, 0002 of it, expected 0000 \(FLAIR\), 0001 \(T1\)"
+    for channels in ((0, 1), ()):
+        with pytest.raises(ValueError, match=pattern):
+            find_inputs([images], ["FLAIR", "T1"], DataOptions(), channels)
+
+
 def test_what_a_prediction_may_be_given(heads, tmp_path):
     plain, names = DataOptions(), ["flair", "t1"]
     files = [heads / "a/flair.nii.gz", heads / "a/t1.nii.gz"]
@@ -281,9 +339,17 @@ def test_no_patient_is_in_two_lists():
 
 def test_patients_of_a_table(tmp_path):
     write_heads(tmp_path, ["a", "b"], shape=(24, 20, 28))
-    (tmp_path / "who.csv").write_text("subject,patient\na,x\nb,x\n")
+    (tmp_path / "who.csv").write_text("subject,patient\na,x\nb,x\n", encoding="utf-8-sig")
+    (tmp_path / "others.csv").write_bytes("Größe,subject\n".encode("latin-1"))
+    with pytest.warns(UserWarning, match="--init: .*others.csv was not read: 'utf-8'"):
+        assert initial_config(tmp_path).data.groups == "who.csv"
+    with pytest.raises(DataError, match="data.groups: .*others.csv cannot be read: 'utf-8'"):
+        find_dataset(tmp_path, options(groups="others.csv"))
+    (tmp_path / "others.csv").unlink()
     dataset = find_dataset(tmp_path, options(groups="who.csv"))
     assert {subject.group for subject in dataset.subjects.values()} == {"x"}
     (tmp_path / "who.csv").write_text("subject,patient\na,x\n")
     with pytest.raises(DataError, match="^b: data.groups: .*who.csv has no row of it"):
         find_dataset(tmp_path, options(groups="who.csv"))
+    with pytest.raises(DataError, match="--init: .*who.csv has columns .* but no row of b$"):
+        initial_config(tmp_path)

@@ -40,6 +40,7 @@ class Dataset:
     images: tuple[str, ...]
     labels: dict[str, int]  #: name and value, the background first
     given: dict[str, list[str]] = field(default_factory=dict)  #: a dataset.json's own split
+    channels: tuple[int, ...] = ()  #: of a dataset.json: the place of each modality in it
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: got a {type(content).__name__}, expected an object {{...}}")
     named = content.get("channel_names") or content.get("modality")
     if not isinstance(named, dict):
         raise DataError(f"{path}: has no channel_names (nnU-Net) or modality (Decathlon)")
@@ -155,10 +158,11 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
             f"data.mask: got {options.mask!r}, expected positive or all with a dataset.json"
         )
     cases, given = _cases(folder, content, channels)
+    places = tuple(channels.index(channel) for channel in chosen)
     subjects = {}
     for name, (images, label, group) in cases.items():
         if len(images) == len(channels):
-            images = [images[channels.index(channel)] for channel in chosen]
+            images = [images[place] for place in places]
         elif len(images) != 1:
             raise DataError(f"{name}: {path} has {len(images)} images for {len(channels)} channels")
         elif chosen != channels:
@@ -167,7 +171,7 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
             )
         subjects[name] = Subject(name, tuple(images), label, None, group)
     labels = options.labels or _labels(path, content)
-    return Dataset(folder, subjects, tuple(chosen), labels, given)
+    return Dataset(folder, subjects, tuple(chosen), labels, given, places)
 
 
 _Case = tuple[list[Path], "Path | None", str]
@@ -180,26 +184,51 @@ def _cases(
     cases: dict[str, _Case] = {}
     given: dict[str, list[str]] = {}
     if "training" in content and isinstance(content["training"], list):
+        listed: list[tuple[str, list[Path], str, Any]] = []
         for part in ("training", "validation", "test"):
-            for item in content.get(part, []):
-                if not isinstance(item, dict) or "label" not in item:
+            for k, item in enumerate(content.get(part) or []):
+                if part == "test" and not (isinstance(item, dict) and "label" in item):
                     continue  # the Decathlon's test images have no labels
-                images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-                paths = [folder / image for image in images]
-                name = name_of(Path(item["label"]))
-                cases[name] = (paths, folder / item["label"], str(item.get("patient", name)))
-                given.setdefault(part, []).append(name)
+                images, label = _files(folder, f"{part}[{k}]", item, "image")
+                listed.append((part, images, label, item.get("patient")))
+        # Where files of several cases have one name, a case is called by its path.
+        labels = {Path(label) for _, _, label, _ in listed}
+        unique = len({name_of(path) for path in labels}) == len(labels)
+        for part, images, label, patient in listed:
+            name = name_of(Path(label))
+            name = name if unique else (Path(label).parent / name).as_posix()
+            case: _Case = (images, folder / label, name if patient is None else str(patient))
+            if cases.setdefault(name, case) != case:
+                raise DataError(f"{folder / 'dataset.json'}: two entries have the label {label}")
+            given.setdefault(part, []).append(name)
         return cases, given
     if isinstance(content.get("dataset"), dict):
         for name, item in content["dataset"].items():
-            cases[name] = ([folder / x for x in item["images"]], folder / item["label"], name)
+            images, label = _files(folder, f"dataset.{name}", item, "images")
+            cases[name] = (images, folder / label, name)
         return cases, given
     ending = content.get("file_ending", ".nii.gz")
-    for label in sorted((folder / "labelsTr").glob(f"[!.]*{ending}")):
-        name = label.name[: -len(ending)]
+    for truth in sorted((folder / "labelsTr").glob(f"[!.]*{ending}")):
+        name = truth.name[: -len(ending)]
         paths = [folder / f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))]
-        cases[name] = (paths, label, name)
+        cases[name] = (paths, truth, name)
     return cases, given
+
+
+def _files(folder: Path, place: str, item: Any, key: str) -> tuple[list[Path], str]:
+    """Images and label of an entry of a dataset.json."""
+    images = item.get(key) if isinstance(item, dict) else None
+    images = [images] if isinstance(images, str) else images
+    label = item.get("label") if isinstance(item, dict) else None
+    if (
+        not isinstance(images, list)
+        or not images
+        or not all(isinstance(x, str) for x in [*images, label])
+    ):
+        raise DataError(
+            f"{folder / 'dataset.json'}: {place}: got {item!r}, expected paths as {key} and label"
+        )
+    return [folder / image for image in images], str(label)
 
 
 def _labels(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
@@ -221,12 +250,18 @@ def _labels(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
     return ordered
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file in UTF-8, with or without the mark that Excel begins it with."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
 def _groups(path: Path, subjects: Iterable[str]) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise DataError(f"data.groups: {path} cannot be read: {error.strerror}") from None
+        rows = read_table(path)
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.groups: {path} cannot be read: {reason}") from None
     if not rows or not {"subject", "patient"} <= set(rows[0]):
         raise DataError(f"data.groups: {path} has no columns subject and patient")
     found = {row["subject"]: row["patient"] for row in rows}
@@ -315,7 +350,10 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
 
 
 def find_inputs(
-    paths: Sequence[Path], images: Sequence[str], options: DataOptions
+    paths: Sequence[Path],
+    images: Sequence[str],
+    options: DataOptions,
+    channels: Sequence[int] = (),
 ) -> list[Subject]:
     """The subjects that ``voxfuse predict --input`` names; labels are not looked for.
 
@@ -325,10 +363,11 @@ def find_inputs(
             all of them in one file), of a file a subject.
         images: the modalities.
         options: the section ``[data]``.
+        channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
 
     Raises:
         FileNotFoundError: no such path, or nothing there.
-        ValueError: not as many files as modalities.
+        ValueError: not as many files as modalities, or of other numbers.
     """
     for path in paths:
         if not path.exists():
@@ -352,20 +391,29 @@ def find_inputs(
     several = [s for s in (subject_of_folder(place, images, plain) for place in places) if s]
     if several:
         return several
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
-    cases: dict[str, list[Path]] = {}
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(ENDINGS) and not path.name.startswith(".")
+    )
+    cases: dict[str, dict[int, Path]] = {}
     for path in files:
         name, underscore, number = name_of(path).rpartition("_")
         if underscore and len(number) == 4 and number.isdigit():
-            cases.setdefault(name, []).append(path)
+            cases.setdefault(name, {})[int(number)] = path
     if cases:
+        wanted = list(channels or range(len(images)))
         for name, found in cases.items():
-            if len(found) != len(images):
-                raise ValueError(
-                    f"{name}: {folder} has {len(found)} files of it, expected {len(images)}: "
-                    f"{', '.join(images)}"
+            # Numbers that a dataset.json gave may leave some out; else there are no others.
+            if not set(wanted) <= set(found) or not (channels or len(found) == len(wanted)):
+                has = ", ".join(f"{k:04d}" for k in sorted(found))
+                expected = ", ".join(
+                    f"{k:04d} ({image})" for k, image in zip(wanted, images, strict=True)
                 )
-        return [Subject(name, tuple(found), None) for name, found in cases.items()]
+                raise ValueError(f"{name}: {folder} has {has} of it, expected {expected}")
+        return [
+            Subject(name, tuple(found[k] for k in wanted), None) for name, found in cases.items()
+        ]
     if not files:
         raise FileNotFoundError(
             f"--input: {folder} has no {', '.join(images)}, no folders with them and no images"

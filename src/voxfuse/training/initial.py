@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from voxfuse.metrics.files import ENDINGS, load_scan
 from voxfuse.training.config import Config, DataOptions
-from voxfuse.training.dataset import DataError, file_named, find_dataset, name_of
+from voxfuse.training.dataset import DataError, file_named, find_dataset, name_of, read_table
 
 #: What a file of labels is called, as a part of its name.
 LABEL_NAMES = ("lesion", "label", "seg", "consensus", "truth", "mask")
@@ -33,7 +34,8 @@ def initial_config(folder: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
-        DataError: no file is named as labels are, or it has no labels.
+        DataError: no file is named as labels are, or it has no labels; a table of patients lacks
+            subjects.
     """
     folder = Path(folder)
     options = DataOptions()
@@ -115,10 +117,17 @@ def _values(folder: Path, label: str, subjects: Sequence[str]) -> dict[str, int]
 
 def _patients(folder: Path, subjects: Sequence[str]) -> str:
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            rows = read_table(path)
+        except (ValueError, csv.Error) as error:
+            warnings.warn(f"--init: {path} was not read: {error}", stacklevel=4)
+            continue
         if rows and {"subject", "patient"} <= set(rows[0]):
-            named = {row["subject"] for row in rows}
-            if named >= set(subjects):
-                return path.name
+            missing = sorted(set(subjects) - {row["subject"] for row in rows})
+            if missing:
+                raise DataError(
+                    f"--init: {path} has columns subject and patient, but no row of "
+                    f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
+                )
+            return path.name
     return ""

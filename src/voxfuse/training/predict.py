@@ -111,6 +111,7 @@ class Model:
     labels: dict[str, int]  #: name and value, the background first
     network: nn.Module
     step: int
+    channels: tuple[int, ...] = ()  #: the modalities' numbers in nnU-Net's file names
 
     @property
     def values(self) -> list[int]:
@@ -197,4 +198,5 @@ def model_of(content: Mapping[str, Any], device: str = "auto") -> Model:
     network = make_network(options.name, len(images), len(labels), options.options)
     network.load_state_dict(content["network"])
     network.eval().to(device_of(device), memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return Model(config, images, labels, network, content["step"])
+    channels = tuple(content.get("channels", ()))
+    return Model(config, images, labels, network, content["step"], channels)

@@ -418,6 +418,7 @@ class Trainer:
             "kind": "patches",
             "config": self.config.to_dict(),
             "images": list(self.dataset.images),
+            "channels": list(self.dataset.channels),
             "labels": dict(self.dataset.labels),
             "network": self.network.state_dict(),
             "step": self.progress.step,
