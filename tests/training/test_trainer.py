@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 
 from tests.training.phantom import SECTIONS, write_heads
+from voxfuse import cli
 from voxfuse.training import checkpoints
 from voxfuse.training.config import ConfigError, OptimiserOptions, parse, to_toml
 from voxfuse.training.networks import UNet
@@ -312,3 +315,42 @@ def test_patches_for_two_updates(heads, tmp_path):
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[1], images[2])
     assert torch.equal(images[2], images[3])
+
+
+def test_a_prediction_overwrites_no_scan_that_it_reads(heads, tmp_path, capsys):
+    made = config(data__images=["flair"], data__test=[], training__steps=1)
+    train(made, heads, tmp_path / "run")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in "ab":
+        shutil.copy(heads / name / "flair.nii.gz", flat / f"{name}.nii.gz")
+    shutil.copy(heads / "a/flair.nii.gz", flat / "a_probabilities.nii.gz")
+    shutil.copytree(heads / "c", tmp_path / "c")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")}
+    one = flat / "a.nii.gz"
+
+    def predict(scans, output, *more):
+        command = ["predict", "--model", tmp_path / "run", "--input", scans, "--output", output]
+        status = cli.main([str(word) for word in (*command, *more)])
+        return status, capsys.readouterr().err
+
+    for scans, output in (
+        (flat, flat),
+        (one, one),
+        (tmp_path / "c", tmp_path / "c/lesions.nii.gz"),
+    ):
+        status, error = predict(scans, output)
+        assert (status, "is an image, mask or label of a subject" in error) == (1, True)
+    assert predict(flat, tmp_path / "o.mgz") == (
+        1, f"voxfuse predict: --output: got {tmp_path / 'o.mgz'}, expected a folder or a file "
+        ".nii.gz or .nii\n",
+    )  # fmt: skip
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")} == before
+    output = tmp_path / "out/a.nii.gz"
+    assert predict(one, output, "--probabilities") == (0, "")
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "a.nii.gz", "a_probabilities.nii.gz",
+    ]  # fmt: skip
+    assert predict(one, output.parent / "a.nii") == (0, "")
+    packed, plain = (nibabel.load(output.parent / name) for name in ("a.nii.gz", "a.nii"))
+    assert packed.get_fdata().tobytes() == plain.get_fdata().tobytes()

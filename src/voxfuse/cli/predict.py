@@ -12,10 +12,14 @@ import numpy as np
 DESCRIPTION = """\
 Segment scans with a model that `voxfuse train` made. A subject's segmentation lies on its own grid;
 outside the mask it is background. One subject is written to OUT if that ends as an image does,
-several to OUT/SUBJECT.nii.gz.
+several to OUT/SUBJECT.nii.gz; what is there is overwritten, but never a
+subject's image, mask or label.
 """
 
 _ENDINGS = (".nii", ".nii.gz")
+
+#: What a user may take for a format that is written; without this it would become a folder.
+_NOT_WRITTEN = (".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz")
 
 
 def add(commands: Any) -> None:
@@ -56,9 +60,15 @@ def _predict(options: argparse.Namespace) -> int:
         return 1
 
 
+def _targets(path: Path) -> tuple[Path, Path]:
+    """Where a segmentation and its probabilities are written."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    return path, path.with_name(f"{stem}_probabilities.nii.gz")
+
+
 def _run(options: argparse.Namespace) -> int:
     from voxfuse.training.config import parse
-    from voxfuse.training.dataset import find_inputs
+    from voxfuse.training.dataset import file_named, find_inputs
     from voxfuse.training.predict import load_model
     from voxfuse.training.volumes import save_like
 
@@ -68,22 +78,41 @@ def _run(options: argparse.Namespace) -> int:
     if "threshold" in given and len(model.labels) > 2:
         raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
     wanted = parse({"prediction": {**vars(model.config.prediction), **given}}).prediction
-    subjects = find_inputs(options.input, model.images, model.config.data)
     one_file = options.output.name.endswith(_ENDINGS)
+    if options.output.name.endswith(_NOT_WRITTEN) and not one_file:
+        raise ValueError(
+            f"--output: got {options.output}, expected a folder or a file .nii.gz or .nii"
+        )
+    subjects = find_inputs(options.input, model.images, model.config.data, model.channels)
     if one_file and len(subjects) > 1:
         raise ValueError(
             f"--output: got {options.output} for {len(subjects)} subjects, expected a folder"
         )
-    for done, subject in enumerate(subjects, 1):
+    targets = [
+        _targets(options.output if one_file else options.output / f"{subject.name}.nii.gz")
+        for subject in subjects
+    ]
+    label = model.config.data.label
+    kept: set[Path] = set()
+    for s in subjects:
+        truth = file_named(s.images[0].parent, label) if label else None
+        kept |= {path.resolve() for path in (*s.images, s.mask, truth) if path is not None}
+    made: set[Path] = set()
+    for path in [path for pair in targets for path in pair[: 1 + options.probabilities]]:
+        if path.resolve() in kept:
+            raise ValueError(
+                f"--output: {path} is an image, mask or label of a subject, expected another place"
+            )
+        if path in made:
+            raise ValueError(f"--output: two of the subjects would be written to {path}")
+        made.add(path)
+    for done, (subject, (path, beside)) in enumerate(zip(subjects, targets, strict=True), 1):
         labels, probabilities, volume = model.segmentation(subject, wanted)
-        folder = options.output.parent if one_file else options.output
-        path = options.output if one_file else folder / f"{subject.name}.nii.gz"
         save_like(labels, volume.placement, path)
         if options.probabilities:
             channels = np.moveaxis(probabilities, 0, -1)
             channels = channels[..., 0] if channels.shape[-1] == 1 else channels
-            stem = path.name.removesuffix(".gz").removesuffix(".nii")
-            save_like(channels, volume.placement, folder / f"{stem}_probabilities.nii.gz")
+            save_like(channels, volume.placement, beside)
         count = int(np.count_nonzero(labels))
         print(f"{done}/{len(subjects)} {subject.name}: {count} voxels, {path}", flush=True)
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from voxfuse import resample_argmax
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import Scan, load_scan
+from voxfuse.training.checkpoints import write_whole
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import DataError, Subject
 
@@ -294,7 +296,10 @@ def on_own_grid(probabilities: Array, placement: Placement) -> NDArray[np.float3
 
 
 def save_like(array: Array, placement: Placement, path: Path) -> None:
-    """Write (x, y, z) or (x, y, z, C) as NIfTI where the scan lies, with its affine and codes."""
+    """Write (x, y, z) or (x, y, z, C) as NIfTI where the scan lies, with its affine and codes.
+
+    A file that is there has its old content until the new one is whole.
+    """
     nibabel = optional("nibabel", f"Writing {path}")
     source = nibabel.load(placement.path)
     image = nibabel.Nifti1Image(array, placement.affine)
@@ -303,5 +308,13 @@ def save_like(array: Array, placement: Placement, path: Path) -> None:
             affine, code = getattr(source, f"get_{form}")(coded=True)
             getattr(image, f"set_{form}")(affine, int(code))
         image.header.set_xyzt_units(*source.header.get_xyzt_units())
+
+    def write(file: BinaryIO) -> None:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+                image.to_file_map({"image": nibabel.FileHolder(fileobj=packed)})
+        else:
+            image.to_file_map({"image": nibabel.FileHolder(fileobj=file)})
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(image, path)
+    write_whole(path, write)
