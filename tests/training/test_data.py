@@ -11,6 +11,7 @@ import pytest
 from scipy import ndimage
 
 from tests.training.phantom import SECTIONS, write_heads
+from voxfuse import cli
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import (
     DataError,
@@ -97,7 +98,9 @@ def test_resampled_labels_are_the_greatest_interpolated_class(tmp_path):
     box = np.zeros((24, 20, 28), np.uint8)
     box[4:12, 4:12, 4:12], box[12:16, 4:12, 4:12] = 1, 3
     rewrite(tmp_path / "a/lesions.nii.gz", lambda _: box)
-    found = volume(tmp_path, spacing=[0.5, 0.5, 0.5], labels={"background": 0, "x": 1, "y": 3})
+    found = volume(
+        tmp_path, mask="all", spacing=[0.5, 0.5, 0.5], labels={"background": 0, "x": 1, "y": 3}
+    )
     assert set(np.unique(found.label)) == {0, 1, 2}  # classes, not values
     for c, value in ((1, 1), (2, 3)):
         assert abs((found.label == c).sum() / 8 / (box == value).sum() - 1) < 0.05
@@ -237,6 +240,47 @@ def test_a_dataset_json_says_the_same_as_folders(heads, tmp_path, kind):
             find_dataset(tmp_path / "set", DataOptions(images=["FLIAR"]))
 
 
+def test_what_a_first_configuration_finds(tmp_path, capsys):
+    """Names that hold the folder's, a scan with air below 0 in other axes than RAS."""
+    rolled = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
+    places = [tmp_path / "set" / f"BraTS_{k:03d}" for k in range(3)]
+    write_heads(tmp_path / "set", [p.name for p in places], shape=(32, 16, 24), affine=rolled)
+    for place in places:
+        rewrite(place / "flair.nii.gz", lambda x: x - 50)
+        for path in list(place.iterdir()):
+            path.rename(place / f"{place.name}_{path.name}")
+    command = ["train", "--init", str(tmp_path / "set"), str(tmp_path / "it.toml")]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith(
+        "3 subjects (0 without a label), images flair, t1, label lesions (background = 0, "
+        "lesion = 1), mask all, 3 patients\n"
+    )
+    config = initial_config(tmp_path / "set")
+    assert config.sampling.patch == [24, 32, 16]  # the file's (32, 16, 24) turned to RAS
+    found = find_dataset(tmp_path / "set", config.data).subjects["BraTS_001"]
+    names = [path.name for path in (*found.images, found.label)]
+    assert names == [f"BraTS_001_{name}.nii.gz" for name in ("flair", "t1", "lesions")]
+    for k, place in enumerate(places):
+        for path in list(place.iterdir()):
+            path.rename(place / path.name.replace("BraTS", f"P{k}"))
+    with pytest.raises(DataError, match="--init: P._00._lesions, .* is in 1 of 3 folders"):
+        initial_config(tmp_path / "set")
+
+
+def test_labels_outside_the_mask_are_said(tmp_path):
+    write_heads(tmp_path, ["a"], shape=(24, 20, 28))
+    corner = np.zeros((24, 20, 28), np.uint8)
+    corner[:2, :2, :2] = 1
+    rewrite(tmp_path / "a/lesions.nii.gz", lambda _: corner)
+    with pytest.raises(DataError, match="^a: 100.0% of the labelled voxels of .* outside the mask"):
+        volume(tmp_path)
+    assert volume(tmp_path, mask="all").label.sum() == 8
+    corner[10:14, 9:11, 13:14] = 1
+    rewrite(tmp_path / "a/lesions.nii.gz", lambda _: corner)
+    with pytest.warns(UserWarning, match="^a: 50.0% of the labelled voxels of"):
+        volume(tmp_path)
+
+
 def json_of(folder, **content):
     folder.mkdir(exist_ok=True)
     made = {"channel_names": {"0": "FLAIR", "1": "T1"}, "labels": LABELS, **content}
@@ -305,6 +349,15 @@ def test_what_a_prediction_may_be_given(heads, tmp_path):
     assert [(s.name, len(s.images)) for s in cases] == [("a", 2), ("b", 2), ("c", 2)]
     with pytest.raises(ValueError, match="got 3 paths, expected a folder, or 2 files: flair, t1"):
         find_inputs(files[:1] * 3, names, plain)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("T1", "lesions", "x"):
+        (flat / f"{name}.nii.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"--input: .*flat has T1.nii.gz, expected t1, in"):
+        find_inputs([flat], ["t1"], plain)
+    (flat / "T1.nii.gz").unlink()
+    found = find_inputs([flat], ["t1"], DataOptions(label="lesions"))
+    assert [subject.name for subject in found] == ["x"]
     with pytest.raises(FileNotFoundError, match="--input: there is no .*nothing"):
         find_inputs([tmp_path / "nothing"], names, plain)
 
@@ -330,6 +383,8 @@ def test_no_patient_is_in_two_lists():
         split_dataset(scans(), DataOptions(test=["c2"]))
     with pytest.raises(ValueError, match="nobody is left to train on"):
         split_dataset(scans(), DataOptions(test=list("abcde")))
+    with pytest.raises(ValueError, match="data.validation_share: got 0.4, but 1 patient is left"):
+        split_dataset(scans(), DataOptions(validation_share=0.4, test=list("abcd")))
     for seed in range(20):
         drawn = split_dataset(scans(), DataOptions(validation_share=0.4, test=["e"]), seed)
         assert len({SCANS[name] for name in drawn.validation}) == 2

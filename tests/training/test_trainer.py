@@ -20,7 +20,7 @@ from voxfuse.training import checkpoints
 from voxfuse.training.config import ConfigError, OptimiserOptions, parse, to_toml
 from voxfuse.training.networks import UNet
 from voxfuse.training.optimisers import forgets, learning_rate, make_optimiser
-from voxfuse.training.predict import load_model
+from voxfuse.training.predict import device_of, load_model
 from voxfuse.training.trainer import Trainer, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,3 +354,15 @@ def test_a_prediction_overwrites_no_scan_that_it_reads(heads, tmp_path, capsys):
     assert predict(one, output.parent / "a.nii") == (0, "")
     packed, plain = (nibabel.load(output.parent / name) for name in ("a.nii.gz", "a.nii"))
     assert packed.get_fdata().tobytes() == plain.get_fdata().tobytes()
+
+
+def test_a_device_that_is_not_there_and_a_sigmoid_of_several_labels_are_named(heads, tmp_path):
+    with pytest.raises(ValueError, match="training.device: got 'cdua', expected auto, cpu, cuda"):
+        Trainer(config(training__device="cdua"), heads, tmp_path / "run", quiet)
+    with pytest.raises(ValueError, match=r"device: got 'cuda:99', but PyTorch .* sees \d+ GPUs"):
+        device_of("cuda:99", "device")
+    labels = {"background": 0, "lesion": 1, "other": 2}
+    several = config(data__labels=labels, loss__name="BCELoss")
+    with pytest.raises(ConfigError, match="loss.activation: got 'sigmoid' for 2 labels"):
+        Trainer(several, heads, tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()

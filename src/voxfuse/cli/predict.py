@@ -68,7 +68,7 @@ def _targets(path: Path) -> tuple[Path, Path]:
 
 def _run(options: argparse.Namespace) -> int:
     from voxfuse.training.config import parse
-    from voxfuse.training.dataset import file_named, find_inputs
+    from voxfuse.training.dataset import file_of, find_inputs
     from voxfuse.training.predict import load_model
     from voxfuse.training.volumes import save_like
 
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     label = model.config.data.label
     kept: set[Path] = set()
     for s in subjects:
-        truth = file_named(s.images[0].parent, label) if label else None
+        truth = file_of(s.images[0].parent, label) if label else None
         kept |= {path.resolve() for path in (*s.images, s.mask, truth) if path is not None}
     made: set[Path] = set()
     for path in [path for pair in targets for path in pair[: 1 + options.probabilities]]:

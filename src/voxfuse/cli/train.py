@@ -71,11 +71,23 @@ def _train(options: argparse.Namespace) -> int:
 
 def _init(options: argparse.Namespace) -> int:
     from voxfuse.training.config import to_toml
+    from voxfuse.training.dataset import find_dataset
     from voxfuse.training.initial import initial_config
 
     path = options.config or Path("voxfuse.toml")
     if path.exists():
         raise ValueError(f"{path}: is there already; name another file, CONFIG.toml")
-    path.write_text(to_toml(initial_config(options.init)), encoding="utf-8")
+    config = initial_config(options.init)
+    dataset = find_dataset(options.init, config.data)
+    data, names = config.data, dataset.subjects
+    unlabelled = sum(1 for subject in names.values() if subject.label is None)
+    print(
+        f"{len(names)} subjects ({unlabelled} without a label), "
+        f"images {', '.join(data.images)}, label {data.label or 'of dataset.json'} "
+        f"({', '.join(f'{name} = {value}' for name, value in data.labels.items())}), "
+        f"mask {data.mask}, {len({s.group for s in names.values()})} patients"
+        + (f" from {data.groups}" if data.groups else "")
+    )
+    path.write_text(to_toml(config), encoding="utf-8")
     print(f"wrote {path}; then: voxfuse train {path} --data {options.init} --out RUN")
     return 0

@@ -61,6 +61,12 @@ def file_named(folder: Path, name: str) -> Path | None:
     return None
 
 
+def file_of(place: Path, name: str) -> Path | None:
+    """A subject's file of this name, or of its folder's and this one, as BraTS has them."""
+    names = [name, *(f"{place.name}{between}{name}" for between in "_-")]
+    return next((path for path in (file_named(place, x) for x in names) if path), None)
+
+
 def name_of(path: Path) -> str:
     """The file's name without an image's ending."""
     for ending in ENDINGS:
@@ -123,14 +129,14 @@ def subject_of_folder(place: Path, images: Sequence[str], options: DataOptions) 
 
     A missing image is the path where it was looked for, so that an error can name it.
     """
-    found = [file_named(place, name) for name in images]
+    found = [file_of(place, name) for name in images]
     if not any(found):
         return None
     paths = [path or place / f"{name}.nii.gz" for path, name in zip(found, images, strict=True)]
     mask = None
     if options.mask not in ("positive", "all"):
-        mask = file_named(place, options.mask) or place / f"{options.mask}.nii.gz"
-    label = file_named(place, options.label) if options.label else None
+        mask = file_of(place, options.mask) or place / f"{options.mask}.nii.gz"
+    label = file_of(place, options.label) if options.label else None
     return Subject(place.name, tuple(paths), label, mask, place.name)
 
 
@@ -284,7 +290,7 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
 
     Raises:
         ValueError: an unknown name (the message has the nearest one), a patient in two lists, or
-            nobody left to train on.
+            nobody left to train on, or to draw for validation.
 
     Example:
         >>> from pathlib import Path
@@ -321,10 +327,13 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
     if not validation and options.validation_share:
         held = patients(test)
         free = sorted(patients(training or subjects) - held)
+        if len(free) < 2:
+            raise ValueError(
+                f"data.validation_share: got {options.validation_share:g}, but {len(free)} patient "
+                "is left for training and validation, expected two or more"
+            )
         count = min(max(1, round(options.validation_share * len(free))), len(free) - 1)
-        drawn = np.random.default_rng([seed, 0x5917]).choice(
-            len(free), max(count, 0), replace=False
-        )
+        drawn = np.random.default_rng([seed, 0x5917]).choice(len(free), count, replace=False)
         chosen = {free[k] for k in drawn}
         validation = [name for name in subjects if patients([name]) <= chosen]
         training = [name for name in training if not patients([name]) <= chosen]
@@ -414,6 +423,13 @@ def find_inputs(
         return [
             Subject(name, tuple(found[k] for k in wanted), None) for name, found in cases.items()
         ]
+    named = {name_of(path).lower(): path.name for path in files}
+    near = [named[image.lower()] for image in images if image.lower() in named]
+    if near:
+        raise FileNotFoundError(
+            f"--input: {folder} has {near[0]}, expected {', '.join(images)}, in this spelling"
+        )
+    files = [path for path in files if name_of(path) not in (options.label, options.mask)]
     if not files:
         raise FileNotFoundError(
             f"--input: {folder} has no {', '.join(images)}, no folders with them and no images"

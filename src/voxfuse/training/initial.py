@@ -12,7 +12,8 @@ import numpy as np
 
 from voxfuse.metrics.files import ENDINGS, load_scan
 from voxfuse.training.config import Config, DataOptions
-from voxfuse.training.dataset import DataError, file_named, find_dataset, name_of, read_table
+from voxfuse.training.dataset import DataError, file_of, find_dataset, name_of, read_table
+from voxfuse.training.volumes import oriented, placement_of
 
 #: What a file of labels is called, as a part of its name.
 LABEL_NAMES = ("lesion", "label", "seg", "consensus", "truth", "mask")
@@ -50,8 +51,15 @@ def initial_config(folder: str | Path) -> Config:
     if len(patients) > 4 and not any(dataset.given.get(x) for x in ("validation", "test")):
         options.validation_share = 0.2
     config = Config(data=options)
-    shapes = np.array([load_scan(subject.images[0]).shape for subject in subjects[:20]])
-    smallest = shapes.min(0)
+    shapes = []
+    for subject in subjects[:20]:
+        scan = load_scan(subject.images[0])
+        shapes.append(oriented(placement_of(scan, scan.path), options.orientation).turned_shape)
+        # Air in CT, half of a scan of mean 0: "positive" would be no body. A spline's overshoots
+        # at the edge of a brain are less.
+        if scan.array.min() < -0.05 * scan.array.max():
+            options.mask = "all"
+    smallest = np.min(shapes, axis=0)
     config.sampling.patch = [max(16, min(32, int(n) // 8 * 8)) for n in smallest]
     config.network.options = {"features": [8, 16, 32, 64]}
     config.loss.options = {"batch": True, "include_background": False}
@@ -64,8 +72,13 @@ def _look_into(folder: Path, options: DataOptions) -> None:
     places = sorted(path for path in folder.iterdir() if path.is_dir())
     held: dict[str, set[str]] = {}
     for place in places:
+        names = (name_of(path) for path in place.iterdir() if path.name.endswith(ENDINGS))
+        # BraTS_001/BraTS_001_flair.nii.gz is flair.
         held[place.name] = {
-            name_of(path) for path in place.iterdir() if path.name.endswith(ENDINGS)
+            name[len(place.name) + 1 :]
+            if name.startswith((f"{place.name}_", f"{place.name}-"))
+            else name
+            for name in names
         }
         found.update(held[place.name])
     if not found:
@@ -74,6 +87,13 @@ def _look_into(folder: Path, options: DataOptions) -> None:
         )
     label = _label_of(folder, found)
     subjects = [name for name, names in held.items() if label in names]
+    scanned = sum(1 for names in held.values() if names)
+    if 2 * len(subjects) < scanned:
+        raise DataError(
+            f"--init: {label}, which is named as labels are, is in {len(subjects)} of {scanned} "
+            f"folders of {folder}; expected the same file names in each, such as flair.nii.gz (or "
+            "FOLDER_flair.nii.gz in FOLDER)"
+        )
     common = set.intersection(*(held[name] for name in subjects)) - {label}
     images = sorted(x for x in common if not any(name in x.lower() for name in LABEL_NAMES))
     images = [x for x in images if x.lower() not in ("brain", "brainmask", "brain_mask")]
@@ -103,7 +123,7 @@ def _values(folder: Path, label: str, subjects: Sequence[str]) -> dict[str, int]
     """The values of the labels of the first subjects, named by number; one is the lesion."""
     values: set[int] = {0}
     for subject in subjects[:20]:
-        path = file_named(folder / subject, label)
+        path = file_of(folder / subject, label)
         assert path is not None
         array = load_scan(path).array
         found = np.unique(array)

@@ -24,11 +24,22 @@ from voxfuse.training.volumes import Volume, load_volume, on_own_grid
 MODEL = "model.pt"
 
 
-def device_of(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is a GPU if there is one."""
+def device_of(name: str, what: str = "training.device") -> torch.device:
+    """The device that a configuration names; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device, with ``what`` in the message.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{what}: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"{what}: got {name!r}, but PyTorch {torch.__version__} sees {gpus} GPUs")
+    return device
 
 
 def first_output(outputs: Any) -> Tensor:
@@ -177,7 +188,7 @@ def load_model(run: str | Path, device: str = "auto") -> Model:
 
     Raises:
         FileNotFoundError: no such run, or one that has no model yet.
-        ValueError: a file that is no model.
+        ValueError: a file that is no model, or no such device.
     """
     path = Path(run)
     if path.is_dir():
@@ -195,8 +206,9 @@ def model_of(content: Mapping[str, Any], device: str = "auto") -> Model:
     config = parse(content["config"])
     images, labels = tuple(content["images"]), dict(content["labels"])
     options = config.network
+    place = device_of(device, "device")
     network = make_network(options.name, len(images), len(labels), options.options)
     network.load_state_dict(content["network"])
-    network.eval().to(device_of(device), memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network.eval().to(place, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     channels = tuple(content.get("channels", ()))
     return Model(config, images, labels, network, content["step"], channels)

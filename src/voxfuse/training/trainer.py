@@ -92,6 +92,11 @@ class Trainer:
         self.split: Split = split_dataset(self.dataset, config.data, config.training.seed)
         self.device = device_of(config.training.device)
         self.objective = Objective(config.loss, config.training.depth_weights)
+        if self.objective.activation == "sigmoid" and len(self.dataset.labels) > 2:
+            raise ConfigError(
+                f"loss.activation: got 'sigmoid' for {len(self.dataset.labels) - 1} labels beside "
+                "the background, expected softmax: of several the greatest wins"
+            )
         self.augmentation = steps_of(config.augmentation)
         # Weights are drawn from the seed alone.
         with _random_state(generator(config.training.seed, 0, NETWORK), self.device):

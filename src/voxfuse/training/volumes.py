@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import DataError, Subject
 
 Array = NDArray[Any]
+
+#: Share of the labelled voxels outside the mask from which on it is said.
+MUCH_OUTSIDE = 0.01
 
 #: Affines that differ by no more, in mm, are the same grid.
 TOLERANCE = 1e-3
@@ -61,7 +65,8 @@ def load_volume(
     Raises:
         DataError: a file is missing or cannot be read; shapes or affines differ within the subject;
             NaN or infinity in an image; a label of unknown value; a mask without a voxel; a
-            modality that is constant inside the mask. An empty label is allowed.
+            modality that is constant inside the mask; a label that lies outside the mask, all of it
+            (a part of 1 % or more is a warning). An empty label is allowed.
         ModuleNotFoundError: nibabel is not installed.
     """
     images, placement = _images(subject)
@@ -76,6 +81,17 @@ def load_volume(
     def turned(array: Array) -> Array:
         return turn(array, placement.turned)
 
+    if label is not None and label.any():
+        outside = float(np.mean(~mask[label > 0]))
+        problem = (
+            f"{subject.name}: {outside:.1%} of the labelled voxels of {subject.label} lie outside "
+            f"the mask (data.mask = {options.mask!r}; 'all' is the whole scan), where nothing is "
+            "predicted"
+        )
+        if outside == 1:
+            raise DataError(problem)
+        if outside >= MUCH_OUTSIDE:
+            warnings.warn(problem, stacklevel=2)
     own_mask = mask
     image, mask = np.stack([turned(x) for x in images]), turned(mask)
     label = None if label is None else turned(label)
@@ -156,12 +172,13 @@ def _images(subject: Subject) -> tuple[list[Array], Placement]:
                 f"{subject.name}: {path} is {array[where]} at {where}, expected finite numbers"
             )
         arrays += [array] if array.ndim == 3 else list(np.moveaxis(array, 3, 0))
-        placement = placement or _placement(scan, path)
+        placement = placement or placement_of(scan, path)
     assert placement is not None
     return arrays, placement
 
 
-def _placement(scan: Scan, path: Path) -> Placement:
+def placement_of(scan: Scan, path: Path) -> Placement:
+    """Of a scan as it lies in its file."""
     still = tuple((axis, 1) for axis in range(3))
     return Placement(scan.affine, scan.shape, still, scan.shape, path)
 
