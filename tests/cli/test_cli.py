@@ -40,3 +40,9 @@ def test_a_reader_that_leaves_is_no_traceback():
         os.close(writer)
     assert ended.returncode == 1
     assert ended.stderr == ""
+
+
+def test_a_command_of_nnunet_without_nnunet(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nnunetv2.inference.predict_from_raw_data", None)
+    assert cli.main(["nnunet-predict", "-h"]) == 1
+    assert capsys.readouterr().err.endswith("nnU-Net is not installed: pip install nnunetv2\n")

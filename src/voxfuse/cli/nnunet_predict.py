@@ -12,7 +12,13 @@ COMMAND = "nnunet-predict"
 
 def run(arguments: Sequence[str]) -> int:
     """Run nnU-Net's own entry point, whose parser reads the arguments."""
-    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+    try:
+        from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "nnunetv2":
+            raise
+        print(f"voxfuse {COMMAND}: nnU-Net is not installed: pip install nnunetv2", file=sys.stderr)
+        return 1
 
     from voxfuse.integrations.nnunet import patch
 
