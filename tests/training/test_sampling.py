@@ -201,3 +201,40 @@ def test_monais_transforms_by_name():
         steps_of(AugmentationOptions(monai=[{"name": "RandGausianNoised"}]))
     with pytest.raises(ValueError, match="RandGaussianNoised: .*unexpected keyword"):
         steps_of(AugmentationOptions(monai=[{"name": "RandGaussianNoised", "stdd": 1}]))
+
+
+def test_monais_transforms_move_the_mask_and_invent_no_class():
+    pytest.importorskip("monai", reason="MONAI's transforms by name")
+    values = np.random.default_rng(0).standard_normal((8, 8, 8)).astype(np.float32)
+    patch = Patch(np.stack([values, -values]), 2 * (values > 0).astype(np.uint8), values > -1)
+
+    def made(**transform):
+        (step,) = steps_of(AugmentationOptions("none", 0, 0, [transform]))
+        return step(patch, generator(0, 0, 1))
+
+    for keys in ({}, {"keys": ["image", "label"]}):
+        turned = made(name="RandRotate90d", prob=1.0, **keys)
+        assert (turned.mask != patch.mask).any()
+        np.testing.assert_array_equal(turned.mask, turned.image[0] > -1)
+    turned = made(name="RandAffined", prob=1.0, rotate_range=[0.4] * 3, padding_mode="zeros",
+                  mode=["bilinear", "nearest"])  # fmt: skip
+    assert (turned.mask != patch.mask).any()
+    assert not (turned.label[~turned.mask]).any()  # what is padded is neither
+    smooth = {"spatial_size": [8] * 3, "rand_size": [3] * 3, "prob": 1.0}
+    made(name="RandSmoothDeformd", **smooth, pad=0, def_range=0.3)
+    for name, options in {
+        "RandSimulateLowResolutiond": {"prob": 1.0, "zoom_range": [0.3, 0.4]},
+        "RandSmoothFieldAdjustContrastd": smooth,
+        "RandSmoothFieldAdjustIntensityd": smooth,
+    }.items():
+        changed = made(name=name, **options)
+        assert (changed.image != patch.image).any()
+        np.testing.assert_array_equal(changed.label, patch.label)
+        np.testing.assert_array_equal(changed.mask, patch.mask)
+    blurred = {"name": "RandSimulateLowResolutiond", "prob": 1.0, "zoom_range": [0.3, 0.4]}
+    with pytest.raises(ValueError, match=r"RandSimulateLowResolutiond made .* classes \[0, 2\]"):
+        made(**blurred, keys=["label"], upsample_mode="trilinear")
+    with pytest.raises(ValueError, match="monai: RandSpatialCropd made image"):
+        made(name="RandSpatialCropd", roi_size=[4, 4, 4], random_size=False)
+    with pytest.raises(ValueError, match="augmentation.monai: RandWeightedCropd: "):
+        made(name="RandWeightedCropd", w_key="weights", spatial_size=[4, 4, 4])

@@ -21,6 +21,15 @@ from voxfuse.training.sampling import Patch
 #: A step: it may write into what it returns, not into what it was given.
 Step = Callable[[Patch, np.random.Generator], Patch]
 
+#: Options of MONAI's that may have one value a key.
+_PER_KEY = (
+    *("mode", "padding_mode", "align_corners", "dtype"),
+    *("grid_mode", "grid_padding_mode", "grid_align_corners"),
+)
+
+#: MONAI's smooth fields and lower resolutions change intensities, whatever their module says.
+_OF_INTENSITY = ("SmoothFieldAdjust", "SimulateLowResolution")
+
 #: Identity and the 180-degree rotations about each axis, as flips of two axes.
 ROTATIONS: tuple[tuple[int, ...], ...] = ((), (1, 2), (0, 2), (0, 1))
 
@@ -86,14 +95,15 @@ class MonaiTransform:
 
     Args:
         transform: ``name``, and the options that the transform takes. ``keys`` is ["image"] for
-            transforms of intensity, else ["image", "label"], with ``mode`` ["bilinear", "nearest"]
-            where there is such an option.
+            transforms of intensity, else ["image", "label", "mask"], with "bilinear" for the image
+            and "nearest" for the others where there is such an option. The mask follows the label
+            wherever ``keys`` has image and label.
     """
 
     def __init__(self, transform: Mapping[str, Any]) -> None:
         transforms = optional("monai.transforms", "augmentation.monai")
         options = dict(transform)
-        name = options.pop("name")
+        self.name = name = options.pop("name")
         made = getattr(transforms, name, None)
         if not isinstance(made, type) or not issubclass(made, transforms.MapTransform):
             known = [x for x in dir(transforms) if x.endswith("d")]
@@ -101,31 +111,63 @@ class MonaiTransform:
                 f"augmentation.monai: MONAI has no dictionary transform {name!r}"
                 + did_you_mean(name, known)
             )
-        if ".intensity." in made.__module__:
+        if ".intensity." in made.__module__ or any(x in name for x in _OF_INTENSITY):
             options.setdefault("keys", ["image"])
         else:
             options.setdefault("keys", ["image", "label"])
-            if "mode" in inspect.signature(made).parameters and len(options["keys"]) == 2:
-                options.setdefault("mode", ["bilinear", "nearest"])
+            parameters = inspect.signature(made).parameters
+            if options["keys"] == ["image", "label"]:
+                options["keys"] = ["image", "label", "mask"]
+                for key in ("mode", "grid_mode"):
+                    if key in parameters:
+                        options.setdefault(key, ["bilinear", "nearest"])
+                for key in _PER_KEY:
+                    value = options.get(key)
+                    if isinstance(value, list) and len(value) == 2:
+                        options[key] = [*value, value[1]]
         try:
             self.transform: Any = made(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"augmentation.monai: {name}: {error}") from None
 
     def __call__(self, patch: Patch, random: np.random.Generator) -> Patch:
-        """The transform's image and label; the mask as it was."""
+        """The transform's image, label and mask."""
         seed = int(random.integers(2**31))
         if hasattr(self.transform, "set_random_state"):
             self.transform.set_random_state(seed=seed)
         given = {
             "image": torch.from_numpy(np.ascontiguousarray(patch.image)),
             "label": torch.from_numpy(np.ascontiguousarray(patch.label))[None],
+            "mask": torch.from_numpy(np.ascontiguousarray(patch.mask)).to(torch.uint8)[None],
         }
-        made = self.transform(given)
-        image, label = (np.asarray(made[key]) for key in ("image", "label"))
-        if image.shape != patch.image.shape:
+        try:
+            made = self.transform(given)
+        except Exception as error:  # MONAI's are of many kinds, and do not say whose they are
+            text = str(error) or type(error).__name__
+            raise ValueError(f"augmentation.monai: {self.name}: {text}") from error
+        image, label, mask = (np.asarray(made[key]) for key in ("image", "label", "mask"))
+        for name, array, before in (
+            ("image", image, patch.image),
+            ("label", label[0], patch.label),
+        ):
+            if array.shape != before.shape:
+                raise ValueError(
+                    f"augmentation.monai: {self.name} made {name} {array.shape} of {before.shape}, "
+                    "expected the same shape"
+                )
+        return Patch(image.astype(np.float32), self._classes(label[0], patch.label), mask[0] > 0.5)
+
+    def _classes(self, label: Any, before: Any) -> Any:
+        """The label, whose classes are those of before and the background."""
+        classes = label.astype(np.uint8)
+        known = np.zeros(256, bool)
+        known[before] = True
+        known[0] = True
+        wrong = label[(classes != label) | ~known[classes]]
+        if wrong.size:
             raise ValueError(
-                f"augmentation.monai: {type(self.transform).__name__} made {image.shape} of "
-                f"{patch.image.shape}, expected the same shape"
+                f"augmentation.monai: {self.name} made {wrong[0]:g} of a label of the classes "
+                f"{np.flatnonzero(known).tolist()}: give 'label' mode 'nearest', or leave it out "
+                "of keys"
             )
-        return Patch(image.astype(np.float32), label[0].astype(np.uint8), patch.mask)
+        return classes

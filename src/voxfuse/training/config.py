@@ -160,7 +160,7 @@ class AugmentationOptions:
         [],
         "Transforms of MONAI's (pip install monai) after these, by name, such as "
         '{name = "RandGaussianNoised", prob = 0.2, std = 0.05}: dictionary transforms with their '
-        "options. keys is ['image'] for those of intensity, else ['image', 'label'].",
+        "options. keys is ['image'] for those of intensity, else ['image', 'label', 'mask'].",
     )
     simulate_every: int = _key(
         0,
