@@ -193,14 +193,19 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path):
 
 def test_files_of_others_are_no_checkpoints(tmp_path):
     path = tmp_path / "model.pt"
-    path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="model.pt: cannot be read"):
-        load_model(path)
+    for text in (b"nonsense", b"", b"[data]\n"):
+        path.write_bytes(text)
+        with pytest.raises(
+            ValueError, match="model.pt: cannot be read: is no model or checkpoint$"
+        ):
+            load_model(path)
     torch.save({"network": {}}, path)
     with pytest.raises(ValueError, match="is no file of voxfuse's training of format 1"):
         load_model(path)
     torch.save({"format": 1, "run": os.system}, path)  # code is not run
-    with pytest.raises(ValueError, match="model.pt: cannot be read"):
+    with pytest.raises(
+        ValueError, match="cannot be read: holds more than tensors and plain values$"
+    ):
         load_model(path)
     with pytest.raises(FileNotFoundError, match="there is no .*voxfuse train writes it"):
         load_model(tmp_path / "nothing")
@@ -213,6 +218,23 @@ def test_a_run_is_of_one_configuration_and_one_set_of_scans(heads, tmp_path):
     others = write_heads(tmp_path / "others", ["b", "a", "c"])
     with pytest.raises(ConfigError, match="are others than those that the run"):
         train(config(), others, tmp_path / "run")
+    validated = config(data__validation=["b"], training__steps=2)
+    scans = write_heads(tmp_path / "scans", ["a", "b", "c"])
+    train(validated, scans, tmp_path / "validated", stop_at=1)
+    before = (scans / "b/lesions.nii.gz").read_bytes()
+    shutil.copy(scans / "a/lesions.nii.gz", scans / "b/lesions.nii.gz")
+    with pytest.raises(ConfigError, match="are others than those that the run"):
+        train(validated, scans, tmp_path / "validated")
+    (scans / "b/lesions.nii.gz").write_bytes(before)
+    train(validated, scans, tmp_path / "validated")
+    table = tmp_path / "validated/test.csv"
+    before = table.read_text()
+    shutil.copy(scans / "a/lesions.nii.gz", scans / "c/lesions.nii.gz")
+    train(validated, scans, tmp_path / "validated")
+    assert table.read_text() != before
+    table.write_text("as it was")
+    train(validated, scans, tmp_path / "validated")
+    assert table.read_text() == "as it was"
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").touch()
     with pytest.raises(ConfigError, match="--out: .*full is not empty and no run"):
@@ -277,8 +299,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(heads, tmp_path):
     trainer = Trainer(config(), heads, tmp_path / "run", quiet)
     with torch.no_grad():
         next(trainer.network.parameters()).fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="step 1: the loss is nan; the last checkpoint"):
+    with pytest.raises(RuntimeError, match="step 1: the loss is nan; A smaller optimiser"):
         trainer.fit()
+
+
+def test_weights_that_make_no_numbers_are_not_saved(heads, tmp_path):
+    """The loss of the one step is finite; what it leaves is not."""
+    far = {"optimiser__name": "SGD", "optimiser__learning_rate": 1e38, "data__validation": ["b"]}
+    for name, steps in {"validated": 1, "left": 2}.items():
+        wanted = config(**far, training__steps=steps)
+        with pytest.raises(RuntimeError, match="step 1: .* is not finite; A smaller optimiser"):
+            train(wanted, heads, tmp_path / name, stop_at=1)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"config.toml", "log.csv"}
+    # The folder is not lost: another configuration may begin there.
+    assert train(config(training__steps=1), heads, tmp_path / "left")
+    assert checkpoints.restore(tmp_path / "left/model.pt")["config"]["training"]["steps"] == 1
+    trainer = Trainer(config(data__validation=["b"]), heads, tmp_path / "run", quiet)
+    trainer.fit(stop_at=1)
+    with torch.no_grad():
+        trainer.network.heads[0].bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="b: the network's probabilities are not finite"):
+        trainer.validate()
+    with pytest.raises(RuntimeError, match="is from before.* in a new folder"):
+        trainer.after(True, trainer.batch(1).image)
 
 
 def test_schedules():

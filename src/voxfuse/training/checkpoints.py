@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,9 +60,15 @@ def restore(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         ValueError: the file cannot be read, or is of another format.
     """
     try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("is no model or checkpoint")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a pickle's errors are of many kinds
-        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # its text advises to run what is in there
+            why = "holds more than tensors and plain values"
+        raise ValueError(f"{path}: cannot be read: {why}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: is no file of voxfuse's training of format {FORMAT}")
     return content

@@ -69,6 +69,9 @@ def foreground_probabilities(
 
     Returns:
         (C - 1, \\*spatial) float32.
+
+    Raises:
+        RuntimeError: a probability is not finite.
     """
     device = next(network.parameters()).device
     # The mask travels as one channel more, so that it is cut and padded as the image is.
@@ -92,6 +95,8 @@ def foreground_probabilities(
         skip=lambda patches: not bool(patches[:, -1].any()),
     )
     result: NDArray[np.float32] = fused[0, 1:].numpy()
+    if not np.isfinite(result).all():
+        raise RuntimeError(f"{volume.name}: the network's probabilities are not finite")
     result[:, ~volume.mask] = 0
     return result
 

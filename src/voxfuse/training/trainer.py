@@ -27,7 +27,14 @@ from voxfuse.training.evaluation import rows_of_subjects, write_rows
 from voxfuse.training.networks import check_patch, make_network
 from voxfuse.training.objective import Objective
 from voxfuse.training.optimisers import forgets, learning_rate, make_optimiser
-from voxfuse.training.predict import MODEL, decided, device_of, foreground_probabilities, load_model
+from voxfuse.training.predict import (
+    MODEL,
+    decided,
+    device_of,
+    first_output,
+    foreground_probabilities,
+    load_model,
+)
 from voxfuse.training.sampling import AUGMENTATION, NETWORK, Sampler, generator
 from voxfuse.training.simulation.renewal import Renewal
 from voxfuse.training.volumes import Volume, check_subjects
@@ -62,14 +69,16 @@ class Progress:
     waited: int = 0  #: validations since the best one
     stopped: bool = False
     seconds: float = 0.0
+    tested: int | None = None  #: the fingerprint of the scans of test.csv
 
 
 class Trainer:
     """A run of a configuration on a folder: made, checked, and gone on with.
 
-    Nothing is written before everything is checked: the configuration, the files of every subject,
-    the network with the patches. A run that exists is gone on with from its checkpoint; on the CPU,
-    at the same number of threads, to the same bits as if it had not been interrupted.
+    Nothing is written before the configuration, the files of every subject and the network with
+    the patches are checked. A run that exists is gone on with from its checkpoint; on the CPU, at
+    the same number of threads, to the same bits as if it had not been interrupted. One that failed
+    before its first checkpoint does not hold its folder: it may begin again as another.
 
     Args:
         config: see :mod:`voxfuse.training.config`.
@@ -117,6 +126,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.progress = Progress(losses=[])
         volumes = self._load()
+        self.validation = [volumes[name] for name in self.split.validation]
         self.sampler = self._sampler({name: volumes[name] for name in self.split.training})
         self.renewal: Renewal | None = None
         self.renewed = -1  #: number of the simulation that the sampler has
@@ -130,7 +140,6 @@ class Trainer:
                 config.training.seed,
             )
             assert self.fingerprint >= 0  # of the subjects as they are: taken before they change
-        self.validation = [volumes[name] for name in self.split.validation]
         self.log = checkpoints.Log(self.run / "log.csv", COLUMNS)
 
     # --- Set-up -----------------------------------------------------------------------------------
@@ -140,9 +149,12 @@ class Trainer:
         path = self.run / "config.toml"
         if self.run.exists() and not self.run.is_dir():
             raise ConfigError(f"--out: {self.run} is a file, expected a folder")
+        there = set(self.run.iterdir()) if self.run.is_dir() else set()
+        there -= set(checkpoints.unfinished(self.run))
+        if path in there and there <= {path, self.run / "log.csv"}:
+            return  # it failed before it had learnt anything
         if not path.is_file():
-            dead = checkpoints.unfinished(self.run)
-            if self.run.is_dir() and any(path not in dead for path in self.run.iterdir()):
+            if there:
                 raise ConfigError(
                     f"--out: {self.run} is not empty and no run (it has no config.toml)"
                 )
@@ -185,12 +197,23 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> int:
-        """Of the arrays that are trained on: a run is not gone on with on others."""
+        """Of the arrays of training and validation: a run is not gone on with on others."""
         value = 0
-        for name, volume in self.sampler.volumes.items():
-            value = zlib.crc32(name.encode(), value)
+        for volume in (*self.sampler.volumes.values(), *self.validation):
+            value = zlib.crc32(volume.name.encode(), value)
             for array in (volume.image, volume.label, volume.mask):
                 value = zlib.crc32(np.ascontiguousarray(array).data, value)
+        return value
+
+    @cached_property
+    def test_fingerprint(self) -> int:
+        """Of the test subjects' files: test.csv is written anew for others."""
+        value = 0
+        for name in self.split.test:
+            subject = self.dataset.subjects[name]
+            value = zlib.crc32(name.encode(), value)
+            for path in (*subject.images, subject.label, subject.mask):
+                value = zlib.crc32(path.read_bytes() if path else b"", value)
         return value
 
     # --- A step -----------------------------------------------------------------------------------
@@ -259,7 +282,7 @@ class Trainer:
             minutes: leave after so long, with a checkpoint.
 
         Raises:
-            RuntimeError: the loss is not finite.
+            RuntimeError: the loss, a weight or an output of the network is not finite.
             ConfigError: the checkpoint is of other data.
         """
         training = self.config.training
@@ -278,7 +301,7 @@ class Trainer:
                 self.note(self.update(batch, step), batch.relaxed)
                 self.progress.seconds = before + time.monotonic() - began
                 leaving = minutes is not None and time.monotonic() - began > 60 * minutes
-                self.after(leaving or self.progress.step == end)
+                self.after(leaving or self.progress.step == end, batch.image)
                 bar(self.progress)
                 if leaving:
                     break
@@ -294,7 +317,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         for dead in checkpoints.unfinished(self.run):
             dead.unlink()
-        if not (self.run / "config.toml").is_file():
+        if not path.is_file():
             checkpoints.write_text(self.run / "config.toml", to_toml(self.config))
         if path.is_file():
             content = checkpoints.restore(path, self.device)
@@ -330,28 +353,59 @@ class Trainer:
         assert progress.losses is not None
         progress.step += 1
         progress.relaxed += relaxed
-        row = progress.step % self.config.training.log_every == 0
-        value: Any = loss
-        if self.device.type == "cpu" or row:
-            progress.losses = [float(x) for x in progress.losses]
-            value = float(loss)
-            for k, x in enumerate([*progress.losses, value]):
-                if not math.isfinite(x):
-                    step = progress.step - len(progress.losses) + k
-                    raise RuntimeError(
-                        f"step {step}: the loss is {x}; the last checkpoint in {self.run} is from "
-                        "before. A smaller optimiser.learning_rate or optimiser.clip_gradient helps"
-                    )
+        value: Any = loss  # a number once it is looked at
         progress.losses.append(value)
+        if self.device.type == "cpu" or progress.step % self.config.training.log_every == 0:
+            self._check_losses()
 
-    def after(self, last: bool) -> None:
-        """What follows a step: validation, a row, a checkpoint."""
+    def _check_losses(self) -> None:
+        progress = self.progress
+        assert progress.losses is not None
+        progress.losses = [float(x) for x in progress.losses]
+        for k, x in enumerate(progress.losses, progress.step - len(progress.losses) + 1):
+            if not math.isfinite(x):
+                raise self._diverged(k, f"the loss is {x}")
+
+    def _check_network(self, images: Tensor) -> None:
+        """Before a file is written: nobody can go on from weights or predict with a network that
+        make no numbers."""
+        step, state = self.progress.step, self.network.state_dict()
+        for name, x in state.items():
+            if x.is_floating_point() and not bool(x.isfinite().all()):
+                raise self._diverged(step, f"{name} is not finite")
+        self.network.eval()
+        with torch.no_grad():
+            finite = first_output(self.network(images)).isfinite().all()
+        if not bool(finite):
+            raise self._diverged(step, "the network's output is not finite")
+
+    def _diverged(self, step: int, what: str) -> RuntimeError:
+        before = (self.run / CHECKPOINT).is_file()
+        return RuntimeError(
+            f"step {step}: {what}; "
+            + (f"the last checkpoint in {self.run} is from before. " if before else "")
+            + "A smaller optimiser.learning_rate or optimiser.clip_gradient helps"
+            + (", in a new folder" if before else "")
+        )
+
+    def after(self, last: bool, images: Tensor) -> None:
+        """What follows a step: validation, a row, a checkpoint.
+
+        Args:
+            last: whether the run leaves after it.
+            images: of a batch, that the network has to make numbers of before it is saved.
+        """
         progress, training = self.progress, self.config.training
         assert progress.losses is not None
         final = progress.step == training.steps
         score: float | None = None
         better = False
-        if self.validation and (progress.step % training.validate_every == 0 or final):
+        validating = self.validation and (progress.step % training.validate_every == 0 or final)
+        saving = progress.step % training.checkpoint_every == 0 or last or final
+        if validating or saving:
+            self._check_losses()
+            self._check_network(images)
+        if validating:
             score = self.validate()
             better = score > progress.best
             progress.waited = 0 if better else progress.waited + 1
@@ -359,8 +413,7 @@ class Trainer:
             progress.stopped = 0 < training.patience <= progress.waited
         if progress.step % training.log_every == 0 or score is not None or final:
             self._row(score)
-        saving = progress.step % training.checkpoint_every == 0
-        if saving or last or final or progress.stopped or better:
+        if saving or progress.stopped or better:
             if better or not self.validation:
                 self._save_model(score)
             self._save()
@@ -432,14 +485,17 @@ class Trainer:
         checkpoints.save(self.run / MODEL, content)
 
     def _test(self) -> None:
-        """Write test.csv, if it is not there yet."""
+        """Write test.csv, if there is none of these scans yet."""
         path = self.run / "test.csv"
-        if path.is_file() or not self.split.test:
+        done = path.is_file() and self.progress.tested == self.test_fingerprint
+        if done or not self.split.test:
             return
         model = load_model(self.run, str(self.device))
         subjects = [self.dataset.subjects[name] for name in self.split.test]
         rows = rows_of_subjects(model, subjects)
         write_rows(path, rows)
+        self.progress.tested = self.test_fingerprint
+        self._save()
         for row in rows:
             if row["threshold"] == 0.5:
                 label = f" {row['label']}" if "label" in row else ""
