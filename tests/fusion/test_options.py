@@ -17,6 +17,9 @@ BAD = [
     {"voting": "hard"},
     {"threshold": float("nan")},
     {"accumulate": torch.int8},
+    {"resample_order": 2},
+    {"resample_order": 0},
+    {"resample_order": (0, 1)},
 ]
 
 
@@ -39,6 +42,12 @@ def test_a_fuser_and_the_sliding_window_say_what_the_options_say(options):
             call()
         texts.add(str(error.value))
     assert len(texts) == 1
+
+
+def test_the_order_of_a_resampling_is_no_boolean():
+    for order in (True, (1, False)):
+        with pytest.raises(TypeError, match="resample_order: got .*expected integers"):
+            FusionOptions(2, "labels", resample_to=(9, 9), resample_order=order)
 
 
 def test_options_are_frozen_and_checked_again_when_replaced():

@@ -27,6 +27,8 @@ from voxfuse.training.objective import LOSSES, Objective
         ({"data": {"clip": [99, 1]}}, "data.clip: .* the lower first"),
         ({"sampling": {"method": "lesion"}}, r"expected one of balanced, lesions, uniform; did yo"),
         ({"sampling": {"patch": [32, 32]}}, r"sampling.patch: got \[32, 32\], expected three"),
+        ({"sampling": {"jitter": 0.6}}, "sampling.jitter: got 0.6, expected 0 to 0.5"),
+        ({"prediction": {"window": "hashmi"}}, "prediction.window: .*; did you mean hashemi"),
         ({"augmentation": {"monai": [{}]}}, "augmentation.monai: .* expected name"),
         ({"sampling": 5}, r"sampling: got 5, expected a section \[sampling\]"),
     ],

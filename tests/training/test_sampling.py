@@ -70,6 +70,14 @@ def test_jitter_keeps_the_voxel_in_the_patch():
     assert offsets.max() == 5
 
 
+def test_the_greatest_jitter_keeps_the_voxel_in_the_patch():
+    given = {"a": volume(boxes=[((24, 20, 20), (1, 1, 1))])}
+    for patch in (8, 7):
+        sampler = Sampler(given, options(foreground=1.0, jitter=0.5, patch=[patch] * 3))
+        within = [24, 20, 20] - np.array([place.origin for place in places(sampler, 60)])
+        assert (within.min(), within.max()) == (0, patch - 1)
+
+
 def test_the_papers_patches_have_their_lesion_voxels():
     """50 in the central half of 8^3, of a lesion of 5^3; from step 10 on 5."""
     given = {"a": volume(boxes=[((20, 18, 20), (5, 5, 5))])}

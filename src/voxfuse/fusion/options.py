@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +108,15 @@ class FusionOptions:
         self._check_resampling()
 
     def _check_resampling(self) -> None:
+        order = self.resample_order
+        given = tuple(order) if isinstance(order, Iterable) else (order,)
+        orders = set(_checks.integers("resample_order", given))
+        if not orders <= {0, 1}:
+            raise ValueError(
+                f"resample_order: got {order!r}, expected 0 or 1, for all axes or one an axis"
+            )
+        if self.resample_to is None and orders != {1}:
+            raise ValueError(f"resample_order: got {order!r} without resample_to, which it is of")
         if self.resamples and self.output not in RESAMPLED:
             raise ValueError(
                 f"resample_to: given with output {self.output!r}, expected one of "

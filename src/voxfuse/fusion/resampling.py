@@ -62,7 +62,7 @@ class ResamplingSink(Sink):
             )
         order = options.resample_order
         orders = tuple(order) if isinstance(order, Iterable) else (order,) * len(volume)
-        if len(orders) != len(volume) or not set(orders) <= {0, 1}:
+        if len(orders) != len(volume):
             raise ValueError(
                 f"resample_order: got {order!r}, expected 0 or 1, for all axes or one an axis"
             )

@@ -254,7 +254,7 @@ def check_companion(name: str, tensor: Tensor, input: Tensor, channels: tuple[in
             f"{name}: got shape {tuple(tensor.shape)}, expected "
             + " or ".join(str(form) for form in forms)
             + f" to go with input of shape {tuple(input.shape)}"
-            + _hint(shape, input)
+            + (_hint(shape, input) if name == "target" else "")
         )
     if tensor.device != input.device:
         raise ValueError(f"{name}: is on {tensor.device}, but input is on {input.device}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from voxfuse.fusion.windows import NAMES
 from voxfuse.losses.declared import did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -117,9 +118,9 @@ class SamplingOptions:
     jitter: float = _key(
         0.3125,
         "The chosen voxel lies off the patch's centre by up to this share of its extent, along "
-        "each axis. The papers' 20 voxels of 64.",
+        "each axis; at 0.5 to its border. The papers' 20 voxels of 64.",
         least=0,
-        most=1,
+        most=0.5,
     )
     minimum_voxels: int = _key(
         50, "Of 'lesions': voxels that the central half must have ...", least=0
@@ -461,6 +462,12 @@ def _check_together(config: Config) -> None:
         )
     if len(set(data.labels.values())) != len(data.labels):
         raise ConfigError(f"data.labels: got {data.labels}, expected each value once")
+    window = config.prediction.window
+    if window not in NAMES:
+        raise ConfigError(
+            f"prediction.window: got {window!r}, expected one of {', '.join(NAMES)}"
+            + did_you_mean(window, NAMES)
+        )
     for transform in config.augmentation.monai:
         if not isinstance(transform.get("name"), str):
             raise ConfigError(f"augmentation.monai: got {transform}, expected name = '...' in it")

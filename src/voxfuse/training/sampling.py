@@ -141,6 +141,7 @@ class Sampler:
         for c, n, extent in zip(centre, self.patch, shape, strict=True):
             jitter = round(self.options.jitter * n)
             start = int(c) - n // 2 + int(random.integers(-jitter, jitter + 1))
+            start = min(max(start, int(c) - n + 1), int(c))  # half the extent, rounded, is beyond
             origin.append(min(max(start, 0), extent - n))
         return tuple(origin)
 

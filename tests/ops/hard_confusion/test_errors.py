@@ -127,3 +127,11 @@ def test_the_operator_itself_keeps_memory_safe():
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.voxfuse.hard_confusion(*given, 0.0, None, None)
+
+
+def test_a_mask_of_another_shape_says_nothing_of_stacked_outputs():
+    stacked, labels = torch.zeros(2, 3, 2, 8, 8), torch.zeros(2, 8, 8)
+    with pytest.raises(ValueError, match="target: got .* as MONAI's DynUNet returns"):
+        voxfuse.hard_confusion(stacked, labels)
+    with pytest.raises(ValueError, match=r"mask: got shape \(2, 8, 8\), expected(?!.*DynUNet)"):
+        voxfuse.hard_confusion(stacked, torch.zeros(2, 2, 8, 8), mask=labels)
