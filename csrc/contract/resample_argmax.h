@@ -26,7 +26,7 @@ struct Resampling {
   bool round_to_half = false;        // values are rounded to float16 before anything is decided
 
   Element out_type = Element::u8;
-  void* out = nullptr;             // (channels or 1, *target), contiguous
+  void* out = nullptr;  // (channels or 1, *target), contiguous
 };
 
 }  // namespace voxfuse
