@@ -97,7 +97,7 @@ def test_what_predict_is_told_takes_the_place_of_the_run(patients, tmp_path, cap
     np.testing.assert_array_equal(nibabel.load(all_).get_fdata() > 0, inside)
     capsys.readouterr()
     for more, message in (
-        (["--window", "bspine"], "window: got 'bspine', expected one of 'bspline'"),
+        (["--window", "bspine"], "prediction.window: got 'bspine', expected one of bspline"),
         (["--overlap", "1.5"], "prediction.overlap: got 1.5, expected 0 to 0.95"),
     ):
         assert cli.main([*one, str(none), *more]) == 1
