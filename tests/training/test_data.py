@@ -48,7 +48,12 @@ def rewrite(path, change, affine=None):
 
 def test_intensities_are_normalised_inside_the_mask(heads):
     flair = nibabel.load(heads / "a/flair.nii.gz").get_fdata()
-    for kind, low, high in (("zscore", None, None), ("range", 0, 1), ("none", None, None)):
+    for kind, low, high in (
+        ("zscore", None, None),
+        ("robust", None, None),
+        ("range", 0, 1),
+        ("none", None, None),
+    ):
         found = volume(heads, normalisation=kind)
         inside = found.image[0][found.mask]
         assert not found.image[:, ~found.mask].any()
@@ -56,6 +61,9 @@ def test_intensities_are_normalised_inside_the_mask(heads):
         if kind == "zscore":
             assert abs(inside.mean()) < 1e-5
             assert abs(inside.std() - 1) < 1e-5
+        elif kind == "robust":
+            assert abs(np.median(inside)) < 1e-5
+            assert abs(np.median(np.abs(inside)) - 1 / 1.4826) < 1e-5
         elif kind == "range":
             assert (inside.min(), inside.max()) == (low, high)
         else:

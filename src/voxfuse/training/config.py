@@ -86,9 +86,10 @@ class DataOptions:
     )
     normalisation: str = _key(
         "zscore",
-        "Of each modality inside the mask, 0 outside: 'zscore' (mean 0, deviation 1), 'range' "
+        "Of each modality inside the mask, 0 outside: 'zscore' (mean 0, deviation 1), 'robust' "
+        "(median 0, median absolute deviation 1 / 1.4826, which lesions hardly move), 'range' "
         "(minimum 0, maximum 1) or 'none'.",
-        choices=("zscore", "range", "none"),
+        choices=("zscore", "robust", "range", "none"),
     )
     clip: list[float] = _key(
         [0.0, 100.0],

@@ -237,6 +237,13 @@ def normalised(
             raise DataError(f"{what} is {start:g} everywhere inside the mask")
         if options.normalisation == "zscore":
             start, width = inside.mean(), float(inside.std())
+        elif options.normalisation == "robust":
+            start = np.median(inside)
+            width = 1.4826 * float(np.median(np.abs(inside - start)))
+            if width == 0:
+                raise DataError(
+                    f"{what} is {start:g} in half of the mask, which leaves no deviation"
+                )
         inside = (inside - start) / width
     result = np.zeros(channel.shape, np.float32)
     result[mask] = inside
