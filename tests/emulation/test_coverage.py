@@ -118,6 +118,16 @@ def confusion_cases() -> Iterable[ConfusionCase]:
         )
 
 
+def features_of_every_instance(operators, log):
+    """The values that every feature of a launch had, by kernel; all kernels must have run."""
+    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name, features in operators.launched(log):
+        for feature, value in features.items():
+            met[name][feature].add(value)
+    assert set(met) == set(operators.instances().values())
+    return met
+
+
 def test_every_instance_of_soft_confusion_runs(tmp_path):
     log = tmp_path / "launches"
     operators = emulator.SoftConfusion(EMULATION_LOG=str(log))
@@ -301,11 +311,7 @@ def test_every_instance_of_finalize_slab_runs(tmp_path):
             case = SlabCase(mode, "softmax", channels=9, real=real, clear=False)
         finalize_cases.check(case, operators.finalize_slab)
     operators.close()
-    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for name, features in operators.launched(log):
-        for feature, value in features.items():
-            met[name][feature].add(value)
-    assert set(met) == set(operators.instances().values())
+    met = features_of_every_instance(operators, log)
     stored = handled("finalize_slab.cu", "store_run", "f32") | {ELEMENT.index("u8")}
     every = set().union(*(values["type"] for values in met.values()))
     assert every - {ELEMENT.index("boolean")} == stored
@@ -336,11 +342,7 @@ def test_every_instance_of_hard_confusion_runs(tmp_path):
             )
             hard_cases.check(case, operators.hard_confusion)
     operators.close()
-    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for name, features in operators.launched(log):
-        for feature, value in features.items():
-            met[name][feature].add(value)
-    assert set(met) == set(operators.instances().values())
+    met = features_of_every_instance(operators, log)
     every = {emulator.ELEMENTS[dtype] for dtype in hard_cases.LABELS}
     for name, values in met.items():
         of_labels = "Decision)2" in name
@@ -367,11 +369,7 @@ def test_every_instance_of_resample_argmax_runs(tmp_path):
             )
             resample_cases.check(case, operators.resample_argmax)
     operators.close()
-    met: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for name, features in operators.launched(log):
-        for feature, value in features.items():
-            met[name][feature].add(value)
-    assert set(met) == set(operators.instances().values())
+    met = features_of_every_instance(operators, log)
     assert set().union(*(values["type"] for values in met.values())) == set(range(len(ELEMENT)))
     labels = {emulator.ELEMENTS[dtype] for dtype in resample_cases.LABELS}
     for name, values in met.items():

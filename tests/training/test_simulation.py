@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tests.training.conftest import ROOT
 from voxfuse.cli import main
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import find_dataset
@@ -25,6 +24,7 @@ from voxfuse.training.simulation import (
 from voxfuse.training.simulation.placement import grow
 from voxfuse.training.volumes import load_volume
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = ROOT / "data/head_mr/ch2bet.nii.gz"
 NEIGHBOURS = ndimage.generate_binary_structure(3, 2)  # 18-connected
 
