@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,6 +128,8 @@ class Trainer:
         volumes = self._load()
         self.validation = [volumes[name] for name in self.split.validation]
         self.sampler = self._sampler({name: volumes[name] for name in self.split.training})
+        #: Of the arrays as they are on disk: a run is not gone on with on others.
+        self.fingerprint = _fingerprint([*self.sampler.volumes.values(), *self.validation])
         self.renewal: Renewal | None = None
         self.renewed = -1  #: number of the simulation that the sampler has
         if config.augmentation.simulate_every:
@@ -139,7 +141,6 @@ class Trainer:
                 config.augmentation.simulate_shapes,
                 config.training.seed,
             )
-            assert self.fingerprint >= 0  # of the subjects as they are: taken before they change
         self.log = checkpoints.Log(self.run / "log.csv", COLUMNS)
 
     # --- Set-up -----------------------------------------------------------------------------------
@@ -194,16 +195,6 @@ class Trainer:
     def _sampler(self, volumes: Mapping[str, Volume]) -> Sampler:
         groups = {name: self.dataset.subjects[name].group for name in volumes}
         return Sampler(volumes, self.config.sampling, groups, self.config.training.seed)
-
-    @cached_property
-    def fingerprint(self) -> int:
-        """Of the arrays of training and validation: a run is not gone on with on others."""
-        value = 0
-        for volume in (*self.sampler.volumes.values(), *self.validation):
-            value = zlib.crc32(volume.name.encode(), value)
-            for array in (volume.image, volume.label, volume.mask):
-                value = zlib.crc32(np.ascontiguousarray(array).data, value)
-        return value
 
     @cached_property
     def test_fingerprint(self) -> int:
@@ -521,6 +512,15 @@ class Trainer:
                 self.say(f"step {progress.step} of {steps}, {left / 60:.1f} minutes left")
 
         yield line
+
+
+def _fingerprint(volumes: Iterable[Volume]) -> int:
+    value = 0
+    for volume in volumes:
+        value = zlib.crc32(volume.name.encode(), value)
+        for array in (volume.image, volume.label, volume.mask):
+            value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
 
 
 @contextmanager
