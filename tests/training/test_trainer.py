@@ -16,6 +16,7 @@ import torch
 
 from tests.training.phantom import SECTIONS, write_heads
 from voxfuse import cli
+from voxfuse._files import write_whole
 from voxfuse.training import checkpoints
 from voxfuse.training.config import ConfigError, OptimiserOptions, parse, to_toml
 from voxfuse.training.networks import UNet
@@ -164,7 +165,7 @@ def test_a_file_is_whole_or_the_one_before(tmp_path, monkeypatch):
         raise KeyboardInterrupt  # as itself: in the background of a shell the signal is ignored
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.write_whole(path, half)
+        write_whole(path, half)
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(path, {"network": torch.zeros(1000)})

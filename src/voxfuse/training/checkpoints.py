@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from voxfuse._files import write_text, write_whole
+
 #: Of the files of checkpoints and models.
 FORMAT = 1
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that has its old content or all of its new one, never a part.
-
-    The content goes to a file beside it, onto the disk, and then takes its name.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name too is on the disk
-    finally:
-        os.close(folder)
-
-
-def unfinished(folder: Path) -> list[Path]:
-    """Files that :func:`write_whole` was writing when its process died."""
-    return list(folder.glob(".*.part"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """:func:`write_whole` of a text."""
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxfuse._files import write_text
 from voxfuse.metrics import VoxelCounts
 from voxfuse.metrics.files import load_scan
-from voxfuse.training.checkpoints import write_text
 from voxfuse.training.dataset import Subject
 from voxfuse.training.predict import Model
 

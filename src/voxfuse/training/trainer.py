@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxfuse._files import unfinished, write_text
 from voxfuse.metrics import SegmentationScores
 from voxfuse.training import checkpoints
 from voxfuse.training.augmentation import steps_of
@@ -151,7 +152,7 @@ class Trainer:
         if self.run.exists() and not self.run.is_dir():
             raise ConfigError(f"--out: {self.run} is a file, expected a folder")
         there = set(self.run.iterdir()) if self.run.is_dir() else set()
-        there -= set(checkpoints.unfinished(self.run))
+        there -= set(unfinished(self.run))
         if path in there and there <= {path, self.run / "log.csv"}:
             return  # it failed before it had learnt anything
         if not path.is_file():
@@ -306,10 +307,10 @@ class Trainer:
         """Write what a new run begins with, or take the checkpoint's place."""
         path = self.run / CHECKPOINT
         self.run.mkdir(parents=True, exist_ok=True)
-        for dead in checkpoints.unfinished(self.run):
+        for dead in unfinished(self.run):
             dead.unlink()
         if not path.is_file():
-            checkpoints.write_text(self.run / "config.toml", to_toml(self.config))
+            write_text(self.run / "config.toml", to_toml(self.config))
         if path.is_file():
             content = checkpoints.restore(path, self.device)
             if content["fingerprint"] != self.fingerprint:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from voxfuse import resample_argmax
+from voxfuse._files import write_whole
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import Scan, load_scan
-from voxfuse.training.checkpoints import write_whole
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import DataError, Subject
 

@@ -1,0 +1,53 @@
+"""Files that are whole whenever the process dies."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that has its old content or all of its new one, never a part.
+
+    The content goes to a file beside it, onto the disk, and then takes its name.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _to_disk(path.parent)  # the name too is on the disk
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, with their names on the disk."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _to_disk(folder.parent)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files that :func:`write_whole` was writing when its process died."""
+    return list(folder.glob(".*.part"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_whole` of a text."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _to_disk(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
