@@ -1,7 +1,7 @@
 """From a preprocessed image to labels at the image's size, by nnU-Net's predictor and by ours.
 
     python -m benchmarks.nnunet_benchmark --part peer ours check --json FILE
-    python -m benchmarks.nnunet_benchmark --part ct memory --json FILE --plot docs/images/nnunet.png
+    python -m benchmarks.nnunet_benchmark --part ct memory --json FILE --plot build/nnunet.png
 
 Both predict with the same generated model folder (117 classes, one fold, no mirroring, a network of
 two small convolutions) and the same tiles; reading, preprocessing and writing of files, which are

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,29 @@ COLOURS = {
 STAGE_COLOURS = ("#8d99ae", "#0b6e4f", "#e09f3e", "#6a4c93", "#d9d9d9")
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+#: Of text and axes in a picture that takes them from the page around it.
+INK = "#010203"
+
+
+def inline(results: dict[str, Any]) -> str:
+    """The picture as SVG for a page of the site, in colours that its style sheet may change."""
+    parts = ("text.", "axes.edge", "axes.label", "axes.title", "xtick.", "ytick.", "grid.")
+    colours = {f"{part}color": INK for part in parts}
+    others = {"svg.fonttype": "none", "savefig.transparent": True, "font.size": 12}
+    with plt.rc_context({**colours, **others}):
+        file = io.BytesIO()
+        draw(results, file)
+    svg = file.getvalue().decode()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--plot-{name}, {colour})")
+    # A page may have several pictures: their parts need other names.
+    kind = results["benchmark"]
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{kind}-", svg)
+    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+
+
+def draw(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Draw what fits the kind of benchmark."""
     drawings = {
         "loss": draw_loss,
@@ -44,7 +68,7 @@ def _label(shape: list[int]) -> str:
     return f"{classes} classes\n{volume}" if batch == 1 else f"{batch} x {classes}\n{volume}"
 
 
-def draw_loss(results: dict[str, Any], path: Path) -> None:
+def draw_loss(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Bars: time of forward + backward, and memory beyond logits and gradient, by shape."""
     shapes = results["shapes"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), constrained_layout=True)
@@ -105,18 +129,22 @@ def draw_loss(results: dict[str, Any], path: Path) -> None:
     _finish(figure, results, path)
 
 
-def _finish(figure: Any, results: dict[str, Any], path: Path) -> None:
+def _finish(figure: Any, results: dict[str, Any], path: Path | io.BytesIO) -> None:
     machine = results["machine"]
     figure.suptitle(
         f"{machine.get('gpu') or machine['cpu']} ({machine['threads']} threads), "
         f"torch {machine['torch']}, commit {machine['commit']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path | io.BytesIO) -> None:
+    figure.savefig(path, dpi=130, format="svg" if isinstance(path, io.BytesIO) else None)
     plt.close(figure)
 
 
-def draw_sweep(results: dict[str, Any], path: Path) -> None:
+def draw_sweep(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Lines: time and memory over the volume at 2 classes, and over the classes at 64^3."""
     shapes = results["shapes"]
     volumes = [row for row in shapes if row["shape"][1] == 2]
@@ -171,7 +199,7 @@ def draw_sweep(results: dict[str, Any], path: Path) -> None:
     _finish(figure, results, path)
 
 
-def draw_step(results: dict[str, Any], path: Path) -> None:
+def draw_step(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Bars: peak memory and time of a training step, by number of classes."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     names = list(results["classes"][0]["losses"])
@@ -194,11 +222,10 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
-def draw_fusion(results: dict[str, Any], path: Path) -> None:
+def draw_fusion(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Bars: time of fusion, and of its stages; lines: peak memory over classes and depth."""
     missing = [part for part in ("time", "split", "memory") if part not in results]
     if missing:
@@ -301,7 +328,7 @@ def _fusion_memory(axis: Any, rows: list[dict[str, Any]], over: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_nnunet(results: dict[str, Any], path: Path) -> None:
+def draw_nnunet(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Bars: seconds of a case by stage; lines: peak memory over the depth of the volume."""
     missing = [part for part in ("peer", "ours", "ct", "memory") if part not in results["parts"]]
     if missing:
@@ -362,7 +389,7 @@ def _size(shape: list[int]) -> str:
     return f"{shape[0]}³" if len(set(shape)) == 1 else "x".join(map(str, shape))
 
 
-def draw_head(results: dict[str, Any], path: Path) -> None:
+def draw_head(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Bars: time by classes; lines: peak memory over the classes. Parts not measured stay empty."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     styles = [

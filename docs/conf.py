@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sphinx.application import Sphinx
 import voxfuse
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 project = "voxfuse"
 author = "voxfuse developers"
@@ -30,6 +32,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinxarg.ext",
     "sphinx_copybutton",
+    "measured",
 ]
 exclude_patterns = ["images"]
 
