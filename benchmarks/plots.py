@@ -35,7 +35,12 @@ def inline(results: dict[str, Any]) -> str:
     """The picture as SVG for a page of the site, in colours that its style sheet may change."""
     parts = ("text.", "axes.edge", "axes.label", "axes.title", "xtick.", "ytick.", "grid.")
     colours = {f"{part}color": INK for part in parts}
-    others = {"svg.fonttype": "none", "savefig.transparent": True, "font.size": 12}
+    others = {
+        "svg.fonttype": "none",
+        "savefig.transparent": True,
+        "font.size": 11,
+        "legend.fontsize": 9,
+    }
     with plt.rc_context({**colours, **others}):
         file = io.BytesIO()
         draw(results, file)
@@ -134,7 +139,7 @@ def _finish(figure: Any, results: dict[str, Any], path: Path | io.BytesIO) -> No
     figure.suptitle(
         f"{machine.get('gpu') or machine['cpu']} ({machine['threads']} threads), "
         f"torch {machine['torch']}, commit {machine['commit']}",
-        fontsize=9,
+        fontsize="small",
     )
     _save(figure, path)
 
@@ -221,7 +226,7 @@ def draw_step(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         axis.set_ylabel(unit)
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize="small")
     _save(figure, path)
 
 
@@ -238,10 +243,13 @@ def draw_fusion(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     common = f"labels out, {patch}³ patches"
     classes, depths = memory["over_classes"], memory["over_depth"]
     _fusion_memory(axes[1][0], classes, "classes")
-    axes[1][0].set_title(f"Peak memory: {edge}x{edge}x{classes[0]['depth']}, {common}", fontsize=10)
+    axes[1][0].set_title(
+        f"Peak memory: {edge}x{edge}x{classes[0]['depth']},\n{common}", fontsize="medium"
+    )
     _fusion_memory(axes[1][1], depths, "depth")
     axes[1][1].set_title(
-        f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes, {common}", fontsize=10
+        f"Peak memory: {edge}x{edge}xD, {depths[0]['classes']} classes,\n{common}",
+        fontsize="medium",
     )
     axes[1][1].set_xlabel("depth D of the volume, slices")
     figure.legend(
@@ -264,11 +272,11 @@ def _fusion_times(axis: Any, timed: dict[str, Any]) -> None:
     values = [row["median_ms"] for _, row in rows]
     colours = [_fusion_colour(name) for name, _ in rows]
     bars = axis.barh(names, values, color=colours)
-    axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize=8)
+    axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize="small")
     axis.set_title(
         f"Fused volume of {timed['classes']} classes, {timed['volume']}³, "
         f"{timed['patches']} patches of {timed['patch']}³",
-        fontsize=10,
+        fontsize="medium",
     )
     axis.set_xlabel("milliseconds without the predictor, median")
     axis.margins(x=0.1)
@@ -286,14 +294,14 @@ def _fusion_stages(axis: Any, split: dict[str, Any]) -> None:
     for index, total in enumerate(left):
         axis.annotate(
             f"{total:.0f}", (total, index), (3, 0), textcoords="offset points", va="center",
-            fontsize=8,
+            fontsize="small",
         )  # fmt: skip
     title = f"Volume to labels, by stage: {split['classes']} classes, {split['volume']}³"
     if split["predictor_ms"] is not None:
         title += f"\n(a small UNet for as many patches: {split['predictor_ms'] / 1e3:.0f} s)"
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize="medium")
     axis.set_xlabel("milliseconds without the predictor, one call")
-    axis.legend(frameon=False, fontsize=8, loc="center right")
+    axis.legend(frameon=False, fontsize="small", loc="center right")
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -357,11 +365,12 @@ def draw_nnunet(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         inside = total > 0.7 * max(starts)
         left.annotate(
             text, (total, index), (-5 if inside else 4, 0), textcoords="offset points",
-            va="center", ha="right" if inside else "left", fontsize=8,
+            va="center", ha="right" if inside else "left", fontsize="small",
+            color="black" if inside else None,
         )  # fmt: skip
     left.set_xlabel("seconds from a preprocessed image to labels, once")
-    left.set_title(f"nnU-Net's prediction, {results['classes']} classes", fontsize=10)
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.set_title(f"nnU-Net's prediction, {results['classes']} classes", fontsize="medium")
+    left.legend(frameon=False, fontsize="small", loc="lower right")
     for kind, name, colour in (("peer", "nnU-Net", "nnunet"), ("ours", "voxfuse", "voxfuse")):
         points = [
             (row["depth"], row["peaks"][kind] / 2**20)
@@ -369,7 +378,9 @@ def draw_nnunet(results: dict[str, Any], path: Path | io.BytesIO) -> None:
             if kind in row["peaks"]
         ]
         right.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLOURS[colour])
-        right.annotate(name, points[-1], (0, 7), textcoords="offset points", ha="right", fontsize=8)
+        right.annotate(
+            name, points[-1], (0, 7), textcoords="offset points", ha="right", fontsize="small"
+        )
     ticks = [row["depth"] for row in parts["memory"]]
     right.margins(y=0.2)
     right.set_xscale("log", base=2)
@@ -379,7 +390,7 @@ def draw_nnunet(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     right.grid(alpha=0.25)
     right.set_xlabel("depth D of the network's volume, slices")
     right.set_ylabel("MiB above the image, labels included")
-    right.set_title("Peak memory: 64x64xD to 128x128x2D, tiles of 32³", fontsize=10)
+    right.set_title("Peak memory: 64x64xD to 128x128x2D, tiles of 32³", fontsize="medium")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     _finish(figure, results, path)
