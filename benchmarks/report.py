@@ -405,10 +405,13 @@ def figures() -> Iterator[tuple[str, str, str]]:
     yield page, "metrics", f"at most {max(row['peak_bytes'] for row in rows) / 2**20:.0f} MiB"
 
     page = "docs/training.md"
-    for name, words in (("ms_lesions", "of the first two is"), ("ms_lesions_zscore", "was")):
+    for name, words in (
+        ("ms_lesions", "mean of the first two is"),
+        ("ms_lesions_zscore", "mean was"),
+    ):
         scores = [run["scores"] for run in load(name)["runs"]]
         two = [s[patient]["dice"] for s in scores for patient in ("lesjak19", "lesjak07")]
-        yield page, name, f"the mean {words} {sum(two) / len(two):.3f}".replace("the mean of", "mean of")
+        yield page, name, f"{words} {sum(two) / len(two):.3f}"
     turned = {
         run["normalisation"]: [f"{score['dice']:.3f}" for score in run["scores"].values()]
         for run in load("ms_lesions_turned")["runs"]
