@@ -179,7 +179,8 @@ def standalone(chart: str, names: Sequence[str]) -> str:
     drawing = chart[: chart.index("</svg>")]
     start = drawing.index(">") + 1
     legend = "".join(
-        f'<text class="tick" x="{LEFT + 8}" y="{HEIGHT + 14 * k}" fill="{colour}">{escape(name)}</text>'
+        f'<text class="tick" x="{LEFT + 8}" y="{HEIGHT + 14 * k}" fill="{colour}">'
+        f"{escape(name)}</text>"
         for k, (name, colour) in enumerate(zip(names, itertools.cycle(PALETTE), strict=False))
     )
     room = HEIGHT + 14 * len(names)
