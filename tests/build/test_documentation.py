@@ -114,7 +114,8 @@ def test_the_site_has_every_example_and_every_public_name():
         assert f"{{literalinclude}} ../examples/{path.name}" in examples, path.name
     reference = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
     listed = set(re.findall(r"^\.\. auto\w+:: (voxfuse\.\S+)$", reference, re.MULTILINE))
-    for name in ("", ".functional", ".metrics", ".integrations.monai", ".integrations.nnunet"):
+    names = ("functional", "metrics", "scale", "integrations.monai", "integrations.nnunet")
+    for name in ("", *(f".{name}" for name in names)):
         module = importlib.import_module(f"voxfuse{name}")
         for public in module.__all__:
             found = getattr(module, public)
