@@ -102,3 +102,9 @@ def load_skull_strip_unet(weights: str | Path) -> SkullStripUNet:
                 state[f"{module}.bias"] = torch.from_numpy(arrays[f"{layer}.bias"])
     network.load_state_dict(state, strict=True)
     return network.eval().requires_grad_(False)
+
+
+def bundled() -> SkullStripUNet:
+    """The network with the bundled weights: ``voxfuse predict --model`` takes it by this name."""
+    folder = Path(__file__).resolve().parents[1] / "data" / "skull_strip_unet"
+    return load_skull_strip_unet(folder / "weights.npz")

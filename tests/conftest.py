@@ -126,12 +126,21 @@ def gpu_operators(gpu_backend) -> object:
     return torch.ops.voxfuse_triton if gpu_backend == "triton" else torch.ops.voxfuse
 
 
-@pytest.fixture
-def ms_lesions():
-    """The folder of MS lesions: below VOXFUSE_DATA, or ../shared/data beside the project."""
-    folder = (
-        Path(os.environ.get("VOXFUSE_DATA", TESTS.parents[1] / "shared" / "data")) / "ms_lesions"
-    )
+def _real_data(name):
+    """A folder below VOXFUSE_DATA, or below ../shared/data beside the project."""
+    folder = Path(os.environ.get("VOXFUSE_DATA", TESTS.parents[1] / "shared" / "data")) / name
     if not folder.is_dir():
         pytest.skip(f"there are no scans in {folder}: set VOXFUSE_DATA to the folder above")
     return folder
+
+
+@pytest.fixture
+def ms_lesions():
+    """The folder of MS lesions."""
+    return _real_data("ms_lesions")
+
+
+@pytest.fixture
+def hippocampi():
+    """The folder of hippocampi."""
+    return _real_data("hippocampus")

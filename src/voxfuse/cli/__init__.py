@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from voxfuse.cli import (
     evaluate,
+    experiment,
     info,
     nnunet_predict,
     nnunet_trainer_path,
@@ -18,7 +19,16 @@ from voxfuse.cli import (
 )
 
 #: One module of this package a command, in the order in which they are listed.
-COMMANDS = (info, evaluate, simulate, train, predict, nnunet_predict, nnunet_trainer_path)
+COMMANDS = (
+    info,
+    evaluate,
+    simulate,
+    train,
+    predict,
+    experiment,
+    nnunet_predict,
+    nnunet_trainer_path,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,25 +1,29 @@
-"""``voxfuse predict``: segmentations of scans by a trained run."""
+"""``voxfuse predict``: segmentations of scans by a trained run or any other network."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # Imported where the command runs: no other command needs them.
+    from voxfuse.inference.night import Night, Outcome
+    from voxfuse.inference.request import Job
 
 DESCRIPTION = """\
-Segment scans with a model that `voxfuse train` made. A subject's segmentation lies on its own grid;
-outside the mask it is background. One subject is written to OUT if that ends as an image does,
-several to OUT/SUBJECT.nii.gz; what is there is overwritten, but never a
-subject's image, mask or label.
+Segment scans with a model that `voxfuse train` made, a program that torch.export saved, or a
+network in a module of Python. A study's segmentation lies on its own grid; outside the mask it is
+background. One study is written to OUT if that ends as an image does, several to OUT/STUDY.nii.gz
+with OUT/status/STUDY.json and OUT/summary.json; what is there is overwritten, but never a study's
+image, mask or label. Exit status: 0; 1 if nothing was written; 3 if some studies failed.
 """
 
-_ENDINGS = (".nii", ".nii.gz")
-
-#: What a user may take for a format that is written; without this it would become a folder.
-_NOT_WRITTEN = (".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz")
+#: Some studies failed.
+SOME_FAILED = 3
 
 
 def add(commands: Any) -> None:
@@ -28,28 +32,109 @@ def add(commands: Any) -> None:
         "predict", help="segment scans with a trained model", description=DESCRIPTION
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="RUN", help="what voxfuse train --out wrote"
-    )
+        "--model", required=True, metavar="MODEL",
+        help="what voxfuse train --out wrote; FILE.pt2; MODULE:ATTR or FILE.py:ATTR, a network or "
+        "a function that returns one",
+    )  # fmt: skip
     parser.add_argument(
-        "--input", type=Path, required=True, nargs="+", metavar="PATH",
-        help="a subject's folder, a folder of those, nnU-Net's images, or a file a modality",
+        "--input", type=Path, required=True, nargs="+", action="extend", metavar="PATH",
+        help="a file a modality, in the network's order (also --input A --input B); a folder of a "
+        "file a study, of nnU-Net's images, or such a folder a modality; of a run also a subject's "
+        "folder, or a folder of those",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="file or folder")
+    _add_results(parser)
+    _add_patches(parser)
+    _add_data(parser)
+    _add_running(parser)
+    parser.set_defaults(run=_predict)
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    decided = parser.add_mutually_exclusive_group()
+    decided.add_argument(
+        "--labels", action="store_true",
+        help="write the greatest of the classes, as it is by default where there are several",
+    )  # fmt: skip
+    decided.add_argument(
+        "--regions", type=int, nargs="+", metavar="VALUE",
+        help="channels are regions, decided one by one; write these values, later ones on top",
+    )  # fmt: skip
     parser.add_argument(
         "--probabilities", action="store_true",
-        help="write SUBJECT_probabilities.nii.gz besides: float32, (x, y, z), or a channel a label",
+        help="write STUDY_probabilities.nii.gz besides: float32, (x, y, z), or a channel a label",
     )  # fmt: skip
-    parser.add_argument("--threshold", type=float, help="p >= threshold is foreground")
+    parser.add_argument(
+        "--threshold", type=float,
+        help="p >= threshold is foreground; p > threshold of networks and regions (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--activation", metavar="NAME",
+        help="of a network: softmax (default of several classes), sigmoid (of one, and regions), "
+        "identity (it predicts probabilities) or none",
+    )  # fmt: skip
+
+
+def _add_patches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--patch", type=int, nargs="+", metavar="N",
+        help="extent of a patch, one number or three; an export's own by default",
+    )  # fmt: skip
     parser.add_argument("--window", help="weights of a patch's voxels, such as bspline or hashemi")
     parser.add_argument("--overlap", type=float, help="share of a patch that the next one has too")
     parser.add_argument("--grid", choices=["shifted", "even", "half_patch"])
     parser.add_argument(
-        "--orientations", choices=["none", "rotations", "mirror"],
+        "--tta", "--orientations", dest="orientations", choices=["none", "rotations", "mirror"],
         help="predictions averaged: four turned by 180 degrees, or eight flips",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, help="patches a call of the network")
+    parser.add_argument(
+        "--head", metavar="LAYER",
+        help="the network's last layer, a convolution of extent 1, by name; or FILE.npz with "
+        "weight and bias, if the network returns features: fused where they are the fewer",
+    )  # fmt: skip
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--orientation", metavar="RAS",
+        help="axes that a network's scans are turned to, or '' as they are (default: RAS)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spacing", type=float, nargs="+", metavar="MM",
+        help="voxel size that they are resampled to, along the turned axes (default: as it is)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normalize", metavar="HOW",
+        help="zscore, robust, range, none (default), or LOW:HIGH, which become 0 and 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clip", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="percentiles to which intensities are clipped before",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mask", metavar="NAME",
+        help="what is normalised and predicted: all (default), positive (first modality > 0), or "
+        "a file beside it, without the ending",
+    )  # fmt: skip
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-model", action="store_true", help="load FILE.pt2, though that can run code"
+    )
+    parser.add_argument(
+        "--model-id", metavar="ID", help="what the model is called in a status, for its digest"
+    )
     parser.add_argument("--device", default="auto", help="as PyTorch names it (default: auto)")
-    parser.set_defaults(run=_predict)
+    parser.add_argument(
+        "--skip-existing", action="store_true",
+        help="leave out studies that are there, but not of another model, options or images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="of a study; then it has failed"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print failures alone")
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -60,59 +145,102 @@ def _predict(options: argparse.Namespace) -> int:
         return 1
 
 
-def _targets(path: Path) -> tuple[Path, Path]:
-    """Where a segmentation and its probabilities are written."""
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    return path, path.with_name(f"{stem}_probabilities.nii.gz")
-
-
 def _run(options: argparse.Namespace) -> int:
-    from voxfuse.training.config import parse
-    from voxfuse.training.dataset import file_of, find_inputs
-    from voxfuse.training.predict import load_model
-    from voxfuse.training.volumes import save_like
+    from voxfuse._files import write_text
+    from voxfuse.inference.night import SUMMARY, Night
+    from voxfuse.inference.request import Request, prepare
 
-    model = load_model(options.model, options.device)
-    names = ("threshold", "window", "overlap", "grid", "orientations", "batch")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "threshold" in given and len(model.labels) > 2:
-        raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
-    wanted = parse({"prediction": {**vars(model.config.prediction), **given}}).prediction
-    one_file = options.output.name.endswith(_ENDINGS)
-    if options.output.name.endswith(_NOT_WRITTEN) and not one_file:
-        raise ValueError(
-            f"--output: got {options.output}, expected a folder or a file .nii.gz or .nii"
+    if options.timeout is not None and not options.timeout > 0:
+        raise ValueError(f"--timeout: got {options.timeout:g}, expected seconds above 0")
+    names = {field.name for field in dataclasses.fields(Request)}
+    job = prepare(Request(**{k: v for k, v in vars(options).items() if k in names}))
+    shown = _Progress(job, options.quiet)
+    night = Night(
+        job.segmenter,
+        job.write,
+        timeout=options.timeout,
+        skip_existing=options.skip_existing,
+        report=shown.outcome,
+        progress=shown.calls,
+    )
+    try:
+        outcomes = night.run(job.studies, job.targets)
+    finally:
+        if job.to_folder and night.outcomes:
+            options.output.mkdir(parents=True, exist_ok=True)
+            write_text(options.output / SUMMARY, json.dumps(night.summary(), indent=2) + "\n")
+    return _ending(outcomes, night, options.quiet)
+
+
+class _Progress:
+    """A line a study, and on a terminal how far the present one is."""
+
+    def __init__(self, job: Job, quiet: bool) -> None:
+        self._job, self._count, self._quiet = job, len(job.studies), quiet
+        self._live = sys.stderr.isatty() and not quiet
+        self._begun = self._last = time.monotonic()
+        self._seen = self._worked = 0
+
+    def calls(self, study: Any, volume: Any, calls: int) -> None:
+        """Called after every call of the network."""
+        now = time.monotonic()
+        if not self._live or (calls > 1 and now - self._last < 0.2):
+            return
+        if calls == 1:
+            self._first, self._total = now, self._job.calls(volume.mask.shape)
+        self._last = now
+        left = ""
+        if calls > 1:
+            rate = (now - self._first) / (calls - 1)
+            left = f", {duration(rate * max(self._total - calls, 0))} left"
+        text = f"\r{study.name}: call {calls} of {self._total}{left}\x1b[K"
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Called when a study is done."""
+        self._seen += 1
+        self._worked += outcome.state != "kept"
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        if self._quiet:
+            return
+        what = {
+            "done": f"{outcome.voxels} voxels, {outcome.target.path}",
+            "kept": f"is there, {outcome.target.path}",
+            "failed": f"failed: {outcome.error}",
+        }[outcome.state]
+        left = ""
+        if self._worked and self._seen < self._count:
+            each = (time.monotonic() - self._begun) / self._worked
+            left = f"; {duration(each * (self._count - self._seen))} left"
+        print(f"{self._seen}/{self._count} {outcome.name}: {what}{left}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _ending(outcomes: list[Outcome], night: Night, quiet: bool) -> int:
+    """Name what failed; the exit status."""
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if len(outcomes) == 1 and failed:
+        print(f"voxfuse predict: {failed[0].error}", file=sys.stderr)
+        return 1
+    if len(outcomes) > 1 and not quiet:
+        done = sum(outcome.state == "done" for outcome in outcomes)
+        share = night.network_seconds / night.seconds if night.seconds else 0.0
+        print(
+            f"{done} of {len(outcomes)} segmented in {duration(night.seconds)}, {share:.0%} of it "
+            "the network's"
         )
-    subjects = find_inputs(options.input, model.images, model.config.data, model.channels)
-    if one_file and len(subjects) > 1:
-        raise ValueError(
-            f"--output: got {options.output} for {len(subjects)} subjects, expected a folder"
-        )
-    targets = [
-        _targets(options.output if one_file else options.output / f"{subject.name}.nii.gz")
-        for subject in subjects
-    ]
-    label = model.config.data.label
-    kept: set[Path] = set()
-    for s in subjects:
-        truth = file_of(s.images[0].parent, label) if label else None
-        kept |= {path.resolve() for path in (*s.images, s.mask, truth) if path is not None}
-    made: set[Path] = set()
-    for path in [path for pair in targets for path in pair[: 1 + options.probabilities]]:
-        if path.resolve() in kept:
-            raise ValueError(
-                f"--output: {path} is an image, mask or label of a subject, expected another place"
-            )
-        if path in made:
-            raise ValueError(f"--output: two of the subjects would be written to {path}")
-        made.add(path)
-    for done, (subject, (path, beside)) in enumerate(zip(subjects, targets, strict=True), 1):
-        labels, probabilities, volume = model.segmentation(subject, wanted)
-        save_like(labels, volume.placement, path)
-        if options.probabilities:
-            channels = np.moveaxis(probabilities, 0, -1)
-            channels = channels[..., 0] if channels.shape[-1] == 1 else channels
-            save_like(channels, volume.placement, beside)
-        count = int(np.count_nonzero(labels))
-        print(f"{done}/{len(subjects)} {subject.name}: {count} voxels, {path}", flush=True)
-    return 0
+    if not failed:
+        return 0
+    print(f"voxfuse predict: {len(failed)} of {len(outcomes)} failed:", file=sys.stderr)
+    for outcome in failed:
+        print(f"  {outcome.name}: {outcome.error}", file=sys.stderr)
+    return 1 if len(failed) == len(outcomes) else SOME_FAILED

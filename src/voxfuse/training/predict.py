@@ -134,6 +134,20 @@ class Model:
         """The labels' values, class by class."""
         return sorted(self.labels.values())
 
+    def volume(self, subject: Subject) -> Volume:
+        """A subject as the network sees it; a label is not looked at.
+
+        Raises:
+            DataError: the scans do not fit; see :func:`voxfuse.training.volumes.load_volume`.
+        """
+        volume = load_volume(subject, self.config.data)
+        if volume.image.shape[0] != len(self.images):
+            raise ValueError(
+                f"{subject.name}: got {volume.image.shape[0]} modalities, expected "
+                f"{', '.join(self.images)}"
+            )
+        return volume
+
     def probabilities(
         self, subject: Subject, options: PredictionOptions | None = None
     ) -> tuple[NDArray[np.float32], Volume]:
@@ -146,12 +160,7 @@ class Model:
         Raises:
             DataError: the scans do not fit; see :func:`voxfuse.training.volumes.load_volume`.
         """
-        volume = load_volume(subject, self.config.data)
-        if volume.image.shape[0] != len(self.images):
-            raise ValueError(
-                f"{subject.name}: got {volume.image.shape[0]} modalities, expected "
-                f"{', '.join(self.images)}"
-            )
+        volume = self.volume(subject)
         return self.of_volume(volume, options), volume
 
     def of_volume(
@@ -171,17 +180,26 @@ class Model:
         probabilities[:, ~volume.own_mask] = 0  # interpolation reaches beyond it
         return probabilities
 
+    def decided(
+        self,
+        probabilities: NDArray[np.float32],
+        volume: Volume,
+        options: PredictionOptions | None = None,
+    ) -> NDArray[np.generic]:
+        """Values of labels (x, y, z) on the scan's own grid, of probabilities there."""
+        threshold = (options or self.config.prediction).threshold
+        values = np.asarray(self.values)
+        values = values.astype(np.min_scalar_type(int(values[-1])))
+        assert volume.own_mask is not None
+        labels: NDArray[np.generic] = values[decided(probabilities, threshold, volume.own_mask)]
+        return labels
+
     def segmentation(
         self, subject: Subject, options: PredictionOptions | None = None
     ) -> tuple[NDArray[np.generic], NDArray[np.float32], Volume]:
         """Values of labels (x, y, z) on the scan's own grid; the probabilities, and the volume."""
         probabilities, volume = self.probabilities(subject, options)
-        threshold = (options or self.config.prediction).threshold
-        values = np.asarray(self.values)
-        values = values.astype(np.min_scalar_type(int(values[-1])))
-        assert volume.own_mask is not None
-        labels = values[decided(probabilities, threshold, volume.own_mask)]
-        return labels, probabilities, volume
+        return self.decided(probabilities, volume, options), probabilities, volume
 
 
 def load_model(run: str | Path, device: str = "auto") -> Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,7 +53,10 @@ class Volume:
 
 
 def load_volume(
-    subject: Subject, options: DataOptions, labels: dict[str, int] | None = None
+    subject: Subject,
+    options: DataOptions,
+    labels: dict[str, int] | None = None,
+    read: Callable[[Path], Scan] = load_scan,
 ) -> Volume:
     """Read a subject, check it, and bring it to the network's grid and intensities.
 
@@ -61,6 +64,7 @@ def load_volume(
         subject: its files.
         options: the section ``[data]``.
         labels: names and values; None leaves the label unread.
+        read: reads an image or a mask; see :func:`voxfuse.metrics.files.load_scan`.
 
     Raises:
         DataError: a file is missing or cannot be read; shapes or affines differ within the subject;
@@ -69,14 +73,14 @@ def load_volume(
             (a part of 1 % or more is a warning). An empty label is allowed.
         ModuleNotFoundError: nibabel is not installed.
     """
-    images, placement = _images(subject)
+    images, placement = _images(subject, read)
     placement = oriented(placement, options.orientation)
-    mask = _mask(subject, images, options, placement)
+    mask = _mask(subject, images, options, placement, read)
     label = None
     if labels is not None:
         if subject.label is None:
             raise DataError(f"{subject.name}: has no label file beside {subject.images[0]}")
-        label = _classes(subject, _read(subject, subject.label, placement).array, labels)
+        label = _classes(subject, _read(subject, subject.label, placement, read).array, labels)
 
     def turned(array: Array) -> Array:
         return turn(array, placement.turned)
@@ -95,7 +99,7 @@ def load_volume(
     own_mask = mask
     image, mask = np.stack([turned(x) for x in images]), turned(mask)
     label = None if label is None else turned(label)
-    shape = _resampled_shape(placement, options.spacing)
+    shape = resampled_shape(placement, options.spacing)
     if shape != placement.turned_shape:
         image = interpolate(image, shape)
         mask = _nearest_class(mask.astype(np.uint8), 2, shape).astype(bool)
@@ -133,11 +137,13 @@ def check_subjects(
     return volumes
 
 
-def _read(subject: Subject, path: Path, like: Placement | None = None) -> Scan:
-    if not path.is_file():
+def _read(
+    subject: Subject, path: Path, like: Placement | None, read: Callable[[Path], Scan]
+) -> Scan:
+    if not path.exists():
         raise DataError(f"{subject.name}: {path} is missing")
     try:
-        scan = load_scan(path)
+        scan = read(path)
     except ValueError as error:
         raise DataError(f"{subject.name}: {error}") from None
     if like is not None:
@@ -155,12 +161,12 @@ def _read(subject: Subject, path: Path, like: Placement | None = None) -> Scan:
     return scan
 
 
-def _images(subject: Subject) -> tuple[list[Array], Placement]:
+def _images(subject: Subject, read: Callable[[Path], Scan]) -> tuple[list[Array], Placement]:
     """The modalities as float32, and where they lie."""
     arrays: list[Array] = []
     placement: Placement | None = None
     for path in subject.images:
-        scan = _read(subject, path, placement)
+        scan = _read(subject, path, placement, read)
         array = np.asarray(scan.array, np.float32)
         if array.ndim == 4 and len(subject.images) > 1:
             raise DataError(
@@ -184,7 +190,11 @@ def placement_of(scan: Scan, path: Path) -> Placement:
 
 
 def _mask(
-    subject: Subject, images: Sequence[Array], options: DataOptions, placement: Placement
+    subject: Subject,
+    images: Sequence[Array],
+    options: DataOptions,
+    placement: Placement,
+    read: Callable[[Path], Scan],
 ) -> NDArray[np.bool_]:
     if options.mask == "all":
         return np.ones(placement.shape, bool)
@@ -195,7 +205,7 @@ def _mask(
         if subject.mask is None:
             raise DataError(f"{subject.name}: has no file {options.mask} (data.mask)")
         path = subject.mask
-        mask = _read(subject, path, placement).array > 0
+        mask = _read(subject, path, placement, read).array > 0
         if mask.ndim != 3:
             raise DataError(f"{subject.name}: {path} has {mask.ndim} axes, expected a mask of 3")
     if not mask.any():
@@ -281,7 +291,7 @@ def turn_back(array: Array, turned: Sequence[tuple[int, int]]) -> Array:
     return np.ascontiguousarray(back[tuple(slice(None, None, flip) for _, flip in turned)])
 
 
-def _resampled_shape(placement: Placement, spacing: Sequence[float]) -> tuple[int, ...]:
+def resampled_shape(placement: Placement, spacing: Sequence[float]) -> tuple[int, ...]:
     """Extent after resampling to ``spacing``; sizes within a thousandth stay as they are."""
     if not spacing:
         return placement.turned_shape
@@ -325,7 +335,7 @@ def save_like(array: Array, placement: Placement, path: Path) -> None:
     A file that is there has its old content until the new one is whole.
     """
     nibabel = optional("nibabel", f"Writing {path}")
-    source = nibabel.load(placement.path)
+    source = nibabel.load(placement.path) if placement.path.is_file() else None
     image = nibabel.Nifti1Image(array, placement.affine)
     if isinstance(source, nibabel.Nifti1Pair):
         for form in ("sform", "qform"):

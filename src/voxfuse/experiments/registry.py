@@ -1,0 +1,35 @@
+"""Every experiment by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from voxfuse.experiments.experiment import Experiment, Place
+
+#: Modules of this package that have an ``EXPERIMENT``, in the order in which they are done.
+EXPERIMENTS = ("losses",)
+
+
+def find(name: str) -> Experiment:
+    """An experiment by name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"NAME: got {name!r}, expected one of {', '.join(EXPERIMENTS)}")
+    found: Experiment = import_module(f"voxfuse.experiments.{name}").EXPERIMENT
+    return found
+
+
+def do(
+    name: str,
+    paths: tuple[str, str, str],
+    quick: bool,
+    runs: int | None,
+    seconds: float | None,
+) -> None:
+    """:meth:`Experiment.do` of an experiment by name, for a process of its own."""
+    data, work, results = map(Path, paths)
+    find(name).do(Place(data, work, results, quick), runs, seconds)

@@ -1,0 +1,191 @@
+"""Rows of results.csv as arrays (seeds, subjects), and as tables of a page."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxfuse.experiments.experiment import Finished
+from voxfuse.experiments.scores import CHOICES, SCORES
+from voxfuse.experiments.statistics import Interval, crossed_bootstrap
+from voxfuse.experiments.trained import BETAS
+from voxfuse.metrics.report.charts import HEIGHT, LEFT, PALETTE, WIDTH, Series, xy_chart
+
+Floats = NDArray[np.float64]
+
+#: Of a chart that stands alone.
+STYLE = (
+    "text{font:12px sans-serif} .grid{stroke:#ddd} .axis{stroke:#444} "
+    ".line{fill:none;stroke-width:2}"
+)
+
+
+class Scores:
+    """Scores of finished runs, each the mean over the structures of a subject.
+
+    Args:
+        rows: of results.csv.
+        task: of these alone.
+        groups: of every subject, whom the scores are averaged over (scans of one patient); None is
+            every subject on its own.
+        split: "test", or "validation" for the mean of those subjects.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, str]],
+        task: str,
+        groups: Mapping[str, str] | None = None,
+        split: str = "test",
+    ) -> None:
+        names = (*SCORES, "ap")
+        found: dict[tuple[str, str], dict[tuple[int, str], list[list[float]]]] = {}
+        for row in rows:
+            if row["task"] != task or row["split"] != split:
+                continue
+            subject = row["subject"] if groups is None else groups[row["subject"]]
+            of = found.setdefault((row["loss"], row["threshold"]), {})
+            values = [float(row[name] or "nan") for name in names]
+            of.setdefault((int(row["seed"]), subject), []).append(values)
+        self.names = names
+        #: By loss and threshold, then by seed and subject, the scores.
+        self.found = {
+            way: {cell: np.mean(values, 0) for cell, values in of.items()}
+            for way, of in found.items()
+        }
+        self.losses = list(dict.fromkeys(loss for loss, _ in self.found))
+
+    def seeds(self, *losses: str) -> list[int]:
+        """Seeds that all of these losses have, with every fold of theirs."""
+        subjects = {subject for of in self.found.values() for _, subject in of}
+
+        def whole(loss: str) -> set[int]:
+            cells = self.found.get((loss, "0.5"), {})
+            seeds = {seed for seed, _ in cells}
+            return {seed for seed in seeds if all((seed, one) in cells for one in subjects)}
+
+        return sorted(set.intersection(*map(whole, losses)))
+
+    def values(
+        self, loss: str, threshold: str, score: str, seeds: Sequence[int] | None = None
+    ) -> Floats:
+        """(seeds, subjects), subjects in the order of their names."""
+        of = self.found[loss, threshold]
+        subjects = sorted({subject for _, subject in of})
+        place = self.names.index(score)
+        chosen = self.seeds(loss) if seeds is None else seeds
+        return np.array([[of[seed, subject][place] for subject in subjects] for seed in chosen])
+
+    def difference(self, loss: str, other: str, threshold: str, score: str) -> Floats:
+        """``loss`` less ``other``, (seeds that both have, subjects)."""
+        seeds = self.seeds(loss, other)
+        one, two = (self.values(name, threshold, score, seeds) for name in (loss, other))
+        return one - two
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table.
+
+    Example:
+        >>> from voxfuse.experiments.tables import markdown
+        >>> print(markdown(["loss", "dice"], [["dice", "0.9"]]))
+        | loss | dice |
+        |---|---|
+        | dice | 0.9 |
+    """
+    every = [list(head), ["---"] * len(head), *map(list, lines)]
+    rows = ["|" + "|".join(line) + "|" if line is every[1] else f"| {' | '.join(line)} |"
+            for line in every]  # fmt: skip
+    return "\n".join(rows)
+
+
+def means(scores: Scores) -> str:
+    """A line a loss: the mean over seeds and subjects at each threshold."""
+    head = ["loss", "seeds"]
+    for way in CHOICES:
+        head += [f"{name}, {way}" for name in SCORES if name != "f2" or way != "tuned-dice"]
+    lines = []
+    for loss in scores.losses:
+        seeds = scores.seeds(loss)
+        if not seeds:
+            continue
+        line = [loss, str(len(seeds))]
+        for way in CHOICES:
+            for name in SCORES:
+                if name != "f2" or way != "tuned-dice":
+                    line.append(f"{np.nanmean(scores.values(loss, way, name)):.3f}")
+        lines.append([*line, f"{np.nanmean(scores.values(loss, '0.5', 'ap')):.3f}"])
+    return markdown([*head, "AP"], lines)
+
+
+def differences(
+    scores: Scores,
+    against: str,
+    interval: Callable[[Floats], Interval] = crossed_bootstrap,
+) -> str:
+    """A line a loss: its difference to another at 0.5 and tuned, with the interval."""
+    wanted = [("0.5", "dice"), ("tuned-dice", "dice"), ("0.5", "f2"), ("tuned-f2", "f2"),
+              ("0.5", "ap")]  # fmt: skip
+    lines = []
+    for loss in scores.losses:
+        if loss == against or not scores.seeds(loss, against):
+            continue
+        cells = [str(interval(scores.difference(loss, against, way, name))) for way, name in wanted]
+        lines.append([loss, str(len(scores.seeds(loss, against))), *cells])
+    head = [f"{name}, {way}" if name != "ap" else "AP" for way, name in wanted]
+    return markdown([f"loss less {against}", "seeds", *head], lines)
+
+
+def done(finished: Finished, command: str) -> str:
+    """What a page is made from, and what it took."""
+    return (
+        f"{len(finished.runs)} of {len(finished.declared)} runs are done, in {finished.hours:.1f} "
+        f"hours of one core: `{command}`."
+    )
+
+
+def beta_chart(scores: Scores) -> str:
+    """Recall and precision over beta, at 0.5 and at the threshold tuned for Dice, as SVG.
+
+    Empty where no loss that has a beta is done.
+    """
+    betas = {0.5: "dice", **{beta: f"tversky-{beta}" for beta in BETAS}}
+    there = {beta: loss for beta, loss in betas.items() if scores.seeds(loss)}
+    if not there:
+        return ""
+    series = [
+        Series(
+            f"{name}, {way}",
+            list(there),
+            [float(np.nanmean(scores.values(loss, way, name))) for loss in there.values()],
+            list(there.values()),
+            dots=True,
+        )
+        for name in ("recall", "precision")
+        for way in CHOICES[:2]
+    ]
+    values = [y for one in series for y in one.y]
+    reach = (float(np.floor(min(values) * 20) / 20), float(np.ceil(max(values) * 20) / 20))
+    chart = xy_chart(series, "beta", "mean", x_range=(0.45, 0.95), y_range=reach)
+    return standalone(chart, [one.name for one in series])
+
+
+def standalone(chart: str, names: Sequence[str]) -> str:
+    """A chart of the evaluation's page as a file of its own, its legend in it."""
+    drawing = chart[: chart.index("</svg>")]
+    start = drawing.index(">") + 1
+    legend = "".join(
+        f'<text class="tick" x="{LEFT + 8}" y="{HEIGHT + 14 * k}" fill="{colour}">'
+        f"{escape(name)}</text>"
+        for k, (name, colour) in enumerate(zip(names, itertools.cycle(PALETTE), strict=False))
+    )
+    room = HEIGHT + 14 * len(names)
+    head = drawing[:start].replace(
+        f'viewBox="0 0 {WIDTH} {HEIGHT}"',
+        f'xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" viewBox="0 0 {WIDTH} {room}"',
+    )
+    return f"{head}<style>{STYLE}</style>{drawing[start:]}{legend}</svg>\n"

@@ -1,0 +1,15 @@
+"""From files to segmentations, by any network: what ``voxfuse predict`` does.
+
+===============  ==============================================================================
+module           owns
+===============  ==============================================================================
+``request``      the options, checked together: a job of studies and their places
+``models``       networks: exported programs, attributes of modules, their last layer
+``reading``      which files are a study's, and reading them
+``segmenters``   a study's arrays to a segmentation on its own grid: a run, or any network
+``night``        one study after the other, none of which stops the others; statuses
+===============  ==============================================================================
+
+What is read, turned, resampled and undone is :mod:`voxfuse.training.volumes`'s to do, for any
+network.
+"""

@@ -1,0 +1,317 @@
+"""One study after the other: the next is read while one is predicted and the last is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxfuse._backends import versions
+from voxfuse._files import write_text
+from voxfuse.inference.models import digest_of_file
+from voxfuse.inference.segmenters import Overdue, Segmentation, Segmenter, Watch
+from voxfuse.training.dataset import DataError, Subject
+from voxfuse.training.volumes import Placement, Volume
+
+#: Folder of the statuses, and file of the summary, below the output's.
+STATUS, SUMMARY = "status", "summary.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a study's segmentation goes."""
+
+    path: Path
+    beside: Path | None = None  #: of the probabilities
+    status: Path | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether all of it is there."""
+        return self.path.exists() and (self.beside is None or self.beside.exists())
+
+
+@dataclass
+class Outcome:
+    """What became of a study."""
+
+    name: str
+    state: str  #: "done", "kept" or "failed"
+    target: Target
+    error: str = ""
+    voxels: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Task:
+    """A function at work in a thread of its own, which is left behind where it does not end."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.future: Future[Any] = Future()
+        self.begun = time.monotonic()
+        threading.Thread(target=self._work, args=(function, arguments), daemon=True).start()
+
+    def _work(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        try:
+            self.future.set_result(function(*arguments))
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def result(self, timeout: float | None) -> Any:
+        """What the function returns or raises.
+
+        Raises:
+            Overdue: it has worked for longer than ``timeout`` seconds.
+        """
+        left = None if timeout is None else max(0.0, self.begun + timeout - time.monotonic())
+        try:
+            return self.future.result(left)
+        except TimeoutError as error:
+            if self.future.done():
+                raise
+            raise Overdue("took longer than --timeout allows") from error
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A study in memory."""
+
+    volume: Volume
+    digests: list[str]
+    seconds: float
+
+
+class Night:
+    """A batch of studies.
+
+    Args:
+        segmenter: reads and predicts.
+        write: writes; see :class:`Target`. A file appears when it is whole.
+        timeout: seconds that reading and predicting a study, and writing it, may take; a call of
+            the network is not interrupted, but no further one begins.
+        skip_existing: leave out studies whose output is there, unless their status is of another
+            model, other options or other images.
+        report: called with what became of a study, as soon as that is known.
+        progress: called with a study's name and the calls of the network so far.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        write: Callable[[Segmentation, Placement, Target], None],
+        *,
+        timeout: float | None = None,
+        skip_existing: bool = False,
+        report: Callable[[Outcome], object] = lambda outcome: None,
+        progress: Callable[[Subject, Volume, int], object] | None = None,
+    ) -> None:
+        self._segmenter, self._write = segmenter, write
+        self._timeout, self._skip = timeout, skip_existing
+        self._report, self._progress = report, progress
+        self.outcomes: list[Outcome] = []
+        #: Seconds of the whole batch, and of the network's calls in it.
+        self.seconds, self.network_seconds = 0.0, 0.0
+
+    def run(self, studies: Sequence[Subject], targets: Sequence[Target]) -> list[Outcome]:
+        """Segment the studies in their order; one that fails does not stop the others."""
+        begun = time.monotonic()
+        work: list[tuple[Subject, Target]] = []
+        for study, target in zip(studies, targets, strict=True):
+            if self._skip and target.exists and self._is_current(study, target):
+                self._done(Outcome(study.name, "kept", target))
+            else:
+                work.append((study, target))
+        try:
+            self._work(work)
+        finally:
+            self.seconds = time.monotonic() - begun
+        return self.outcomes
+
+    def _work(self, work: list[tuple[Subject, Target]]) -> None:
+        writing: tuple[_Task, Subject, Outcome] | None = None
+        reading = _Task(self._read, work[0][0]) if work else None
+        for k, (study, target) in enumerate(work):
+            outcome = Outcome(study.name, "failed", target)
+            result: tuple[Segmentation, _Read] | None = None
+            try:
+                assert reading is not None
+                current, reading = reading, None
+                read = current.result(self._timeout)
+                if k + 1 < len(work):
+                    reading = _Task(self._read, work[k + 1][0])
+                result = self._predict(study, read, outcome), read
+            except Exception as error:
+                outcome.error = said(error)
+            if reading is None and k + 1 < len(work):
+                reading = _Task(self._read, work[k + 1][0])
+            if writing is not None:  # one at a time, so that results do not pile up
+                self._written(*writing)
+                writing = None
+            if result is None:
+                self._failed(study, outcome)
+            else:
+                writing = _Task(self._finish, study, *result, outcome), study, outcome
+        if writing is not None:
+            self._written(*writing)
+
+    def _read(self, study: Subject) -> _Read:
+        begun = time.perf_counter()
+        volume = self._segmenter.read(study)
+        return _Read(volume, digests_of(study), time.perf_counter() - begun)
+
+    def _predict(self, study: Subject, read: _Read, outcome: Outcome) -> Segmentation:
+        deadline = None
+        if self._timeout is not None:
+            deadline = time.monotonic() + self._timeout - read.seconds
+        watch = Watch(deadline)
+        if self._progress is not None:
+            seen = self._progress
+            watch.called = lambda calls: seen(study, read.volume, calls)
+        begun = time.perf_counter()
+        try:
+            return self._segmenter.predict(read.volume, watch)
+        finally:
+            self.network_seconds += watch.seconds
+            outcome.seconds = {
+                "read": read.seconds,
+                "predict": time.perf_counter() - begun,
+                "network": watch.seconds,
+            }
+
+    def _finish(
+        self, study: Subject, segmentation: Segmentation, read: _Read, outcome: Outcome
+    ) -> None:
+        begun = time.perf_counter()
+        placement = read.volume.placement
+        target = outcome.target
+        target.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write(segmentation, placement, target)
+        outcome.voxels = int(np.count_nonzero(segmentation.labels))
+        outcome.seconds["write"] = time.perf_counter() - begun
+        counts = np.bincount(segmentation.labels.reshape(-1).astype(np.int64))
+        found = {
+            "shape": list(segmentation.labels.shape),
+            "network_shape": list(read.volume.mask.shape),
+            "voxels": {str(value): int(n) for value, n in enumerate(counts) if n},
+            "inputs": read.digests,
+            "output": digest_of_file(target.path),
+        }
+        self._status(study, replace(outcome, state="done"), found)
+
+    def _written(self, task: _Task, study: Subject, outcome: Outcome) -> None:
+        try:
+            task.result(self._timeout)
+        except Exception as error:
+            outcome.error = said(error)
+            self._failed(study, outcome)
+            return
+        outcome.state = "done"
+        self._done(outcome)
+
+    def _failed(self, study: Subject, outcome: Outcome) -> None:
+        try:
+            self._status(study, outcome, {})
+        except OSError as error:
+            outcome.error += f"; its status was not written: {error}"
+        self._done(outcome)
+
+    def _done(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._report(outcome)
+
+    def _status(self, study: Subject, outcome: Outcome, found: Mapping[str, Any]) -> None:
+        path = outcome.target.status
+        if path is None:
+            return
+        content = {
+            "state": outcome.state,
+            **self._segmenter.about,
+            **found,
+            "seconds": {part: round(s, 3) for part, s in outcome.seconds.items()},
+            "versions": {**versions(), "python": platform.python_version()},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        if outcome.error:
+            content["error"] = nameless(outcome.error, study)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=2) + "\n")
+
+    def _is_current(self, study: Subject, target: Target) -> bool:
+        """Whether a segmentation is of this model, these options and these images.
+
+        Without a status nothing is known against it.
+        """
+        if target.status is None or not target.status.is_file():
+            return True
+        try:
+            content = json.loads(target.status.read_text(encoding="utf-8"))
+            # As JSON has it: tuples are lists there.
+            about = json.loads(json.dumps(self._segmenter.about))
+            return (
+                content["state"] == "done"
+                and all(content[key] == about[key] for key in about)
+                and content["inputs"] == digests_of(study)
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def summary(self) -> dict[str, Any]:
+        """All outcomes, as they are written beside the segmentations."""
+        states = {"done": 0, "kept": 0, "failed": 0}
+        for outcome in self.outcomes:
+            states[outcome.state] += 1
+        return {
+            **states,
+            "seconds": round(self.seconds, 3),
+            "network_seconds": round(self.network_seconds, 3),
+            **self._segmenter.about,
+            "studies": {
+                outcome.name: {
+                    "state": outcome.state,
+                    "seconds": {part: round(s, 3) for part, s in outcome.seconds.items()},
+                    **({"error": outcome.error} if outcome.error else {}),
+                }
+                for outcome in self.outcomes
+            },
+        }
+
+
+def digests_of(study: Subject) -> list[str]:
+    """SHA-256 of a study's images, and of its mask."""
+    found = []
+    for path in (*study.images, *([study.mask] if study.mask else [])):
+        if path.is_dir():
+            files = sorted(digest_of_file(file) for file in path.iterdir() if file.is_file())
+            found.append(f"sha256:{hashlib.sha256(''.join(files).encode()).hexdigest()}")
+        else:
+            found.append(digest_of_file(path))
+    return found
+
+
+def said(error: BaseException) -> str:
+    """An error in a line; its type where that is not for users."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | RuntimeError | DataError) and text:
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def nameless(text: str, study: Subject) -> str:
+    """A message without the names of a study and its files, which may be a patient's."""
+    for k, path in enumerate(study.images):
+        text = text.replace(str(path), f"image {k}").replace(path.name, f"image {k}")
+    if study.mask is not None:
+        text = text.replace(str(study.mask), "the mask")
+    folders = {str(path.parent) for path in study.images} - {".", "/"}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(folder, "its folder")
+    return text.replace(study.name, "the study")

@@ -1,0 +1,102 @@
+"""Studies: which files they are of, and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxfuse.metrics._arrays import optional
+from voxfuse.metrics.files import ENDINGS, Scan, load_scan
+from voxfuse.training.dataset import Subject, file_named, name_of
+
+
+def read_scan(path: Path) -> Scan:
+    """Read an image: a file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return load_scan(path)
+
+
+def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
+    """The studies that ``voxfuse predict --input`` names, for a network of any kind.
+
+    Args:
+        channels: a file a channel; or a folder a channel, with files of the same names; or one
+            folder of a file a study, or of files ``STUDY_0000.nii.gz`` as nnU-Net names them.
+        mask: a file of this name without the ending lies beside the first channel, unless it is
+            "all" or "positive".
+
+    A channel that a study lacks is the path where it was looked for, so that reading it names it.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing there.
+        ValueError: files and folders together, or two files of one channel.
+    """
+    for path in channels:
+        if not path.exists():
+            raise FileNotFoundError(f"--input: there is no {path}")
+    folders = [path for path in channels if path.is_dir()]
+    if not folders:
+        return [_study(_numbered(channels[0])[0], channels, mask)]
+    if len(folders) < len(channels):
+        other = next(path for path in channels if not path.is_dir())
+        raise ValueError(
+            f"--input: got the folder {folders[0]} and the file {other}, expected files or folders"
+        )
+    found = [_in_folder(folder, mask) for folder in folders]
+    studies = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        images: list[Path] = []
+        for folder, each in zip(folders, found, strict=True):
+            images += each.get(name, [folder / f"{name}.nii.gz"])
+        studies.append(_study(name, images, mask))
+    return studies
+
+
+def _study(name: str, images: Sequence[Path], mask: str) -> Subject:
+    outline = None
+    if mask not in ("all", "positive"):
+        outline = file_named(images[0].parent, mask)
+    return Subject(name, tuple(images), None, outline)
+
+
+def _numbered(path: Path) -> tuple[str, int | None]:
+    """A file's study, and its channel where nnU-Net's name says it."""
+    name, underscore, number = name_of(path).rpartition("_")
+    if underscore and name and len(number) == 4 and number.isdigit():
+        return name, int(number)
+    return name_of(path), None
+
+
+def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
+    """The files of every study in a folder, in the channels' order."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") or name_of(path) == mask
+        if hidden or not path.name.endswith(ENDINGS) or not path.is_file():
+            continue
+        name, number = _numbered(path)
+        other = found.setdefault(name, {}).setdefault(number or 0, path)
+        if other != path:
+            raise ValueError(f"--input: {other.name} and {path.name} in {folder} are both {name}")
+    if not found:
+        looked_for = ", ".join(f"*{ending}" for ending in ENDINGS)
+        raise FileNotFoundError(f"--input: {folder} has no images ({looked_for})")
+    wanted = sorted({number for numbers in found.values() for number in numbers})
+    return {
+        name: [numbers.get(k, folder / f"{name}_{k:04d}.nii.gz") for k in wanted]
+        for name, numbers in found.items()
+    }
+
+
+def channels_of(path: Path) -> int | None:
+    """Channels of an image by its header; None where that cannot be read."""
+    nibabel = optional("nibabel", f"Reading {path}")
+    try:
+        shape = nibabel.load(path).shape
+    except Exception:  # reading it later says what is wrong
+        return None
+    extra = [n for n in shape[3:] if n != 1]
+    return int(extra[0]) if extra else 1

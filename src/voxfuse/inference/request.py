@@ -1,0 +1,406 @@
+"""What is asked for: options of the command, checked together before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxfuse.fusion.options import FusionOptions
+from voxfuse.inference.models import Network, is_network, load_network
+from voxfuse.inference.night import STATUS, Target
+from voxfuse.inference.reading import channels_of, find_studies
+from voxfuse.inference.segmenters import (
+    NetworkOptions,
+    NetworkSegmenter,
+    RunSegmenter,
+    Segmentation,
+    Segmenter,
+)
+from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
+from voxfuse.training.dataset import Subject, file_of, find_inputs
+from voxfuse.training.predict import load_model
+from voxfuse.training.volumes import Placement, save_like
+
+#: What a user may take for a format that is written; without this it would become a folder.
+_NOT_WRITTEN = (".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz")
+_ENDINGS = (".nii", ".nii.gz")
+
+#: Keys of a configuration, and the options that they are here.
+_OPTIONS = {
+    "data.normalisation": "--normalize",
+    "data.orientation": "--orientation",
+    "data.spacing": "--spacing",
+    "data.clip": "--clip",
+    "data.mask": "--mask",
+    "prediction.": "--",
+}
+#: Options of networks that a run's configuration has.
+_OF_NETWORKS = (
+    "patch", "activation", "regions", "head", "orientation", "spacing", "normalize", "clip",
+    "mask", "labels", "trust_model", "model_id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``voxfuse predict``; see its help, and ``docs/predict.md``."""
+
+    model: str
+    input: Sequence[Path]
+    output: Path
+    patch: Sequence[int] | None = None
+    overlap: float | None = None
+    window: str | None = None
+    grid: str | None = None
+    orientations: str | None = None
+    batch: int | None = None
+    threshold: float | None = None
+    activation: str | None = None
+    labels: bool = False
+    regions: Sequence[int] | None = None
+    head: str | None = None
+    orientation: str | None = None
+    spacing: Sequence[float] | None = None
+    normalize: str | None = None
+    clip: Sequence[float] | None = None
+    mask: str | None = None
+    probabilities: bool = False
+    trust_model: bool = False
+    model_id: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one call of the network showed."""
+
+    seconds: float
+    patches: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Studies, where their segmentations go, and what makes them."""
+
+    segmenter: Segmenter
+    studies: list[Subject]
+    targets: list[Target]
+    to_folder: bool
+    probe: Callable[[], Probe]
+
+    def calls(self, shape: tuple[int, ...]) -> int:
+        """Calls of the network for a volume of this extent, at most."""
+        segmenter = self.segmenter
+        return -(-segmenter.patches(shape) // segmenter.batch) * segmenter.members
+
+    def write(self, segmentation: Segmentation, placement: Placement, target: Target) -> None:
+        """Write a segmentation as files that are whole when they appear."""
+        if target.beside is not None and segmentation.probabilities is not None:
+            channels = np.moveaxis(segmentation.probabilities, 0, -1)
+            channels = channels[..., 0] if channels.shape[-1] == 1 else channels
+            save_like(channels, placement, target.beside)
+        save_like(segmentation.labels, placement, target.path)
+
+
+def prepare(request: Request) -> Job:
+    """Load the model, find the studies and their places.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: options do not fit each other, the model or the studies.
+        RuntimeError: the network does not take patches as they would be.
+    """
+    if is_network(request.model):
+        return _of_network(request)
+    return _of_run(request)
+
+
+def _of_run(request: Request) -> Job:
+    model = load_model(request.model, request.device)
+    for name in _OF_NETWORKS:
+        if getattr(request, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: is for networks; a run's configuration has its own")
+    if request.threshold is not None and len(model.labels) > 2:
+        raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
+    options = _prediction(request, model.config.prediction)
+    _check_output(request.output)
+    studies = find_inputs(request.input, model.images, model.config.data, model.channels)
+    label = model.config.data.label
+    truths = [file_of(s.images[0].parent, label) if label else None for s in studies]
+    targets, to_folder = _targets(request, studies, [path for path in truths if path])
+    segmenter = RunSegmenter(model, Path(request.model), options, request.probabilities)
+    patch = tuple(model.config.sampling.patch)
+
+    def probe() -> Probe:
+        device = next(model.network.parameters()).device
+        patches = torch.zeros(options.batch, len(model.images), *patch, device=device)
+        return _probed(model.network, patches)
+
+    return Job(segmenter, studies, targets, to_folder, probe)
+
+
+def _of_network(request: Request) -> Job:
+    prediction = _prediction(request, PredictionOptions(batch=1))
+    data, intensities = _data(request)
+    activation, regions = request.activation, request.regions
+    if activation not in (None, "softmax", "sigmoid", "identity", "none"):
+        raise ValueError(
+            f"--activation: got {activation!r}, expected softmax, sigmoid, identity (predictions "
+            "are probabilities) or none (labels by the greatest)"
+        )
+    if regions is not None and (request.labels or min(regions) < 1):
+        raise ValueError(f"--regions: got {list(regions)}, expected values >= 1, without --labels")
+    _check_output(request.output)
+    studies = find_studies(request.input, data.mask)
+    targets, to_folder = _targets(request, studies, [])
+    network = load_network(
+        request.model,
+        request.device,
+        trust=request.trust_model,
+        identity=request.model_id,
+        head=request.head,
+    )
+    patch = _patch(request.patch, network)
+    prediction = dataclasses.replace(prediction, batch=_batch(request.batch, network))
+    channels = _channels(studies)
+    if network.inputs not in (None, channels):
+        raise ValueError(
+            f"--input: got {channels} channels, but the network takes {network.inputs}"
+        )
+    patches = torch.zeros(prediction.batch, channels, *patch)
+    classes = _classes(network, patches)
+    activation = _activation(request, classes)
+    # What the fusion refuses, it refuses now.
+    output = "regions" if regions else "mask" if classes == 1 else "labels"
+    FusionOptions(
+        classes,
+        output,
+        "identity" if activation == "none" and output != "labels" else activation,
+        "logit" if network.head is not None else None,
+        regions=None if regions is None else tuple(regions),
+    )
+    options = NetworkOptions(
+        patch,
+        data,
+        prediction,
+        classes,
+        activation,
+        None if regions is None else tuple(regions),
+        intensities,
+        request.probabilities,
+    )
+    segmenter = NetworkSegmenter(network, options)
+    return Job(segmenter, studies, targets, to_folder, lambda: _probed(network, patches))
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+
+def _prediction(request: Request, defaults: PredictionOptions) -> PredictionOptions:
+    names = ("threshold", "window", "overlap", "grid", "orientations", "batch")
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    return _parsed({"prediction": {**vars(defaults), **given}}).prediction
+
+
+def _data(request: Request) -> tuple[DataOptions, tuple[float, float] | None]:
+    """The section ``[data]`` that options make, and what intensities become 0 and 1."""
+    normalize = request.normalize or "none"
+    intensities = None
+    if ":" in normalize:
+        try:
+            low, high = (float(x) for x in normalize.split(":"))
+        except ValueError:
+            low = high = 0.0
+        if not -np.inf < low < high < np.inf:
+            raise ValueError(f"--normalize: got {normalize!r}, expected LOW:HIGH, LOW below HIGH")
+        intensities, normalize = (low, high), "none"
+    given = {
+        "mask": request.mask,
+        "orientation": request.orientation,
+        "spacing": None if request.spacing is None else _three("spacing", request.spacing),
+        "clip": None if request.clip is None else list(request.clip),
+    }
+    keys = {name: value for name, value in given.items() if value is not None}
+    data = _parsed({"data": {"mask": "all", "normalisation": normalize, **keys}}).data
+    if intensities is not None and data.clip != [0, 100]:
+        raise ValueError("--clip: got one beside --normalize LOW:HIGH, which clips")
+    return data, intensities
+
+
+def _parsed(sections: dict[str, dict[str, Any]]) -> Config:
+    """The configuration, with errors that name options."""
+    try:
+        return parse(sections)
+    except ConfigError as error:
+        text = str(error)
+        for key, option in _OPTIONS.items():
+            text = re.sub(rf"^{re.escape(key)}", option, text)
+        raise ValueError(text) from None
+
+
+def _three(name: str, given: Sequence[Any]) -> list[Any]:
+    if len(given) not in (1, 3):
+        raise ValueError(f"--{name}: got {len(given)} numbers, expected 1 or 3")
+    return list(given) * (3 // len(given))
+
+
+def _patch(given: Sequence[int] | None, network: Network) -> tuple[int, ...]:
+    fixed = network.patch or (None,) * 3
+    if given is None:
+        if None in fixed:
+            raise ValueError("--patch: is needed: the extent of what the network is given at once")
+        return tuple(n for n in fixed if n is not None)
+    patch = tuple(_three("patch", given))
+    if min(patch) < 1:
+        raise ValueError(f"--patch: got {list(patch)}, expected numbers >= 1")
+    if any(n not in (None, p) for n, p in zip(fixed, patch, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in fixed)
+        raise ValueError(f"--patch: got {list(patch)}, but the export takes {expected}")
+    return patch
+
+
+def _batch(given: int | None, network: Network) -> int:
+    least, most = network.batch
+    if given is None:
+        return max(1, least)
+    if most is not None and given > most:
+        raise ValueError(f"--batch: got {given}, but the export takes {most} at most")
+    return given
+
+
+def _activation(request: Request, classes: int) -> str:
+    regions = request.regions
+    if regions is not None and len(regions) != classes:
+        raise ValueError(
+            f"--regions: got {len(regions)} values for {classes} channels, expected one a channel"
+        )
+    if request.labels and classes == 1:
+        raise ValueError(
+            "--labels: the network has one channel, whose mask is written; leave --labels out"
+        )
+    several = classes > 1 and regions is None
+    if request.threshold is not None and several:
+        raise ValueError(
+            "--threshold: is for one channel or --regions; of labels the greatest wins"
+        )
+    activation = request.activation or ("softmax" if several else "sigmoid")
+    if activation == "softmax" and classes == 1:
+        raise ValueError("--activation: got softmax for one channel, expected sigmoid or identity")
+    if activation == "none" and (request.probabilities or not several):
+        raise ValueError(
+            "--activation: got none, which goes with labels alone; identity says that predictions "
+            "are probabilities"
+        )
+    return activation
+
+
+# --- What the network does ------------------------------------------------------------------------
+
+
+def _channels(studies: Sequence[Subject]) -> int:
+    """Of the first study that can be looked at."""
+    for study in studies:
+        if len(study.images) > 1:
+            return len(study.images)
+        found = channels_of(study.images[0])
+        if found is not None:
+            return found
+    return 1
+
+
+def _classes(network: Network, patches: torch.Tensor) -> int:
+    """Channels of a prediction, by one call."""
+    try:
+        with torch.no_grad():
+            result = network(patches)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"one call of the network does not fit the GPU: {str(error).splitlines()[0]}; smaller "
+            "--batch or --patch"
+        ) from None
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"--model: the network does not take patches {tuple(patches.shape)} (batch, channels, "
+            f"--patch): {why}"
+        ) from error
+    if not isinstance(result, torch.Tensor) or result.ndim != 5:
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ValueError(
+            f"--model: the network returned {shape}, expected (batch, classes, x, y, z)"
+        )
+    if result.shape[2:] != patches.shape[2:]:
+        raise ValueError(
+            f"--model: the network returned {tuple(result.shape)} of patches "
+            f"{tuple(patches.shape)}, expected their extent"
+        )
+    channels = int(result.shape[1])
+    if network.head is None:
+        return channels
+    classes, features = network.head[0].shape
+    if features != channels:
+        raise ValueError(f"--head: takes {features} features, but the network returns {channels}")
+    return int(classes)
+
+
+def _probed(network: Callable[[torch.Tensor], Any], patches: torch.Tensor) -> Probe:
+    begun = time.perf_counter()
+    with torch.no_grad():
+        network(patches)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return Probe(time.perf_counter() - begun, patches.shape[0])
+
+
+# --- Places ---------------------------------------------------------------------------------------
+
+
+def _check_output(output: Path) -> None:
+    if output.name.endswith(_NOT_WRITTEN) and not output.name.endswith(_ENDINGS):
+        raise ValueError(f"--output: got {output}, expected a folder or a file .nii.gz or .nii")
+
+
+def _targets(
+    request: Request, studies: Sequence[Subject], truths: Sequence[Path]
+) -> tuple[list[Target], bool]:
+    """Where segmentations go, none of them over what is read or over another."""
+    output = request.output
+    one_file = output.name.endswith(_ENDINGS)
+    if one_file and len(studies) > 1:
+        raise ValueError(f"--output: got {output} for {len(studies)} subjects, expected a folder")
+    if one_file:
+        targets = [Target(output, _beside(output, request.probabilities))]
+    else:
+        targets = []
+        for study in studies:
+            path = output / f"{study.name}.nii.gz"
+            status = output / STATUS / f"{study.name}.json"
+            targets.append(Target(path, _beside(path, request.probabilities), status))
+    kept = {path.resolve() for path in truths}
+    for study in studies:
+        kept |= {p.resolve() for p in (*study.images, study.mask) if p is not None}
+    made: set[Path] = set()
+    for path in [p for target in targets for p in (target.path, target.beside) if p is not None]:
+        if path.resolve() in kept:
+            raise ValueError(
+                f"--output: {path} is an image, mask or label of a subject, expected another place"
+            )
+        if path in made:
+            raise ValueError(f"--output: two of the subjects would be written to {path}")
+        made.add(path)
+    return targets, not one_file
+
+
+def _beside(path: Path, wanted: bool) -> Path | None:
+    """The file of a segmentation's probabilities."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.with_name(f"{stem}_probabilities.nii.gz") if wanted else None

@@ -1,0 +1,285 @@
+"""What makes a segmentation of a study: a run of ``voxfuse train``, or any network."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from voxfuse import resample_argmax, sliding_window_inference
+from voxfuse.fusion.grids import plan_grid
+from voxfuse.inference.models import Network, digest_of_file
+from voxfuse.inference.reading import read_scan
+from voxfuse.training.config import DataOptions, PredictionOptions
+from voxfuse.training.dataset import Subject
+from voxfuse.training.predict import MODEL, Model
+from voxfuse.training.volumes import Volume, load_volume, on_own_grid, turn_back
+
+Array = NDArray[Any]
+
+
+class Overdue(TimeoutError):
+    """A study takes longer than it may."""
+
+
+@dataclass
+class Watch:
+    """Looks on while the network works: counts calls, keeps their time, and ends what is late."""
+
+    deadline: float | None = None  #: of time.monotonic()
+    called: Callable[[int], object] | None = None  #: given the number of calls so far
+    calls: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the network."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise Overdue("took longer than --timeout allows")
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.calls += 1
+            self.seconds += time.perf_counter() - begun
+        if self.called is not None:
+            self.called(self.calls)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Of a study, on its own grid."""
+
+    labels: Array  #: (x, y, z) uint8, uint16 or more
+    probabilities: NDArray[np.float32] | None  #: (C, x, y, z), the classes above the background
+
+
+class Segmenter(Protocol):
+    """What a batch of studies needs."""
+
+    about: dict[str, Any]  #: model and options, for a status
+    batch: int  #: patches a call
+    members: int  #: predictions of a patch
+
+    def read(self, study: Subject) -> Volume:
+        """Files to arrays as the network takes them."""
+
+    def predict(self, volume: Volume, watch: Watch) -> Segmentation:
+        """Arrays to a segmentation on the study's own grid."""
+
+    def patches(self, shape: tuple[int, ...]) -> int:
+        """Patches of a volume of this extent, at most."""
+
+
+#: Predictions of a patch that are averaged.
+MEMBERS = {"none": 1, "rotations": 4, "mirror": 8}
+
+
+def _patches(shape: tuple[int, ...], patch: tuple[int, ...], options: PredictionOptions) -> int:
+    larger = tuple(max(n, p) for n, p in zip(shape, patch, strict=True))
+    grid = plan_grid(larger, patch, options.overlap, options.grid)
+    return len(grid.distinct())
+
+
+@dataclass
+class RunSegmenter:
+    """A run of ``voxfuse train``, with its own configuration."""
+
+    model: Model
+    path: Path
+    options: PredictionOptions
+    probabilities: bool = False
+    about: dict[str, Any] = field(init=False)
+    batch: int = field(init=False)
+    members: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        file = self.path / MODEL if self.path.is_dir() else self.path
+        model = {"kind": "run", "digest": digest_of_file(file), "step": self.model.step}
+        self.about = {"model": model, "options": dataclasses.asdict(self.options)}
+        self.batch, self.members = self.options.batch, MEMBERS[self.options.orientations]
+
+    def read(self, study: Subject) -> Volume:
+        """See :class:`Segmenter`."""
+        return self.model.volume(study)
+
+    def predict(self, volume: Volume, watch: Watch) -> Segmentation:
+        """See :class:`Segmenter`."""
+        with _watched(self.model.network, watch):
+            probabilities = self.model.of_volume(volume, self.options)
+        labels = self.model.decided(probabilities, volume, self.options)
+        return Segmentation(labels, probabilities if self.probabilities else None)
+
+    def patches(self, shape: tuple[int, ...]) -> int:
+        """See :class:`Segmenter`."""
+        return _patches(shape, tuple(self.model.config.sampling.patch), self.options)
+
+
+@contextmanager
+def _watched(network: torch.nn.Module, watch: Watch) -> Iterator[None]:
+    """Every call of a module is one of the watch's."""
+    running: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        running.append(watch.call())
+        running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """How any network becomes a segmentation of a study."""
+
+    patch: tuple[int, ...]
+    data: DataOptions
+    prediction: PredictionOptions
+    classes: int  #: channels of a prediction, after the head
+    activation: str  #: "softmax", "sigmoid", "identity" or "none"
+    regions: tuple[int, ...] | None = None  #: the value of each channel, later ones on top
+    intensities: tuple[float, float] | None = None  #: what becomes 0 and 1
+    probabilities: bool = False
+
+
+class NetworkSegmenter:
+    """Any network, in patches, by :func:`voxfuse.sliding_window_inference`."""
+
+    def __init__(self, network: Network, options: NetworkOptions) -> None:
+        self.network, self.options = network, options
+        self.batch = options.prediction.batch
+        self.members = MEMBERS[options.prediction.orientations]
+        shown = dataclasses.asdict(options)
+        for name in (
+            "labels",
+            "training",
+            "validation",
+            "validation_share",
+            "test",
+            "images",
+            "label",
+            "groups",
+        ):
+            shown["data"].pop(name)  # of the training, and names of subjects
+        model = {"kind": network.kind, "digest": network.digest}
+        self.about = {"model": model, "options": shown}
+
+    def read(self, study: Subject) -> Volume:
+        """See :class:`Segmenter`."""
+        volume = load_volume(study, self.options.data, read=read_scan)
+        expected = self.network.inputs
+        if expected is not None and volume.image.shape[0] != expected:
+            raise ValueError(
+                f"{study.name}: got {volume.image.shape[0]} channels, but the network takes "
+                f"{expected}"
+            )
+        if self.options.intensities is not None:
+            low, high = self.options.intensities
+            np.clip((volume.image - low) / (high - low), 0, 1, out=volume.image)
+            volume.image[:, ~volume.mask] = 0
+        return volume
+
+    def predict(self, volume: Volume, watch: Watch) -> Segmentation:
+        """See :class:`Segmenter`."""
+        options, placement = self.options, volume.placement
+        fused = None
+        if options.probabilities:
+            fused = self._fused(volume, watch, "probabilities", None)
+            decided = self._decided(fused, placement.turned_shape)
+        elif options.regions is not None:
+            decided = self._fused(volume, watch, "regions", placement.turned_shape)
+        else:
+            output = "mask" if options.classes == 1 else "labels"
+            decided = self._fused(volume, watch, output, placement.turned_shape)
+        labels = turn_back(decided[0].numpy(), placement.turned)
+        assert volume.own_mask is not None
+        labels[~volume.own_mask] = 0
+        if fused is None:
+            return Segmentation(labels, None)
+        background = options.classes > 1 and options.regions is None
+        channels = fused[1:] if background else fused
+        channels[:, ~torch.from_numpy(volume.mask)] = 0
+        probabilities = on_own_grid(channels.numpy(), placement)
+        probabilities[:, ~volume.own_mask] = 0
+        return Segmentation(labels, probabilities)
+
+    def patches(self, shape: tuple[int, ...]) -> int:
+        """See :class:`Segmenter`."""
+        return _patches(shape, self.options.patch, self.options.prediction)
+
+    def _fused(
+        self, volume: Volume, watch: Watch, output: str, shape: tuple[int, ...] | None
+    ) -> Tensor:
+        """(C or 1, \\*spatial) on the network's grid, or decided at ``shape``."""
+        options, wanted = self.options, self.options.prediction
+        masked = not volume.mask.all()
+        image = volume.image
+        if masked:  # the mask travels as one channel more, so that it is cut as the image is
+            image = np.concatenate([image, volume.mask[None]], dtype=np.float32)
+
+        def predicted(patches: Tensor) -> Tensor:
+            with watch.call():
+                result = self.network(patches[:, :-1] if masked else patches)
+                if not bool(torch.isfinite(result).all()):  # waits for a GPU too
+                    raise RuntimeError("the network's predictions are not finite")
+            return result
+
+        activation = options.activation
+        if activation == "none" and output != "labels":
+            activation = "identity"
+        device = self.network.device
+        fused: Tensor = sliding_window_inference(
+            torch.from_numpy(image)[None],
+            options.patch,
+            wanted.batch,
+            predicted,
+            overlap=wanted.overlap,
+            window=wanted.window,
+            grid=wanted.grid,
+            tta=None if wanted.orientations == "none" else wanted.orientations,
+            output=output,
+            activation=activation,
+            head=self.network.head,
+            threshold=wanted.threshold if output in ("mask", "regions") else None,
+            regions=options.regions if output == "regions" else None,
+            resample_to=shape if shape is not None and shape != volume.mask.shape else None,
+            skip=(lambda patches: not bool(patches[:, -1].any())) if masked else None,
+            sw_device=device,
+            device=device,
+        )
+        return fused[0].cpu()
+
+    def _decided(self, probabilities: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Labels of fused probabilities at ``shape``, as the fusion itself decides."""
+        options = self.options
+        threshold = options.prediction.threshold
+        if options.regions is not None:
+            return resample_argmax(
+                probabilities,
+                shape,
+                mode="regions",
+                activation="none",
+                threshold=threshold,
+                regions=options.regions,
+            )[None]
+        if options.classes == 1:
+            return resample_argmax(
+                probabilities, shape, mode="mask", activation="none", threshold=threshold
+            )
+        return resample_argmax(probabilities, shape)[None]

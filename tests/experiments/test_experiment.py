@@ -1,0 +1,156 @@
+"""Runs are done once and whole, whoever else is at them and whenever a process dies."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from voxfuse.cli import main
+from voxfuse.experiments import losses
+from voxfuse.experiments.experiment import Experiment, Place, carry_out
+from voxfuse.experiments.registry import EXPERIMENTS, find
+from voxfuse.experiments.results import Results, claim
+
+KEY, COLUMNS = ("loss", "seed"), ("loss", "seed", "subject", "dice")
+
+
+def _rows(run, place):
+    place.say(f"training {run['seed']}")
+    return [{**run, "subject": subject, "dice": 1 / 3} for subject in "ab"]
+
+
+def _experiment(rows=_rows, seeds=3):
+    return Experiment(
+        name="little",
+        title="A little one",
+        key=KEY,
+        columns=COLUMNS,
+        runs=lambda quick: [{"loss": "dice", "seed": seed} for seed in range(seeds)],
+        rows=rows,
+        pages=lambda done: {"README.md": f"{len(done.runs)} of {len(done.declared)} runs\n"},
+    )
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def place(tmp_path, said):
+    return Place(tmp_path, tmp_path / "work", tmp_path / "results", say=said.append)
+
+
+def test_finished_runs_are_not_done_again(place, said):
+    carry_out(_experiment(), place, runs=2)
+    assert (place.results / "little" / "README.md").read_text() == "2 of 3 runs\n"
+    del said[:]
+    carry_out(_experiment(), place)
+    assert [line for line in said if line.startswith("training")] == ["training 2"]
+    rows = _experiment().results(place).rows()
+    assert [row["seed"] for row in rows] == ["0", "0", "1", "1", "2", "2"]
+    assert rows[0] == {"loss": "dice", "seed": "0", "subject": "a", "dice": "0.33333"}
+
+
+def test_a_run_that_fails_leaves_no_row(place):
+    def rows(run, place):
+        yield from _rows(run, place)
+        if run["seed"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(_experiment(rows), place)
+    assert {row["seed"] for row in _experiment().results(place).rows()} == {"0"}
+    carry_out(_experiment(), place)
+    assert len(_experiment().results(place).rows()) == 6
+
+
+def test_rows_that_a_killed_process_left_are_replaced(place):
+    results = _experiment().results(place)
+    results.add({"loss": "dice", "seed": 0}, _rows({"loss": "dice", "seed": 0}, place), 1.0)
+    (results.folder / "runs.csv").unlink()  # it died between the two files
+    carry_out(_experiment(), place)
+    assert len(results.rows()) == 6
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(place):
+    path = place.work / "little" / "claims" / "dice_1"
+    code = (
+        "import sys; from pathlib import Path; from voxfuse.experiments.results import claim\n"
+        "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        assert _experiment().do(place) == 2
+        other.kill()
+    with claim(path) as mine:
+        assert mine
+    assert _experiment().do(place) == 1
+
+
+def test_results_refuse_what_is_not_the_runs(tmp_path):
+    results = Results(tmp_path / "x", KEY, COLUMNS)
+    run = {"loss": "dice", "seed": 0}
+    for wrong in ({**run, "subject": "a"}, {**run, "seed": 1, "subject": "a", "dice": 1.0}):
+        with pytest.raises(ValueError, match="rows: got"):
+            results.add(run, [wrong], 1.0)
+    results.add(run, [], 1.0)
+    with pytest.raises(ValueError, match="done already"):
+        results.add(run, [], 1.0)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("quick", [False, True])
+def test_declared_runs_have_names_of_their_own(name, quick):
+    experiment = find(name)
+    runs = experiment.runs(quick)
+    assert len({experiment.named(run) for run in runs}) == len(runs) > 0
+    assert all(set(run) == set(experiment.key) <= set(experiment.columns) for run in runs)
+
+
+def test_losses_of_a_seed_are_pairs_and_seeds_are_not_cut():
+    """Whatever is cut from the end, the losses of the seeds before are complete."""
+    runs = losses.runs(False)
+    assert len(runs) == 95
+    primary = runs[: len(losses.SEEDS) * 14]
+    assert [run["seed"] for run in primary] == sorted(run["seed"] for run in primary)
+    assert {(run["task"], run["loss"]) for run in primary[:14]} == {
+        (task, loss) for task in losses.TASKS for loss in losses.PRIMARY
+    }
+
+
+def test_the_subjects_of_losses_are_those_committed(request):
+    path = request.config.rootpath / "docs/experiments/losses/subjects.csv"
+    with path.open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    found = losses.parts([row["subject"] for row in committed])
+    assert {row["subject"]: row["part"] for row in committed} == {
+        name: part for part, names in found.items() for name in names
+    }
+    assert {part: len(names) for part, names in found.items()} == losses.PARTS
+    with pytest.raises(ValueError, match="got 3 hippocampi, expected 200"):
+        losses.parts(["a", "b", "c"])
+
+
+def test_one_run_of_the_quick_losses(tmp_path, hippocampi):
+    command = ["experiment", "losses", "--quick", "--runs", "1"]
+    folders = ["--data", str(hippocampi.parent), "--work", str(tmp_path)]
+    assert main([*command, *folders]) == 0
+    results = find("losses").results(Place(hippocampi, tmp_path, tmp_path / "quick" / "results"))
+    assert len(results.runs()) == 1
+    rows = results.rows()
+    assert {row["threshold"] for row in rows} == {"0.5", "tuned-dice", "tuned-f2"}
+    assert {row["split"] for row in rows} == {"validation", "test"}
+    for row in rows:
+        tp, fp, fn = (int(row[name]) for name in ("tp", "fp", "fn"))
+        if row["split"] == "test":
+            assert float(row["dice"]) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-5)
+    assert (results.folder / "README.md").is_file()
+
+
+def test_an_unknown_experiment_is_named(capsys):
+    assert main(["experiment", "loses"]) == 1
+    assert "NAME: got 'loses', expected one of losses" in capsys.readouterr().err

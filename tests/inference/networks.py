@@ -1,0 +1,94 @@
+"""Networks for ``voxfuse predict --model tests/inference/networks.py:NAME``."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """A convolution of extent 1, after one that copies the channels."""
+
+    def __init__(self, weight: list[list[float]], bias: list[float]) -> None:
+        super().__init__()
+        classes, inputs = len(weight), len(weight[0])
+        self.copy = nn.Conv3d(inputs, inputs, 1, bias=False)
+        self.last = nn.Conv3d(inputs, classes, 1)
+        with torch.no_grad():
+            self.copy.weight.copy_(torch.eye(inputs).reshape(inputs, inputs, 1, 1, 1))
+            self.last.weight.copy_(torch.tensor(weight).reshape(classes, inputs, 1, 1, 1))
+            self.last.bias.copy_(torch.tensor(bias))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.last(self.copy(patches))
+
+
+def above_half() -> nn.Module:
+    """One channel: above 1/2 is foreground."""
+    return Linear([[8.0]], [-4.0])
+
+
+def three_classes() -> nn.Module:
+    """Of intensities 0, 1, 2: the classes 0, 1, 2."""
+    return Linear([[0.0], [8.0], [16.0]], [0.0, -4.0, -16.0])
+
+
+def two_regions() -> nn.Module:
+    """Of intensities 0, 1, 2: both regions above their bounds."""
+    return Linear([[8.0], [8.0]], [-4.0, -12.0])
+
+
+def of_two_channels() -> nn.Module:
+    """The second channel's intensity less the first's, above 1/2."""
+    return Linear([[-8.0, 8.0]], [-4.0])
+
+
+class Positional(nn.Module):
+    """Neither pointwise nor the same in mirrored patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Conv3d(1, 3, 3, padding=1)
+        self.last = nn.Conv3d(3, 4, 1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.last(torch.relu(self.body(patches)))
+
+
+class Sleeping(nn.Module):
+    """Takes its time; says no more than that intensities are above 1/2."""
+
+    seconds = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = above_half()
+
+    def forward(self, patches: Tensor) -> Tensor:
+        time.sleep(type(self).seconds)
+        return self.inner(patches)
+
+
+def not_finite() -> nn.Module:
+    return Linear([[float("nan")]], [0.0])
+
+
+def halving() -> nn.Module:
+    return nn.MaxPool3d(2)
+
+
+class Plain:
+    """No module: has no state to take a digest of."""
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        return patches - 0.5
+
+
+number = 3
+
+
+def raising() -> nn.Module:
+    raise RuntimeError("no weights here")

@@ -1,0 +1,38 @@
+"""The commands of docs/predict.md run in a clone, at a spacing at which they take seconds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from voxfuse import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"^```console\n(.*?)^```", (ROOT / "docs/predict.md").read_text(), re.M | re.S)
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("nibabel", reason="the page reads NIfTI files")
+    for name in ("examples", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for block in BLOCKS:
+        lines = block.splitlines()
+        for number, line in enumerate(lines):
+            if not line.startswith("$ "):
+                continue
+            program, *arguments = shlex.split(line[2:].replace("--spacing 2 ", "--spacing 5 "))
+            if program == "python":
+                assert arguments[0] == "-c"
+                exec(compile(arguments[1], "docs/predict.md", "exec"), {})
+                continue
+            assert program == "voxfuse"
+            assert cli.main(arguments) == 0, line
+            printed = capsys.readouterr().out
+            for shown in lines[number + 1 :]:
+                if shown.startswith("$ "):
+                    break
+                assert re.search(re.sub(r"\d+", r"\\d+", re.escape(shown)), printed), printed
