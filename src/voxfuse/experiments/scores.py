@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxfuse.metrics import SIZE_EDGES, VoxelCounts, match_lesions, score_counts
+from voxfuse.metrics import SIZE_EDGES, ScoreCounts, VoxelCounts, match_lesions, score_counts
 from voxfuse.training.evaluation import thresholds
 
 #: What is scored, by name.
@@ -76,7 +76,11 @@ def curve(
     if mask is not None:
         probabilities, truth = probabilities[mask], truth[mask]
     p, g = np.asarray(probabilities, np.float32).ravel(), np.asarray(truth, bool).ravel()
-    counts = score_counts(p, g)
+    return curve_of_counts(score_counts(p, g), at=at)
+
+
+def curve_of_counts(counts: ScoreCounts, *, at: Sequence[float] | None = None) -> Curve:
+    """The same of voxels that are counted already, by probabilities in float32."""
     levels = thresholds() if at is None else np.sort(np.asarray(at, np.float64))
     # In float32, as `p >= threshold` compares.
     first = np.searchsorted(counts.thresholds.astype(np.float32), levels.astype(np.float32))
@@ -87,7 +91,8 @@ def curve(
 
     tp, fp = at_or_above(counts.positives), at_or_above(counts.negatives)
     fn = int(counts.positives.sum()) - tp
-    return Curve(levels, tp, fp, fn, p.size, counts.average_precision())
+    voxels = int(counts.positives.sum() + counts.negatives.sum())
+    return Curve(levels, tp, fp, fn, voxels, counts.average_precision())
 
 
 def tuned_threshold(curves: Iterable[Curve], score: str = "dice") -> float:
