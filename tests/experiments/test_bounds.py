@@ -23,7 +23,7 @@ def test_all_counts_are_all():
     assert len(found) == math.comb(9, 3) - math.comb(8, 2)
 
 
-@pytest.mark.parametrize("measure, a", [("jaccard", 5), ("tversky", 4), ("tversky", 1)])
+@pytest.mark.parametrize(("measure", "a"), [("jaccard", 5), ("tversky", 4), ("tversky", 1)])
 def test_extremes_are_those_of_fractions(measure, a):
     found = bounds.extremes(measure, a, bounds.all_counts(12))
     gaps, ratios = [], []
@@ -53,7 +53,12 @@ def test_extremes_are_those_of_fractions(measure, a):
 def test_suprema_are_reached_and_what_lies_beyond_is_a_violation():
     """The integers find a metric that is further from Dice than the bound of another alpha."""
     assert bounds.closed_gap("jaccard") == pytest.approx(0.17157, abs=1e-5)
-    for a, absolute, relative in ((4, 0.056, 0.25), (3, 0.127, 0.667), (2, 0.225, 1.5), (1, 0.382, 4)):
+    for a, absolute, relative in (
+        (4, 0.056, 0.25),
+        (3, 0.127, 0.667),
+        (2, 0.225, 1.5),
+        (1, 0.382, 4),
+    ):
         assert bounds.closed_gap("tversky", a / 10) == pytest.approx(absolute, abs=5e-4)
         assert bounds.closed_ratio("tversky", a / 10)[1] - 1 == pytest.approx(relative, abs=5e-4)
         tp = np.arange(1, 500)

@@ -1,4 +1,6 @@
-"""Patches that are predicted once, put together as the sliding window would, and what is measured."""
+"""Patches that are predicted once, put together as the sliding window would, and measured."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -164,5 +166,7 @@ def test_a_quick_run_makes_rows_and_a_page(quick):
 
 
 def test_a_network_of_another_training_is_refused(quick):
-    with pytest.raises(ValueError, match="was trained with"):
-        fusion.trained({"fold": 0, "seed": 0}, Place(quick.data, quick.work, quick.results))
+    models = quick.work / "fusion" / "models"
+    shutil.copytree(models / "fold0_seed0", models / "fold0_seed7")
+    with pytest.raises(ValueError, match="fold0_seed7: was trained with .*seed=0.*seed=7"):
+        fusion.trained({"fold": 0, "seed": 7}, quick)

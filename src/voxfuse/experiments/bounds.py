@@ -1,4 +1,4 @@
-r"""How far the metrics of the overlap losses lie apart: over all confusion counts, and as predicted.
+r"""How far the metrics of overlap losses lie apart: over all confusion counts, and as predicted.
 
 Eelbode et al. 2020 (arXiv 2010.13499): Dice D and Jaccard J rank alike and approximate each other;
 so do Dice and the Tversky index T of alpha + beta = 1, the worse the further alpha lies from one
@@ -142,8 +142,8 @@ def extremes(
 def hamming_gap(weight: int | None, counts: Counts, voxels: int) -> Fraction:
     """``(1 - D) - H``: H is what of the weighted voxels is wrong, so that 0 <= H <= 1.
 
-    A missed voxel of the structure weighs ``weight``, a false one 1; None weighs both by the inverse
-    of their share, so that H is the mean of the two error rates.
+    A missed voxel of the structure weighs ``weight``, a false one 1; None weighs both by the
+    inverse of their share, so that H is the mean of the two error rates.
     """
     tp, fp, fn = counts
     positives, negatives = tp + fn, voxels - tp - fn
@@ -333,8 +333,9 @@ def pages(finished: Finished) -> dict[str, str]:
     voxels = max(int(r["voxels"]) for r in finished.rows if r["measure"] != "hamming")
     text += [
         "## All counts",
-        f"All TP of 1 and more, FP and FN of at most {voxels} voxels together. Whether a bound holds "
-        "is decided in integers. The ratio is (1 - D) / (1 - J), or T / D; the difference is to D.",
+        f"All TP of 1 and more, FP and FN of at most {voxels} voxels together. Whether a bound "
+        "holds is decided in integers. The ratio is (1 - D) / (1 - J), or T / D; the difference is "
+        "to D.",
         markdown(
             ["metric", "counts", "violations", "ratio", "bound", "greatest difference", "bound",
              "at TP, FP, FN"],
@@ -344,8 +345,8 @@ def pages(finished: Finished) -> dict[str, str]:
         "## A weighted Hamming distance has no bound",
         "H is the share of the weighted voxels that is wrong; \"inverse\" weighs structure and "
         "background by the inverse of their shares. The greatest (1 - D) - H, of all counts up to "
-        f"{LARGEST} voxels and beyond of one prediction with a true voxel and sqrt(N) false ones: it "
-        "goes to 1, whatever the weight.",
+        f"{LARGEST} voxels and beyond of one prediction with a true voxel and sqrt(N) false "
+        "ones: it goes to 1, whatever the weight.",
         _hamming(finished.rows),
         "## Predictions",
     ]  # fmt: skip

@@ -37,6 +37,7 @@ class Finished:
     rows: list[dict[str, str]]
     runs: list[dict[str, str]]  #: with ``seconds`` and ``finished``
     declared: list[Run]
+    results: Path  #: the folder above every experiment's results
 
     @property
     def hours(self) -> float:
@@ -96,7 +97,7 @@ class Experiment:
     def write_pages(self, place: Place) -> None:
         """Make the pages anew from the rows that there are."""
         results = self.results(place)
-        made = Finished(results.rows(), results.runs(), list(self.runs(place.quick)))
+        made = Finished(results.rows(), results.runs(), list(self.runs(place.quick)), place.results)
         for name, content in self.pages(made).items():
             write_text(results.folder / name, content)
 

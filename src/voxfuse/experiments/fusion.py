@@ -10,8 +10,8 @@ patch's centre, as they are sampled at the N voxels, over the patch's extent:
 
 .. math:: \sigma = \frac1N \sqrt{\sum_t w(t) (t - c)^2 \Big/ \sum_t w(t)}, \quad c = (N - 1) / 2
 
-0.289 of a uniform window, 0.118 of the B-spline of order 5, 0.177 of Hashemi's. Windows of different
-shapes are compared at equal width.
+0.289 of a uniform window, 0.118 of the B-spline of order 5, 0.177 of Hashemi's. Windows of
+different shapes are compared at equal width.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def hashemi(extent: int, scale: float = 1.0) -> Vector:
     """Hashemi's window stretched over ``scale`` of the patch, 0 beyond."""
     t = np.abs(np.arange(extent) - (extent - 1) / 2) / (extent * scale / 2)
     t = np.clip(1 - t, 0, 1)
-    return np.where(t <= 0.5, 2 * t**2, 1 - 2 * (1 - t) ** 2)
+    weights: Vector = np.where(t <= 0.5, 2 * t**2, 1 - 2 * (1 - t) ** 2)
+    return weights
 
 
 @lru_cache(maxsize=256)
@@ -120,7 +121,8 @@ def _of_width(shape: str, width: float, extent: int) -> Vector:
     def made(parameter: float) -> Vector:
         if shape == "hashemi":
             return hashemi(extent, parameter)
-        return gaussian_window(extent, parameter).numpy()
+        weights: Vector = gaussian_window(extent, parameter).numpy()
+        return weights
 
     low, top = {"hashemi": (0.1, 1.0), "gaussian": (0.02, 20.0)}[shape]
     if width == effective_width(made(top)):
@@ -144,10 +146,12 @@ class Setting:
         if self.window == "uniform":
             return np.ones(extent)
         if self.window.startswith("bspline"):
-            return bspline_window(extent, int(self.window[len("bspline") :])).numpy()
+            weights: Vector = bspline_window(extent, int(self.window[len("bspline") :])).numpy()
+            return weights
         assert self.width is not None
         weights = _of_width(self.window, self.width, extent)
-        return np.maximum(weights, 1e-9 * weights.max())
+        positive: Vector = np.maximum(weights, 1e-9 * weights.max())
+        return positive
 
 
 NONE = Setting(0.0, "soft", "none", None)
@@ -373,7 +377,7 @@ def middle(volume: Volume, extent: int = 56) -> Volume:
     assert volume.label is not None
     return dataclasses.replace(
         volume,
-        image=np.ascontiguousarray(volume.image[:, *cut]),
+        image=np.ascontiguousarray(volume.image[(slice(None), *cut)]),
         mask=volume.mask[cut],
         label=volume.label[cut],
     )

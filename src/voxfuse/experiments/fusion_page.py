@@ -13,7 +13,6 @@ from voxfuse.experiments.experiment import Finished
 from voxfuse.experiments.statistics import FewPatients, Interval, few_patients
 from voxfuse.experiments.tables import done, markdown, standalone
 from voxfuse.metrics.report.charts import Series, xy_chart
-from voxfuse.training.networks import UNet
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, str]
@@ -34,7 +33,7 @@ COLUMNS = (
     *("tp", "fp", "fn", "recall", "precision", "dice", "f2", "ap", "error", "face", "mid"),
 )
 
-#: Effective width of the B-spline of order 5 over 32 voxels, and of Hashemi's window, as rows have it.
+#: The library's default window, and the papers'.
 SPLINE, HASHEMI = "bspline5", "hashemi"
 
 
@@ -123,29 +122,29 @@ CLAIMS = (
 PROTOCOL = f"""\
 Written before the first full run; what is not named here is exploratory.
 
-- *Data*: six scans of six patients with MS lesions, FLAIR and T1 at 1 mm, in two folds by patient: one
-  trains, the other is tested. Everything is counted inside the brain.
-- *Networks*: those of `examples/ms_lesions.toml` (U-Net of 8 to 64 features, 32^3 patches, Dice with
-  cross-entropy, 800 steps), seeds 0, 1 and 2 in both folds. No test-time flips.
-- *Patches*: every scan's patches are predicted once at an overlap of 0.75 and kept as float16; those of
-  the overlaps 0.5, 0.25 and 0 are among them. "None" puts patches side by side.
-- *Effective width* of a window: the standard deviation of its weights along an axis about the patch's
-  centre, as sampled, over the patch's extent. Windows of different shapes are compared at equal width:
-  a Gaussian is given the sigma at which its sampled, cut weights have it; Hashemi's window is stretched
-  over less than the patch.
-- *Thresholds*: 0.5; and of 45 from 1e-4 to 1 - 1e-4 the one of greatest mean Dice, or F2, over the fold's
-  other two test patients, for each network and each setting.
-- *Unit*: the patient, as a mean over three seeds. Student's 95 % interval over six patients, the standard
-  deviation between seeds, and the signs; no p-values.
-- *Seams*: `|p(x) - p(x - 1)|` over the planes at which any patch begins or ends, over the same midway
-  between two such planes. 1 is no seam.
+- *Data*: six scans of six patients with MS lesions, FLAIR and T1 at 1 mm, in two folds by patient:
+  one trains, the other is tested. Everything is counted inside the brain.
+- *Networks*: those of `examples/ms_lesions.toml` (U-Net of 8 to 64 features, 32^3 patches, Dice
+  with cross-entropy, 800 steps), seeds 0, 1 and 2 in both folds. No test-time flips.
+- *Patches*: every scan's patches are predicted once at an overlap of 0.75 and kept as float16;
+  those of the overlaps 0.5, 0.25 and 0 are among them. "None" puts patches side by side.
+- *Effective width* of a window: the standard deviation of its weights along an axis about the
+  patch's centre, as sampled, over the patch's extent. Windows of different shapes are compared at
+  equal width: a Gaussian is given the sigma at which its sampled, cut weights have it; Hashemi's
+  window is stretched over less than the patch.
+- *Thresholds*: 0.5; and of 45 from 1e-4 to 1 - 1e-4 the one of greatest mean Dice, or F2, over the
+  fold's other two test patients, for each network and each setting.
+- *Unit*: the patient, as a mean over three seeds. Student's 95 % interval over six patients, the
+  standard deviation between seeds, and the signs; no p-values.
+- *Seams*: `|p(x) - p(x - 1)|` over the planes at which any patch begins or ends, over the same
+  midway between two such planes. 1 is no seam.
 
 | claim | source | primary endpoint, at tuned thresholds | what tuning should do |
 |---|---|---|---|
 {chr(10).join(f"| {c.name} {c.text} | {c.source} | {c.endpoint} | {c.tuning} |" for c in CLAIMS)}
 
-*Shown*: the interval at tuned thresholds lies above 0. *Only at 0.5*: that one does not, the one at 0.5
-does. *Not shown*: it lies below 0. *Too few patients to say*: it has both signs.
+*Shown*: the interval at tuned thresholds lies above 0. *Only at 0.5*: that one does not, the one at
+0.5 does. *Not shown*: it lies below 0. *Too few patients to say*: it has both signs.
 """
 
 
@@ -158,9 +157,7 @@ class Rows:
         for row in self.rows:
             folds.setdefault(int(row["seed"]), set()).add(row["fold"])
         self.seeds = sorted(seed for seed, of in folds.items() if len(of) == len(TEST))
-        self._widths = {
-            row["window"]: row["width"] for row in self.rows if row["window"] == SPLINE
-        }
+        self._widths = {row["window"]: row["width"] for row in self.rows if row["window"] == SPLINE}
         self._found: dict[tuple[str, ...], dict[tuple[int, str], Row]] = {}
         for row in self.rows:
             cell = int(row["seed"]), row["subject"]
@@ -198,7 +195,9 @@ class Rows:
 
     def difference(self, claim: Claim, threshold: str) -> Floats:
         """Of a claim's two settings."""
-        values = (self.values(where, threshold, claim.score) for where in (claim.better, claim.worse))
+        values = (
+            self.values(where, threshold, claim.score) for where in (claim.better, claim.worse)
+        )
         better, worse = values
         return better - worse
 
@@ -394,8 +393,8 @@ def pages(finished: Finished) -> dict[str, str]:
         "six patients; intervals are as the protocol says.",
         markdown(["claim", "at tuned thresholds", "at 0.5", "verdict"], lines),
         f"The network's receptive field is {widest_field()} voxels an axis, without what its "
-        "normalisation sees, and its patch has 32: every prediction lacks some of its surroundings, "
-        "those at a face half of them. A voxel at the centre of a patch has 16 to either side.",
+        "normalisation sees, and its patch has 32: every prediction lacks some of its "
+        "surroundings, those at a face half of them. A voxel at the centre has 16 to either side.",
         "### Windows and overlaps",
         "Dice at tuned thresholds:",
         _by_window(rows, overlaps, "tuned-dice", "dice"),

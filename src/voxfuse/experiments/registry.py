@@ -8,7 +8,7 @@ from pathlib import Path
 from voxfuse.experiments.experiment import Experiment, Place
 
 #: Modules of this package that have an ``EXPERIMENT``, in the order in which they are done.
-EXPERIMENTS = ("losses",)
+EXPERIMENTS = ("bounds", "losses", "fusion")
 
 
 def find(name: str) -> Experiment:

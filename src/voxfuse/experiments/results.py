@@ -51,11 +51,11 @@ class Results:
 
     def rows(self) -> list[dict[str, str]]:
         """Every row, as text."""
-        return _read(self.folder / "results.csv")
+        return read_rows(self.folder / "results.csv")
 
     def runs(self) -> list[dict[str, str]]:
         """A row a finished run: its key, the processor's seconds, and when it ended."""
-        return _read(self.folder / "runs.csv")
+        return read_rows(self.folder / "runs.csv")
 
     def has(self, run: Row) -> bool:
         """Whether this run is done."""
@@ -102,7 +102,8 @@ class Results:
             os.close(folder)
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
