@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ HEADERS = {
 
 def predict(model, inputs, output, *options):
     """The command's exit status."""
-    model = f"{NETWORKS}:{model}" if ":" not in str(model) and "." not in str(model) else model
+    model = f"{NETWORKS}:{model}" if re.fullmatch(r"\w+", str(model)) else model
     inputs = inputs if isinstance(inputs, list) else [inputs]
     given = ["--model", model, "--input", *inputs, "--output", output, *options]
     return cli.main(["predict", *map(str, given)])

@@ -134,13 +134,23 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of a study; then it has failed"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print patches, memory, output and time, measured by a call of the network; no more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="such as 24G: what would not fit does not begin (default: what the machine has)",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print failures alone")
 
 
 def _predict(options: argparse.Namespace) -> int:
     try:
         return _run(options)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (
+        ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError,
+    ) as error:  # fmt: skip
         print(f"voxfuse predict: {error}", file=sys.stderr)
         return 1
 
@@ -148,12 +158,20 @@ def _predict(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from voxfuse._files import write_text
     from voxfuse.inference.night import SUMMARY, Night
+    from voxfuse.inference.plan import memory_of_machine, parse_bytes, plan_of
     from voxfuse.inference.request import Request, prepare
 
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout: got {options.timeout:g}, expected seconds above 0")
+    limit = parse_bytes(options.memory_limit) if options.memory_limit else memory_of_machine()
     names = {field.name for field in dataclasses.fields(Request)}
     job = prepare(Request(**{k: v for k, v in vars(options).items() if k in names}))
+    wanted = options.dry_run or options.memory_limit
+    planned = plan_of(job, job.probe() if wanted else job.first)
+    if options.dry_run:
+        print("\n".join(planned.lines(job, limit)))
+        return SOME_FAILED if planned.unreadable else 0
+    planned.check(job, limit)
     shown = _Progress(job, options.quiet)
     night = Night(
         job.segmenter,

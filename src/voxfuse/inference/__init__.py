@@ -7,6 +7,7 @@ module           owns
 ``models``       networks: exported programs, attributes of modules, their last layer
 ``reading``      which files are a study's, and reading them
 ``segmenters``   a study's arrays to a segmentation on its own grid: a run, or any network
+``plan``         patches, memory, output and time before anything begins
 ``night``        one study after the other, none of which stops the others; statuses
 ===============  ==============================================================================
 

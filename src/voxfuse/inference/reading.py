@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import ENDINGS, Scan, load_scan
@@ -91,12 +95,30 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
     }
 
 
-def channels_of(path: Path) -> int | None:
-    """Channels of an image by its header; None where that cannot be read."""
+@dataclass(frozen=True)
+class Header:
+    """An image without its voxels."""
+
+    shape: tuple[int, ...]  #: (x, y, z)
+    channels: int
+    affine: NDArray[np.float64]
+    itemsize: int  #: bytes of a voxel in the file
+
+
+def header_of(path: Path) -> Header:
+    """The header of an image.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     nibabel = optional("nibabel", f"Reading {path}")
     try:
-        shape = nibabel.load(path).shape
-    except Exception:  # reading it later says what is wrong
-        return None
-    extra = [n for n in shape[3:] if n != 1]
-    return int(extra[0]) if extra else 1
+        image = nibabel.load(path)
+        shape, itemsize = image.shape, int(image.get_data_dtype().itemsize)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if len(shape) < 3:
+        raise ValueError(f"{path}: got {len(shape)} axes, expected three spatial ones")
+    extra = [int(n) for n in shape[3:] if n != 1]
+    affine = np.asarray(image.affine, np.float64)
+    return Header(tuple(int(n) for n in shape[:3]), extra[0] if extra else 1, affine, itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -16,7 +17,7 @@ import torch
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.inference.models import Network, is_network, load_network
 from voxfuse.inference.night import STATUS, Target
-from voxfuse.inference.reading import channels_of, find_studies
+from voxfuse.inference.reading import find_studies, header_of
 from voxfuse.inference.segmenters import (
     NetworkOptions,
     NetworkSegmenter,
@@ -83,7 +84,8 @@ class Probe:
     """What one call of the network showed."""
 
     seconds: float
-    patches: int
+    process: int  #: bytes of this process before it
+    network: int  #: bytes that it took besides, at most
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Job:
     studies: list[Subject]
     targets: list[Target]
     to_folder: bool
+    probabilities: bool
+    first: Probe  #: the call that looked at the network; of a run there was none
     probe: Callable[[], Probe]
 
     def calls(self, shape: tuple[int, ...]) -> int:
@@ -138,14 +142,14 @@ def _of_run(request: Request) -> Job:
     truths = [file_of(s.images[0].parent, label) if label else None for s in studies]
     targets, to_folder = _targets(request, studies, [path for path in truths if path])
     segmenter = RunSegmenter(model, Path(request.model), options, request.probabilities)
-    patch = tuple(model.config.sampling.patch)
 
     def probe() -> Probe:
         device = next(model.network.parameters()).device
-        patches = torch.zeros(options.batch, len(model.images), *patch, device=device)
-        return _probed(model.network, patches)
+        patches = torch.zeros(options.batch, len(model.images), *segmenter.patch, device=device)
+        return probed(model.network, patches)[1]
 
-    return Job(segmenter, studies, targets, to_folder, probe)
+    none = Probe(0.0, _resident("VmRSS"), 0)
+    return Job(segmenter, studies, targets, to_folder, request.probabilities, none, probe)
 
 
 def _of_network(request: Request) -> Job:
@@ -177,7 +181,7 @@ def _of_network(request: Request) -> Job:
             f"--input: got {channels} channels, but the network takes {network.inputs}"
         )
     patches = torch.zeros(prediction.batch, channels, *patch)
-    classes = _classes(network, patches)
+    classes, first = _classes(network, patches)
     activation = _activation(request, classes)
     # What the fusion refuses, it refuses now.
     output = "regions" if regions else "mask" if classes == 1 else "labels"
@@ -199,7 +203,15 @@ def _of_network(request: Request) -> Job:
         request.probabilities,
     )
     segmenter = NetworkSegmenter(network, options)
-    return Job(segmenter, studies, targets, to_folder, lambda: _probed(network, patches))
+    return Job(
+        segmenter,
+        studies,
+        targets,
+        to_folder,
+        request.probabilities,
+        first,
+        lambda: probed(network, patches)[1],
+    )
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -311,17 +323,15 @@ def _channels(studies: Sequence[Subject]) -> int:
     for study in studies:
         if len(study.images) > 1:
             return len(study.images)
-        found = channels_of(study.images[0])
-        if found is not None:
-            return found
+        with contextlib.suppress(ValueError):  # reading it later says what is wrong
+            return header_of(study.images[0]).channels
     return 1
 
 
-def _classes(network: Network, patches: torch.Tensor) -> int:
+def _classes(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
     """Channels of a prediction, by one call."""
     try:
-        with torch.no_grad():
-            result = network(patches)
+        result, probe = probed(network, patches)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeError(
             f"one call of the network does not fit the GPU: {str(error).splitlines()[0]}; smaller "
@@ -345,20 +355,32 @@ def _classes(network: Network, patches: torch.Tensor) -> int:
         )
     channels = int(result.shape[1])
     if network.head is None:
-        return channels
+        return channels, probe
     classes, features = network.head[0].shape
     if features != channels:
         raise ValueError(f"--head: takes {features} features, but the network returns {channels}")
-    return int(classes)
+    return int(classes), probe
 
 
-def _probed(network: Callable[[torch.Tensor], Any], patches: torch.Tensor) -> Probe:
+def probed(network: Callable[[torch.Tensor], Any], patches: torch.Tensor) -> tuple[Any, Probe]:
+    """What a call returns, and its time and memory."""
+    resting = _resident("VmRSS")
     begun = time.perf_counter()
     with torch.no_grad():
-        network(patches)
+        result = network(patches)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return Probe(time.perf_counter() - begun, patches.shape[0])
+    seconds = time.perf_counter() - begun
+    return result, Probe(seconds, resting, max(_resident("VmHWM") - resting, 0))
+
+
+def _resident(key: str) -> int:
+    """Bytes of this process's memory; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 # --- Places ---------------------------------------------------------------------------------------

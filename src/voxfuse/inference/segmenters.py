@@ -67,8 +67,14 @@ class Segmenter(Protocol):
     """What a batch of studies needs."""
 
     about: dict[str, Any]  #: model and options, for a status
+    data: DataOptions
+    patch: tuple[int, ...]
+    overlap: float
     batch: int  #: patches a call
     members: int  #: predictions of a patch
+    classes: int
+    channels_written: int  #: of probabilities
+    fuses_probabilities: bool  #: of all classes, on a whole grid
 
     def read(self, study: Subject) -> Volume:
         """Files to arrays as the network takes them."""
@@ -99,14 +105,18 @@ class RunSegmenter:
     options: PredictionOptions
     probabilities: bool = False
     about: dict[str, Any] = field(init=False)
-    batch: int = field(init=False)
-    members: int = field(init=False)
+    fuses_probabilities = True
 
     def __post_init__(self) -> None:
         file = self.path / MODEL if self.path.is_dir() else self.path
         model = {"kind": "run", "digest": digest_of_file(file), "step": self.model.step}
         self.about = {"model": model, "options": dataclasses.asdict(self.options)}
-        self.batch, self.members = self.options.batch, MEMBERS[self.options.orientations]
+        self.data = self.model.config.data
+        self.patch: tuple[int, ...] = tuple(self.model.config.sampling.patch)
+        self.overlap, self.batch = self.options.overlap, self.options.batch
+        self.members = MEMBERS[self.options.orientations]
+        self.classes = len(self.model.labels)
+        self.channels_written = self.classes - 1 if self.probabilities else 0
 
     def read(self, study: Subject) -> Volume:
         """See :class:`Segmenter`."""
@@ -121,7 +131,7 @@ class RunSegmenter:
 
     def patches(self, shape: tuple[int, ...]) -> int:
         """See :class:`Segmenter`."""
-        return _patches(shape, tuple(self.model.config.sampling.patch), self.options)
+        return _patches(shape, self.patch, self.options)
 
 
 @contextmanager
@@ -163,7 +173,11 @@ class NetworkSegmenter:
 
     def __init__(self, network: Network, options: NetworkOptions) -> None:
         self.network, self.options = network, options
-        self.batch = options.prediction.batch
+        self.data, self.patch, self.classes = options.data, options.patch, options.classes
+        self.overlap, self.batch = options.prediction.overlap, options.prediction.batch
+        self.fuses_probabilities = options.probabilities
+        background = options.classes > 1 and options.regions is None
+        self.channels_written = (options.classes - background) * options.probabilities
         self.members = MEMBERS[options.prediction.orientations]
         shown = dataclasses.asdict(options)
         for name in (
