@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from scipy import ndimage
 
 from tests.training.phantom import SECTIONS, write_heads
 from voxfuse import cli
-from voxfuse.training.config import DataOptions
+from voxfuse.training.config import DataOptions, SamplingOptions
 from voxfuse.training.dataset import (
     DataError,
     Dataset,
@@ -22,6 +23,8 @@ from voxfuse.training.dataset import (
     split_dataset,
 )
 from voxfuse.training.initial import initial_config
+from voxfuse.training.predict import load_model
+from voxfuse.training.sampling import Sampler
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 
 LABELS = {"background": 0, "lesion": 1}
@@ -328,6 +331,59 @@ def test_an_entry_of_a_dataset_json_that_lacks_something_is_named(tmp_path, cont
         json_of(tmp_path, **content)
     (tmp_path / "dataset.json").write_text("[]")
     with pytest.raises(DataError, match="dataset.json: got a list, expected an object"):
+        find_dataset(tmp_path, DataOptions())
+
+
+def test_voxels_that_nobody_judged_are_in_no_patch_loss_or_score(heads, tmp_path):
+    """nnU-Net's label "ignore": here the upper half of every scan, with lesions in it."""
+    as_layout(heads, tmp_path, "nnunet")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["labels"]["ignore"] = 2
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+
+    def upper(x):
+        x[:, :, 18:] = 2
+        return x
+
+    for name in "abc":
+        rewrite(tmp_path / f"labelsTr/{name}.nii.gz", upper)
+    dataset = find_dataset(tmp_path, DataOptions())
+    assert (dataset.labels, dataset.ignored) == (LABELS, 2)
+    assert initial_config(tmp_path).data.labels == {**LABELS, "ignore": 2}
+    found = load_volume(
+        dataset.subjects["a"], DataOptions(), dataset.labels, ignored=dataset.ignored
+    )
+    lower = volume(heads).label[:, :, :18]
+    np.testing.assert_array_equal(found.label[:, :, :18], lower)
+    assert (found.label[:, :, 18:] == 255).all()
+    fine = DataOptions(spacing=[0.5, 0.5, 0.5])
+    larger = load_volume(dataset.subjects["a"], fine, dataset.labels, ignored=dataset.ignored)
+    assert set(np.unique(larger.label)) == {0, 1, 255}
+    assert (larger.label[:, :, 36:] == 255).all()
+    for method in ("balanced", "lesions"):
+        drawn = SamplingOptions(method, [1, 1, 1], 50, jitter=0, minimum_subject_voxels=1)
+        for place in Sampler({"a": found}, drawn).places(0):
+            assert place.origin[2] < 18
+    settings = ["sampling.patch=[16,16,16]", "network.features=[4,8]", "training.steps=2"]
+    settings += ['data.test=["c"]', "training.device=cpu"]
+    config, run = tmp_path / "it.toml", tmp_path / "run"
+    config.write_text("")
+    train = ["train", str(config), "--data", str(tmp_path), "--out", str(run)]
+    assert cli.main([*train, *(x for setting in settings for x in ("--set", setting))]) == 0
+    _, p, _ = load_model(run, "cpu").segmentation(dataset.subjects["c"])
+    truth = np.asarray(nibabel.load(tmp_path / "labelsTr/c.nii.gz").dataobj)[:, :, :18] > 0
+    with (run / "test.csv").open() as file:
+        for row in list(csv.DictReader(file))[::4]:
+            called = p[0, :, :, :18] >= np.float32(row["threshold"])
+            dice = 2 * (called & truth).sum() / (called.sum() + truth.sum())
+            assert float(row["dice"]) == pytest.approx(dice, abs=1e-12)
+    for name in "abc":
+        rewrite(tmp_path / f"labelsTr/{name}.nii.gz", lambda x: np.full_like(x, 2))
+    with pytest.raises(DataError, match=r"^a: .*a.nii.gz is 2, which is ignored, in the whole ma"):
+        load_volume(dataset.subjects["a"], DataOptions(), dataset.labels, ignored=dataset.ignored)
+    content["labels"] = {"background": 0, "whole": [1, 2]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"labels: got 'whole': \[1, 2\], .* regions are not trai"):
         find_dataset(tmp_path, DataOptions())
 
 

@@ -52,7 +52,9 @@ class DataOptions:
     )
     label: str = _key("", "File of the labels, without the ending; a dataset.json has its own.")
     labels: dict[str, int] = _key(
-        {}, "Names and values of the labels, the background first; {} with a dataset.json: its own."
+        {},
+        "Names and values of the labels, the background first; {} with a dataset.json: its own. "
+        "Voxels of the one named 'ignore' count nowhere.",
     )
     mask: str = _key(
         "positive",

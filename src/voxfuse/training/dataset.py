@@ -15,6 +15,9 @@ from voxfuse.losses.declared import did_you_mean
 from voxfuse.metrics.files import ENDINGS
 from voxfuse.training.config import DataOptions
 
+#: Name of the label whose voxels nobody has judged (nnU-Net's), and what they are in a volume.
+IGNORE, IGNORED = "ignore", 255
+
 
 class DataError(ValueError):
     """Files are missing or do not fit; the message names subject and file."""
@@ -38,9 +41,10 @@ class Dataset:
     folder: Path
     subjects: dict[str, Subject]
     images: tuple[str, ...]
-    labels: dict[str, int]  #: name and value, the background first
+    labels: dict[str, int]  #: name and value, the background first, without "ignore"
     given: dict[str, list[str]] = field(default_factory=dict)  #: a dataset.json's own split
     channels: tuple[int, ...] = ()  #: of a dataset.json: the place of each modality in it
+    ignored: int | None = None  #: value of the label "ignore"
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
         found = _from_folders(folder, options)
     if not found.subjects:
         raise FileNotFoundError(f"{folder}: there is no subject with images")
+    if IGNORE in found.labels:
+        labels = {name: value for name, value in found.labels.items() if name != IGNORE}
+        found = replace(found, labels=labels, ignored=found.labels[IGNORE])
     if options.groups:
         groups = _groups(folder / options.groups, found.subjects)
         found = replace(
@@ -245,10 +252,10 @@ def _labels(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
     if all(str(key).lstrip("-").isdigit() for key in labels):
         labels = {str(name): int(value) for value, name in labels.items()}
     for name, value in labels.items():
-        if name == "ignore" or not isinstance(value, int):
+        if not isinstance(value, int):
             raise DataError(
                 f"{path}: labels: got {name!r}: {value!r}, expected a name and one value; regions "
-                "and nnU-Net's ignored label are not read (data.labels can say others)"
+                "are not trained (data.labels can name the values one by one)"
             )
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
     if next(iter(ordered.values())) != 0:

@@ -67,7 +67,10 @@ def rows_of(
 
 
 def rows_of_subjects(
-    model: Model, subjects: Iterable[Subject], windows: Sequence[str] = ()
+    model: Model,
+    subjects: Iterable[Subject],
+    windows: Sequence[str] = (),
+    ignored: int | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of every subject and window on the scans' own grids; with several labels, of each.
 
@@ -75,17 +78,21 @@ def rows_of_subjects(
         model: see :func:`voxfuse.training.predict.load_model`.
         subjects: with labels.
         windows: in place of the run's own.
+        ignored: value of voxels that are in no score.
     """
     rows = []
     names = list(model.labels)
     for subject in subjects:
         assert subject.label is not None
         truth = np.rint(load_scan(subject.label).array)
+        judged = np.ones(truth.shape, bool) if ignored is None else truth != ignored
         for window in windows or [model.config.prediction.window]:
             options = replace(model.config.prediction, window=window)
             probabilities, _ = model.probabilities(subject, options)
             for c, value in enumerate(model.values[1:]):
-                for row in rows_of(subject.name, window, probabilities[c], truth == value):
+                for row in rows_of(
+                    subject.name, window, probabilities[c][judged], truth[judged] == value
+                ):
                     if len(names) > 2:
                         row["label"] = next(n for n, v in model.labels.items() if v == value)
                     rows.append(row)

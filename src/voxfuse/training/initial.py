@@ -12,7 +12,14 @@ import numpy as np
 
 from voxfuse.metrics.files import ENDINGS, load_scan
 from voxfuse.training.config import Config, DataOptions
-from voxfuse.training.dataset import DataError, file_of, find_dataset, name_of, read_table
+from voxfuse.training.dataset import (
+    IGNORE,
+    DataError,
+    file_of,
+    find_dataset,
+    name_of,
+    read_table,
+)
 from voxfuse.training.volumes import oriented, placement_of
 
 #: What a file of labels is called, as a part of its name.
@@ -46,6 +53,8 @@ def initial_config(folder: str | Path) -> Config:
         _look_into(folder, options)
     dataset = find_dataset(folder, options)
     options.images, options.labels = list(dataset.images), dict(dataset.labels)
+    if dataset.ignored is not None:
+        options.labels[IGNORE] = dataset.ignored
     subjects = list(dataset.subjects.values())
     patients = {subject.group or subject.name for subject in subjects}
     if len(patients) > 4 and not any(dataset.given.get(x) for x in ("validation", "test")):

@@ -30,6 +30,7 @@ class Objective(nn.Module):
     Args:
         options: the section ``[loss]``.
         depth_weights: see :class:`voxfuse.DeepSupervisionLoss`.
+        ignored: the class whose voxels do not count.
 
     Raises:
         ConfigError: an unknown loss or option (the message has the nearest one), or one that wants
@@ -44,7 +45,9 @@ class Objective(nn.Module):
         tensor(0.6931)
     """
 
-    def __init__(self, options: LossOptions, depth_weights: str = "exp") -> None:
+    def __init__(
+        self, options: LossOptions, depth_weights: str = "exp", ignored: int | None = None
+    ) -> None:
         super().__init__()
         made = LOSSES.get(options.name)
         if made is None:
@@ -53,7 +56,8 @@ class Objective(nn.Module):
                 + did_you_mean(options.name, LOSSES)
             )
         try:
-            self.loss = made(**options.options)
+            label = {} if ignored is None else {"ignore_index": ignored}
+            self.loss = made(**{**options.options, **label})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"loss.{error}") from None
         #: What makes probabilities of the logits that it trains: "softmax" or "sigmoid".

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.training.config import SamplingOptions
+from voxfuse.training.dataset import IGNORED
 from voxfuse.training.volumes import Volume
 
 #: What a step's numbers are for: each purpose has a stream of its own.
@@ -53,7 +54,8 @@ class Sampler:
     - "uniform": about a voxel of the mask.
 
     The voxel lies off the patch's centre by up to ``jitter`` of its extent, and the patch is moved
-    into the volume. Smaller volumes are padded with background.
+    into the volume. Smaller volumes are padded with background. Ignored voxels are no lesion, and
+    no patch lies about one.
 
     Args:
         volumes: with labels; by subject.
@@ -81,9 +83,9 @@ class Sampler:
         for name, volume in self.volumes.items():
             assert volume.label is not None
             label = volume.label.ravel()
-            foreground = np.flatnonzero(label)
+            foreground = np.flatnonzero((label > 0) & (label != IGNORED))
             kinds = label[foreground]
-            self.inside[name] = np.flatnonzero(volume.mask)
+            self.inside[name] = np.flatnonzero(volume.mask.ravel() & (label != IGNORED))
             self.classes[name] = [foreground[kinds == c] for c in np.unique(kinds)]
         if options.method != "uniform" and not any(self.classes.values()):
             raise ValueError(
@@ -159,7 +161,8 @@ class Sampler:
                 slice(o + n // 4, o + n // 4 + max(n // 2, 1))
                 for o, n in zip(origin, self.patch, strict=True)
             )
-            count = int(np.count_nonzero(label[central]))
+            part = label[central]
+            count = int(np.count_nonzero((part > 0) & (part != IGNORED)))
             if count > most:
                 best, most = origin, count
             if count >= least:

@@ -23,7 +23,14 @@ from voxfuse.metrics import SegmentationScores
 from voxfuse.training import checkpoints
 from voxfuse.training.augmentation import steps_of
 from voxfuse.training.config import Config, ConfigError, load, to_toml
-from voxfuse.training.dataset import DataError, Dataset, Split, find_dataset, split_dataset
+from voxfuse.training.dataset import (
+    IGNORED,
+    DataError,
+    Dataset,
+    Split,
+    find_dataset,
+    split_dataset,
+)
 from voxfuse.training.evaluation import rows_of_subjects, write_rows
 from voxfuse.training.networks import check_patch, make_network
 from voxfuse.training.objective import Objective
@@ -101,7 +108,8 @@ class Trainer:
         self.dataset: Dataset = find_dataset(data, config.data)
         self.split: Split = split_dataset(self.dataset, config.data, config.training.seed)
         self.device = device_of(config.training.device)
-        self.objective = Objective(config.loss, config.training.depth_weights)
+        self.ignored = None if self.dataset.ignored is None else IGNORED
+        self.objective = Objective(config.loss, config.training.depth_weights, self.ignored)
         if self.objective.activation == "sigmoid" and len(self.dataset.labels) > 2:
             raise ConfigError(
                 f"loss.activation: got 'sigmoid' for {len(self.dataset.labels) - 1} labels beside "
@@ -134,6 +142,10 @@ class Trainer:
         self.renewal: Renewal | None = None
         self.renewed = -1  #: number of the simulation that the sampler has
         if config.augmentation.simulate_every:
+            if self.ignored is not None:
+                raise ConfigError(
+                    "augmentation.simulate_every: got a label 'ignore' in the data, expected none"
+                )
             self.renewal = Renewal(
                 {name: self.dataset.subjects[name] for name in self.split.training},
                 self.dataset.images,
@@ -177,7 +189,7 @@ class Trainer:
         everyone = [*split.training, *split.validation, *split.test]
         keep = [*split.training, *split.validation]
         subjects = [self.dataset.subjects[name] for name in everyone]
-        volumes = check_subjects(subjects, data, self.dataset.labels, keep)
+        volumes = check_subjects(subjects, data, self.dataset.labels, keep, self.dataset.ignored)
         channels = len(self.dataset.images)
         for name, volume in volumes.items():
             if volume.image.shape[0] != channels:
@@ -436,7 +448,10 @@ class Trainer:
             self.config.prediction, overlap=overlap, grid="shifted", orientations="none"
         )
         scores = SegmentationScores(
-            "labels", num_classes=len(self.dataset.labels), include_background=False
+            "labels",
+            num_classes=len(self.dataset.labels),
+            include_background=False,
+            ignore_index=self.ignored,
         )
         self.network.eval()
         for volume in self.validation:
@@ -484,7 +499,7 @@ class Trainer:
             return
         model = load_model(self.run, str(self.device))
         subjects = [self.dataset.subjects[name] for name in self.split.test]
-        rows = rows_of_subjects(model, subjects)
+        rows = rows_of_subjects(model, subjects, ignored=self.dataset.ignored)
         write_rows(path, rows)
         self.progress.tested = self.test_fingerprint
         self._save()

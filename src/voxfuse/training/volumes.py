@@ -18,7 +18,7 @@ from voxfuse._files import write_whole
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import Scan, load_scan
 from voxfuse.training.config import DataOptions
-from voxfuse.training.dataset import DataError, Subject
+from voxfuse.training.dataset import IGNORED, DataError, Subject
 
 Array = NDArray[Any]
 
@@ -47,7 +47,7 @@ class Volume:
     name: str
     image: NDArray[np.float32]  #: (C, \*spatial), normalised inside the mask, 0 outside
     mask: NDArray[np.bool_]  #: (\*spatial)
-    label: NDArray[np.uint8] | None  #: (\*spatial), classes in the order of the labels' values
+    label: NDArray[np.uint8] | None  #: (\*spatial), classes in the order of values, or IGNORED
     placement: Placement
     own_mask: NDArray[np.bool_] | None = None  #: the mask on the scan's own grid
 
@@ -57,6 +57,7 @@ def load_volume(
     options: DataOptions,
     labels: dict[str, int] | None = None,
     read: Callable[[Path], Scan] = load_scan,
+    ignored: int | None = None,
 ) -> Volume:
     """Read a subject, check it, and bring it to the network's grid and intensities.
 
@@ -65,12 +66,14 @@ def load_volume(
         options: the section ``[data]``.
         labels: names and values; None leaves the label unread.
         read: reads an image or a mask; see :func:`voxfuse.metrics.files.load_scan`.
+        ignored: value of the voxels that nobody has judged: they are ``IGNORED`` in the label.
 
     Raises:
         DataError: a file is missing or cannot be read; shapes or affines differ within the subject;
             NaN or infinity in an image; a label of unknown value; a mask without a voxel; a
             modality that is constant inside the mask; a label that lies outside the mask, all of it
-            (a part of 1 % or more is a warning). An empty label is allowed.
+            (a part of 1 % or more is a warning); one that is ignored in the whole mask. An empty
+            label is allowed.
         ModuleNotFoundError: nibabel is not installed.
     """
     images, placement = _images(subject, read)
@@ -80,13 +83,19 @@ def load_volume(
     if labels is not None:
         if subject.label is None:
             raise DataError(f"{subject.name}: has no label file beside {subject.images[0]}")
-        label = _classes(subject, _read(subject, subject.label, placement, read).array, labels)
+        scan = _read(subject, subject.label, placement, read)
+        label = _classes(subject, scan.array, labels, ignored)
+        if (label[mask] == IGNORED).all():
+            raise DataError(
+                f"{subject.name}: {subject.label} is {ignored}, which is ignored, in the whole mask"
+            )
 
     def turned(array: Array) -> Array:
         return turn(array, placement.turned)
 
-    if label is not None and label.any():
-        outside = float(np.mean(~mask[label > 0]))
+    labelled = None if label is None else (label > 0) & (label != IGNORED)
+    if labelled is not None and labelled.any():
+        outside = float(np.mean(~mask[labelled]))
         problem = (
             f"{subject.name}: {outside:.1%} of the labelled voxels of {subject.label} lie outside "
             f"the mask (data.mask = {options.mask!r}; 'all' is the whole scan), where nothing is "
@@ -104,7 +113,9 @@ def load_volume(
         image = interpolate(image, shape)
         mask = _nearest_class(mask.astype(np.uint8), 2, shape).astype(bool)
         if label is not None and labels is not None:
-            label = _nearest_class(label, len(labels), shape)
+            last = len(labels)  # of the ignored voxels, which are a class as well
+            label = _nearest_class(np.where(label == IGNORED, last, label), last + 1, shape)
+            label[label == last] = IGNORED
         if not mask.any():
             raise DataError(f"{subject.name}: the mask has no voxel left at {options.spacing} mm")
     for k, channel in enumerate(image):
@@ -114,7 +125,11 @@ def load_volume(
 
 
 def check_subjects(
-    subjects: Iterable[Subject], options: DataOptions, labels: dict[str, int], keep: Sequence[str]
+    subjects: Iterable[Subject],
+    options: DataOptions,
+    labels: dict[str, int],
+    keep: Sequence[str],
+    ignored: int | None = None,
 ) -> dict[str, Volume]:
     """Load every subject, and keep those named; of all errors make one.
 
@@ -125,7 +140,7 @@ def check_subjects(
     problems: list[str] = []
     for subject in subjects:
         try:
-            volume = load_volume(subject, options, labels)
+            volume = load_volume(subject, options, labels, ignored=ignored)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -213,9 +228,15 @@ def _mask(
     return mask
 
 
-def _classes(subject: Subject, array: Array, labels: dict[str, int]) -> NDArray[np.uint8]:
-    """Values of labels to classes 0, 1, ..."""
+def _classes(
+    subject: Subject, array: Array, labels: dict[str, int], ignored: int | None
+) -> NDArray[np.uint8]:
+    """Values of labels to classes 0, 1, ..., and to IGNORED."""
     values = sorted(labels.values())
+    left_out = np.zeros(array.shape, bool)
+    if ignored is not None:
+        left_out = np.isclose(array, ignored, rtol=0, atol=1e-3)
+        array = np.where(left_out, 0, array)
     if array.ndim != 3:
         raise DataError(
             f"{subject.name}: {subject.label} has shape {array.shape}, expected (x, y, z)"
@@ -229,7 +250,7 @@ def _classes(subject: Subject, array: Array, labels: dict[str, int]) -> NDArray[
             f"{subject.name}: {subject.label} has the value {shown}, expected {known} (data.labels)"
         )
     places = np.searchsorted(np.asarray(values), np.rint(array))
-    result: NDArray[np.uint8] = places.astype(np.uint8)
+    result: NDArray[np.uint8] = np.where(left_out, IGNORED, places).astype(np.uint8)
     return result
 
 
