@@ -26,9 +26,9 @@ def ome_image(store, array, version, axes="tczyx", scale=(1, 1, 2.0, 0.5, 0.5)):
     for level, step in enumerate((1, 2)):
         stride = tuple(slice(None, None, 1 if axis in "tc" else step) for axis in axes)
         data = array[stride]
-        group.create_array(
-            str(level), data=data, chunks=tuple(1 if a in "tc" else 8 for a in axes), overwrite=True
-        )
+        chunks = tuple(1 if a in "tc" else 8 for a in axes)
+        names = {} if version == "0.4" else {"dimension_names": list(axes)}
+        group.create_array(str(level), data=data, chunks=chunks, **names)
         factors = [s * (1 if a in "tc" else step) for s, a in zip(scale, axes, strict=True)]
         moved = [0.25 if a == "z" else 0.0 for a in axes]
         steps = [{"type": "scale", "scale": factors}, {"type": "translation", "translation": moved}]

@@ -5,6 +5,7 @@ Needs the extra ``voxfuse[zarr]`` for what is stored as Zarr.
 
 from voxfuse.scale.destinations import ZarrDestination, create_destination, open_destination
 from voxfuse.scale.ome_zarr import Space
+from voxfuse.scale.pyramid import build_pyramid
 from voxfuse.scale.sources import Source, open_source
 from voxfuse.scale.stores import DamagedError
 
@@ -13,6 +14,7 @@ __all__ = [
     "Source",
     "Space",
     "ZarrDestination",
+    "build_pyramid",
     "create_destination",
     "open_destination",
     "open_source",

@@ -122,9 +122,14 @@ class ZarrDestination:
         """
         place = None if key is None else plain_slices("key", key, self.shape)
         for shard in self.shards(place):
+            self.check_written(shard)
+            self[shard]
+
+    def check_written(self, place: Slices) -> None:
+        """Raise DamagedError if a shard of a place is not there."""
+        for shard in self.shards(place):
             if not self.written(shard):
                 raise DamagedError(f"{self.where}: {_named(shard)}: the shard is not there")
-            self[shard]
 
     def flush(self) -> None:
         """Nothing: what was written is on the disk, or in the store, when the writing returns."""
@@ -245,7 +250,7 @@ def create_destination(
     layout.check_parent()
     space = _space(like, layout, extents)
     channels = len(extents) - len(space.axes)
-    chunk, shard = _blocks(chunks, shards, extents[channels:])
+    chunk, shard = blocks_of(chunks, shards, extents[channels:])
 
     def create() -> None:
         if overwrite:
@@ -335,7 +340,7 @@ def _space(like: Source | Space | None, layout: Layout, shape: tuple[int, ...]) 
     return found
 
 
-def _blocks(
+def blocks_of(
     chunks: int | Sequence[int] | None, shards: int | Sequence[int] | None, shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Spatial extents of chunks and shards, none larger than the volume makes necessary."""
