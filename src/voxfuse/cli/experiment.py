@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
 
 def _experiment(options: argparse.Namespace) -> int:
     try:
+        from voxfuse.experiments.claims import write_page
         from voxfuse.experiments.experiment import Place, carry_out
         from voxfuse.experiments.registry import find
 
@@ -61,8 +62,10 @@ def _experiment(options: argparse.Namespace) -> int:
         place = Place(data, work, out, options.quick)
         if options.page:
             experiment.write_pages(place)
-            return 0
-        carry_out(experiment, place, jobs=options.jobs, runs=options.runs, seconds=options.seconds)
+        else:
+            how = {"jobs": options.jobs, "runs": options.runs, "seconds": options.seconds}
+            carry_out(experiment, place, **how)
+        write_page(out)
     except KeyboardInterrupt:
         print("voxfuse experiment: interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from voxfuse import PatchFuser
 from voxfuse.experiments import fusion_page
 from voxfuse.experiments.experiment import Experiment, Place, Run
-from voxfuse.experiments.fusion_page import COLUMNS, KEY, TEST
+from voxfuse.experiments.fusion_page import COLUMNS, KEY, SEEDS, TEST
 from voxfuse.experiments.scores import Curve, curve, curve_of_counts, leave_one_out
 from voxfuse.fusion.grids import Grid, plan_grid
 from voxfuse.fusion.windows import bspline_window, gaussian_window
@@ -249,7 +249,8 @@ def fused(patches: Patches, setting: Setting) -> NDArray[np.float32]:
     )
     for chosen in places[fuser.order].split(256):
         fuser.add(patches.logits[chosen])
-    result: NDArray[np.float32] = fuser.result()[0].numpy()
+    # The weights add up to 1 but for rounding.
+    result: NDArray[np.float32] = fuser.result()[0].clamp_(0, 1).numpy()
     return result
 
 
@@ -446,7 +447,7 @@ def _rows_of(
 
 def runs(quick: bool) -> list[Run]:
     """A network a fold and a seed; both folds of a seed before the next."""
-    seeds = (0,) if quick else (0, 1, 2)
+    seeds = SEEDS[:1] if quick else SEEDS
     return [{"fold": fold, "seed": seed} for seed in seeds for fold in (0, 1)]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from voxfuse.experiments.experiment import Finished
 from voxfuse.experiments.statistics import FewPatients, Interval, few_patients
 from voxfuse.experiments.tables import done, markdown, standalone
+from voxfuse.experiments.verdicts import WAITING, of_few
 from voxfuse.metrics.report.charts import Series, xy_chart
 
 Floats = NDArray[np.float64]
@@ -25,6 +26,7 @@ TEST = (
     ("lesjak26", "mslessegP14-1", "mslessegP39-1"),
 )
 PATIENTS = tuple(name for names in TEST for name in names)
+SEEDS = (0, 1, 2)
 
 KEY = ("fold", "seed")
 COLUMNS = (
@@ -208,19 +210,17 @@ def _with_seam(row: Row) -> Row:
     return {**row, "seam": repr(seam)}
 
 
-def verdict(tuned: FewPatients, at_half: FewPatients) -> str:
-    """Of six patients, as the protocol says."""
-    if tuned.sign > 0:
-        return "shown"
-    if at_half.sign > 0:
-        return "only at 0.5"
-    return "not shown" if tuned.sign < 0 else "too few patients to say"
-
-
 def intervals(rows: Rows, claim: Claim) -> tuple[FewPatients, FewPatients]:
     """A claim's at tuned thresholds and at 0.5."""
     tuned, half = (few_patients(rows.difference(claim, way)) for way in ("tuned-dice", "0.5"))
     return tuned, half
+
+
+def verdict_of(rows: Rows, claim: Claim) -> str:
+    """As the protocol says, when all of its seeds are done."""
+    if len(rows.seeds) < len(SEEDS):
+        return WAITING
+    return of_few(*intervals(rows, claim))
 
 
 def receptive_field(levels: int, at: int = 0) -> tuple[int, int]:
@@ -385,7 +385,8 @@ def pages(finished: Finished) -> dict[str, str]:
     lines = []
     for claim in CLAIMS:
         tuned, half = intervals(rows, claim)
-        lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), verdict(tuned, half)])
+        verdict = verdict_of(rows, claim)
+        lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), verdict])
     text += [
         "## Results",
         done(finished, "voxfuse experiment fusion"),

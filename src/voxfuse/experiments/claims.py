@@ -1,0 +1,422 @@
+"""One table of all claims: what was measured, the verdict, and what to take from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxfuse._files import write_text
+from voxfuse.experiments import bounds, fusion_page
+from voxfuse.experiments.results import read_rows
+from voxfuse.experiments.statistics import (
+    MARGIN,
+    bootstrap_means,
+    crossed_bootstrap,
+    few_patients,
+    holm,
+    over_seeds,
+    rising,
+)
+from voxfuse.experiments.tables import Scores, markdown
+from voxfuse.experiments.verdicts import FEW, NOT, ONLY, SHOWN, WAITING, of_few
+
+Floats = NDArray[np.float64]
+Rows = Sequence[Mapping[str, str]]
+
+#: Chance of any false claim among those of `losses`.
+LEVEL = 0.05
+#: Seeds and test subjects (patients) that a verdict needs: those of the protocol.
+SEEDS = {"losses": 5, "lesions": 3}
+SUBJECTS = {"losses": 90, "lesions": 6}
+
+#: By growing weight of missed voxels.
+BY_BETA = ("dice", "tversky-0.6", "tversky-0.7", "tversky-0.8", "tversky-0.9")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim, and what a practitioner should take from each verdict on it."""
+
+    name: str
+    text: str
+    source: str
+    experiment: str
+    advice: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table."""
+
+    statement: Statement
+    measured: str
+    verdict: str
+
+    @property
+    def advice(self) -> str:
+        """What a practitioner should take from it."""
+        otherwise = {
+            FEW: "Nothing: six patients cannot tell.",
+            WAITING: "Nothing yet.",
+        }
+        return self.statement.advice.get(self.verdict) or otherwise[self.verdict]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A primary endpoint at one way of choosing thresholds."""
+
+    text: str
+    p: float
+    holds: bool = True  #: the effect has the claim's direction
+
+
+def _statement(name: str, text: str, source: str, experiment: str, *advice: str) -> Statement:
+    return Statement(
+        name, text, source, experiment, dict(zip((SHOWN, ONLY, NOT), advice, strict=False))
+    )
+
+
+EELBODE, SALEHI, HASHEMI = "Eelbode et al. 2020", "Salehi et al. 2017", "Hashemi et al. 2018"
+
+LOSSES = (
+    _statement(
+        "L1", "Dice loss beats cross-entropy on Dice", f"{EELBODE}, {SALEHI}", "losses",
+        "Train with Dice where Dice is what counts, whatever the threshold.",
+        "Tune the threshold, and cross-entropy does as well; at a fixed 0.5 take Dice.",
+        "No reason to give up cross-entropy on structures that are not small.",
+    ),
+    _statement(
+        "L2", "... with several classes too", EELBODE, "losses",
+        "The same with several classes.",
+        "With several classes too, the threshold is what makes the difference.",
+        "No reason to give up cross-entropy, with several classes either.",
+    ),
+    _statement(
+        "L3", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "losses",
+        "Beta is a knob for recall that a threshold does not replace.",
+        "Beta moves recall at 0.5 only: a threshold tuned for Dice takes it back.",
+        "Do not expect more recall from beta.",
+    ),
+    _statement(
+        "L4", "The best F2 is off one half", f"{SALEHI}, {HASHEMI}", "losses",
+        "Where a missed voxel costs more, choose beta by validation F2, and tune the threshold.",
+        "Dice loss and a threshold tuned for F2 do what beta does.",
+        "Leave beta at one half: tune the threshold for F2.",
+    ),
+    _statement(
+        "L5", "Dice and Jaccard losses are alike", EELBODE, "losses",
+        "Choose either.", "Choose either, at 0.5.", "They were not shown to be alike.",
+    ),
+)  # fmt: skip
+
+LESIONS = (
+    _statement(
+        "M1", "Dice loss beats cross-entropy on Dice", SALEHI, "lesions",
+        "Train with Dice on small lesions.",
+        "Tune the threshold, and cross-entropy does as well on these patients; at 0.5 take Dice.",
+        "No reason for Dice loss alone on small lesions.",
+    ),
+    _statement(
+        "M2", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "lesions",
+        "Beta is a knob for recall that a threshold does not replace.",
+        "Beta moves recall at 0.5 only: a threshold tuned for Dice takes it back.",
+        "Do not expect more recall from beta.",
+    ),
+    _statement(
+        "M3", "The best F2 is off one half", HASHEMI, "lesions",
+        "Where a missed lesion costs more, take beta 0.7.",
+        "Dice loss and a threshold tuned for F2 do what beta 0.7 does.",
+        "Leave beta at one half: tune the threshold for F2.",
+    ),
+)  # fmt: skip
+
+_WINDOWS = {
+    "F1": (
+        "Weigh patches by a window that falls off to their faces.",
+        "A window matters at 0.5; a tuned threshold makes up for the uniform one.",
+        "Uniform voting does no worse than a window.",
+    ),
+    "F2": (
+        "Let patches overlap by half.",
+        "Overlap matters at 0.5; a tuned threshold makes up for it.",
+        "Overlap is no gain in Dice.",
+    ),
+    "F3": (
+        "Prefer a spline to the Gaussian of its width.",
+        "Prefer a spline to the Gaussian of its width, at 0.5.",
+        "Choose the width, not the shape.",
+    ),
+    "F4": (
+        "Do not trust a patch's outer voxels: that is what windows are for.",
+        "A patch's outer voxels are off at 0.5, less so at their own threshold.",
+        "A patch's outer voxels are no worse than its inner ones.",
+    ),
+    "F5": (
+        "Predict with an overlap of 0.75 if eight times the work is worth it.",
+        "An overlap of 0.75 matters at 0.5 only.",
+        "An overlap of a half is enough.",
+    ),
+    "F6": (
+        "Expect steps at patches' faces from uniform voting, none from a spline.",
+        "",
+        "Uniform voting leaves no seams.",
+    ),
+}
+FUSION = {
+    claim.name: _statement(claim.name, claim.text, claim.source, "fusion", *_WINDOWS[claim.name])
+    for claim in fusion_page.CLAIMS
+}
+
+BOUNDS = (
+    _statement(
+        "B1", "Dice and Jaccard rank alike and lie at most 3 - 2 sqrt(2) apart", EELBODE, "bounds",
+        "Judge by either: the order of two predictions is the same.", "", "The bound is wrong.",
+    ),
+    _statement(
+        "B2", "The Tversky index of alpha + beta = 1 approximates Dice, worse away from one half",
+        EELBODE, "bounds",
+        "The further beta is from one half, the less does training it train Dice.", "",
+        "The bound is wrong.",
+    ),
+    _statement(
+        "B3", "No bound holds between Dice and a weighted Hamming distance", EELBODE, "bounds",
+        "No class weight makes cross-entropy's count of errors stand for Dice.", "",
+        "It was not shown to grow.",
+    ),
+)  # fmt: skip
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+def _scores(rows: Rows, task: str, split: str = "test") -> Scores:
+    whole = [row for row in rows if not row["structure"].startswith("lesions ")]
+    patients = {row["subject"]: row["subject"].rsplit("-", 1)[0] for row in whole}
+    return Scores(whole, task, patients if task == "lesion" else None, split)
+
+
+def _missing(scores: Scores, losses: Sequence[str], experiment: str) -> str:
+    """What a verdict on these losses lacks; nothing where it may be given."""
+    need = SEEDS[experiment]
+    subjects = {subject for of in scores.found.values() for _, subject in of}
+    there = [loss for loss in losses if loss in scores.losses]
+    whole = len(there) == len(losses) and len(subjects) == SUBJECTS[experiment]
+    seeds = len(scores.seeds(*losses)) if whole else 0
+    return "" if seeds >= need else f"{seeds} of {need} seeds so far"
+
+
+def _difference(scores: Scores, loss: str, other: str, way: str, score: str) -> Evidence:
+    interval = crossed_bootstrap(scores.difference(loss, other, way, score))
+    return Evidence(f"{score} {interval}", interval.p, interval.mean > 0)
+
+
+def _trend(scores: Scores, way: str) -> Evidence:
+    seeds = scores.seeds(*BY_BETA)
+    table = np.stack([scores.values(loss, way, "recall", seeds) for loss in BY_BETA])
+    trend = rising(over_seeds(table))
+    ends = [f"{table[k].mean():.3f}" for k in (0, -1)]
+    return Evidence(f"recall {' to '.join(ends)}, {trend.rising} of {trend.blocks} seeds", trend.p)
+
+
+def _best_beta(scores: Scores, validation: Scores, way: str) -> Evidence:
+    means = {loss: float(validation.values(loss, way, "f2").mean()) for loss in BY_BETA}
+    best = max(BY_BETA, key=lambda loss: means[loss])
+    if best == "dice":
+        return Evidence("best at one half", 1.0, False)
+    found = _difference(scores, best, "dice", way, "f2")
+    return Evidence(f"{best}: {found.text}", found.p, found.holds)
+
+
+def _alike(scores: Scores, way: str) -> Evidence:
+    values = scores.difference("jaccard", "dice", way, "dice")
+    means = bootstrap_means(values)
+    beyond = max(int((means <= -MARGIN).sum()), int((means >= MARGIN).sum()))
+    interval = crossed_bootstrap(values, level=0.9)
+    return Evidence(f"Dice {interval}, 90 %", (beyond + 1) / (means.size + 1))
+
+
+def _endpoints(rows: Rows) -> dict[str, Callable[[str], Evidence] | str]:
+    """Of every claim of `losses`: evidence at thresholds of a kind, or what is not there yet."""
+    binary, classes = (_scores(rows, task) for task in ("binary", "two-class"))
+    validation = _scores(rows, "binary", "validation")
+
+    def of(
+        scores: Scores, losses: Sequence[str], found: Callable[[str], Evidence]
+    ) -> Callable[[str], Evidence] | str:
+        return _missing(scores, losses, "losses") or found
+
+    pair = ("dice", "cross-entropy")
+    return {
+        "L1": of(binary, pair, lambda way: _difference(binary, *pair, way, "dice")),
+        "L2": of(classes, pair, lambda way: _difference(classes, *pair, way, "dice")),
+        "L3": of(binary, BY_BETA, lambda way: _trend(binary, way)),
+        "L4": of(
+            binary,
+            BY_BETA,
+            lambda way: _best_beta(binary, validation, "tuned-f2" if way != "0.5" else way),
+        ),
+        "L5": of(classes, ("dice", "jaccard"), lambda way: _alike(classes, way)),
+    }
+
+
+def judged(tuned: Mapping[str, Evidence], half: Mapping[str, Evidence]) -> dict[str, str]:
+    """Verdicts after Holm over all primary endpoints, those that are not there yet with p = 1."""
+
+    def holding(found: Mapping[str, Evidence]) -> dict[str, bool]:
+        p = {x.name: found[x.name].p if x.name in found else 1.0 for x in LOSSES}
+        adjusted = holm(p)
+        return {name: adjusted[name] < LEVEL and found[name].holds for name in found}
+
+    at_tuned, at_half = holding(tuned), holding(half)
+    return {name: SHOWN if at_tuned[name] else ONLY if at_half[name] else NOT for name in tuned}
+
+
+def of_losses(rows: Rows) -> list[Line]:
+    """The claims L1 to L5."""
+    endpoints = _endpoints(rows)
+    ready = {name: found for name, found in endpoints.items() if not isinstance(found, str)}
+    tuned = {name: found("tuned-dice") for name, found in ready.items()}
+    half = {name: found("0.5") for name, found in ready.items()}
+    verdicts = judged(tuned, half)
+    lines = []
+    for statement in LOSSES:
+        name = statement.name
+        if name in verdicts:
+            measured = f"tuned: {tuned[name].text}; at 0.5: {half[name].text}"
+            lines.append(Line(statement, measured, verdicts[name]))
+        else:
+            lines.append(Line(statement, str(endpoints[name]), WAITING))
+    return lines
+
+
+def of_lesions(rows: Rows) -> list[Line]:
+    """The claims M1 to M3."""
+    scores = _scores(rows, "lesion")
+    asked = (
+        ("dice", "cross-entropy", "tuned-dice", "dice"),
+        ("tversky-0.9", "dice", "tuned-dice", "recall"),
+        ("tversky-0.7", "dice", "tuned-f2", "f2"),
+    )
+    lines = []
+    for statement, (loss, other, way, score) in zip(LESIONS, asked, strict=True):
+        missing = _missing(scores, (loss, other), "lesions")
+        if missing:
+            lines.append(Line(statement, missing, WAITING))
+            continue
+        tuned, half = (
+            few_patients(scores.difference(loss, other, choice, score)) for choice in (way, "0.5")
+        )
+        measured = f"{score}, tuned: {tuned}; at 0.5: {half}"
+        lines.append(Line(statement, measured, of_few(tuned, half)))
+    return lines
+
+
+def of_fusion(rows: Rows) -> list[Line]:
+    """The claims F1 to F6."""
+    found = fusion_page.Rows(rows)
+    lines = []
+    for claim in fusion_page.CLAIMS:
+        verdict = fusion_page.verdict_of(found, claim)
+        if verdict == WAITING:
+            measured = f"{len(found.seeds)} of {len(fusion_page.SEEDS)} seeds so far"
+        else:
+            tuned, half = fusion_page.intervals(found, claim)
+            measured = f"{claim.score}, tuned: {tuned}; at 0.5: {half}"
+            if claim.score == "seam":
+                measured = f"{claim.score}: {tuned}"
+        lines.append(Line(FUSION[claim.name], measured, verdict))
+    return lines
+
+
+def of_bounds(rows: Rows) -> list[Line]:
+    """The claims B1 to B3."""
+    jaccard = [row for row in rows if row["measure"] == "jaccard"]
+    tversky = [row for row in rows if row["measure"] == "tversky"]
+    hamming = [row for row in rows if row["measure"] == "hamming"]
+    if not (jaccard and tversky and hamming):
+        return [Line(statement, "", WAITING) for statement in BOUNDS]
+
+    def wrong(those: Rows) -> int:
+        return sum(int(row["violations"]) for row in those)
+
+    gaps = [float(row["gap"]) for row in sorted(tversky, key=lambda r: -float(r["parameter"]))]
+    by_weight: dict[str, list[tuple[int, float]]] = {}
+    for row in hamming:
+        by_weight.setdefault(row["parameter"], []).append((int(row["voxels"]), float(row["gap"])))
+    growing = [[gap for _, gap in sorted(those)] for those in by_weight.values()]
+    rises = all(gap > before for those in growing for before, gap in itertools.pairwise(those))
+    counts = int(jaccard[0]["counts"])
+    measured = (
+        f"all {counts:,} counts of up to {jaccard[0]['voxels']} voxels: {wrong(jaccard)} "
+        f"violations, at most {float(jaccard[0]['gap']):.4f} apart, bound "
+        f"{bounds.closed_gap('jaccard'):.4f}",
+        f"the same counts, alpha 0.5 to 0.1: {wrong(tversky)} violations, at most "
+        f"{', '.join(f'{gap:.3f}' for gap in gaps)} from Dice",
+        f"up to {max(int(row['voxels']) for row in hamming):,} voxels: the difference rises to "
+        f"{min(those[-1] for those in growing):.4f} or more, whatever the weight",
+    )
+    holds = (wrong(jaccard) == 0, wrong(tversky) == 0 and gaps == sorted(gaps), rises)
+    return [
+        Line(statement, text, SHOWN if held else NOT)
+        for statement, text, held in zip(BOUNDS, measured, holds, strict=True)
+    ]
+
+
+#: In the order of the table.
+SECTIONS: Mapping[str, Callable[[Rows], list[Line]]] = {
+    "losses": of_losses,
+    "lesions": of_lesions,
+    "fusion": of_fusion,
+    "bounds": of_bounds,
+}
+
+
+def lines(results: Path) -> list[Line]:
+    """Every claim, from the rows that there are.
+
+    Args:
+        results: the folder above every experiment's results.
+    """
+    return [
+        line
+        for name, made in SECTIONS.items()
+        for line in made(read_rows(results / name / "results.csv"))
+    ]
+
+
+def page(results: Path) -> str:
+    """The table."""
+    head = ("claim", "source", "what was measured", "verdict", "what to take from it")
+    table = []
+    for line in lines(results):
+        what = line.statement
+        linked = what.experiment
+        if (results / what.experiment / "README.md").is_file():
+            linked = f"[{linked}]({linked}/README.md)"
+        measured = f"{linked}: {line.measured}" if line.measured else linked
+        table.append(
+            [f"{what.name} {what.text}", what.source, measured, f"**{line.verdict}**", line.advice]
+        )
+    text = [
+        "# What the papers claim, measured",
+        "Differences of means, with 95 % intervals, of primary endpoints that were "
+        "[written down beforehand](protocol.md) (those of fusion on [its page](fusion/README.md)). "
+        "\"Tuned\" thresholds are chosen without the subject that is judged. A claim has a verdict "
+        "when all of its seeds are done. This page is made from the rows: "
+        "`voxfuse experiment NAME --page`.",
+        markdown(head, table),
+        f"Verdicts: *{SHOWN}*, at tuned thresholds; *{ONLY}*, and tuning takes it away; *{NOT}*; "
+        f"*{FEW}*, where an interval over six patients has both signs; *{WAITING}*.",
+    ]  # fmt: skip
+    return "\n\n".join(text) + "\n"
+
+
+def write_page(results: Path) -> None:
+    """Make ``README.md`` of the folder of results anew."""
+    write_text(results / "README.md", page(results))
