@@ -153,4 +153,5 @@ def test_one_run_of_the_quick_losses(tmp_path, hippocampi):
 
 def test_an_unknown_experiment_is_named(capsys):
     assert main(["experiment", "loses"]) == 1
-    assert "NAME: got 'loses', expected one of losses" in capsys.readouterr().err
+    expected = f"NAME: got 'loses', expected one of {', '.join(EXPERIMENTS)}"
+    assert expected in capsys.readouterr().err
