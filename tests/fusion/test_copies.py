@@ -182,7 +182,7 @@ def test_accumulators_refuse(copied, changing):
     grid = plan_grid((8, 8), (4, 4))
     options = FusionOptions(2, dtype=torch.float32)
     importance = Importance([torch.ones(4, dtype=torch.float64)] * 2)
-    placement = Placement((8, 8), (4, 4), grid.origins, 0, [0, 0], [0, 0])
+    placement = Placement(grid, grid.origins, 0, [0, 0], [0, 0])
     prediction = torch.ones(1, 2, 4, 4)
     each = accumulator(
         options, placement, importance, prediction, Results(1, 2, None), changing=changing

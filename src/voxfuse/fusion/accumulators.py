@@ -18,7 +18,7 @@ from voxfuse.fusion.options import FusionOptions
 from voxfuse.fusion.orientations import turned
 from voxfuse.fusion.padded_volume import Placement
 from voxfuse.fusion.resampling import sink_of
-from voxfuse.fusion.sink import Destination, Sink
+from voxfuse.fusion.sink import Destination, Sink, is_function
 from voxfuse.fusion.windows import Raised
 from voxfuse.ops.finalize_slab import finalize_slab
 from voxfuse.reference.overlap_add import accumulation_dtype, activated
@@ -32,7 +32,7 @@ class Results:
 
     def __init__(self, samples: int, axes: int, out: Destination | None) -> None:
         self._samples, self._axes, self._out = samples, axes, out
-        self.everything: Any = None if callable(out) and not isinstance(out, Tensor) else out
+        self.everything: Any = None if is_function(out) else out
 
     def place(
         self, sample: int, options: FusionOptions, extent: Sequence[int], device: torch.device
@@ -108,15 +108,25 @@ class Streamed(_Accumulator):
         if self._fuser is not None:
             self._fuser.flush()
 
+    def finish(self, samples: int) -> None:
+        """Make the results of samples of which no patch is to come."""
+        for sample in range(samples):
+            self._started(sample).result()
+
     def _started(self, sample: int) -> PatchFuser:
         options, placement = self.options, self.placement
+        kept = set(map(tuple, placement.origins.tolist())) if placement.skipped else None
+        box = placement.box
+        extent = placement.extent if box is None else box.shape
         return PatchFuser(
             placement.extent,
             placement.patch,
-            origins=placement.origins,
+            origins=placement.grid,
+            skip_origin=None if kept is None else lambda origin: origin not in kept,
             window=self._window,
             stream_axis=placement.stream_axis,
-            out=self.results.place(sample, options, placement.extent, self.device),
+            out=self.results.place(sample, options, extent, self.device),
+            region=None if box is None else box.slices,
             **vars(options),
         )
 
@@ -252,5 +262,10 @@ def accumulator(
         or (torch.is_grad_enabled() and prediction.requires_grad)
         or len(torch.unique(origins, dim=0)) != len(origins)
     )
+    if composed and placement.box is not None:
+        raise ValueError(
+            "region: got one with four spatial axes, weights that differ by channel, process_fn or "
+            "a gradient, of which only the whole volume is fused"
+        )
     kind = Composed if composed else Streamed
     return kind(options, placement, importance, prediction.device, results)

@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._memory import zeros
-from voxfuse.fusion.grids import Grid, Origins, checked_origins, plan_grid, weights_for_origins
+from voxfuse.fusion.grids import (
+    Grid,
+    Origins,
+    checked_origins,
+    factorised,
+    plan_grid,
+    weights_of,
+)
 from voxfuse.fusion.options import FusionOptions
+from voxfuse.fusion.region import Box, Region, checked_region
 from voxfuse.fusion.resampling import sink_of
 from voxfuse.fusion.ring import HalfRing, Ring
 from voxfuse.fusion.schedule import Schedule, chosen_axis
@@ -88,13 +96,16 @@ class PatchFuser:
         members: predictions that every patch gets (flips, models of an ensemble); their mean
             counts.
         skip_origin: a function of an origin (tuple of integers); patches for which it is true are
-            left out. It is asked once, here.
+            left out. It is asked once, here. The weights are then summed and divided by, whichever
+            patches it leaves.
         fill: the result where no patch lies; labels and masks take integers that their dtype holds.
         stream_axis: "auto" or an axis.
-        out: where the result goes: a tensor on any device, a NumPy array such as a memmap, or a
-            function ``out(slab, start, stop)`` called for every finished slab (a fresh tensor with
-            channels, slices start to stop of ``stream_axis``). None allocates a tensor. From a GPU
-            to the host slabs travel through pinned memory while the network goes on.
+        out: where the result goes: a tensor on any device, a NumPy array such as a memmap, any
+            other array that boxes can be assigned to (:class:`voxfuse.fusion.arrays.Assignable`: a
+            Zarr array, in whole chunks along the streaming axis), or a function
+            ``out(slab, start, stop)`` called for every finished slab (a fresh tensor with channels,
+            slices start to stop of ``stream_axis``). None allocates a tensor. From a GPU to the
+            host slabs travel through pinned memory while the network goes on.
         dtype: of a result that is allocated here. Default: the patches' for floating results, the
             smallest of uint8, uint16 and int32 for labels, uint8 for a mask.
         device: of a result that is allocated here. Default: the patches'.
@@ -116,6 +127,10 @@ class PatchFuser:
         regions: the channels' labels, of output "regions".
         finite: whether an infinite fused prediction is an error (RuntimeError), with
             ``resample_to``.
+        region: a tuple of slices, one an axis: the part of the volume that is fused, to the bits of
+            cutting it from the result of the whole volume. Only the patches that reach into it are
+            expected. Origins stay those in the whole volume; results have the region's extent, and
+            slices are counted from its first.
 
     A fuser can be copied in the middle of its work, by pickle, ``copy.deepcopy`` or ``torch.save``:
     the copy has a result of its own (of ``out`` too) and goes on to the same bits;
@@ -169,6 +184,7 @@ class PatchFuser:
         resample_order: int | Sequence[int] = 1,
         regions: Sequence[int] | None = None,
         finite: bool = False,
+        region: Region | None = None,
     ) -> None:
         self.volume_shape = _checks.integers("volume_shape", volume_shape)
         if isinstance(patch_size, int):
@@ -194,28 +210,46 @@ class PatchFuser:
         )
         self.channels, self.members, self.options = channels, members, options
         shapes = self.volume_shape, self.patch_size
+        self._box = checked_region(region, self.volume_shape)
+        self._part = region is not None
+        if self._part and options.resample_to is not None:
+            raise ValueError("region: got one with resample_to, expected one of the two")
         # Checks the shapes in any case.
         regular = plan_grid(*shapes, overlap if origins is None else 0.5, grid)
-        table = regular if origins is None else checked_origins(origins, *shapes)
-        if isinstance(table, Grid):
-            listed = origins is not None and not isinstance(origins, Grid)
-            table = (table if listed else table.distinct()).origins
-        kept = torch.arange(len(table))
+        places = regular if origins is None else checked_origins(origins, *shapes)
+        if isinstance(places, Grid) and (origins is None or isinstance(origins, Grid)):
+            places = places.distinct()
+        kept, table = _reaching(places, self._box, self.patch_size)
+        whole: Grid | None = None
         if skip_origin is not None:
-            kept = kept[[not skip_origin(tuple(origin)) for origin in table.tolist()]]
-            table = table[kept]
+            # Which of all patches are left decides nothing here: a part could not know of it.
+            left = [not skip_origin(tuple(origin)) for origin in table.tolist()]
+            kept, table = kept[left], table[left]
+        elif isinstance(places, Grid):
+            whole = places.rising()
+        else:
+            whole = factorised(places, *shapes)
         axis = chosen_axis(stream_axis, *shapes)
-        self._schedule = Schedule(table, *shapes, axis, members)
-        #: (N,) int64 indices of the given origins, or the grid's, in the order of :attr:`origins`:
-        #: what another program predicted in its own order is added as ``predictions[fuser.order]``.
-        self.order = kept[self._schedule.order]
-        self._weights = weights_for_origins(self.origins, window, *shapes)
+        self._weights = weights_of(table, window, self.patch_size, whole)
         # Half accumulators take the sum of the weights.
         rounded = bool(self._weights.floor) and accumulate is not None
         if self._weights.normalised and (not self._weights.covering or rounded):
-            self._weights = weights_for_origins(self.origins, window, *shapes, normalise=False)
+            self._weights = weights_of(table, window, self.patch_size, None)
+        #: What sums are kept of. Along the last axis weights with a floor are rounded as all that
+        #: lies there says.
+        self._summed = self._box
+        last = len(self.volume_shape) - 1
+        if self._weights.floor and axis != last:
+            low, high = self._box.low[:last], self._box.high[:last]
+            self._summed = Box((*low, 0), (*high, self.volume_shape[last]))
+        self._schedule = Schedule(table, *shapes, axis, members, self._summed)
+        self._weights = self._weights.ordered(self._schedule.order)
+        self._weights = self._weights.within(self._summed.low, self._summed.high, axis)
+        #: (N,) int64 indices of the given origins, or the grid's, in the order of :attr:`origins`:
+        #: what another program predicted in its own order is added as ``predictions[fuser.order]``.
+        self.order = kept[self._schedule.order]
         self._ring: Ring | None = None
-        self._sink = sink_of(options, self.volume_shape, axis, out, device)
+        self._sink = sink_of(options, self._box.shape, axis, out, device)
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -393,6 +427,7 @@ class PatchFuser:
             and result.is_contiguous()
             and self.options.sums_are_result
             and self._weights.normalised
+            and not self._part  # others may have written beside it already
         ):
             self._ring = Ring(result.zero_(), *tables, in_place=True)
             return self._ring
@@ -405,15 +440,34 @@ class PatchFuser:
 
     def _advance(self, ring: Ring) -> None:
         """Write the slices that no patch to come reaches, and move the ring on."""
+        first = self._box.low[self.stream_axis]
+
+        def finished(slab: Tensor, start: int, stop: int) -> None:
+            """Make the part of final slices that is asked for."""
+            if self._summed == self._box:
+                ring.finish(slab, start + first, stop + first)
+                return
+            wide = slab.new_empty((*slab.shape[:-1], self._summed.shape[-1]))
+            ring.finish(wide, start + first, stop + first)
+            slab.copy_(wide[..., self._box.low[-1] : self._box.high[-1]])
+
         for start, stop in self._schedule.final(ring.depth):
             if not ring.in_place:
-                self._sink.write(start, stop, ring.sums.device, ring.finish)
+                self._sink.write(start - first, stop - first, ring.sums.device, finished)
         ring.weigh()
 
     def _ring_shape(self) -> tuple[int, ...]:
-        axis, volume = self.stream_axis, self.volume_shape
+        axis, volume = self.stream_axis, self._summed.shape
         depth = min(self.patch_size[axis], volume[axis])
         return (self.channels, *volume[:axis], depth, *volume[axis + 1 :])
+
+
+def _reaching(places: Grid | Tensor, box: Box, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Numbers and origins of the patches that reach into a part of the volume."""
+    if isinstance(places, Grid):
+        return box.patches_of(places)
+    kept = box.reaching(places, patch)
+    return kept, places[kept]
 
 
 def _readable(size: float) -> str:

@@ -54,9 +54,19 @@ class Grid:
         """(N, n) int64 index of each patch's start on each axis."""
         return _product([torch.arange(len(axis)) for axis in self.starts])
 
+    @property
+    def reaches(self) -> bool:
+        """Whether every patch has a voxel in the volume."""
+        axes = zip(self.starts, self.patch_shape, self.volume_shape, strict=True)
+        return all(-size < start < extent for starts, size, extent in axes for start in starts)
+
     def distinct(self) -> Grid:
         """The same without starts that occur again, as those of steps below one voxel do."""
         return replace(self, starts=tuple(tuple(dict.fromkeys(axis)) for axis in self.starts))
+
+    def rising(self) -> Grid:
+        """The same patches with each axis' starts in rising order, each once."""
+        return replace(self, starts=tuple(tuple(sorted(set(axis))) for axis in self.starts))
 
     def tables(self, window: WindowLike) -> Tables:
         """What the kernels need to fuse this grid's patches under ``window``."""
@@ -161,6 +171,8 @@ def checked_origins(
     """
     places = _as_places(origins, volume_shape, patch_shape, count)
     # No rule makes such a patch, whatever the sizes: it comes of wrong axes, spacing or padding.
+    if isinstance(places, Grid) and places.reaches:
+        return places
     table = places.origins if isinstance(places, Grid) else places
     outside = ~_reaches(table, volume_shape, patch_shape)
     if bool(outside.any()):
@@ -258,6 +270,18 @@ class PatchWeights:
     floor: float = 0.0
     cover: list[Tensor] = field(default_factory=list)
 
+    def ordered(self, order: Tensor) -> PatchWeights:
+        """The same of the patches in another order."""
+        return replace(self, rows=self.rows[order])
+
+    def within(self, low: Sequence[int], high: Sequence[int], axis: int) -> PatchWeights:
+        """The same where coordinates, but for those of ``axis``, count from ``low`` to ``high``."""
+        cover = [
+            table if a == axis else table[:, low[a] : high[a]].contiguous()
+            for a, table in enumerate(self.cover)
+        ]
+        return replace(self, cover=cover)
+
 
 def weights_for_origins(
     origins: Tensor,
@@ -272,24 +296,36 @@ def weights_for_origins(
     They are normalised where the origins are a Cartesian product and the window is one of axes,
     with or without a floor, unless ``normalise`` is False.
     """
-    raised = raised_window(window, patch_shape)
-    if normalise and raised is not None:
-        grid, _ = _factorise(origins, volume_shape, patch_shape)
-        if grid is not None:
-            axes = list(zip(raised.vectors, grid.starts, grid.volume_shape, strict=True))
-            return PatchWeights(
-                torch.zeros_like(origins),
-                [torch.from_numpy(vector).unsqueeze(0) for vector in raised.vectors],
-                True,
-                _covers(grid),
-                raised.floor,
-                [_cover(*axis) for axis in axes],
-            )
+    grid = factorised(origins, volume_shape, patch_shape) if normalise else None
+    return weights_of(origins, window, patch_shape, grid)
+
+
+def weights_of(
+    origins: Tensor, window: WindowLike, patch_shape: Sequence[int], grid: Grid | None
+) -> PatchWeights:
+    """Weights of the patches at ``origins`` (N, n) on the CPU: some of ``grid``'s, or of none.
+
+    With a grid, and a window of axes, they are normalised over all of its patches, whichever of
+    them are asked for.
+    """
+    raised = raised_window(window, patch_shape) if grid is not None else None
+    if grid is not None and raised is not None:
+        axes = list(zip(raised.vectors, grid.starts, grid.volume_shape, strict=True))
+        return PatchWeights(
+            torch.zeros_like(origins),
+            [torch.from_numpy(vector).unsqueeze(0) for vector in raised.vectors],
+            True,
+            _covers(grid),
+            raised.floor,
+            [_cover(*axis) for axis in axes],
+        )
     vectors = resolve_window(window, patch_shape)
-    if normalise and len(vectors) == len(patch_shape):
-        grid, rows = _factorise(origins, volume_shape, patch_shape)
-        if grid is not None:
-            return PatchWeights(rows, _partition(vectors, grid), True, _covers(grid))
+    if grid is not None and len(vectors) == len(patch_shape):
+        rows = [
+            torch.searchsorted(torch.tensor(starts), origins[:, axis].contiguous())
+            for axis, starts in enumerate(grid.starts)
+        ]
+        return PatchWeights(torch.stack(rows, 1), _partition(vectors, grid), True, _covers(grid))
     weights = [torch.from_numpy(vector).unsqueeze(0) for vector in vectors]
     return PatchWeights(torch.zeros_like(origins), weights, False)
 
@@ -325,10 +361,10 @@ def _partition(vectors: list[Vector], grid: Grid) -> list[Tensor]:
     ]
 
 
-def _factorise(
+def factorised(
     origins: Tensor, volume_shape: Sequence[int], patch_shape: Sequence[int]
-) -> tuple[Grid | None, Tensor]:
-    """Return the grid whose patches the origins are, each exactly once, and each patch's rows."""
+) -> Grid | None:
+    """The grid, with rising starts, whose patches the origins are, each exactly once."""
     array: NDArray[np.int64] = origins.numpy()
     starts, rows = [], []
     for axis in range(array.shape[1]):
@@ -336,13 +372,11 @@ def _factorise(
         starts.append(tuple(values.tolist()))
         rows.append(inverse.reshape(-1))
     counts = [len(axis) for axis in starts]
-    table = np.stack(rows, 1).astype(np.int64)
     if math.prod(counts) != len(array) or len(array) == 0:
-        return None, origins
-    if len(np.unique(np.ravel_multi_index(tuple(table.T), counts))) != len(array):
-        return None, origins
-    grid = Grid(tuple(volume_shape), tuple(patch_shape), tuple(starts))
-    return grid, torch.from_numpy(table)
+        return None
+    if len(np.unique(np.ravel_multi_index(tuple(rows), counts))) != len(array):
+        return None
+    return Grid(tuple(volume_shape), tuple(patch_shape), tuple(starts))
 
 
 def _product(axes: list[Tensor]) -> Tensor:

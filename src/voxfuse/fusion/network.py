@@ -58,9 +58,9 @@ class Network:
         #: Predictions of every patch that are averaged.
         self.members = len(self._flips) * (1 if self.heads.late else len(self._predictors))
         #: Where the networks run.
-        self.device = torch.device(volume.tensor.device if sw_device is None else sw_device)
-        self._fusion_device = torch.device(volume.tensor.device if device is None else device)
-        self._roi, self._dtype = volume.roi, volume.tensor.dtype
+        self.device = torch.device(volume.source.device if sw_device is None else sw_device)
+        self._fusion_device = torch.device(volume.source.device if device is None else device)
+        self._roi, self._dtype = volume.roi, volume.source.dtype
         self.process_fn, self._with_coord = process_fn, with_coord
         self._args, self._kwargs = args, kwargs
 

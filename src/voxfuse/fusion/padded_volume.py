@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._memory import joined
-from voxfuse.fusion.grids import RULES, grid_starts
+from voxfuse.fusion.arrays import Sliceable, Sliced, readable
+from voxfuse.fusion.grids import RULES, Grid, grid_starts
+from voxfuse.fusion.region import Box, Region, checked_region
 from voxfuse.fusion.schedule import chosen_axis
 from voxfuse.ops import _checks
 
@@ -21,15 +23,28 @@ PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an output's patches lie: int64 ``origins`` (N, n) in a volume of ``extent``."""
+    """Where an output's patches lie: those of ``grid`` at int64 ``origins`` (N, n)."""
 
-    extent: tuple[int, ...]
-    patch: tuple[int, ...]
+    grid: Grid
     origins: Tensor
     stream_axis: int
     #: Voxels of padding at both ends of each axis.
     before: list[int]
     after: list[int]
+    #: Whether patches of the grid were skipped.
+    skipped: bool = False
+    #: The part of the volume that is fused; None is all of it.
+    box: Box | None = None
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Extent of the whole volume."""
+        return self.grid.volume_shape
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Extent of a patch."""
+        return self.grid.patch_shape
 
     def scaled(self, patch: tuple[int, ...]) -> Placement:
         """The same for patches of another resolution.
@@ -39,6 +54,11 @@ class Placement:
         """
         if patch == self.patch:
             return self
+        if self.box is not None:
+            raise ValueError(
+                f"region: got one, but the predictor makes patches of {patch} voxels of those of "
+                f"{self.patch}; expected the same resolution"
+            )
         before, after = self.before, self.after
         scale = [new / old for new, old in zip(patch, self.patch, strict=True)]
         low = [round(b * s) for b, s in zip(before, scale, strict=True)]
@@ -48,7 +68,11 @@ class Placement:
         )
         moved = (self.origins.numpy() + np.array(before)) * np.array(scale)
         origins = torch.from_numpy(moved.astype(np.int64)) - torch.tensor(low)
-        return replace(self, extent=extent, patch=patch, origins=origins)
+        starts = tuple(
+            tuple(int((start + b) * s) - first for start in axis)
+            for axis, b, s, first in zip(self.grid.starts, before, scale, low, strict=True)
+        )
+        return replace(self, grid=Grid(extent, patch, starts), origins=origins)
 
 
 class Batch(NamedTuple):
@@ -69,16 +93,16 @@ class PaddedVolume:
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Tensor | Sliceable,
         roi_size: int | Sequence[int | None],
         overlap: float | Sequence[float],
         grid: str,
         padding_mode: str | None,
         cval: float,
-        condition: Tensor | None,
+        condition: Tensor | Sliceable | None,
     ) -> None:
         self.meta = inputs if hasattr(inputs, "copy_meta_from") else None
-        self.tensor = volume = _checks.require_tensor("inputs", inputs)
+        self.source = volume = readable("inputs", inputs)
         if not 3 <= volume.ndim <= 6 or 0 in volume.shape:
             raise ValueError(
                 f"inputs: got shape {tuple(volume.shape)}, expected (B, channels, *spatial) with "
@@ -97,7 +121,7 @@ class PaddedVolume:
             raise ValueError(f"padding_mode: got {padding!r}, expected one of {listed}")
         self._padding, self._cval = padding, cval
         if condition is not None:
-            condition = _checks.require_tensor("condition", condition)
+            condition = readable("condition", condition)
             if (condition.shape[0], *condition.shape[2:]) != (self.samples, *self.spatial):
                 raise ValueError(
                     f"condition: got shape {tuple(condition.shape)}, expected that of inputs, "
@@ -105,7 +129,8 @@ class PaddedVolume:
                 )
         self.condition = condition
         starts = grid_starts(self.spatial, self.roi, overlap, grid)
-        self._starts = [tuple(dict.fromkeys(axis)) for axis in starts]
+        #: The patches of the whole volume.
+        self.grid = Grid(self.spatial, self.roi, starts).distinct()
         #: Voxels of padding at both ends of each axis.
         self._before = [max(-min(axis), 0) for axis in starts]
         self._after = [
@@ -120,29 +145,40 @@ class PaddedVolume:
         stream_axis: str | int,
         skip: Callable[[Tensor], bool] | None = None,
         skip_origin: Callable[[tuple[int, ...]], bool] | None = None,
+        region: Region | None = None,
     ) -> Placement:
-        """Where the patches are that are not skipped, in streaming order."""
-        table = np.array(list(product(*self._starts)), np.int64)
+        """Where the patches are that reach into the region and are not skipped, in order."""
+        box = checked_region(region, self.spatial)
+        table = box.patches_of(self.grid)[1].numpy()
         if skip_origin is not None:
             table = table[[not skip_origin(tuple(origin)) for origin in table.tolist()]]
-            if len(table) == 0:
-                raise ValueError(
-                    "skip_origin: is true for every patch, so that nothing was predicted"
-                )
+            self._check_any("skip_origin", table, region)
         if skip is not None:
             if self.samples != 1:
                 raise ValueError(f"skip: got a function and {self.samples} samples, expected one")
-            skipped = [skip(self._patch(self.tensor, 0, origin)) for origin in table.tolist()]
+            skipped = [skip(self._patch(self.source, 0, origin)) for origin in table.tolist()]
             table = table[np.logical_not(np.array(skipped, bool))]
-            if len(table) == 0:
-                raise ValueError("skip: is true for every patch, so that nothing was predicted")
+            self._check_any("skip", table, region)
         axis = chosen_axis(stream_axis, self.spatial, self.roi)
         origins = torch.from_numpy(table[np.argsort(table[:, axis], kind="stable")])
-        return Placement(self.spatial, self.roi, origins, axis, self._before, self._after)
+        return Placement(
+            self.grid,
+            origins,
+            axis,
+            self._before,
+            self._after,
+            skip is not None or skip_origin is not None,
+            None if region is None else box,
+        )
+
+    def _check_any(self, name: str, table: NDArray[np.int64], region: Region | None) -> None:
+        """Raise ValueError if every patch of the whole volume is skipped."""
+        if len(table) == 0 and region is None:
+            raise ValueError(f"{name}: is true for every patch, so that nothing was predicted")
 
     def cut(self, places: list[tuple[int, list[int]]], device: torch.device) -> Batch:
         """Cut patches at (sample, origin)."""
-        sources = [self.tensor] if self.condition is None else [self.tensor, self.condition]
+        sources = [self.source] if self.condition is None else [self.source, self.condition]
         cuts = [
             joined([self._patch(source, *place) for place in places]).to(device)
             for source in sources
@@ -157,7 +193,7 @@ class PaddedVolume:
             place.append(slice(start + low, start + low + size))
         return place
 
-    def _patch(self, source: Tensor, sample: int, origin: Sequence[int]) -> Tensor:
+    def _patch(self, source: Tensor | Sliced, sample: int, origin: Sequence[int]) -> Tensor:
         """Cut one patch (1, channels, *roi), filling what lies outside the volume."""
         axes = list(zip(origin, self.roi, self.spatial, strict=True))
         inside = [slice(max(low, 0), min(low + size, extent)) for low, size, extent in axes]
@@ -169,11 +205,32 @@ class PaddedVolume:
                 margins += [s.start - low, low + size - s.stop]
             block = source[(slice(sample, sample + 1), slice(None), *inside)]
             return torch.nn.functional.pad(block, margins, value=self._cval)
-        patch = source[sample : sample + 1]
-        for axis, (low, size, extent) in enumerate(axes):
-            coordinates = _inside(torch.arange(low, low + size), extent, self._padding)
-            patch = patch.index_select(2 + axis, coordinates.to(source.device))
-        return patch
+        coordinates = [
+            _inside(torch.arange(low, low + size), extent, self._padding)
+            for low, size, extent in axes
+        ]
+        return _gathered(source, [slice(sample, sample + 1), slice(None)], coordinates)
+
+
+def _gathered(source: Tensor | Sliced, key: list[slice], coordinates: list[Tensor]) -> Tensor:
+    """The voxels at the product of the axes' coordinates, of no more than the box around them.
+
+    Coordinates that jump, as a circular volume's do from its end to its beginning, are read apart.
+    """
+    axis = len(key) - 2
+    if axis == len(coordinates):
+        block = source[tuple(key)]
+        for a, at in enumerate(coordinates):
+            block = block.index_select(2 + a, (at - key[2 + a].start).to(block.device))
+        return block
+    at = coordinates[axis]
+    jumps = ((at[1:] - at[:-1]).abs() > 1).nonzero()[:, 0] + 1
+    parts = []
+    for part in torch.tensor_split(at, jumps):
+        others = [*coordinates[:axis], part, *coordinates[axis + 1 :]]
+        near = slice(int(part.min()), int(part.max()) + 1)
+        parts.append(_gathered(source, [*key, near], others))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2 + axis)
 
 
 def _inside(coordinates: Tensor, extent: int, padding: str) -> Tensor:

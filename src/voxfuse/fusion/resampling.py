@@ -179,8 +179,7 @@ class ResamplingSink(Sink):
 
     def _take(self, out: Any) -> None:
         super()._take(out)
-        assert self.result is not None
-        dtype, options = self.result.dtype, self._options
+        dtype, options = self._dtype if self.result is None else self.result.dtype, self._options
         if options.mode == "mask":
             if dtype not in (torch.bool, torch.uint8):
                 raise TypeError(f"out: got {dtype}, expected torch.bool or torch.uint8 for a mask")

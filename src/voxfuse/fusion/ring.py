@@ -64,7 +64,7 @@ class Ring:
         overlap_add_(
             self.sums,
             patches,
-            schedule.origins[indices],
+            schedule.places[indices],
             self._rows[indices],
             self._weights,
             total=self._total,
@@ -94,11 +94,11 @@ class Ring:
         self._weighed = max(start, stop)
         if start >= stop:
             return
-        first = schedule.origins[:, axis]
+        first = schedule.places[:, axis]
         near = (first < stop) & (first + self._schedule.reach > start)
         overlap_weights_(
             self._total,
-            schedule.origins[near],
+            schedule.places[near],
             self._rows[near],
             self._weights,
             ring_axis=axis,
@@ -148,7 +148,7 @@ class HalfRing(Ring):
         # The mean of the members is summed, not their sum, which might overflow float16.
         shares = [self._weights[0] / self._options.members, *self._weights[1:]]
         for number, index in enumerate(indices):
-            origin = schedule.origins[index : index + 1]
+            origin = schedule.places[index : index + 1]
             low = origin[0].tolist()
             high = [first + size for first, size in zip(low, patches.shape[2:], strict=True)]
             inside = [(0, size) for size in self.sums.shape[1:]]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.fusion.region import Box
+
 
 class Schedule:
     """Patches in streaming order: along ``axis``, those with the same start there being a row.
@@ -22,20 +24,33 @@ class Schedule:
         patch: extent of a patch.
         axis: the axis to stream along.
         members: predictions that every patch gets.
+        box: the part of the volume that is fused; None is all of it.
 
     Raises:
         ValueError: an origin occurs twice.
     """
 
     def __init__(
-        self, origins: Tensor, volume: Sequence[int], patch: Sequence[int], axis: int, members: int
+        self,
+        origins: Tensor,
+        volume: Sequence[int],
+        patch: Sequence[int],
+        axis: int,
+        members: int,
+        box: Box | None = None,
     ) -> None:
-        self.axis, self.extent, self._members = axis, volume[axis], members
+        first, self.extent = (0, volume[axis]) if box is None else (box.low[axis], box.high[axis])
+        self.axis, self._members = axis, members
         self.reach = patch[axis]
         #: (N,) indices of the given origins, in the order in which they are expected.
         self.order = torch.argsort(origins[:, axis], stable=True)
         #: (N, n) int64 first voxels of the patches, in the order in which they are expected.
         self.origins = origins[self.order].contiguous()
+        #: The same counted from where the part begins, but for the streaming axis.
+        self.places = self.origins
+        if box is not None:
+            shift = [0 if a == axis else low for a, low in enumerate(box.low)]
+            self.places = self.origins - torch.tensor(shift)
         table = list(map(tuple, self.origins.tolist()))
         self._index = {origin: i for i, origin in enumerate(table)}
         if len(self._index) != len(table):
@@ -45,18 +60,18 @@ class Schedule:
                 "(flips, models of an ensemble), give its origin once and members= their number"
             )
         starts, rows, counts = torch.unique(
-            self.origins[:, axis], return_inverse=True, return_counts=True
+            self.places[:, axis], return_inverse=True, return_counts=True
         )
         self._row_of: list[int] = rows.tolist()
-        self._starts: list[int] = starts.clamp(0, self.extent).tolist()
-        self._stops: list[int] = (starts + self.reach).clamp(0, self.extent).tolist()
+        self._starts: list[int] = starts.clamp(first, self.extent).tolist()
+        self._stops: list[int] = (starts + self.reach).clamp(first, self.extent).tolist()
         #: Predictions that each row lacks, and those that each patch has.
         self._left = [count * members for count in counts.tolist()]
         self._added = [0] * len(table)
         self._cursor = 0
         #: The first slice that is not final, and the first that was not handed out as final.
         self.base = self._first_open(self._left)
-        self.front = 0
+        self.front = first
 
     def lacking(self) -> list[int]:
         """Patches that have not had all their predictions."""

@@ -1,9 +1,9 @@
-"""Where results go: fresh memory, the caller's tensor or array, or a function of slabs."""
+"""Where results go: memory, the caller's array of whatever kind, or a function of slabs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._memory import empty, overlaps_itself
+from voxfuse.fusion.arrays import Assignable, Gathered
 from voxfuse.fusion.delivery import Delivery
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.ops import _checks
 
-#: Where a result goes: a tensor, a NumPy array (a memmap, say), or a function of
-#: (slab, start, stop) that is called once for every finished slab.
-Destination = Tensor | NDArray[Any] | Callable[[Tensor, int, int], object]
+#: Where a result goes: a tensor, a NumPy array (a memmap, say), anything else that boxes can be
+#: assigned to (a Zarr array), or a function of (slab, start, stop) that is called once for every
+#: finished slab.
+Destination = Tensor | NDArray[Any] | Assignable | Callable[[Tensor, int, int], object]
 
 
 class Sink:
@@ -30,7 +32,7 @@ class Sink:
         out, device: see :class:`voxfuse.PatchFuser`.
 
     Raises:
-        TypeError: ``out`` is none of the three.
+        TypeError: ``out`` is none of them.
         ValueError: its shape or layout does not fit, or it does not hold the fill value.
     """
 
@@ -44,7 +46,10 @@ class Sink:
     ) -> None:
         self._options, self._volume, self._axis = options, volume, axis
         self._device = None if device is None else torch.device(device)
-        self._function = out if callable(out) and not isinstance(out, Tensor) else None
+        self._function: Callable[[Tensor, int, int], object] | None = None
+        if is_function(out):
+            self._function = out
+        self._gathered: Gathered | None = None
         self._dtype = options.result_dtype(torch.float32)
         self._delivery = Delivery()
         #: What the caller gets, and the same with a channel axis.
@@ -57,6 +62,8 @@ class Sink:
 
     def open(self, patches: Tensor) -> None:
         """Allocate the result at the first patches, unless the caller said where it goes."""
+        if self._gathered is not None:
+            return
         self._dtype = self._options.result_dtype(patches.dtype)
         if self.result is None and self._function is None:
             self._take(empty(self.shape, self._dtype, self._device or patches.device))
@@ -107,9 +114,10 @@ class Sink:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but views of the result, which pickle would tear from it."""
-        if _is_mapped(self.returned):
+        if self._gathered is not None or _is_mapped(self.returned):
+            kind = "an array of another kind" if self._gathered else "a memory-mapped file"
             raise TypeError(
-                "PatchFuser: its result goes to a memory-mapped file, which a copy would write to "
+                f"PatchFuser: its result goes to {kind}, which a copy would write to "
                 "as well; use out=None, or an array in memory, and write result() to the file"
             )
         self.flush()
@@ -128,15 +136,22 @@ class Sink:
     def _take(self, out: Any) -> None:
         """Check a tensor or array and keep it with a channel axis."""
         self.returned = out
+        gathered: Gathered | None = None
+        full = self._options.result_shape(self._volume)
         if isinstance(out, np.ndarray):
             if not out.flags.writeable:
                 raise ValueError("out: the array is not writeable")
             tensor = torch.from_numpy(out)
         elif isinstance(out, Tensor):
             tensor = _checks.plain(out)
+        elif isinstance(out, Assignable):
+            gathered = Gathered(out, self._axis, full)
+            # What the checks below ask for, without memory.
+            tensor = torch.empty(tuple(out.shape), dtype=gathered.dtype, device="meta")
         else:
             raise TypeError(
-                f"out: got {type(out).__name__}, expected a tensor, a NumPy array or a function"
+                f"out: got {type(out).__name__}, expected a tensor, a NumPy array, another array "
+                "that boxes can be assigned to, or a function"
             )
         integral = self._options.mode in ("labels", "mask")
         if not integral and tensor.dtype not in _checks.LOGIT_DTYPES:
@@ -144,7 +159,6 @@ class Sink:
                 f"out: got {_checks.describe(tensor)}, expected float32, float16, bfloat16, float64"
             )
         _checks.require_held("fill", self._options.fill, tensor.dtype)
-        full = self._options.result_shape(self._volume)
         if tuple(tensor.shape) not in ([full, full[1:]] if full[0] == 1 else [full]):
             raise ValueError(f"out: got shape {tuple(tensor.shape)}, expected {self.shape}")
         if overlaps_itself(tensor):
@@ -152,7 +166,16 @@ class Sink:
                 f"out: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, of which "
                 "several voxels share one place in memory"
             )
+        if gathered is not None:
+            self._gathered = self._function = gathered
+            self._dtype = gathered.dtype
+            return
         self.result = tensor if tensor.ndim == len(full) else tensor.unsqueeze(0)
+
+
+def is_function(out: object) -> TypeGuard[Callable[[Tensor, int, int], object]]:
+    """Whether a destination is a function of slabs."""
+    return callable(out) and not isinstance(out, (Tensor, Assignable))
 
 
 def _is_mapped(out: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from voxfuse.fusion._memory import overlapping, span
-from voxfuse.fusion.accumulators import Accumulator, Results, accumulator
+from voxfuse.fusion.accumulators import Accumulator, Results, Streamed, accumulator
+from voxfuse.fusion.arrays import Sliceable, Sliced
+from voxfuse.fusion.batches import Batches, cut_into
 from voxfuse.fusion.heads import HeadLike
 from voxfuse.fusion.importance import Importance, importance, resized
 from voxfuse.fusion.network import Member, Network, Predictor, flat
 from voxfuse.fusion.options import FusionOptions, checked_channels
 from voxfuse.fusion.orientations import Augmentation
 from voxfuse.fusion.padded_volume import PaddedVolume, Placement
+from voxfuse.fusion.region import Region
+from voxfuse.fusion.sink import is_function
 from voxfuse.fusion.windows import WindowLike
 from voxfuse.ops import _checks
 
 
 def sliding_window_inference(
-    inputs: Tensor,
+    inputs: Tensor | Sliceable,
     roi_size: int | Sequence[int | None],
     sw_batch_size: int,
     predictor: Predictor | Sequence[Predictor],
@@ -60,6 +64,8 @@ def sliding_window_inference(
     resample_to: Sequence[int] | None = None,
     resample_order: int | Sequence[int] = 1,
     regions: Sequence[int] | None = None,
+    region: Region | None = None,
+    pad_batches: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Predict overlapping patches of a volume and fuse them into one prediction.
@@ -80,7 +86,9 @@ def sliding_window_inference(
 
     Args:
         inputs: (B, channels, \*spatial) with 1 to 4 spatial axes, any dtype the predictor takes. A
-            MetaTensor of MONAI gives MetaTensors with its affine.
+            MetaTensor of MONAI gives MetaTensors with its affine. Or any other array of that shape
+            that can be sliced (:class:`voxfuse.fusion.arrays.Sliceable`: NumPy, a memmap, Zarr,
+            Dask), which is read patch by patch, and never whole.
         roi_size: extent of a patch, one number for all axes or one an axis; None or a number below
             1 means the volume's own extent. Where it exceeds the volume, the volume is padded on
             both sides.
@@ -116,7 +124,9 @@ def sliding_window_inference(
             fused predictions; see :class:`voxfuse.PatchFuser`.
         out: where the result goes: a tensor or NumPy array (a memmap, say) of the result's shape
             (for one sample also without its first axis, for one channel also without both), or for
-            one sample a function of (slab, start, stop). For several outputs a tuple or dict.
+            one sample a function of (slab, start, stop), or any other array of the shape without
+            the samples that can be assigned to (:class:`voxfuse.fusion.arrays.Assignable`: Zarr),
+            in whole chunks along the streaming axis. For several outputs a tuple or dict.
         tta: test-time augmentation by flips: "mirror", "rotations" or a list of tuples of axes; see
             :func:`voxfuse.fusion.orientations.flips`. The mean of the predictions counts.
         head: (weight (C, K), bias (C,)) of the network's last, linear layer, when the predictor
@@ -130,10 +140,18 @@ def sliding_window_inference(
         skip: a function of a patch (1, channels, \*roi_size), cut from the padded volume: where it
             is true the patch is not predicted. Voxels under no patch get ``fill``. One sample.
         skip_origin: the same of a patch's origin (tuple of integers), as
-            :class:`voxfuse.PatchFuser` takes it; of every sample.
+            :class:`voxfuse.PatchFuser` takes it; of every sample. With either of the two the
+            weights are summed and divided by, whichever patches it leaves.
         backend: backend of the fusion; see :func:`voxfuse.backends`.
         channels: channels of the logits, probabilities or mask that the result has, in this order;
             the others exist in the ring only, where the engine takes the patches.
+        region: a tuple of slices, one a spatial axis: the part of the volume that is computed, to
+            the bits of cutting it from the whole result (with ``pad_batches=True``). Only patches
+            that reach into it are predicted; the result, and ``out``, have its extent.
+        pad_batches: whether the predictor is given full batches only, patches being repeated where
+            they are fewer, so that its bits do not depend on how many are left. One batch is then
+            predicted twice in another order, and patches one by one, with a warning, if their bits
+            depend on the place. None: with ``region``.
         resample_to, resample_order, regions: labels, a mask or regions at another resolution than
             the volume's, with no array of all channels; see :class:`voxfuse.PatchFuser`.
 
@@ -158,70 +176,151 @@ def sliding_window_inference(
     if window is not None and (mode is not None or roi_weight_map is not None):
         other = "mode" if mode is not None else "roi_weight_map"
         raise ValueError(f"{other}: got one beside window, expected one of the two")
-    if window is None and mode is None and roi_weight_map is None:
-        window = "bspline"
     with torch.no_grad():
-        volume = PaddedVolume(
-            inputs, roi_size, overlap, grid, padding_mode, cval, kwargs.get("condition")
+        settings = Settings(
+            overlap=overlap,
+            mode=mode,
+            sigma_scale=sigma_scale,
+            padding_mode=padding_mode,
+            cval=cval,
+            sw_device=sw_device,
+            device=device,
+            roi_weight_map=roi_weight_map,
+            process_fn=process_fn,
+            with_coord=with_coord,
+            window=window,
+            output=output,
+            tta=tta,
+            head=head,
+            activation=activation,
+            voting=voting,
+            threshold=threshold,
+            grid=grid,
+            fill=fill,
+            accumulate=accumulate,
+            backend=backend,
+            channels=channels,
+            resample_to=resample_to,
+            resample_order=resample_order,
+            regions=regions,
         )
+        volume, network, weights, options = settings.of(inputs, roi_size, predictor, args, kwargs)
         check_buffer(buffer_steps, buffer_dim, len(volume.spatial))
+        placement = volume.placement(stream_axis, skip, skip_origin, region)
+        padded = region is not None if pad_batches is None else pad_batches
+        batches = Batches(volume, network, weights, sw_batch_size, padded=padded)
+        batches.settle([(0, origin) for origin in placement.origins.tolist()])
+        return infer(volume, placement, network, batches, options, out, progress)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a sliding window that say what is computed, and not of what or where."""
+
+    overlap: float | Sequence[float] = 0.5
+    mode: str | None = None
+    sigma_scale: float | Sequence[float] = 0.125
+    padding_mode: str | None = None
+    cval: float = 0.0
+    sw_device: torch.device | str | None = None
+    device: torch.device | str | None = None
+    roi_weight_map: Tensor | None = None
+    process_fn: Callable[..., Any] | None = None
+    with_coord: bool = False
+    window: WindowLike | None = None
+    output: str = "logits"
+    tta: Augmentation = None
+    head: HeadLike = None
+    activation: str = "none"
+    voting: str | None = None
+    threshold: float | None = None
+    grid: str = "shifted"
+    fill: float = 0.0
+    accumulate: torch.dtype | None = None
+    backend: str = "auto"
+    channels: Sequence[int] | None = None
+    resample_to: Sequence[int] | None = None
+    resample_order: int | Sequence[int] = 1
+    regions: Sequence[int] | None = None
+
+    def of(
+        self,
+        inputs: Tensor | Sliceable,
+        roi_size: int | Sequence[int | None],
+        predictor: Predictor | Sequence[Predictor],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[PaddedVolume, Network, Importance, FusionOptions]:
+        """The parts of the sliding window over a volume."""
+        kwargs = kwargs or {}
+        volume = PaddedVolume(
+            inputs,
+            roi_size,
+            self.overlap,
+            self.grid,
+            self.padding_mode,
+            self.cval,
+            kwargs.get("condition"),
+        )
         network = Network(
             predictor,
             volume,
             args,
             kwargs,
-            tta=tta,
-            head=head,
-            activation=activation,
-            voting=voting,
-            process_fn=process_fn,
-            with_coord=with_coord,
-            sw_device=sw_device,
-            device=device,
+            tta=self.tta,
+            head=self.head,
+            activation=self.activation,
+            voting=self.voting,
+            process_fn=self.process_fn,
+            with_coord=self.with_coord,
+            sw_device=self.sw_device,
+            device=self.device,
         )
         options = FusionOptions(
             network.heads.classes,
-            output,
-            activation,
+            self.output,
+            self.activation,
             network.heads.voting,
-            threshold,
+            self.threshold,
             members=network.members,
-            fill=fill,
-            accumulate=accumulate,
-            backend=backend,
-            resample_to=resample_to,
-            resample_order=resample_order,
-            regions=regions,
+            fill=self.fill,
+            accumulate=self.accumulate,
+            backend=self.backend,
+            resample_to=self.resample_to,
+            resample_order=self.resample_order,
+            regions=self.regions,
         )
-        if channels is not None:
-            channels = checked_channels("channels", channels, output, network.heads.classes)
-            options = replace(options, result_channels=channels)
-        weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
-        placement = volume.placement(stream_axis, skip, skip_origin)
-        return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
+        if self.channels is not None:
+            given = ("channels", self.channels, self.output, network.heads.classes)
+            options = replace(options, result_channels=checked_channels(*given))
+        bare = self.window is None and self.mode is None and self.roi_weight_map is None
+        window = "bspline" if bare else self.window
+        weights = importance(volume.roi, window, self.mode, self.sigma_scale, self.roi_weight_map)
+        return volume, network, weights, options
 
 
 def infer(
     volume: PaddedVolume,
     placement: Placement,
     network: Network,
-    weights: Importance,
+    batches: Batches,
     options: FusionOptions,
     out: Any,
-    sw_batch_size: int,
     progress: bool,
 ) -> Any:
     """Predict the patches of a volume batch by batch, with gradients, and fuse them."""
-    if callable(out) and volume.samples != 1:
-        raise ValueError(f"out: got a function and {volume.samples} samples, expected one")
-    _check_apart(out, inputs=volume.tensor, condition=volume.condition)
+    _check_one_sample(out, volume.samples)
+    _check_apart(out, inputs=volume.source, condition=volume.condition)
     outputs = Outputs(options, placement, network, volume.samples, out)
     origins = placement.origins.tolist()
+    if not origins:
+        # What the results are like, the network has to say all the same.
+        outputs.finish(*batches.predict([(0, [axis[0] for axis in placement.grid.starts])]))
+        return outputs.packed(volume.meta)
     try:
-        for items in _batches(volume.samples * len(origins), sw_batch_size, progress):
+        for items in cut_into(volume.samples * len(origins), batches.size, progress):
             places = [(item // len(origins), origins[item % len(origins)]) for item in items]
-            predictions = network.predict(volume.cut(places, network.device), weights)
-            outputs.add(*predictions, items)
+            outputs.add(*batches.predict(places), items)
     finally:
         outputs.flush()
     return outputs.packed(volume.meta)
@@ -259,6 +358,13 @@ class Outputs:
             predictions = [(tensors[number], turn) for turn, _, tensors in members]
             self._accumulators[number].add(predictions, items, weights)
 
+    def finish(self, members: list[Member], weights: Importance) -> None:
+        """Make the results of a sample without patches; ``members`` say what there would be."""
+        self._begin(members[0], weights)
+        for each in self._accumulators:
+            assert isinstance(each, Streamed)
+            each.finish(self._samples)
+
     def flush(self) -> None:
         """Have finished slabs where the caller wants them."""
         for each in self._accumulators:
@@ -280,8 +386,8 @@ class Outputs:
         if heads.classes is not None and len(tensors) != 1:
             raise ValueError(f"head: got one for {len(tensors)} outputs, expected one output")
         outs = _destinations(self._out, self._keys, len(tensors))
-        if any(callable(out) for out in outs) and self._samples != 1:
-            raise ValueError(f"out: got functions and {self._samples} samples, expected one sample")
+        for each in outs:
+            _check_one_sample(each, self._samples)
         self._kinds = [_kind(tensor) for tensor in tensors]
         chosen = self._options.result_channels
         for tensor, out in zip(tensors, outs, strict=True):
@@ -318,7 +424,15 @@ def _destinations(out: Any, keys: list[Any] | None, count: int) -> list[Any]:
     raise ValueError(f"out: got {type(out).__name__}, expected a tuple for {count} outputs")
 
 
-def _check_apart(out: Any, **inputs: Tensor | None) -> None:
+def _check_one_sample(out: Any, samples: int) -> None:
+    """Raise ValueError for a destination that takes one sample if there are several."""
+    one = is_function(out) or not isinstance(out, (Tensor, np.ndarray, Sequence, Mapping))
+    if out is not None and one and samples != 1:
+        kind = "a function" if is_function(out) else type(out).__name__
+        raise ValueError(f"out: got {kind} and {samples} samples, expected one")
+
+
+def _check_apart(out: Any, **inputs: Tensor | Sliced | None) -> None:
     """Raise ValueError if results would be written over what is still to be read."""
     for each in flat(out)[1]:
         if isinstance(each, np.ndarray) and each.flags.writeable and min(each.strides) >= 0:
@@ -326,7 +440,7 @@ def _check_apart(out: Any, **inputs: Tensor | None) -> None:
         for name, tensor in inputs.items():
             if (
                 isinstance(each, Tensor)
-                and tensor is not None
+                and isinstance(tensor, Tensor)
                 and overlapping(span(each), span(tensor))
             ):
                 raise ValueError(
@@ -355,18 +469,3 @@ def _like(result: Tensor, meta: Any, resized: Sequence[int] | None = None) -> An
             affine[:, axis] *= n / m
         wrapped.affine = affine
     return wrapped
-
-
-def _batches(total: int, size: int, progress: bool) -> Iterable[range]:
-    """Cut the numbers up to ``total`` into ranges."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"sw_batch_size: got {size!r}, expected an integer >= 1")
-    batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise RuntimeError("progress: needs the package tqdm (pip install tqdm)") from None
-    bar: Iterable[range] = tqdm(batches, unit="batch")
-    return bar

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxfuse.fusion.batches import Batches
 from voxfuse.fusion.heads import HeadLike
 from voxfuse.fusion.importance import importance
 from voxfuse.fusion.network import Network, Predictor
@@ -102,4 +103,5 @@ def sliding_window_inference(
     weights = importance(volume.roi, window, mode, sigma_scale, roi_weight_map)
     # Means are summed in the result itself, and MONAI's order of patches costs nothing.
     placement = volume.placement(0 if output == "logits" else "auto")
-    return infer(volume, placement, network, weights, options, out, sw_batch_size, progress)
+    batches = Batches(volume, network, weights, sw_batch_size, padded=False)
+    return infer(volume, placement, network, batches, options, out, progress)

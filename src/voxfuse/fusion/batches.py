@@ -1,0 +1,98 @@
+"""Patches predicted batch by batch; where asked for, in batches that are always full."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from voxfuse.fusion.importance import Importance
+from voxfuse.fusion.network import Member, Network
+from voxfuse.fusion.padded_volume import PaddedVolume
+
+#: A patch: the number of its sample, and its origin.
+Place = tuple[int, list[int]]
+
+
+class Batches:
+    """The patches of a volume through a network, at most ``size`` at a time.
+
+    Libraries choose their kernels by the size of a batch, and the bits of a prediction may depend
+    on it. With ``padded`` every batch is full, the last one too.
+    """
+
+    def __init__(
+        self,
+        volume: PaddedVolume,
+        network: Network,
+        weights: Importance,
+        size: int,
+        *,
+        padded: bool,
+    ) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"sw_batch_size: got {size!r}, expected an integer >= 1")
+        if padded and network.process_fn is not None:
+            raise ValueError("pad_batches: got True with process_fn, which would see the padding")
+        self._volume, self._network, self._weights = volume, network, weights
+        self.size, self.padded = size, padded
+
+    def predict(self, places: Sequence[Place]) -> tuple[list[Member], Importance]:
+        """The predictions of at most ``size`` patches, and their weights."""
+        given = self._full(places) if self.padded else list(places)
+        members, weights = self._network.predict(
+            self._volume.cut(given, self._network.device), self._weights
+        )
+        if len(given) > len(places):
+            count = len(places)
+            members = [Member(m.flip, m.keys, [t[:count] for t in m.outputs]) for m in members]
+        return members, weights
+
+    def steady(self, places: Sequence[Place]) -> bool:
+        """Whether predictions have the same bits at another place of a full batch."""
+        full = self._full(places)
+        once = [[t.clone() for t in m.outputs] for m in self.predict(full)[0]]
+        again = [m.outputs for m in self.predict([*full[1:], full[0]])[0]]
+        return all(
+            same_bits(a.roll(-1, 0), b)
+            for outputs, others in zip(once, again, strict=True)
+            for a, b in zip(outputs, others, strict=True)
+        )
+
+    def settle(self, places: Sequence[Place]) -> None:
+        """Turn to batches of one, with a warning, if bits depend on the place in a batch.
+
+        Tried with the first batch of patches that lie apart from each other.
+        """
+        if not self.padded or self.size == 1 or not places:
+            return
+        apart = [places[k * len(places) // self.size] for k in range(min(self.size, len(places)))]
+        if not self.steady(apart):
+            warnings.warn(
+                "predictor: a patch's prediction has other bits at another place of a batch of "
+                f"{self.size}; patches are predicted one by one",
+                stacklevel=4,
+            )
+            self.size = 1
+
+    def _full(self, places: Sequence[Place]) -> list[Place]:
+        return [*places, *[places[-1]] * (self.size - len(places))]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers, or both none, everywhere."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def cut_into(total: int, size: int, progress: bool) -> Iterable[range]:
+    """Cut the numbers up to ``total`` into ranges, with a progress bar if asked for."""
+    ranges = [range(first, min(first + size, total)) for first in range(0, total, size)]
+    if not progress:
+        return ranges
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise RuntimeError("progress: needs the package tqdm (pip install tqdm)") from None
+    bar: Iterable[range] = tqdm(ranges, unit="batch")
+    return bar
