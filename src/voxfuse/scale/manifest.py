@@ -1,0 +1,176 @@
+"""What a job on a large volume is, on disk: a manifest, and a marker for every finished box."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from voxfuse._files import make_folder, write_text
+from voxfuse.fusion.region import Box
+
+#: What this version reads and writes.
+FORMAT = "voxfuse boxes 1"
+MANIFEST = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A job's folder does not go with what is asked for, or is damaged."""
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON makes of something."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(array: Any) -> str:
+    """SHA-256 of an array's shape, dtype and values."""
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        kind = str(array.dtype)
+        flat = array.contiguous().reshape(-1)
+        values = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    else:
+        values = np.ascontiguousarray(array)
+        kind = str(values.dtype)
+    described = hashlib.sha256(f"{kind} {tuple(array.shape)} ".encode())
+    described.update(values.tobytes())
+    return described.hexdigest()
+
+
+def digest_of_model(model: Any) -> str:
+    """SHA-256 of a file, of a module's parameters and buffers, or a text as it is."""
+    if isinstance(model, nn.Module):
+        return digest({name: digest_of(t) for name, t in sorted(model.state_dict().items())})
+    path = Path(model)
+    if not path.is_file():
+        return str(model)
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A JSON value that two equal options share; arrays are digests."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{tuple(value.shape)} {value.dtype} sha256:{digest_of(value)}"
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(each) for each in value]
+    return str(value)
+
+
+def packed(kept: NDArray[np.bool_] | None) -> str | None:
+    """Which patches are predicted, as text."""
+    if kept is None:
+        return None
+    return base64.b64encode(zlib.compress(np.packbits(kept).tobytes(), 9)).decode()
+
+
+def unpacked(text: str | None, count: int) -> NDArray[np.bool_] | None:
+    """The same back."""
+    if text is None:
+        return None
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    return np.unpackbits(bits, count=count).astype(bool)
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two descriptions, by its name."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name}: was {_short(before)}, is {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
+
+
+class Folder:
+    """A job's folder: ``manifest.json``, and a marker in ``done/`` for every finished box."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def read(self) -> dict[str, Any] | None:
+        """The manifest, None if there is none.
+
+        Raises:
+            ManifestError: it is damaged, or of another version.
+        """
+        path = self.path / MANIFEST
+        try:
+            content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ManifestError(
+                f"{path}: is no manifest ({error}); prepare the job again"
+            ) from None
+        sealed = isinstance(content, dict) and content.pop("sha256", None) == digest(content)
+        if not sealed:
+            raise ManifestError(f"{path}: was changed or cut off; prepare the job again")
+        if content.get("format") != FORMAT:
+            raise ManifestError(f"{path}: is {content.get('format')!r}, expected {FORMAT!r}")
+        return content
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write the manifest, sealed by its digest."""
+        text = json.dumps({**content, "sha256": digest(content)}, indent=1)
+        make_folder(self.path)
+        write_text(self.path / MANIFEST, text)
+
+    def marker(self, index: int) -> Path:
+        """The file that says that a box is finished."""
+        return self.path / "done" / f"{index:06d}.json"
+
+    def mark(self, index: int, box: Box, manifest: str) -> None:
+        """Say that a box is finished, after its voxels are on the disk."""
+        content = _marked(index, box, manifest)
+        path = self.marker(index)
+        make_folder(path.parent)
+        write_text(path, json.dumps({**content, "sha256": digest(content)}))
+
+    def is_done(self, index: int, box: Box, manifest: str) -> bool:
+        """Whether a box is finished.
+
+        Raises:
+            ManifestError: its marker is damaged, or of another job.
+        """
+        path = self.marker(index)
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or content.pop("sha256", None) != digest(content):
+            raise ManifestError(f"{path}: is damaged; remove it, and the box is done again")
+        expected = _marked(index, box, manifest)
+        if content != expected:
+            changes = "; ".join(differences(content, expected))
+            raise ManifestError(f"{path}: is of another job ({changes}); take another folder")
+        return True
+
+
+def _marked(index: int, box: Box, manifest: str) -> dict[str, Any]:
+    return {"box": index, "low": list(box.low), "high": list(box.high), "manifest": manifest}

@@ -1,0 +1,296 @@
+"""Jobs of boxes: the bits of one process, whatever is cut, interrupted, repeated or changed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import operator
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import voxfuse
+from tests.fusion.test_region import Array, network, random_call
+from tests.scale.killed import BOX, SHAPE, interrupted, job, result_of_one_box
+from voxfuse.scale import Job, ManifestError, create_destination, open_destination, open_source
+from voxfuse.scale.manifest import Folder, packed, unpacked
+
+
+def options_of_job(options):
+    kept = dict(options)
+    return kept, {"skip": kept.pop("skip", None)}
+
+
+@pytest.mark.parametrize("seed", range(100, 124))
+def test_boxes_in_any_order_and_stopped_anywhere_make_the_bits_of_one(seed, tmp_path):
+    draw, image, roi, predictor, options = random_call(seed)
+    options, skips = options_of_job(options)
+    whole = voxfuse.sliding_window_inference(
+        image, roi, 3, predictor, pad_batches=True, **options, **skips
+    )[0]
+    shape = tuple(whole.shape)
+    unit = tuple(draw.randint(1, 4) for _ in shape)
+    out = Array(np.full(shape, 99, torch.empty(0, dtype=whole.dtype).numpy().dtype), unit)
+    box = [draw.randint(2, 12) for _ in roi] if draw.random() < 0.7 else None
+    source = Array(image[0].numpy())
+    each = Job(source, out, roi, predictor, 3, box=box, shards=2, **options)
+    plan = each.prepare(tmp_path, **skips)
+    assert plan.patches == each.plan(tmp_path).patches
+    # Some boxes, then a stop in the middle of one, then all that is left in shards.
+    count = draw.randint(1, 4)
+    each.run(tmp_path, (draw.randrange(count), count))
+    calls = iter(range(draw.randint(0, 5)))
+
+    def failing(patches):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return network(1.0)(patches)
+
+    broken = Job(source, out, roi, failing, 3, models={}, box=box, shards=2, **options)
+    with contextlib.suppress(KeyboardInterrupt, ManifestError):
+        broken.run(tmp_path)
+    again = draw.choice(each.remaining(tmp_path) or [0])
+    for index in draw.sample(range(count), count):
+        each.run(tmp_path, (index, count))
+    assert each.remaining(tmp_path) == []
+    assert each.run(tmp_path) == 0
+    Folder(tmp_path).marker(again).unlink()
+    assert each.run(tmp_path) == 1
+    assert each.run(tmp_path, (0, len(plan)), resume=False) == len(plan.shard(0, len(plan)))
+    result = out.array.view(np.uint8)
+    assert np.array_equal(result, whole.numpy().view(np.uint8))
+
+
+def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
+    job(tmp_path / "labels", 0.0).prepare(tmp_path)
+    seen = interrupted(tmp_path, 5, 0.004, 7)
+    assert seen == sorted(seen)
+    assert seen[0] < SHAPE[0] // BOX[0], "nothing was interrupted"
+    result = np.fromfile(tmp_path / "labels", np.uint8).reshape(SHAPE)
+    assert np.array_equal(result, result_of_one_box(tmp_path / "whole"))
+
+
+def small(**changes):
+    """A job of four boxes in a millisecond."""
+    image = np.arange(32 * 8, dtype=np.uint8).reshape(32, 8)
+    arguments = {
+        "source": image,
+        "out": np.zeros((32, 8), np.uint8),
+        "roi_size": (8, 8),
+        "predictor": network(1.0),
+        "box": (8, 8),
+        "output": "labels",
+        "models": {"network": "first"},
+    }
+    return Job(**{**arguments, **changes})
+
+
+CHANGES = {
+    "models.network": ({"models": {"network": "second"}}, 'was "first", is "second"'),
+    "volume.fingerprint": ({"source": np.ones((32, 8), np.uint8)}, "was "),
+    "volume.dtype": ({"source": np.ones((32, 8), np.int16)}, 'was "uint8", is "int16"'),
+    "options.window": ({"window": "hann"}, 'was null, is "hann"'),
+    "grid.starts": ({"overlap": 0.25}, "was "),
+    "options.output": ({"output": "mask", "activation": "sigmoid", "channels": [1]}, "was "),
+    "result.dtype": ({"out": np.zeros((32, 8), np.int16)}, 'was "uint8", is "int16"'),
+    "batch.given": ({"sw_batch_size": 3}, "was 4, is 3"),
+    "probe": ({"predictor": network(0.5)}, "was "),
+    "volume.normalisation": ({"normalisation": ([0], [2])}, "was null, is "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_is_refused_by_its_name(name, tmp_path):
+    small().prepare(tmp_path)
+    assert small().run(tmp_path, (0, 2)) == 2
+    changes, message = CHANGES[name]
+    changed = small(**changes)
+    with pytest.raises(ManifestError, match=re.escape(f"{name}: {message}")):
+        changed.run(tmp_path)
+    with pytest.raises(ManifestError, match=re.escape(f"{name}: {message}")):
+        changed.prepare(tmp_path)
+    # Nothing is lost: the job itself goes on.
+    assert small().run(tmp_path) == 2
+
+
+def test_another_machine_is_refused(tmp_path, monkeypatch):
+    small().prepare(tmp_path)
+    monkeypatch.setattr("voxfuse._library.cpu_capability", lambda: "VSX")
+    with pytest.raises(ManifestError, match=r'machine\.cpu: was .* is \["?.*VSX'):
+        small().run(tmp_path)
+
+
+def test_a_damaged_manifest_or_marker_is_said(tmp_path):
+    with pytest.raises(ManifestError, match="has no manifest; prepare the job first"):
+        small().run(tmp_path)
+    small().prepare(tmp_path)
+    small().run(tmp_path, (0, 2))
+    marker = Folder(tmp_path).marker(1)
+    whole = marker.read_text()
+    for text in ("", whole[:-5], whole.replace('"box": 1', '"box": 2')):
+        marker.write_text(text)
+        with pytest.raises(ManifestError, match=r"000001\.json: is damaged; remove it, and the"):
+            small().run(tmp_path)
+    marker.unlink()
+    assert small().run(tmp_path) == 3
+    # A marker of another job in the same place.
+    other = small(box=(16, 8))
+    other.prepare(tmp_path / "other")
+    other.run(tmp_path / "other")
+    marker.write_text(Folder(tmp_path / "other").marker(1).read_text())
+    with pytest.raises(ManifestError, match=r"is of another job \(high: was"):
+        small().remaining(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    text = manifest.read_text()
+    for changed in (text[:100], text.replace('"given": 4', '"given": 5')):
+        manifest.write_text(changed)
+        with pytest.raises(ManifestError, match=r"manifest\.json: (is no manifest|was changed)"):
+            small().run(tmp_path)
+    content = {"format": "voxfuse boxes 0"}
+    Folder(tmp_path).write(content)
+    with pytest.raises(ManifestError, match="is 'voxfuse boxes 0', expected 'voxfuse boxes 1'"):
+        small().run(tmp_path)
+
+
+def test_what_a_destination_or_source_raises_leaves_no_marker(tmp_path):
+    class Full(Array):
+        left = 2
+
+        def __setitem__(self, key, value):
+            if self.left == 0:
+                raise OSError(28, "No space left on device")
+            self.left -= 1
+            super().__setitem__(key, value)
+
+    out = Full(np.zeros((32, 8), np.uint8), (8, 8))
+    full = small(out=out)
+    full.prepare(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        full.run(tmp_path)
+    assert full.remaining(tmp_path) == [2, 3]
+    out.left = 9
+    assert full.run(tmp_path) == 2
+    expected = small()
+    expected.prepare(tmp_path / "whole")
+    expected.run(tmp_path / "whole")
+    assert np.array_equal(out.array, expected._out)
+
+
+def test_a_box_is_on_the_disk_before_its_marker(tmp_path):
+    events = []
+
+    class Flushed(Array):
+        def __setitem__(self, key, value):
+            events.append("written")
+            super().__setitem__(key, value)
+
+        def flush(self):
+            events.append(f"flushed with {len(list(tmp_path.glob('done/*')))} markers")
+
+    each = small(out=Flushed(np.zeros((32, 8), np.uint8), (8, 8)))
+    each.prepare(tmp_path)
+    each.run(tmp_path)
+    expected = [["written", f"flushed with {k} markers"] for k in range(4)]
+    assert events == functools.reduce(operator.iadd, expected, [])
+
+
+def test_statistics_are_of_the_whole_volume(tmp_path, monkeypatch):
+    monkeypatch.setattr("voxfuse.scale.intensities._BLOCK", 7)
+    image = np.random.default_rng(0).normal(1e4, 3, (2, 20, 9)).astype(np.float32)
+    each = Job(
+        image, np.zeros((20, 9), np.uint8), (8, 8), lambda x: x, output="labels",
+        normalisation="zscore",
+    )  # fmt: skip
+    each.prepare(tmp_path)
+    found = json.loads((tmp_path / "manifest.json").read_text())["volume"]["normalisation"]
+    exact = image.astype(np.float64).reshape(2, -1)
+    np.testing.assert_allclose(found["mean"], exact.mean(1), rtol=1e-13)
+    np.testing.assert_allclose(found["std"], exact.std(1), rtol=1e-11)
+
+
+def test_batches_of_one_are_said_and_kept(tmp_path):
+    def predictor(patches):
+        x = patches + torch.arange(len(patches)).reshape(-1, 1, 1, 1) / 7
+        return torch.cat([x, -x], 1)
+
+    each = small(predictor=predictor)
+    with pytest.warns(UserWarning, match="predicted one by one"):
+        each.prepare(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["batch"] == {"given": 4, "size": 1}
+    assert each.run(tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"out": [1]}, TypeError, "out: got list, expected an array that boxes can be assigned"),
+        ({"out": np.zeros((32, 9))}, ValueError, r"out: got shape \(32, 9\), expected \(32, 8\)"),
+        ({"source": np.zeros((1, 1, 32, 8))}, ValueError, "source: got shape .* expected 2 spat"),
+        ({"process_fn": len}, TypeError, "process_fn: is no option of a job, expected overlap"),
+        ({"normalisation": "robust"}, ValueError, "normalisation: got 'robust', expected None"),
+        ({"normalisation": ([1, 2], [1, 2])}, ValueError, "expected 1 means and as many standard"),
+        ({"box": (8,)}, ValueError, r"box: got \(8,\), expected 2 numbers >= 1"),
+        ({"box": None, "memory": 10}, ValueError, "memory: got 10, but a box of .* takes"),
+        (
+            {"predictor": lambda x: (x, x)},
+            ValueError,
+            "predictor: returned 2 outputs, exp",
+        ),
+    ],
+)
+def test_bad_input(changes, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        small(**changes).prepare(tmp_path)
+
+
+def test_the_reference_activates_no_boxes():
+    with pytest.raises(RuntimeError, match="backend: activation 'softmax' would be computed by"):
+        small(backend="reference", activation="softmax")
+    small(backend="reference")
+
+
+def test_bad_shards(tmp_path):
+    each = small()
+    each.prepare(tmp_path)
+    for shard in [(2, 2), (-1, 2), (0, 0)]:
+        with pytest.raises(ValueError, match=r"shard: got .* expected \(i, n\) with 0 <= i < n"):
+            each.run(tmp_path, shard)
+    with pytest.raises(ValueError, match="skip: is true for every patch"):
+        each.prepare(tmp_path / "other", skip=lambda patch: True)
+
+
+def test_zarr_to_zarr_in_whole_shards(tmp_path):
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed")
+    image = np.random.default_rng(0).integers(0, 255, (40, 22, 20)).astype(np.uint8)
+    array = zarr.create_array(tmp_path / "image.zarr", data=image, chunks=(8, 8, 8))
+    assert array.shape == image.shape
+    results = []
+    for number, box in enumerate([(40, 22, 20), (16, 16, 20), (9, 22, 9)]):
+        place = tmp_path / f"labels{number}.zarr"
+        out = create_destination(place, image.shape, np.uint8, chunks=4, shards=8)
+        each = Job(
+            open_source(tmp_path / "image.zarr"), out, (12, 10, 8), network(0.01), 4, box=box,
+            output="labels",
+        )  # fmt: skip
+        folder = tmp_path / f"job{number}"
+        each.prepare(folder)
+        # Every process opens the destination anew.
+        for index in (1, 0):
+            again = Job(
+                open_source(tmp_path / "image.zarr"), open_destination(place), (12, 10, 8),
+                network(0.01), 4, box=box, output="labels",
+            )  # fmt: skip
+            again.run(folder, (index, 2))
+        assert each.remaining(folder) == []
+        out.check()
+        results.append(zarr.open_array(place, mode="r")[:])
+    assert all(np.array_equal(result, results[0]) for result in results[1:])
+
+
+def test_skipped_patches_survive_the_text():
+    kept = np.random.default_rng(0).random(1001) < 0.2
+    assert np.array_equal(unpacked(packed(kept), 1001), kept)
+    assert unpacked(packed(None), 3) is None
