@@ -1,13 +1,15 @@
 """The committed table is that of the committed rows, and verdicts follow from rows."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from voxfuse.experiments import claims, fusion_page
-from voxfuse.experiments.registry import EXPERIMENTS
+from voxfuse.experiments.experiment import Place
+from voxfuse.experiments.registry import EXPERIMENTS, write_pages
 from voxfuse.experiments.results import read_rows
 from voxfuse.experiments.scores import CHOICES
 from voxfuse.experiments.statistics import FewPatients
@@ -17,8 +19,17 @@ RESULTS = Path(__file__).parents[2] / "docs" / "experiments"
 LOSSES = ("cross-entropy", *claims.BY_BETA, "jaccard")
 
 
-def test_the_committed_table_is_that_of_the_committed_rows():
-    """Where it is not: voxfuse experiment NAME --page."""
+def test_the_committed_pages_are_those_of_the_committed_rows(tmp_path):
+    """Where they are not: voxfuse experiment NAME --page."""
+    for name in EXPERIMENTS:
+        if (RESULTS / name / "results.csv").is_file():
+            shutil.copytree(RESULTS / name, tmp_path / name)
+    write_pages(Place(tmp_path, tmp_path, tmp_path))
+    for made in tmp_path.rglob("*"):
+        if made.is_file() and made.name not in ("README.md", "subjects.csv"):
+            assert made.read_bytes() == (RESULTS / made.relative_to(tmp_path)).read_bytes(), made
+    for made in tmp_path.glob("*/README.md"):
+        assert made.read_text() == (RESULTS / made.relative_to(tmp_path)).read_text(), made
     assert (RESULTS / "README.md").read_text() == claims.page(RESULTS)
     experiments = {line.statement.experiment for line in claims.lines(RESULTS)}
     assert experiments == {"losses", "lesions", "fusion", "bounds"}

@@ -44,28 +44,25 @@ def add(commands: Any) -> None:
     parser.add_argument("--runs", type=int, metavar="N", help="leave after so many runs in all")
     parser.add_argument("--seconds", type=float, metavar="S", help="begin no run after so long")
     parser.add_argument(
-        "--page", action="store_true", help="do no runs: make the page from the rows there are"
+        "--page", action="store_true", help="do no runs: make the pages from the rows there are"
     )
     parser.set_defaults(run=_experiment)
 
 
 def _experiment(options: argparse.Namespace) -> int:
     try:
-        from voxfuse.experiments.claims import write_page
         from voxfuse.experiments.experiment import Place, carry_out
-        from voxfuse.experiments.registry import find
+        from voxfuse.experiments.registry import find, write_pages
 
         experiment = find(options.name)
         data = Path(options.data or Path.cwd().parent / "shared" / "data")
         work = options.work / "quick" if options.quick else options.work
         out = work / "results" if options.quick else options.out
         place = Place(data, work, out, options.quick)
-        if options.page:
-            experiment.write_pages(place)
-        else:
+        if not options.page:
             how = {"jobs": options.jobs, "runs": options.runs, "seconds": options.seconds}
             carry_out(experiment, place, **how)
-        write_page(out)
+        write_pages(place)
     except KeyboardInterrupt:
         print("voxfuse experiment: interrupted; the same command goes on", file=sys.stderr)
         return 130
