@@ -195,13 +195,11 @@ class Rows:
             [[float(of[seed, name][score]) for name in PATIENTS] for seed in self.seeds]
         )
 
-    def difference(self, claim: Claim, threshold: str) -> Floats:
-        """Of a claim's two settings."""
-        values = (
-            self.values(where, threshold, claim.score) for where in (claim.better, claim.worse)
-        )
-        better, worse = values
-        return better - worse
+    def difference(self, claim: Claim, threshold: str, score: str = "") -> Floats:
+        """Of a claim's two settings, in its own score or another."""
+        score = score or claim.score
+        better = self.values(claim.better, threshold, score)
+        return better - self.values(claim.worse, threshold, score)
 
 
 def _with_seam(row: Row) -> Row:
@@ -386,13 +384,14 @@ def pages(finished: Finished) -> dict[str, str]:
     for claim in CLAIMS:
         tuned, half = intervals(rows, claim)
         verdict = verdict_of(rows, claim)
-        lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), verdict])
+        precision = str(few_patients(rows.difference(claim, "0.5", "ap")))
+        lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), precision, verdict])
     text += [
         "## Results",
         done(finished, "voxfuse experiment fusion"),
         f"Seeds with both folds: {', '.join(map(str, rows.seeds))}. Scores are means over them and "
         "six patients; intervals are as the protocol says.",
-        markdown(["claim", "at tuned thresholds", "at 0.5", "verdict"], lines),
+        markdown(["claim", "at tuned thresholds", "at 0.5", "AP", "verdict"], lines),
         f"The network's receptive field is {widest_field()} voxels an axis, without what its "
         "normalisation sees, and its patch has 32: every prediction lacks some of its "
         "surroundings, those at a face half of them. A voxel at the centre has 16 to either side.",

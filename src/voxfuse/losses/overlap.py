@@ -43,8 +43,8 @@ class TverskyLoss(OverlapLoss):
         loss = \mathrm{mean}_{b,c}\; \omega_c\,(1 - TI)^\gamma
 
     (Salehi, Erdogmus, Gholipour 2017, arXiv 1706.05721). alpha weighs false positives, beta false
-    negatives: more beta, more recall. alpha = beta = 1/2 is soft Dice, alpha = beta = 1 soft
-    Jaccard. The defaults equal ``monai.losses.TverskyLoss(softmax=True, to_onehot_y=True)``.
+    negatives. alpha = beta = 1/2 is soft Dice, alpha = beta = 1 soft Jaccard. The defaults equal
+    ``monai.losses.TverskyLoss(softmax=True, to_onehot_y=True)``.
 
     One pass over the voxels forward, one backward; nothing volume-sized is kept but the logits and
     the target themselves. The counts are summed in float64, so pure float16 logits are safe. The
