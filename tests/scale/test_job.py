@@ -16,6 +16,7 @@ import voxfuse
 from tests.fusion.test_region import Array, network, random_call
 from tests.scale.killed import BOX, SHAPE, interrupted, job, result_of_one_box
 from voxfuse.scale import Job, ManifestError, create_destination, open_destination, open_source
+from voxfuse.scale.intensities import Lifted
 from voxfuse.scale.manifest import Folder, packed, unpacked
 
 
@@ -209,6 +210,16 @@ def test_statistics_are_of_the_whole_volume(tmp_path, monkeypatch):
     exact = image.astype(np.float64).reshape(2, -1)
     np.testing.assert_allclose(found["mean"], exact.mean(1), rtol=1e-13)
     np.testing.assert_allclose(found["std"], exact.std(1), rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4"])
+def test_every_type_is_normalised_alike(dtype):
+    values = np.random.default_rng(0).integers(0, 255, (2, 6, 5)).astype(dtype)
+    lifted = Lifted(values, 2, ([10, 100], [3, 0.7]))
+    found = lifted[(slice(0, 1), slice(1, 2), slice(1, 6), slice(0, 4))]
+    exact = (values[1:2, 1:6, :4].astype(np.float64) - 100) / 0.7
+    assert found.dtype == np.float32
+    assert np.array_equal(found, exact.astype(np.float32)[None])
 
 
 def test_batches_of_one_are_said_and_kept(tmp_path):

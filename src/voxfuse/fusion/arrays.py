@@ -156,10 +156,16 @@ class Gathered:
 
     def __call__(self, slab: Tensor, start: int, stop: int) -> None:
         """Take the final slices ``start`` to ``stop``."""
-        axis, first = self._axis, start
+        axis, first, extent = self._axis, start, self._shape[self._axis]
         while first < stop:
             begin = first - first % self._unit
-            end = min(begin + self._unit, self._shape[axis])
+            whole = stop if stop == extent else stop - stop % self._unit
+            if begin == first < whole:
+                # Units that are whole already go without a copy.
+                self._write(slab.narrow(axis, first - start, whole - first), first, whole)
+                first = whole
+                continue
+            end = min(begin + self._unit, extent)
             last = min(stop, end)
             if self._buffer is None:
                 shape = list(self._shape)
@@ -172,9 +178,9 @@ class Gathered:
                 self._write(self._buffer.narrow(axis, 0, end - begin), begin, end)
             first = last
 
-    def _write(self, unit: Tensor, begin: int, end: int) -> None:
+    def _write(self, units: Tensor, begin: int, end: int) -> None:
         key = [slice(0, size) for size in self._shape]
         key[self._axis] = slice(begin, end)
         if self._bare:
-            unit, key = unit[0], key[1:]
-        self._out[tuple(key)] = unit.contiguous().numpy()
+            units, key = units[0], key[1:]
+        self._out[tuple(key)] = units.to("cpu", self.dtype).contiguous().numpy()

@@ -15,6 +15,9 @@ from voxfuse.fusion.arrays import Sliceable, torch_dtype
 #: Voxels along each axis that statistics read at once.
 _BLOCK = 256
 
+#: Types of so few values that each is normalised once, for all voxels.
+_SHORT = (np.dtype(np.uint8), np.dtype(np.uint16))
+
 #: What intensities are brought to: as they are, mean 0 and standard deviation 1 of each channel, or
 #: (means, standard deviations).
 Normalisation = str | tuple[Sequence[float], Sequence[float]] | None
@@ -37,6 +40,7 @@ class Lifted:
         self.dtype = given if floating else np.dtype(np.float32)
         torch_dtype("source", given)
         self._normalisation = normalisation
+        self._tables: dict[tuple[float, float, int], NDArray[Any]] = {}
         #: Means and standard deviations, once they are known.
         self.statistics: dict[str, list[float]] | None = None
         if isinstance(normalisation, str) and normalisation != "zscore":
@@ -69,14 +73,30 @@ class Lifted:
         box = np.asarray(self._source[key[2:] if self._bare else key[1:]])
         return box[None] if self._bare else box
 
+    def _table(self, mean: float, std: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """What every value of a type of few becomes."""
+        known = (mean, std, dtype.itemsize)
+        if known not in self._tables:
+            values = np.arange(1 << 8 * dtype.itemsize)
+            self._tables[known] = ((values - mean) / std).astype(self.dtype)
+        return self._tables[known]
+
     def __getitem__(self, key: tuple[slice, ...]) -> NDArray[Any]:
         box = self.stored(key)
-        if self.statistics is not None:
-            along = (-1, *(1,) * (box.ndim - 1))
-            mean = np.array(self.statistics["mean"]).reshape(along)
-            std = np.array(self.statistics["std"]).reshape(along)
-            box = (box.astype(np.float64) - mean) / std
-        return box.astype(self.dtype, copy=False)[None]
+        if self.statistics is None:
+            return box.astype(self.dtype, copy=False)[None]
+        result = np.empty((1, *box.shape), self.dtype)
+        channels = range(*key[1].indices(self.shape[1]))
+        for number, (channel, values) in enumerate(zip(channels, box, strict=True)):
+            mean, std = (self.statistics[name][channel] for name in ("mean", "std"))
+            if box.dtype in _SHORT:
+                # Of so few values each is computed once.
+                np.take(
+                    self._table(mean, std, box.dtype), values, out=result[0, number], mode="clip"
+                )
+            else:
+                result[0, number] = (values.astype(np.float64) - mean) / std
+        return result
 
 
 def _statistics(lifted: Lifted) -> dict[str, list[float]]:
