@@ -61,6 +61,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         help="channels are regions, decided one by one; write these values, later ones on top",
     )  # fmt: skip
     parser.add_argument(
+        "--format", choices=["nifti", "dicom"],
+        help="of what is written to a folder: OUT/STUDY.nii.gz, or of DICOM series OUT/STUDY.dcm, "
+        "DICOM-SEG (--output FILE.dcm of one)",
+    )  # fmt: skip
+    parser.add_argument(
         "--probabilities", action="store_true",
         help="write STUDY_probabilities.nii.gz besides: float32, (x, y, z), or a channel a label",
     )  # fmt: skip

@@ -5,6 +5,7 @@ module           owns
 ===============  ==============================================================================
 ``request``      the options, checked together: a job of studies and their places
 ``models``       networks: exported programs, attributes of modules, their last layer
+``dicom``        series as scans, segmentations as DICOM-SEG
 ``reading``      which files are a study's, and reading them
 ``segmenters``   a study's arrays to a segmentation on its own grid: a run, or any network
 ``plan``         patches, memory, output and time before anything begins

@@ -9,26 +9,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import ENDINGS, Scan, load_scan
 from voxfuse.training.dataset import Subject, file_named, name_of
 
 
 def read_scan(path: Path) -> Scan:
-    """Read an image: a file.
+    """Read an image: a file, or the folder of a DICOM series.
 
     Raises:
         ValueError: it cannot be read.
     """
-    return load_scan(path)
+    return read_series(path) if path.is_dir() else load_scan(path)
 
 
 def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
     """The studies that ``voxfuse predict --input`` names, for a network of any kind.
 
     Args:
-        channels: a file a channel; or a folder a channel, with files of the same names; or one
-            folder of a file a study, or of files ``STUDY_0000.nii.gz`` as nnU-Net names them.
+        channels: a file or DICOM series a channel; or a folder a channel, with files or series of
+            the same names; or one folder of a file or series a study, or of files
+            ``STUDY_0000.nii.gz`` as nnU-Net names them.
         mask: a file of this name without the ending lies beside the first channel, unless it is
             "all" or "positive".
 
@@ -41,11 +43,11 @@ def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
     for path in channels:
         if not path.exists():
             raise FileNotFoundError(f"--input: there is no {path}")
-    folders = [path for path in channels if path.is_dir()]
+    folders = [path for path in channels if path.is_dir() and not is_series(path)]
     if not folders:
         return [_study(_numbered(channels[0])[0], channels, mask)]
     if len(folders) < len(channels):
-        other = next(path for path in channels if not path.is_dir())
+        other = next(path for path in channels if path not in folders)
         raise ValueError(
             f"--input: got the folder {folders[0]} and the file {other}, expected files or folders"
         )
@@ -79,7 +81,8 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") or name_of(path) == mask
-        if hidden or not path.name.endswith(ENDINGS) or not path.is_file():
+        image = path.is_file() and path.name.endswith(ENDINGS)
+        if hidden or not (image or is_series(path)):
             continue
         name, number = _numbered(path)
         other = found.setdefault(name, {}).setdefault(number or 0, path)
@@ -87,7 +90,7 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
             raise ValueError(f"--input: {other.name} and {path.name} in {folder} are both {name}")
     if not found:
         looked_for = ", ".join(f"*{ending}" for ending in ENDINGS)
-        raise FileNotFoundError(f"--input: {folder} has no images ({looked_for})")
+        raise FileNotFoundError(f"--input: {folder} has no images ({looked_for}, DICOM series)")
     wanted = sorted({number for numbers in found.values() for number in numbers})
     return {
         name: [numbers.get(k, folder / f"{name}_{k:04d}.nii.gz") for k in wanted]
@@ -111,6 +114,9 @@ def header_of(path: Path) -> Header:
     Raises:
         ValueError: it cannot be read.
     """
+    if path.is_dir():
+        series = load_series(path, pixels=False)
+        return Header(series.shape, 1, series.affine, series.itemsize)
     nibabel = optional("nibabel", f"Reading {path}")
     try:
         image = nibabel.load(path)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from voxfuse.fusion.options import FusionOptions
+from voxfuse.inference.dicom import is_series, write_segmentation
 from voxfuse.inference.models import Network, is_network, load_network
 from voxfuse.inference.night import STATUS, Target
 from voxfuse.inference.reading import find_studies, header_of
@@ -77,6 +78,7 @@ class Request:
     trust_model: bool = False
     model_id: str | None = None
     device: str = "auto"
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ class Job:
 
     def write(self, segmentation: Segmentation, placement: Placement, target: Target) -> None:
         """Write a segmentation as files that are whole when they appear."""
+        if target.path.name.endswith(".dcm"):
+            digest = str(self.segmenter.about["model"]["digest"])
+            write_segmentation(segmentation.labels, placement.path, target.path, digest)
+            return
         if target.beside is not None and segmentation.probabilities is not None:
             channels = np.moveaxis(segmentation.probabilities, 0, -1)
             channels = channels[..., 0] if channels.shape[-1] == 1 else channels
@@ -136,8 +142,11 @@ def _of_run(request: Request) -> Job:
     if request.threshold is not None and len(model.labels) > 2:
         raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
     options = _prediction(request, model.config.prediction)
-    _check_output(request.output)
-    studies = find_inputs(request.input, model.images, model.config.data, model.channels)
+    _check_output(request)
+    if all(is_series(path) for path in request.input):
+        studies = find_studies(request.input, model.config.data.mask)
+    else:
+        studies = find_inputs(request.input, model.images, model.config.data, model.channels)
     label = model.config.data.label
     truths = [file_of(s.images[0].parent, label) if label else None for s in studies]
     targets, to_folder = _targets(request, studies, [path for path in truths if path])
@@ -163,7 +172,7 @@ def _of_network(request: Request) -> Job:
         )
     if regions is not None and (request.labels or min(regions) < 1):
         raise ValueError(f"--regions: got {list(regions)}, expected values >= 1, without --labels")
-    _check_output(request.output)
+    _check_output(request)
     studies = find_studies(request.input, data.mask)
     targets, to_folder = _targets(request, studies, [])
     network = load_network(
@@ -386,7 +395,16 @@ def _resident(key: str) -> int:
 # --- Places ---------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path) -> None:
+def _check_output(request: Request) -> None:
+    output, kind = request.output, request.format
+    if kind not in (None, "nifti", "dicom"):
+        raise ValueError(f"--format: got {kind!r}, expected nifti or dicom")
+    if output.name.endswith(".dcm") or kind == "dicom":
+        if request.probabilities:
+            raise ValueError("--probabilities: is not written as DICOM-SEG")
+        if kind == "nifti" or output.name.endswith(_ENDINGS):
+            raise ValueError(f"--format: got {kind}, but --output {output}")
+        return
     if output.name.endswith(_NOT_WRITTEN) and not output.name.endswith(_ENDINGS):
         raise ValueError(f"--output: got {output}, expected a folder or a file .nii.gz or .nii")
 
@@ -396,7 +414,14 @@ def _targets(
 ) -> tuple[list[Target], bool]:
     """Where segmentations go, none of them over what is read or over another."""
     output = request.output
-    one_file = output.name.endswith(_ENDINGS)
+    one_file = output.name.endswith((*_ENDINGS, ".dcm"))
+    dicom = output.name.endswith(".dcm") or request.format == "dicom"
+    if dicom:
+        plain = next((s for s in studies if not is_series(s.images[0])), None)
+        if plain is not None:
+            raise ValueError(
+                f"--output: DICOM-SEG is of DICOM series, but {plain.images[0]} is none"
+            )
     if one_file and len(studies) > 1:
         raise ValueError(f"--output: got {output} for {len(studies)} subjects, expected a folder")
     if one_file:
@@ -404,7 +429,7 @@ def _targets(
     else:
         targets = []
         for study in studies:
-            path = output / f"{study.name}.nii.gz"
+            path = output / f"{study.name}{'.dcm' if dicom else '.nii.gz'}"
             status = output / STATUS / f"{study.name}.json"
             targets.append(Target(path, _beside(path, request.probabilities), status))
     kept = {path.resolve() for path in truths}
@@ -412,7 +437,7 @@ def _targets(
         kept |= {p.resolve() for p in (*study.images, study.mask) if p is not None}
     made: set[Path] = set()
     for path in [p for target in targets for p in (target.path, target.beside) if p is not None]:
-        if path.resolve() in kept:
+        if {path.resolve(), path.resolve().parent} & kept:  # a series is its folder
             raise ValueError(
                 f"--output: {path} is an image, mask or label of a subject, expected another place"
             )

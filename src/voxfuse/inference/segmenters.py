@@ -120,7 +120,7 @@ class RunSegmenter:
 
     def read(self, study: Subject) -> Volume:
         """See :class:`Segmenter`."""
-        return self.model.volume(study)
+        return self.model.volume(study, read_scan)
 
     def predict(self, volume: Volume, watch: Watch) -> Segmentation:
         """See :class:`Segmenter`."""

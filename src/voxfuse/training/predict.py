@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from voxfuse import sliding_window_inference
+from voxfuse.metrics.files import Scan, load_scan
 from voxfuse.training.checkpoints import restore
 from voxfuse.training.config import Config, PredictionOptions, parse
 from voxfuse.training.dataset import Subject
@@ -134,13 +135,17 @@ class Model:
         """The labels' values, class by class."""
         return sorted(self.labels.values())
 
-    def volume(self, subject: Subject) -> Volume:
+    def volume(self, subject: Subject, read: Callable[[Path], Scan] = load_scan) -> Volume:
         """A subject as the network sees it; a label is not looked at.
+
+        Args:
+            subject: its files.
+            read: see :func:`voxfuse.training.volumes.load_volume`.
 
         Raises:
             DataError: the scans do not fit; see :func:`voxfuse.training.volumes.load_volume`.
         """
-        volume = load_volume(subject, self.config.data)
+        volume = load_volume(subject, self.config.data, read=read)
         if volume.image.shape[0] != len(self.images):
             raise ValueError(
                 f"{subject.name}: got {volume.image.shape[0]} modalities, expected "

@@ -1,0 +1,146 @@
+"""DICOM series in, on their own geometry; DICOM-SEG out."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.inference.test_studies import intensities, predict, read, write
+
+pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom: pydicom")
+
+from voxfuse.inference.dicom import load_series, read_series  # noqa: E402
+
+#: Unit vectors along a row and along a column, in LPS: oblique, and not axial.
+ALONG_ROW = np.array([0.0, 0.8, -0.6])
+ALONG_COLUMN = np.array([0.6, -0.48, -0.64])
+NORMAL = np.cross(ALONG_ROW, ALONG_COLUMN)
+ORIGIN = np.array([-31.5, 12.25, 103.0])
+ROWS_MM, COLUMNS_MM, SLICES_MM = 0.75, 0.5, 2.5  # between rows, between columns
+PATCH = ["--patch", 16]
+
+
+def write_series(folder, array, change=None, slope=lambda k: 1.0):
+    """Stored values (column, row, slice) as a file a slice, in no order of names."""
+    folder.mkdir(parents=True)
+    series, study, frame = (pydicom.uid.generate_uid() for _ in range(3))
+    names = np.random.default_rng(5).permutation(array.shape[2])
+    for k in range(array.shape[2]):
+        one = pydicom.Dataset()
+        one.file_meta = pydicom.dataset.FileMetaDataset()
+        one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        one.SOPClassUID = pydicom.uid.MRImageStorage
+        one.SOPInstanceUID = pydicom.uid.generate_uid()
+        one.SeriesInstanceUID, one.StudyInstanceUID, one.FrameOfReferenceUID = series, study, frame
+        one.PatientName, one.PatientID, one.Modality = "Doe^Jane", "42", "MR"
+        for empty in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+                      "AccessionNumber", "ReferringPhysicianName"):  # fmt: skip
+            setattr(one, empty, "")
+        one.SeriesNumber = one.InstanceNumber = k + 1
+        one.Columns, one.Rows = array.shape[:2]
+        one.PixelSpacing = [ROWS_MM, COLUMNS_MM]
+        one.ImageOrientationPatient = [*ALONG_ROW, *ALONG_COLUMN]
+        one.ImagePositionPatient = [*(ORIGIN + k * SLICES_MM * NORMAL)]
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.BitsAllocated = one.BitsStored = 16
+        one.HighBit, one.PixelRepresentation = 15, 0
+        one.RescaleSlope, one.RescaleIntercept = slope(k), -1
+        stored = ((array[:, :, k] + 1) / slope(k)).astype(np.uint16)
+        one.PixelData = stored.T.tobytes()
+        if change is not None and change(k, one) == "leave out":
+            continue
+        one.save_as(folder / f"IM{names[k]:03d}", enforce_file_format=True)
+    return folder
+
+
+def test_a_series_lies_where_its_slices_do(tmp_path):
+    array = intensities((20, 17, 6), levels=50) * 4
+    scan = read_series(write_series(tmp_path / "s", array, slope=lambda k: [1.0, 0.5, 2.0][k % 3]))
+    assert np.abs(scan.array - array).max() <= 1  # stored values are integers
+    assert np.array_equal(scan.array[:, :, ::3], array[:, :, ::3])
+    for column, row, k in [(0, 0, 0), (19, 0, 0), (0, 16, 5), (7, 3, 2)]:
+        place = ORIGIN + k * SLICES_MM * NORMAL
+        place = place + column * COLUMNS_MM * ALONG_ROW + row * ROWS_MM * ALONG_COLUMN
+        expected = place * [-1, -1, 1]  # LPS to RAS
+        np.testing.assert_allclose((scan.affine @ [column, row, k, 1])[:3], expected, atol=1e-9)
+    np.testing.assert_allclose(scan.spacing, (COLUMNS_MM, ROWS_MM, SLICES_MM))
+
+
+def moved(by):
+    def change(k, one):
+        if k == 3:
+            one.ImagePositionPatient = [*(np.asarray(one.ImagePositionPatient, float) + by)]
+
+    return change
+
+
+def set_to(name, value, every=False):
+    def change(k, one):
+        if every or k == 3:
+            setattr(one, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda k, one: "leave out" if k == 3 else None, "a slice is missing between .* 5.000 mm"),
+        (moved(-SLICES_MM * NORMAL), "two slices lie in one place"),
+        (moved(0.4 * NORMAL), "slices lie 2.100 to 2.900 mm apart"),
+        (moved(0.4 * ALONG_ROW), "slices are shifted by up to 0.4 mm across their normal"),
+        (set_to("PixelSpacing", [1.0, 1.0]), "PixelSpacing differs between the slices"),
+        (set_to("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), "ImageOrientationPatient differs"),
+        (set_to("SeriesInstanceUID", "1.2.3"), "has slices of 2 series, expected one a folder"),
+        (set_to("PhotometricInterpretation", "MONOCHROME1", True), "MONOCHROME1, expected grey"),
+        (lambda k, one: one.pop("ImagePositionPatient") and None, "has no slices with a position"),
+    ],
+)
+def test_a_series_that_is_no_regular_grid_is_refused(tmp_path, change, pattern):
+    folder = write_series(tmp_path / "s", intensities((8, 7, 8)), change)
+    with pytest.raises(ValueError, match=pattern):
+        load_series(folder)
+
+
+def test_from_a_series_to_nifti_and_to_dicom_seg(tmp_path):
+    highdicom = pytest.importorskip("highdicom", reason="needs the extra dicom: highdicom")
+    truth = intensities((20, 17, 14), levels=3)
+    folder = write_series(tmp_path / "in/jane", truth)
+    write_series(tmp_path / "in/nothing", truth * 0)
+    for name in ("mask.nii.gz", "mask.dcm"):
+        assert predict("three_classes", folder, tmp_path / name, *PATCH) == 0
+    assert np.array_equal(read(tmp_path / "mask.nii.gz"), truth)
+
+    found = highdicom.seg.segread(tmp_path / "mask.dcm")
+    assert [d.SegmentLabel for d in found.SegmentSequence] == ["label 1", "label 2"]
+    slices = load_series(folder).slices
+    frames = found.get_pixels_by_source_instance(
+        [one.SOPInstanceUID for one in slices], combine_segments=True
+    )
+    assert np.array_equal(frames.transpose(2, 1, 0), truth)
+    assert str(found.PatientID) == "42"  # it is the patient's, as the series
+
+    out = tmp_path / "out"
+    assert predict("three_classes", tmp_path / "in", out, *PATCH, "--format", "dicom") == 0
+    assert sorted(path.name for path in out.glob("*.dcm")) == ["jane.dcm", "nothing.dcm"]
+    assert not highdicom.seg.segread(out / "nothing.dcm").pixel_array.any()
+    status = (out / "status/jane.json").read_text()
+    assert "jane" not in status.lower()
+    assert json.loads(status)["voxels"].keys() == {"0", "1", "2"}
+
+
+def test_what_dicom_is_not_written_for(tmp_path, capsys):
+    folder = write_series(tmp_path / "s", intensities((8, 7, 8)))
+
+    plain = write(tmp_path / "scan.nii.gz", intensities())
+    for given, output, options, expected in (
+        (plain, "x.dcm", [], "DICOM-SEG is of DICOM series, but .*scan.nii.gz is none"),
+        (folder, "x.dcm", ["--probabilities"], "--probabilities: is not written as DICOM-SEG"),
+        (folder, "s/mask.nii.gz", [], "is an image, mask or label of a subject"),
+    ):
+        assert predict("above_half", given, tmp_path / output, *PATCH, *options) == 1
+        error = capsys.readouterr().err
+        assert re.search(expected, error), error
