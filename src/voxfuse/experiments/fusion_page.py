@@ -388,7 +388,8 @@ def pages(finished: Finished) -> dict[str, str]:
         lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), precision, verdict])
     text += [
         "## Results",
-        done(finished, "voxfuse experiment fusion"),
+        done(finished, "voxfuse experiment fusion")
+        + " The training of the networks, 800 steps each, came before and is not in it.",
         f"Seeds with both folds: {', '.join(map(str, rows.seeds))}. Scores are means over them and "
         "six patients; intervals are as the protocol says.",
         markdown(["claim", "at tuned thresholds", "at 0.5", "AP", "verdict"], lines),
