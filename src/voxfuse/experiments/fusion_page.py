@@ -377,7 +377,8 @@ def pages(finished: Finished) -> dict[str, str]:
     text = [f"# {TITLE}", "## Protocol", PROTOCOL.rstrip()]
     rows = Rows(finished.rows)
     if not rows.seeds:
-        text += ["## Results", "Not yet run."]
+        found = done(finished, "voxfuse experiment fusion") if finished.runs else "Not yet run."
+        text += ["## Results", f"{found} No seed has both folds yet."]
         return {"README.md": "\n\n".join(text) + "\n"}
     overlaps = sorted({r["overlap"] for r in rows.rows if r["window"] == SPLINE}, key=float)
     lines = []

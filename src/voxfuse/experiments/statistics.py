@@ -156,10 +156,8 @@ class FewPatients(Interval):
     patients: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{super().__str__()}, seed sd {self.seed_sd:.3f}, "
-            f"{self.positive} of {self.patients} patients above 0"
-        )
+        spread = f"seed sd {self.seed_sd:.3f}" if np.isfinite(self.seed_sd) else "one seed"
+        return f"{super().__str__()}, {spread}, {self.positive} of {self.patients} patients above 0"
 
 
 def few_patients(values: ArrayLike, *, level: float = 0.95) -> FewPatients:
