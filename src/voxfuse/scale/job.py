@@ -138,8 +138,12 @@ class Job:
         """
         if folder is not None:
             return self._opened(Folder(folder))[1]
-        self._lifted.settle(None)
-        return self._planned(None, self._probed(self._size, None)[2])
+        first = [axis[0] for axis in self._volume.grid.starts]
+        _start(self._source, None)
+        with torch.no_grad():
+            batches = Batches(self._volume, self._network, self._weights, self._size, padded=True)
+            members, _ = batches.predict([(0, first)])
+        return self._planned(None, members[0].outputs[0].shape[1])
 
     def prepare(
         self,
