@@ -42,9 +42,9 @@ OWN = (0.3, 0.1)
 
 #: What is drawn, so that behind the soft edge voxels of lesions have the measured contrasts.
 CONTRASTS: dict[str, Contrast] = {
-    "flair": Contrast(1.22, 1.43, 1.605),
-    "t1": Contrast(0.42, 0.73, 0.955),
-    "t2": Contrast(1.37, 1.905, 2.63),
+    "flair": Contrast(1.24, 1.435, 1.63),
+    "t1": Contrast(0.412, 0.713, 0.95),
+    "t2": Contrast(1.39, 1.93, 2.655),
 }
 
 
@@ -88,8 +88,9 @@ def paint(
     own = OWN[count * float(host.spacing.prod()) >= CONFLUENT]
 
     def field() -> NDArray[np.float64]:
-        texture = smooth_noise(lesion.shape, width, random)
-        return np.sqrt(own) * random.standard_normal() + np.sqrt(0.6 - own) * texture
+        texture = np.sqrt(0.6 - own) * smooth_noise(lesion.shape, width, random)
+        z: NDArray[np.float64] = np.sqrt(own) * random.standard_normal() + texture
+        return z
 
     common = field()
     for name, image in images.items():
