@@ -6,6 +6,7 @@ between pages; MyST, because the pages are Markdown that is read in the reposito
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import sys
@@ -79,8 +80,8 @@ ELSEWHERE = {
 }
 
 
-def on_the_site(text: str, folder: Path) -> str:
-    """Links of a page in ``folder`` as the site has them; one to a source is its text alone."""
+def on_the_site(text: str, folder: Path, page: Path) -> str:
+    """Links of a text in ``folder`` as the site's ``page`` has them; to a source, the text alone."""
 
     def moved(link: re.Match[str]) -> str:
         label, path, anchor = link.groups(default="")
@@ -88,22 +89,25 @@ def on_the_site(text: str, folder: Path) -> str:
             return link[0]
         path = posixpath.normpath((folder / path).relative_to(ROOT).as_posix())
         if path.startswith("examples/") and path.endswith(".py"):
-            return f"[{label}](examples.md#{path.replace('/', '').replace('.', '')})"
+            path, anchor = "docs/examples.md", "#" + path.replace("/", "").replace(".", "")
         if label.endswith(".md"):
             label = ""  # becomes the page's title
-        page = ELSEWHERE.get(path, path.removeprefix("docs/"))
-        return f"[{label}]({page}{anchor})" if (ROOT / "docs" / page).is_file() else link[1]
+        target = ROOT / "docs" / ELSEWHERE.get(path, path.removeprefix("docs/"))
+        here = Path(os.path.relpath(target, page.parent)).as_posix()
+        return f"[{label}]({here}{anchor})" if target.is_file() else link[1]
 
     return re.sub(r"\[([^\[\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)", moved, text)
 
 
 def read_page(app: Sphinx, page: str, content: list[str]) -> None:
-    if Path(app.env.doc2path(page)).suffix == ".md":
-        content[0] = on_the_site(content[0], ROOT / "docs")
+    path = Path(app.env.doc2path(page))
+    if path.suffix == ".md":
+        content[0] = on_the_site(content[0], path.parent, path)
 
 
 def read_included(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
-    content[0] = on_the_site(content[0], (ROOT / "docs" / path).resolve().parent)
+    into = Path(app.env.doc2path(page))
+    content[0] = on_the_site(content[0], (ROOT / "docs" / path).resolve().parent, into)
 
 
 def setup(app: Sphinx) -> None:

@@ -6,11 +6,13 @@ import doctest
 import importlib
 import pkgutil
 import re
+import urllib.parse
 from pathlib import Path
 
 import pytest
 
 import voxfuse
+from voxfuse import cli
 from voxfuse.losses import options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,12 +102,35 @@ def test_files_named_in_code_spans_exist(page):
         assert (ROOT / path).exists(), f"{page} names {path}"
 
 
-def test_readme_links_every_example_and_page():
+def test_readme_is_read_in_a_minute():
+    """It points to the pages of the site, and leaves the rest to them."""
     text = (ROOT / "README.md").read_text()
-    pages = [p for p in (ROOT / "docs").glob("*.md") if "include}" not in p.read_text()]
-    files = [*(ROOT / "examples").glob("*.py"), *pages]
-    missing = [x for x in (f.relative_to(ROOT).as_posix() for f in files) if f"]({x})" not in text]
-    assert not missing
+    assert len(text.splitlines()) <= 150
+    for page in ("installing", "choosing_a_loss", "fusion", "training", "performance"):
+        assert f"](docs/{page}.md)" in text
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    text = (ROOT / "docs/command_line.md").read_text()
+    (commands,) = (a.choices for a in cli.parser()._actions if isinstance(a.choices, dict))
+    assert set(re.findall(r"^\| `voxfuse ([\w-]+)` \|", text, re.MULTILINE)) == set(commands)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_have_a_text_and_addresses_are_whole(page):
+    """The text is that of who does not see the picture; addresses are https and of a host."""
+    text = (ROOT / page).read_text()
+    for alternative in re.findall(r"!\[([^\]]*)\]\(", text):
+        assert len(alternative.split()) >= 3, f"{page}: {alternative!r} does not say what is seen"
+    pictures = re.findall(
+        r"^```\{(?:image|figure|measured-plot)\} .*\n((?::.*\n)*)", text, re.MULTILINE
+    )
+    assert all(re.search(r"^:alt: \S+ \S+ \S+", options, re.MULTILINE) for options in pictures)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for address in re.findall(r"\w+://[^\s)>`\"']+", prose):
+        parts = urllib.parse.urlsplit(address.rstrip(".,;"))
+        assert parts.scheme == "https", address
+        assert re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", parts.netloc), address
 
 
 def test_the_site_has_every_example_and_every_public_name():
@@ -125,39 +150,46 @@ def test_the_site_has_every_example_and_every_public_name():
                 assert {f"voxfuse{name}.{public}", defined} & listed or constants & listed, public
 
 
-def test_the_page_of_losses_has_every_loss_and_every_argument_of_monais_with_another_name():
+def test_the_pages_have_every_loss_and_every_argument_of_monais_with_another_name():
     text = (ROOT / "docs/losses.md").read_text()
     for name in voxfuse.losses.__all__:
         assert not name.endswith("Loss") or f"`{name}`" in text, name
+    text = (ROOT / "docs/monai.md").read_text()
     for name in [*options.MONAI_NAMES, "weight"]:
         assert f"`{name}=" in text, name
 
 
-# Column of the README's table -> label of the link and file, for an operator's stem.
+# Column of the table -> label of the link and file, for an operator's stem.
 OPERATOR_FILES = {
-    "Python": {"wrapper": "src/voxfuse/ops/{}.py"},
-    "reference": {"PyTorch": "src/voxfuse/reference/{}.py"},
-    "schema": {"schema": "csrc/ops/{}.cpp"},
-    "CPU": {"driver": "csrc/cpu/{}.cpp", "kernel": "csrc/cpu/{}_kernel.cpp"},
-    "CUDA": {"kernel": "csrc/cuda/{}.cu", "binding": "csrc/cuda/{}_operator.cpp"},
-    "Triton": {"kernel": "triton_kernels/{}.py", "kernels": "triton_kernels/{}/"},
+    "Python": {"wrapper": "../src/voxfuse/ops/{}.py"},
+    "reference": {"PyTorch": "../src/voxfuse/reference/{}.py"},
+    "schema": {"schema": "../csrc/ops/{}.cpp"},
+    "CPU": {"driver": "../csrc/cpu/{}.cpp", "kernel": "../csrc/cpu/{}_kernel.cpp"},
+    "CUDA": {"kernel": "../csrc/cuda/{}.cu", "binding": "../csrc/cuda/{}_operator.cpp"},
+    "Triton": {"kernel": "../triton_kernels/{}.py", "kernels": "../triton_kernels/{}/"},
 }
 
 
 @pytest.mark.parametrize(
     "stem", sorted(path.stem for path in (ROOT / "src/voxfuse/ops").glob("[a-z]*.py"))
 )
-def test_readme_links_every_file_of_an_operator(stem):
+def test_the_architecture_links_every_file_of_an_operator(stem):
     """A new reader gets from an operator's name to each of its files in one step."""
     cells = [
         ", ".join(
             f"[{label}]({pattern.format(stem)})"
             for label, pattern in files.items()
-            if (ROOT / pattern.format(stem)).exists()
+            if (ROOT / "docs" / pattern.format(stem)).exists()
         )
         for files in OPERATOR_FILES.values()
     ]
     row = " | ".join(cells)
-    found = re.search(rf"^\| `{stem}` \| [^|]+ \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
-    assert found is not None, f"README.md: add a row | `{stem}` | what it computes | {row} |"
-    assert found[1].split(" | ") == cells, f"README.md: the row of `{stem}` should end with {row} |"
+    found = re.search(
+        rf"^\| `{stem}` \| [^|]+ \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.M
+    )
+    assert found is not None, (
+        f"docs/architecture.md: add a row | `{stem}` | what it computes | {row} |"
+    )
+    assert found[1].split(" | ") == cells, (
+        f"docs/architecture.md: the row of `{stem}` should end with {row} |"
+    )
