@@ -81,7 +81,7 @@ ELSEWHERE = {
 
 
 def on_the_site(text: str, folder: Path, page: Path) -> str:
-    """Links of a text in ``folder`` as the site's ``page`` has them; to a source, the text alone."""
+    """Links of a text in ``folder`` as the site's ``page`` has them; of a source, the text."""
 
     def moved(link: re.Match[str]) -> str:
         label, path, anchor = link.groups(default="")
