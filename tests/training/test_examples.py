@@ -67,7 +67,7 @@ def test_an_example_trains_goes_on_tests_and_predicts(name, patients, tmp_path, 
     out = tmp_path / "out"
     predict = ["predict", "--model", str(run), "--output", str(out)]
     assert cli.main([*predict, "--input", str(patients / "b"), "--probabilities"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "b_probabilities.nii.gz"]
+    assert sorted(path.name for path in out.glob("*.gz")) == ["b.nii.gz", "b_probabilities.nii.gz"]
     source = nibabel.load(patients / "b/flair.nii.gz")
     mask, probabilities = (nibabel.load(out / f"b{end}.nii.gz") for end in ("", "_probabilities"))
     np.testing.assert_array_equal(mask.affine, source.affine)
@@ -97,14 +97,14 @@ def test_what_predict_is_told_takes_the_place_of_the_run(patients, tmp_path, cap
     np.testing.assert_array_equal(nibabel.load(all_).get_fdata() > 0, inside)
     capsys.readouterr()
     for more, message in (
-        (["--window", "bspine"], "prediction.window: got 'bspine', expected one of bspline"),
-        (["--overlap", "1.5"], "prediction.overlap: got 1.5, expected 0 to 0.95"),
+        (["--window", "bspine"], "--window: got 'bspine', expected one of bspline"),
+        (["--overlap", "1.5"], "--overlap: got 1.5, expected 0 to 0.95"),
     ):
         assert cli.main([*one, str(none), *more]) == 1
         assert f"voxfuse predict: {message}" in capsys.readouterr().err
     every = ["predict", "--model", str(run), "--input", str(patients), "--overlap", "0", "--output"]
     assert cli.main([*every, str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{x}.nii.gz" for x in "abc"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.gz")) == [f"{x}.nii.gz" for x in "abc"]
     several = ["predict", "--model", str(run), "--input", str(patients), "--output", str(none)]
     assert cli.main(several) == 1
     assert "for 3 subjects, expected a folder" in capsys.readouterr().err
