@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # Imported where the command runs: no other command needs them.
     from voxfuse.inference.night import Night, Outcome
-    from voxfuse.inference.request import Job
+    from voxfuse.inference.request import Job, Request
 
 DESCRIPTION = """\
 Segment scans with a model that `voxfuse train` made, a program that torch.export saved, or a
@@ -47,6 +47,7 @@ def add(commands: Any) -> None:
     _add_patches(parser)
     _add_data(parser)
     _add_running(parser)
+    _add_boxes(parser)
     parser.set_defaults(run=_predict)
 
 
@@ -150,6 +151,21 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print failures alone")
 
 
+def _add_boxes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prepare", action="store_true",
+        help="of a Zarr volume: make the output and OUT.job, the plan that processes share",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", metavar="I/N",
+        help="of a prepared volume: predict the I-th of N parts, counted from 0; again what died",
+    )  # fmt: skip
+    parser.add_argument(
+        "--foreground", metavar="LEVEL|VOLUME",
+        help="of a Zarr volume: leave out patches without a voxel above LEVEL, or 0 in VOLUME",
+    )  # fmt: skip
+
+
 def _predict(options: argparse.Namespace) -> int:
     try:
         return _run(options)
@@ -164,13 +180,19 @@ def _run(options: argparse.Namespace) -> int:
     from voxfuse._files import write_text
     from voxfuse.inference.night import SUMMARY, Night
     from voxfuse.inference.plan import memory_of_machine, parse_bytes, plan_of
-    from voxfuse.inference.request import Request, prepare
+    from voxfuse.inference.request import Request, is_volume, prepare
 
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout: got {options.timeout:g}, expected seconds above 0")
     limit = parse_bytes(options.memory_limit) if options.memory_limit else memory_of_machine()
     names = {field.name for field in dataclasses.fields(Request)}
-    job = prepare(Request(**{k: v for k, v in vars(options).items() if k in names}))
+    request = Request(**{k: v for k, v in vars(options).items() if k in names})
+    if is_volume(request):
+        return _volume(options, request)
+    for name in ("prepare", "shard", "foreground"):
+        if getattr(options, name):
+            raise ValueError(f"--{name}: is for a volume in boxes, of Zarr")
+    job = prepare(request)
     wanted = options.dry_run or options.memory_limit
     planned = plan_of(job, job.probe() if wanted else job.first)
     if options.dry_run:
@@ -193,6 +215,36 @@ def _run(options: argparse.Namespace) -> int:
             options.output.mkdir(parents=True, exist_ok=True)
             write_text(options.output / SUMMARY, json.dumps(night.summary(), indent=2) + "\n")
     return _ending(outcomes, night, options.quiet)
+
+
+def _volume(options: argparse.Namespace, request: Request) -> int:
+    """A volume in boxes: prepare it, predict a shard of it, or both."""
+    from voxfuse.inference.volumes import open_volume, parse_shard
+
+    shard = parse_shard(options.shard) if options.shard else (0, 1)
+    for name in ("skip_existing", "timeout", "memory_limit"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for studies")
+    if options.foreground and options.shard:
+        raise ValueError("--foreground: is said to --prepare, which shards read")
+    if options.shard and not request.output.exists():
+        raise FileNotFoundError(f"--shard: there is no {request.output}; --prepare makes it")
+    volume = open_volume(request, options.foreground, create=not options.dry_run)
+    if options.dry_run or not options.shard:
+        plan = volume.job.plan() if options.dry_run else volume.prepare()
+        if not options.quiet:
+            print(plan)
+    if options.prepare or options.dry_run:
+        return 0
+    begun = time.monotonic()
+
+    def progress(done: int, count: int) -> None:
+        if not options.quiet:
+            left = (time.monotonic() - begun) / done * (count - done)
+            print(f"{done}/{count} boxes; {duration(left)} left", flush=True)
+
+    volume.job.run(volume.folder, shard, progress=progress)
+    return 0
 
 
 class _Progress:

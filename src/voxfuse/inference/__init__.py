@@ -9,6 +9,7 @@ module           owns
 ``reading``      which files are a study's, and reading them
 ``segmenters``   a study's arrays to a segmentation on its own grid: a run, or any network
 ``plan``         patches, memory, output and time before anything begins
+``volumes``      Zarr volumes in boxes, by voxfuse.scale
 ``night``        one study after the other, none of which stops the others; statuses
 ===============  ==============================================================================
 

@@ -34,6 +34,8 @@ from voxfuse.training.volumes import Placement, save_like
 #: What a user may take for a format that is written; without this it would become a folder.
 _NOT_WRITTEN = (".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz")
 _ENDINGS = (".nii", ".nii.gz")
+#: What is read in parts.
+_SOURCES = (".zarr", ".zarr.zip", ".npy")
 
 #: Keys of a configuration, and the options that they are here.
 _OPTIONS = {
@@ -79,6 +81,12 @@ class Request:
     model_id: str | None = None
     device: str = "auto"
     format: str | None = None
+
+
+def is_volume(request: Request) -> bool:
+    """Whether a volume is to be predicted in boxes."""
+    names = [path.name.rstrip("/") for path in (*request.input, request.output)]
+    return any(name.endswith(_SOURCES) for name in names)
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ def _of_run(request: Request) -> Job:
             raise ValueError(f"--{option}: is for networks; a run's configuration has its own")
     if request.threshold is not None and len(model.labels) > 2:
         raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
-    options = _prediction(request, model.config.prediction)
+    options = prediction_of(request, model.config.prediction)
     _check_output(request)
     if all(is_series(path) for path in request.input):
         studies = find_studies(request.input, model.config.data.mask)
@@ -162,7 +170,7 @@ def _of_run(request: Request) -> Job:
 
 
 def _of_network(request: Request) -> Job:
-    prediction = _prediction(request, PredictionOptions(batch=1))
+    prediction = prediction_of(request, PredictionOptions(batch=1))
     data, intensities = _data(request)
     activation, regions = request.activation, request.regions
     if activation not in (None, "softmax", "sigmoid", "identity", "none"):
@@ -182,16 +190,16 @@ def _of_network(request: Request) -> Job:
         identity=request.model_id,
         head=request.head,
     )
-    patch = _patch(request.patch, network)
-    prediction = dataclasses.replace(prediction, batch=_batch(request.batch, network))
+    patch = patch_of(request.patch, network)
+    prediction = dataclasses.replace(prediction, batch=batch_of(request.batch, network))
     channels = _channels(studies)
     if network.inputs not in (None, channels):
         raise ValueError(
             f"--input: got {channels} channels, but the network takes {network.inputs}"
         )
     patches = torch.zeros(prediction.batch, channels, *patch)
-    classes, first = _classes(network, patches)
-    activation = _activation(request, classes)
+    classes, first = classes_of(network, patches)
+    activation = activation_of(request, classes)
     # What the fusion refuses, it refuses now.
     output = "regions" if regions else "mask" if classes == 1 else "labels"
     FusionOptions(
@@ -226,7 +234,8 @@ def _of_network(request: Request) -> Job:
 # --- Options --------------------------------------------------------------------------------------
 
 
-def _prediction(request: Request, defaults: PredictionOptions) -> PredictionOptions:
+def prediction_of(request: Request, defaults: PredictionOptions) -> PredictionOptions:
+    """The section ``[prediction]`` with the options in it."""
     names = ("threshold", "window", "overlap", "grid", "orientations", "batch")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     return _parsed({"prediction": {**vars(defaults), **given}}).prediction
@@ -274,7 +283,8 @@ def _three(name: str, given: Sequence[Any]) -> list[Any]:
     return list(given) * (3 // len(given))
 
 
-def _patch(given: Sequence[int] | None, network: Network) -> tuple[int, ...]:
+def patch_of(given: Sequence[int] | None, network: Network) -> tuple[int, ...]:
+    """The extent of a patch: what is asked for, or an export's own."""
     fixed = network.patch or (None,) * 3
     if given is None:
         if None in fixed:
@@ -289,7 +299,8 @@ def _patch(given: Sequence[int] | None, network: Network) -> tuple[int, ...]:
     return patch
 
 
-def _batch(given: int | None, network: Network) -> int:
+def batch_of(given: int | None, network: Network) -> int:
+    """Patches a call, which an export may limit."""
     least, most = network.batch
     if given is None:
         return max(1, least)
@@ -298,7 +309,8 @@ def _batch(given: int | None, network: Network) -> int:
     return given
 
 
-def _activation(request: Request, classes: int) -> str:
+def activation_of(request: Request, classes: int) -> str:
+    """What turns a prediction into probabilities, checked with the rest."""
     regions = request.regions
     if regions is not None and len(regions) != classes:
         raise ValueError(
@@ -337,7 +349,7 @@ def _channels(studies: Sequence[Subject]) -> int:
     return 1
 
 
-def _classes(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
+def classes_of(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
     """Channels of a prediction, by one call."""
     try:
         result, probe = probed(network, patches)

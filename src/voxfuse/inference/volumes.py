@@ -1,0 +1,172 @@
+"""Volumes larger than memory: Zarr in and out, box by box, by any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxfuse.inference.models import load_network
+from voxfuse.inference.request import (
+    Request,
+    activation_of,
+    batch_of,
+    classes_of,
+    patch_of,
+    prediction_of,
+)
+from voxfuse.scale import Job, Plan, create_destination, open_destination, open_source
+from voxfuse.training.config import PredictionOptions
+
+#: Label image of an output.
+NAME = "segmentation"
+#: Options of studies, which volumes in boxes do not have.
+_REFUSED = ("orientation", "spacing", "clip", "mask", "probabilities", "regions", "format")
+
+
+@dataclass(frozen=True)
+class VolumeJob:
+    """A job of :mod:`voxfuse.scale`, and the folder that its processes share."""
+
+    job: Job
+    folder: Path
+    skip_origin: Callable[[tuple[int, ...]], bool] | None
+
+    def prepare(self) -> Plan:
+        """Write the manifest, once; every process reads it."""
+        return self.job.prepare(self.folder, skip_origin=self.skip_origin)
+
+
+def open_volume(
+    request: Request,
+    foreground: str | None = None,
+    memory: int = 1 << 30,
+    create: bool = True,
+) -> VolumeJob:
+    """The job of ``--input`` and ``--output``; the output is made where it is not there.
+
+    Args:
+        request: see :class:`voxfuse.inference.request.Request`.
+        foreground: a number, above which a patch has to have a voxel to be predicted; or a volume
+            of the same extent with a voxel above 0 there.
+        memory: bytes that a box may take beside the network.
+        create: make the output where it is not there; else it is an array in memory, to plan with.
+
+    Raises:
+        ValueError: options do not fit.
+    """
+    for name in _REFUSED:
+        if getattr(request, name) not in (None, False):
+            raise ValueError(f"--{name}: is for studies, which are predicted in one piece")
+    if len(request.input) != 1:
+        raise ValueError(f"--input: got {len(request.input)} volumes, expected one")
+    if not request.output.name.endswith(".zarr"):
+        raise ValueError(f"--output: got {request.output}, expected a name ending in .zarr")
+    if request.normalize not in (None, "none", "zscore"):
+        raise ValueError(
+            f"--normalize: got {request.normalize!r}, expected none or zscore for a volume in boxes"
+        )
+    if not request.input[0].exists():
+        raise FileNotFoundError(f"--input: there is no {request.input[0]}")
+    prediction = prediction_of(request, PredictionOptions(batch=1))
+    source = open_source(str(request.input[0]))
+    network = load_network(
+        request.model,
+        request.device,
+        trust=request.trust_model,
+        identity=request.model_id,
+        head=request.head,
+    )
+    patch = patch_of(request.patch, network)
+    batch = batch_of(request.batch, network)
+    spatial = tuple(int(n) for n in source.shape[-3:])
+    channels = int(source.shape[0]) if len(source.shape) == 4 else 1
+    classes, _ = classes_of(network, torch.zeros(batch, channels, *patch))
+    activation = activation_of(request, classes)
+    mask = classes == 1
+    out = _destination(request.output, spatial, classes, source, create)
+    job = Job(
+        source,
+        out,
+        patch,
+        network,
+        batch,
+        models={"network": network.digest},
+        normalisation="zscore" if request.normalize == "zscore" else None,
+        memory=memory,
+        output="mask" if mask else "labels",
+        activation=activation,
+        threshold=prediction.threshold if mask else None,
+        overlap=prediction.overlap,
+        window=prediction.window,
+        grid=prediction.grid,
+        tta=None if prediction.orientations == "none" else prediction.orientations,
+        head=network.head,
+        sw_device=network.device,
+        device=network.device,
+    )
+    skip = None if foreground is None else _background(foreground, source, patch, spatial)
+    return VolumeJob(job, request.output.with_name(f"{request.output.name}.job"), skip)
+
+
+def _destination(
+    path: Path, shape: tuple[int, ...], classes: int, source: Any, create: bool
+) -> Any:
+    if not path.exists() and create:
+        dtype = np.uint8 if classes <= 256 else np.uint16
+        return create_destination(str(path), shape, dtype, kind="labels", name=NAME, like=source)
+    if path.exists():
+        return open_destination(str(path), labels=NAME)
+    return np.broadcast_to(np.zeros((), np.uint8), shape)
+
+
+def _background(
+    foreground: str, source: Any, patch: tuple[int, ...], shape: Sequence[int]
+) -> Callable[[tuple[int, ...]], bool]:
+    """Whether a patch has nothing to predict, by its origin."""
+    try:
+        level, looked_at = float(foreground), source
+    except ValueError:
+        if not Path(foreground).exists():
+            raise ValueError(
+                f"--foreground: got {foreground!r}, expected a number or a volume"
+            ) from None
+        level, looked_at = 0.0, open_source(foreground)
+        if tuple(looked_at.shape[-3:]) != tuple(shape):
+            raise ValueError(
+                f"--foreground: has extent {tuple(looked_at.shape[-3:])}, expected {tuple(shape)}"
+            ) from None
+
+    def empty(origin: tuple[int, ...]) -> bool:
+        key = tuple(
+            slice(max(start, 0), min(start + size, extent))
+            for start, size, extent in zip(origin, patch, shape, strict=True)
+        )
+        lead = (slice(None),) * (len(looked_at.shape) - 3)
+        return not bool((np.asarray(looked_at[(*lead, *key)]) > level).any())
+
+    return empty
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``I/N``: the I-th of N parts, counted from 0.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> from voxfuse.inference.volumes import parse_shard
+        >>> parse_shard("3/8")
+        (3, 8)
+    """
+    try:
+        index, count = (int(x) for x in text.split("/"))
+    except ValueError:
+        index = count = -1
+    if not 0 <= index < count:
+        raise ValueError(f"--shard: got {text!r}, expected I/N with 0 <= I < N")
+    return index, count

@@ -1,0 +1,66 @@
+"""A Zarr volume through the command: prepared, in shards, to the bits of one piece."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.inference.test_studies import intensities, predict
+
+zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
+
+from voxfuse.scale import open_destination  # noqa: E402
+
+OPTIONS = ["--patch", 16, "--batch", 2]
+
+
+def result(path):
+    return np.asarray(open_destination(str(path), labels="segmentation").array[...])
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """Intensities 0 to 2, with nothing in the half of z above 40."""
+    array = intensities((70, 33, 30), levels=3)
+    array[40:] = 0
+    stored = zarr.create_array(
+        store=str(tmp_path / "in.zarr"), shape=array.shape, chunks=(16, 16, 16), dtype="uint8"
+    )
+    stored[...] = array.astype(np.uint8)
+    return tmp_path / "in.zarr", array
+
+
+def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys):
+    path, truth = volume
+    assert predict("three_classes", path, tmp_path / "one.zarr", *OPTIONS) == 0
+    assert np.array_equal(result(tmp_path / "one.zarr"), truth)
+    assert re.search(r"\d+ boxes of at most .* voxels", capsys.readouterr().out)
+    out = tmp_path / "several.zarr"
+    assert predict("three_classes", path, out, *OPTIONS, "--prepare", "--foreground", "0") == 0
+    patches = re.search(r"(\d+) patches, .* the (\d+) of the whole", capsys.readouterr().out)
+    assert int(patches[2]) < 9 * 4 * 3  # the empty ones are left out
+    for k in (2, 0, 1, 1):  # in any order, and again
+        assert predict("three_classes", path, out, *OPTIONS, "--shard", f"{k}/3", "--quiet") == 0
+    assert np.array_equal(result(out), truth)
+
+
+def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):
+    path, _ = volume
+    for options, expected in (
+        (["--spacing", "1"], "--spacing: is for studies"),
+        (["--normalize", "range"], "--normalize: got 'range', expected none or zscore"),
+        (["--shard", "3/3"], "--shard: got '3/3', expected I/N with 0 <= I < N"),
+        (["--shard", "0/2"], r"--shard: there is no .*out.zarr; --prepare makes it"),
+        (["--foreground", "brain.zarr"], "--foreground: got 'brain.zarr', expected a number or a"),
+        (["--timeout", "3"], "--timeout: is for studies"),
+    ):
+        assert predict("three_classes", path, tmp_path / "out.zarr", *OPTIONS, *options) == 1
+        error = capsys.readouterr().err
+        assert re.search(expected, error), error
+    # Another network, patch or input is not the one that was prepared.
+    out = tmp_path / "out2.zarr"
+    assert predict("three_classes", path, out, *OPTIONS, "--prepare") == 0
+    assert predict("three_classes", path, out, "--patch", 14, "--shard", "0/1") == 1
+    assert "was prepared for another job" in capsys.readouterr().err
