@@ -102,7 +102,8 @@ def case_of(shape: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
 class Clock:
     """Seconds spent in functions, each without those of the others that it calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
@@ -123,7 +124,7 @@ class Clock:
         return mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
     def _switch(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         if self._running:
             running = self._running[-1]
             self.seconds[running] = self.seconds.get(running, 0.0) + now - self._since
