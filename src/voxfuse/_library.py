@@ -28,7 +28,34 @@ def _load(path: Path) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load: {error}"
+        # PyTorch names the file alone; the cause is what the dynamic linker said.
+        return f"{path.name} does not load: {explained(str(error.__cause__ or error))}"
+    return None
+
+
+def explained(error: str) -> str:
+    """What a message of the dynamic linker means, before the message."""
+    for pattern, meaning in (
+        (r"`GLIBC_", "this system's C library is older than the one it was compiled with"),
+        (r"`(GLIBCXX|CXXABI|GCC)_", "this C++ library is older than the one it was compiled with"),
+        (r"undefined symbol", f"it was not compiled for this PyTorch, {torch.__version__}"),
+        (r"invalid ELF|wrong ELF|file too short", "it is damaged, or for another processor"),
+    ):
+        if re.search(pattern, error):
+            return f"{meaning}: {error}"
+    return error
+
+
+def _newer_than_the_driver() -> str | None:
+    """Why the CUDA library would fail at its first kernel: CUDA's runtime is linked into it."""
+    # 0 without a driver; 13020 is 13.2.
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    compiled = (build_info() or {}).get("cuda", "")
+    if driver and compiled and driver // 1000 < int(compiled.split(".")[0]):
+        return (
+            f"it was compiled with CUDA {compiled}, and this driver is for CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10}; a newer driver helps"
+        )
     return None
 
 
@@ -48,7 +75,7 @@ def load() -> None:
             # The CUDA library calls into libtorch_cuda, which this PyTorch does not have.
             _State.cuda_error = "this PyTorch is built without CUDA"
         else:
-            _State.cuda_error = _load(_DIRECTORY / "libvoxfuse_cuda.so")
+            _State.cuda_error = _newer_than_the_driver() or _load(_DIRECTORY / "libvoxfuse_cuda.so")
     if _State.cpu_error is not None:
         warnings.warn(
             f"voxfuse runs without its compiled CPU kernels ({_State.cpu_error}); CPU tensors use "
@@ -73,10 +100,18 @@ def remedy() -> str:
         return "unset VOXFUSE_LIBRARY"
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
         return 'pip install --upgrade "torch>=2.11"'
+    too_old = re.search(r"([^\s:]*): version `(GLIBC\w*|CXXABI|GCC)_", _State.cpu_error or "")
+    if too_old and str(Path(too_old[1]).parent) in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
+        return "unset LD_LIBRARY_PATH"
     root = _DIRECTORY.parents[1]
     if (root / "CMakeLists.txt").exists():
         return f"make -C {root} build"
-    return "VOXFUSE_BUILD=1 pip install --force-reinstall --no-deps --no-cache-dir voxfuse"
+    again = "pip install --force-reinstall --no-deps --no-cache-dir"
+    if too_old and too_old[2] != "GLIBC" and os.environ.get("CONDA_PREFIX"):
+        return "conda install --channel conda-forge libstdcxx"
+    if too_old:
+        return f"{again} --no-binary voxfuse voxfuse  (which compiles it here)"
+    return f"VOXFUSE_BUILD=1 {again} voxfuse"
 
 
 def cpu_error() -> str | None:

@@ -166,6 +166,43 @@ def test_the_warning_names_the_command_that_helps(monkeypatch, tmp_path):
     assert _library.remedy() == 'pip install --upgrade "torch>=2.11"'
 
 
+@pytest.mark.parametrize(
+    ("error", "meaning", "remedy"),
+    [
+        ("/lib/libc.so.6: version `GLIBC_2.99' not found", "C library is older", "--no-binary"),
+        ("/opt/libm.so: version `GLIBCXX_3.4' not found", "C\\+\\+ library is older", "conda i"),
+        ("/old/libm.so: version `CXXABI_1.3' not found", "C\\+\\+ library is older", "unset LD"),
+        ("voxfuse.so: undefined symbol: torch_x", "for this PyTorch, 2", "VOXFUSE_BUILD=1 pip"),
+    ],
+)  # fmt: skip
+def test_what_the_linker_says_is_explained(monkeypatch, tmp_path, error, meaning, remedy):
+    def refuse(path):
+        raise RuntimeError(f"Could not load this library: {path}") from OSError(error)
+
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    library = tmp_path / "src" / "voxfuse" / "libvoxfuse_cpu.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(_library, "_DIRECTORY", library.parent)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/somewhere:/old")
+    monkeypatch.setenv("CONDA_PREFIX", "/opt/conda")
+    monkeypatch.setattr(_library._State, "cpu_error", _library._load(library))
+    assert re.search(f"{meaning}.*: {re.escape(error)}", _library._State.cpu_error)
+    assert remedy in _library.remedy()
+
+
+@pytest.mark.parametrize(("driver", "loads"), [(0, True), (12080, False), (13000, True)])
+def test_cuda_kernels_newer_than_the_driver_are_left_out(monkeypatch, tmp_path, driver, loads):
+    (tmp_path / "_build_info.json").write_text(
+        '{"cuda": "13.0.88", "cuda_architectures": "80-real", "cpu_instruction_sets": ""}'
+    )
+    monkeypatch.setattr(_library, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    why = _library._newer_than_the_driver()
+    assert (why is None) == loads
+    assert loads or "compiled with CUDA 13.0.88, and this driver is for CUDA 12.8" in why
+
+
 def test_the_cost_without_compiled_kernels_is_that_of_the_committed_measurement():
     cost = _library.reference_cost()
     assert (PACKAGE / "_reference_cost.json").is_file()
