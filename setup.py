@@ -66,13 +66,16 @@ class CMakeBuild(build_ext):
             raise SystemExit(
                 f"voxfuse: {missing}; or set VOXFUSE_BUILD=0, to install without compiled kernels."
             )
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        # The path too: pip's ninja of an earlier build is gone with its environment.
+        ninja = shutil.which("ninja")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [
             "cmake",
             "-S",
             str(ROOT),
             "-B",
             str(build),
+            *("-U_Python*", "-UPython*", "-Upybind11*"),  # of another Python's build there
             *generator,
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_INSTALL_PREFIX={target}",

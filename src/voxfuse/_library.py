@@ -46,10 +46,19 @@ def explained(error: str) -> str:
     return error
 
 
+def _driver() -> int:
+    """CUDA's version that the driver is for, 13020 if it is 13.2; 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
 def _newer_than_the_driver() -> str | None:
     """Why the CUDA library would fail at its first kernel: CUDA's runtime is linked into it."""
-    # 0 without a driver; 13020 is 13.2.
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    driver = _driver()
     compiled = (build_info() or {}).get("cuda", "")
     if driver and compiled and driver // 1000 < int(compiled.split(".")[0]):
         return (

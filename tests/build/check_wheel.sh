@@ -5,13 +5,14 @@
 set -eu
 python=$1 torch=$2 folder=$(realpath "$3")
 shift 3
-room=$folder/$(printf %s "$torch" | tr -c 'A-Za-z0-9.' '_')
+tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+room=$folder/$tag-$(printf %s "$torch" | tr -c 'A-Za-z0-9.' '_')
 
-echo "-- $torch"
+echo "-- $tag, $torch"
 rm -rf "$room"
 "$python" -m venv "$room/venv"
-"$room/venv/bin/python" -m pip --disable-pip-version-check install --quiet \
-  "$torch" "$folder"/dist/voxfuse-*.whl pytest hypothesis scipy
+"$room/venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile \
+  "$torch" "$folder"/dist/voxfuse-*-"$tag"-*.whl pytest hypothesis scipy
 # The tests and the page alone, so that voxfuse can only come from the wheel.
 cp -r tests pyproject.toml README.md "$room"
 cd "$room"

@@ -1,16 +1,16 @@
-"""What is in a wheel, and whether it may be published.
+"""What is in wheels, and whether they may be published.
 
-    python tests/build/inspect_wheel.py WHEEL
+    python tests/build/inspect_wheel.py WHEEL ...
 
 Prints the size of every compiled file, in the wheel and unpacked, and of the machine code of each
-CUDA architecture where cuobjdump is at hand.
+CUDA architecture.
 """
 
 from __future__ import annotations
 
 import collections
 import re
-import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,19 +22,19 @@ LARGEST_MB = 100
 
 
 def architectures(library: Path) -> dict[str, int]:
-    """Bytes of machine code for each architecture, unpacked."""
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump is None:
-        return {}
+    """Bytes of machine code for each architecture, as they lie in the library, compressed."""
+    data = library.read_bytes()
     sizes: dict[str, int] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("--extract-elf", "--extract-ptx"):
-            subprocess.run([cuobjdump, kind, "all", library], cwd=folder, check=True, stdout=-3)
-        for file in Path(folder).iterdir():
-            found = re.search(r"sm_\w+?(?=\.)", file.name)
-            if found:
-                sizes[found[0] + (" PTX" if file.suffix == ".ptx" else "")] += file.stat().st_size
-    return dict(sorted(sizes.items()))
+    # A "fat binary": 16 bytes of header, then entries with a header each.
+    for found in re.finditer(re.escape(struct.pack("<IHH", 0xBA55ED50, 1, 16)), data):
+        at = found.end() + 8
+        end = at + int.from_bytes(data[at - 8 : at], "little")
+        while at < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, at)
+            (capability,) = struct.unpack_from("<I", data, at + 28)
+            sizes[f"{capability / 10}" + ("+PTX" if kind == 1 else "")] += header + size
+            at += header + size
+    return dict(sorted(sizes.items(), key=lambda item: float(item[0].removesuffix("+PTX"))))
 
 
 def errors(wheel: Path, folder: Path) -> list[str]:
@@ -78,8 +78,10 @@ def errors(wheel: Path, folder: Path) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        found = errors(Path(arguments[0]), Path(folder))
+    found = []
+    for wheel in arguments:
+        with tempfile.TemporaryDirectory() as folder:
+            found += errors(Path(wheel), Path(folder))
     for error in found:
         print(f"error: {error}", file=sys.stderr)
     return 1 if found else 0

@@ -197,7 +197,7 @@ def test_cuda_kernels_newer_than_the_driver_are_left_out(monkeypatch, tmp_path, 
         '{"cuda": "13.0.88", "cuda_architectures": "80-real", "cpu_instruction_sets": ""}'
     )
     monkeypatch.setattr(_library, "_DIRECTORY", tmp_path)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(_library, "_driver", lambda: driver)
     why = _library._newer_than_the_driver()
     assert (why is None) == loads
     assert loads or "compiled with CUDA 13.0.88, and this driver is for CUDA 12.8" in why
