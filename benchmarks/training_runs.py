@@ -1,9 +1,11 @@
 """What runs of ``voxfuse train`` reached: a table of their test.csv, and the numbers as JSON.
 
     python -m benchmarks.training_runs RUN... --json benchmarks/results/cpu/ms_lesions.json
+    python -m benchmarks.training_runs RUN... --against RUN... --json FILE
 
 The runs are of one configuration and several seeds. Dice, recall and precision at 0.5, a subject a
-row; seconds are those of training alone.
+row; seconds are those of training alone. With ``--against``, runs of the same seeds with another
+configuration: the differences of Dice, seed by seed, the first less the second.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def result_of(run: Path) -> dict[str, Any]:
     return {
         "seed": config.training.seed,
         "steps": int(last["step"]),
+        "simulate_every": config.augmentation.simulate_every,
         "seconds": float(last["seconds"]),
         "last_loss": float(last["loss"]),
         "window": rows[0]["window"],
@@ -55,17 +58,39 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def paired(results: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Dice by subject: that of each run less that of the other run of its seed."""
+    seeds = [result["seed"] for result in results]
+    others = [result["seed"] for result in against]
+    if seeds != others:
+        raise SystemExit(f"--against: got seeds {others}, expected {seeds}")
+    return {
+        subject: [
+            a["scores"][subject]["dice"] - b["scores"][subject]["dice"]
+            for a, b in zip(results, against, strict=True)
+        ]
+        for subject in results[0]["scores"]
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     options = parser.parse_args()
     results = [result_of(run) for run in options.runs]
     print(table(results))
     seconds = ", ".join(f"{result['seconds']:.0f}" for result in results)
     print(f"\n{results[0]['steps']} steps in {seconds} s")
+    found = {"machine": harness.machine(torch.device("cpu")), "runs": results}
+    if options.against:
+        found["against"] = [result_of(run) for run in options.against]
+        found["differences"] = paired(results, found["against"])
+        for subject, values in found["differences"].items():
+            each = ", ".join(f"{value:+.3f}" for value in values)
+            print(f"{subject}: {each}, mean {statistics.fmean(values):+.3f}")
     if options.json is not None:
-        found = {"machine": harness.machine(torch.device("cpu")), "runs": results}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import nibabel
@@ -80,6 +81,15 @@ def test_an_example_trains_goes_on_tests_and_predicts(name, patients, tmp_path, 
         above = p >= np.float32(float(row["threshold"]))
         dice = 2 * (above & truth).sum() / (above.sum() + truth.sum())
         assert float(row["dice"]) == pytest.approx(dice, abs=1e-12)
+
+
+def test_the_bundled_heads_example_tests_on_what_its_first_lines_write():
+    example = ROOT / "examples/simulated_head.toml"
+    (count,) = re.findall(r"simulate --host \S+ --out simulated --count (\d+)", example.read_text())
+    written = [f"ch2bet-sim0-{k:03d}" for k in range(int(count))]
+    config = load(example)
+    assert (config.data.test, config.data.groups) == (written[-2:], "")
+    assert (ROOT / "docs/training.md").read_text().count(f"--out simulated --count {count}\n") == 1
 
 
 def test_what_predict_is_told_takes_the_place_of_the_run(patients, tmp_path, capsys):
