@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from voxfuse.cli import main
-from voxfuse.experiments import losses
-from voxfuse.experiments.experiment import Experiment, Place, carry_out
+from voxfuse.experiments import lesions, losses
+from voxfuse.experiments.experiment import Experiment, Finished, Place, carry_out
 from voxfuse.experiments.registry import EXPERIMENTS, find
 from voxfuse.experiments.results import Results, claim
 
@@ -155,3 +155,69 @@ def test_an_unknown_experiment_is_named(capsys):
     assert main(["experiment", "loses"]) == 1
     expected = f"NAME: got 'loses', expected one of {', '.join(EXPERIMENTS)}"
     assert expected in capsys.readouterr().err
+
+
+def test_nobody_who_is_tested_gives_lesions_to_training():
+    """Neither the scans' own masks nor those that the tuning heads get."""
+    assert set(lesions.OWN) == {name for fold in lesions.FOLDS for name in fold if "lesjak" in name}
+    assert not set(lesions.OWN) & set(lesions.TUNING)
+    assert not set(lesions.FOLDS[0]) & set(lesions.FOLDS[1])
+    runs = lesions.runs(False)
+    assert len(runs) == 55
+    assert [run["seed"] for run in runs[:30]] == sorted(run["seed"] for run in runs[:30])
+
+
+def test_masks_that_enrich_training_are_of_others(tmp_path, ms_lesions):
+    place = Place(ms_lesions.parent, tmp_path, tmp_path)
+    lesions.link_masks(place)
+    lesions.link_masks(place)  # what is there is left alone
+    paths = list((tmp_path / "lesions" / "data" / "masks").iterdir())
+    masks = {path.name.split(".")[0] for path in paths}
+    assert len(masks) == len(paths) == 20
+    assert all(path.is_file() for path in paths)
+    assert not masks & {*lesions.OWN, *lesions.TUNING}
+
+
+def _finished(name, task, structures, subjects, dice):
+    """Rows of an experiment with given Dice by (loss, threshold), seed and subject."""
+    experiment, rows = find(name), []
+    for (loss, way), values in dice.items():
+        for seed, of_seed in enumerate(values):
+            for subject, value in zip(subjects, of_seed, strict=True):
+                row = dict.fromkeys(experiment.columns, "")
+                row |= {"task": task, "loss": loss, "seed": str(seed), "fold": "0"}
+                row |= {"split": "test", "subject": subject, "threshold": way, "level": "0.5"}
+                row |= dict.fromkeys(("recall", "precision", "f2", "ap"), "0.25")
+                row |= dict.fromkeys(("tp", "fp", "fn"), "1")
+                for k, structure in enumerate(structures):
+                    wanted = value + (0.125, -0.125)[k] if len(structures) > 1 else value
+                    rows.append({**row, "structure": structure, "dice": str(wanted)})
+    return Finished(rows, [], experiment.runs(False))
+
+
+def test_the_page_of_losses_has_means_and_differences_of_pairs():
+    """The mean over structures, seeds and subjects; differences over the seeds that both have."""
+    ways = ("0.5", "tuned-dice", "tuned-f2")
+    dice = {("dice", way): [[0.5, 0.7], [0.6, 0.8]] for way in ways}
+    dice |= {("jaccard", way): [[0.25, 0.45]] for way in ways}
+    finished = _finished("losses", "two-class", ("anterior", "posterior"), "ab", dice)
+    page = losses.pages(finished)["README.md"]
+    assert "| dice | 2 | 0.250 | 0.250 | 0.650 |" in page
+    assert "| jaccard | 1 | 0.250 | 0.250 | 0.350 |" in page
+    assert "| jaccard | 1 | -0.250 (-0.250 to -0.250) |" in page
+    assert "0 of 95 runs" in page
+    assert "## Binary" not in page
+
+
+def test_the_page_of_lesions_averages_scans_of_a_patient():
+    ways = ("0.5", "tuned-dice", "tuned-f2", "semireal-dice", "semireal-f2")
+    scans = ("lesjak07", "mslessegP14-1", "mslessegP14-2")
+    dice = {("dice", way): [[0.6, 0.1, 0.3]] for way in ways}
+    dice |= {("cross-entropy", way): [[0.4, 0.1, 0.1]] for way in ways}
+    finished = _finished("lesions", "lesion", ("lesion",), scans, dice)
+    sizes = _finished("lesions", "lesion", ("lesions < 10 mm3",), scans, dice)
+    finished.rows.extend(sizes.rows)
+    page = lesions.pages(finished)["README.md"]
+    assert "| dice | 1 | 0.250 | 0.250 | 0.400 |" in page
+    assert "| cross-entropy | 1 | -0.150 (-0.785 to +0.485), seed sd nan, 0 of 2 patients" in page
+    assert "| dice | 3 of 6, 3 false | 3 of 6, 3 false |" in page

@@ -9,7 +9,7 @@ from voxfuse.experiments.claims import write_page
 from voxfuse.experiments.experiment import Experiment, Place
 
 #: Modules of this package that have an ``EXPERIMENT``, in the order in which they are done.
-EXPERIMENTS = ("bounds", "losses", "fusion")
+EXPERIMENTS = ("bounds", "losses", "lesions", "fusion")
 
 
 def find(name: str) -> Experiment:

@@ -33,6 +33,7 @@ class Scores:
         groups: of every subject, whom the scores are averaged over (scans of one patient); None is
             every subject on its own.
         split: "test", or "validation" for the mean of those subjects.
+        structures: of these alone; None is all.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Scores:
         task: str,
         groups: Mapping[str, str] | None = None,
         split: str = "test",
+        structures: Sequence[str] | None = None,
     ) -> None:
         names = (*SCORES, "ap")
         found: dict[tuple[str, str], dict[tuple[int, str], list[list[float]]]] = {}
         for row in rows:
             if row["task"] != task or row["split"] != split:
+                continue
+            if structures is not None and row["structure"] not in structures:
                 continue
             subject = row["subject"] if groups is None else groups[row["subject"]]
             of = found.setdefault((row["loss"], row["threshold"]), {})
@@ -103,23 +107,20 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(rows)
 
 
-def means(scores: Scores) -> str:
-    """A line a loss: the mean over seeds and subjects at each threshold."""
-    head = ["loss", "seeds"]
-    for way in CHOICES:
-        head += [f"{name}, {way}" for name in SCORES if name != "f2" or way != "tuned-dice"]
+def means(scores: Scores, ways: Sequence[str] = CHOICES) -> str:
+    """A line a loss: the mean over seeds and subjects at each way to a threshold.
+
+    F2 is left out where the threshold was tuned for Dice.
+    """
+    columns = [(name, way) for way in ways for name in SCORES if (name, way[-4:]) != ("f2", "dice")]
     lines = []
     for loss in scores.losses:
         seeds = scores.seeds(loss)
-        if not seeds:
-            continue
-        line = [loss, str(len(seeds))]
-        for way in CHOICES:
-            for name in SCORES:
-                if name != "f2" or way != "tuned-dice":
-                    line.append(f"{np.nanmean(scores.values(loss, way, name)):.3f}")
-        lines.append([*line, f"{np.nanmean(scores.values(loss, '0.5', 'ap')):.3f}"])
-    return markdown([*head, "AP"], lines)
+        if seeds:
+            every = [scores.values(loss, way, name) for name, way in [*columns, ("ap", "0.5")]]
+            lines.append([loss, str(len(seeds)), *(f"{np.nanmean(x):.3f}" for x in every)])
+    head = [f"{name}, {way}" for name, way in columns]
+    return markdown(["loss", "seeds", *head, "AP"], lines)
 
 
 def differences(
@@ -169,7 +170,8 @@ def beta_chart(scores: Scores) -> str:
         for way in CHOICES[:2]
     ]
     values = [y for one in series for y in one.y]
-    reach = (float(np.floor(min(values) * 20) / 20), float(np.ceil(max(values) * 20) / 20))
+    low = float(np.floor(min(values) * 20)) / 20
+    reach = (low, max(float(np.ceil(max(values) * 20)) / 20, low + 0.05))
     chart = xy_chart(series, "beta", "mean", x_range=(0.45, 0.95), y_range=reach)
     return standalone(chart, [one.name for one in series])
 
