@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -192,7 +193,7 @@ def _finished(name, task, structures, subjects, dice):
                 for k, structure in enumerate(structures):
                     wanted = value + (0.125, -0.125)[k] if len(structures) > 1 else value
                     rows.append({**row, "structure": structure, "dice": str(wanted)})
-    return Finished(rows, [], experiment.runs(False))
+    return Finished(rows, [], experiment.runs(False), Path())
 
 
 def test_the_page_of_losses_has_means_and_differences_of_pairs():

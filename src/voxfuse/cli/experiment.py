@@ -20,7 +20,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "experiment", help="measure what a paper claims, on real patients", description=DESCRIPTION
     )
-    parser.add_argument("name", metavar="NAME", help="losses, ...: docs/experiments/README.md")
+    parser.add_argument(
+        "name", metavar="NAME", help="losses, lesions, fusion or bounds: docs/experiments/README.md"
+    )
     parser.add_argument(
         "--quick", action="store_true",
         help="the same in little, begun anew, with its rows and page in WORK/quick",

@@ -71,7 +71,9 @@ def predicted(model: Model, volume: Volume) -> NDArray[np.float32]:
     """
     config = model.config
     patch = tuple(config.sampling.patch)
-    return foreground_probabilities(model.network, volume, config.prediction, patch)
+    fused = foreground_probabilities(model.network, volume, config.prediction, patch)
+    # A weighted mean of ones may be the next number above 1.
+    return np.minimum(fused, np.float32(1))
 
 
 def scored(
