@@ -220,5 +220,5 @@ def test_the_page_of_lesions_averages_scans_of_a_patient():
     finished.rows.extend(sizes.rows)
     page = lesions.pages(finished)["README.md"]
     assert "| dice | 1 | 0.250 | 0.250 | 0.400 |" in page
-    assert "| cross-entropy | 1 | -0.150 (-0.785 to +0.485), seed sd nan, 0 of 2 patients" in page
+    assert "| cross-entropy | 1 | -0.150 (-0.785 to +0.485), one seed, 0 of 2 patients" in page
     assert "| dice | 3 of 6, 3 false | 3 of 6, 3 false |" in page
