@@ -270,11 +270,12 @@ def test_sources_of_any_dtype_and_byte_order(dtype):
         ({"region": (slice(0, 4), slice(4, 4))}, ValueError, "expected slices 0 <= start < stop"),
         ({"region": (slice(0, 4), slice(0, 9))}, ValueError, "expected slices 0 <= start < stop"),
         ({"region": (slice(0, 4, 2), slice(0, 8))}, ValueError, "without steps"),
+        ({"region": (slice(0.5, 4), slice(0, 8))}, TypeError, "region: got slice.* integers"),
         ({"resample_to": (4, 4), "output": "labels"}, ValueError, "region: got one with resample"),
         (
             {"process_fn": lambda p, batch, weights: (p, weights)},
             ValueError,
-            "pad_batches: got True with process_fn",
+            r"process_fn: got one with full batches \(pad_b",
         ),
         ({"roi_weight_map": torch.rand(1, 3, 4, 4)}, ValueError, "region: got one with four"),
         ({"predictor": lambda x: x[..., ::2, ::2]}, ValueError, "region: got one, but the pred"),
@@ -302,6 +303,19 @@ def test_bad_input(changes, error, message):
     }
     with pytest.raises(error, match=message):
         voxfuse.sliding_window_inference(**{**arguments, **changes})
+
+
+def test_a_metatensor_of_a_region_lies_where_the_region_does():
+    data = pytest.importorskip("monai.data", reason="monai is not installed")
+    affine = torch.tensor([[0, 2.0, 0, 5], [1, 0, 0, -3], [0, 0, 4, 7], [0, 0, 0, 1]]).double()
+    image = data.MetaTensor(torch.rand(1, 1, 9, 8, 7), affine=affine)
+    region = (slice(3, 7), slice(0, 4), slice(2, 7))
+    part = voxfuse.sliding_window_inference(image, 4, 1, network(1), region=region)
+    for voxel in ((0, 0, 0), (3, 2, 1)):
+        inside = torch.tensor([*voxel, 1.0]).double()
+        within = torch.tensor([voxel[0] + 3, voxel[1], voxel[2] + 2, 1.0]).double()
+        assert torch.equal(part.affine.double() @ inside, affine @ within)
+    assert torch.equal(image.affine.double(), affine)
 
 
 def test_regions_are_boxes():

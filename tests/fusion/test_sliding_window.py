@@ -560,6 +560,10 @@ def test_a_result_over_the_input_is_an_error(kind):
         voxfuse.sliding_window_inference(
             volume, 8, 2, lambda x, condition=0: x + condition, out=out, **condition
         )
+    if not condition:  # inputs that are no tensors are read in the same way
+        sliced = np.flip(volume.numpy(), 3)
+        with pytest.raises(ValueError, match="out: shares memory with inputs"):
+            voxfuse.sliding_window_inference(sliced, 8, 2, lambda x: x, out=out)
     result = voxfuse.sliding_window_inference(volume, 8, 2, lambda x: x, out=other)
     torch.testing.assert_close(result, volume)
 

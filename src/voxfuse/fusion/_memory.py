@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from voxfuse.fusion._host import host
@@ -43,8 +46,13 @@ def joined(patches: Sequence[Tensor]) -> Tensor:
 Span = tuple[torch.device, int, int]
 
 
-def span(tensor: Tensor) -> Span:
-    """The memory between a tensor's first and last element."""
+def span(tensor: Tensor | NDArray[Any]) -> Span:
+    """The memory between the first and the last element of a tensor or a NumPy array."""
+    if isinstance(tensor, np.ndarray):
+        first, size = tensor.__array_interface__["data"][0], tensor.itemsize
+        steps = [(n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True)]
+        last = first + sum(step for step in steps if step > 0) + (size if tensor.size else 0)
+        return torch.device("cpu"), first + sum(step for step in steps if step < 0), last
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return tensor.device, 0, 0
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.fusion._memory import empty
+from voxfuse.fusion._memory import empty, overlapping, span
 from voxfuse.fusion.delivery import Delivery
 from voxfuse.ops import _checks
 
@@ -80,7 +80,8 @@ class Sliced:
     r"""A sliceable array of shape (1, channels, \*spatial) read as a tensor of the CPU is."""
 
     def __init__(self, name: str, array: Sliceable) -> None:
-        self._array = array
+        # What is read: see fusion.arrays.behind.
+        self.behind = array
         self.shape = tuple(int(size) for size in array.shape)
         self.dtype = torch_dtype(name, array.dtype)
         self.device = torch.device("cpu")
@@ -88,7 +89,7 @@ class Sliced:
 
     def __getitem__(self, key: tuple[slice, ...]) -> Tensor:
         shape = tuple(part.indices(size) for part, size in zip(key, self.shape, strict=True))
-        box = np.asarray(self._array[tuple(slice(low, high) for low, high, _ in shape)])
+        box = np.asarray(self.behind[tuple(slice(low, high) for low, high, _ in shape)])
         if box.shape != tuple(high - low for low, high, _ in shape):
             raise ValueError(
                 f"inputs: a box of {tuple(high - low for low, high, _ in shape)} voxels came back "
@@ -114,12 +115,13 @@ class Part:
     """A box of a destination as a destination of its own, whose keys count from the box."""
 
     def __init__(self, out: Assignable, low: Sequence[int], shape: Sequence[int]) -> None:
-        self._out, self._low = out, tuple(low)
+        # What is written to: see fusion.arrays.behind.
+        self.behind, self._low = out, tuple(low)
         self.shape, self.dtype = tuple(shape), out.dtype
         self.unit = unit_of(out)
 
     def __setitem__(self, key: tuple[slice, ...], value: Any) -> None:
-        self._out[
+        self.behind[
             tuple(
                 slice(low + part.start, low + part.stop)
                 for low, part in zip(self._low, key, strict=True)
@@ -128,11 +130,29 @@ class Part:
 
     def flush(self) -> None:
         """Have everything on the disk."""
-        flush(self._out)
+        flush(self.behind)
+
+
+def behind(array: Any) -> Any:
+    """What lies behind an array that reads or writes another, as those of voxfuse say."""
+    while hasattr(array, "behind"):
+        array = array.behind
+    return array
+
+
+def in_common(one: Any, other: Any) -> bool:
+    """Whether two arrays have memory, or an array of a store, in common, as far as can be told."""
+    one, other = behind(one), behind(other)
+    if isinstance(one, (Tensor, np.ndarray)) and isinstance(other, (Tensor, np.ndarray)):
+        return overlapping(span(one), span(other))
+    places = [getattr(array, "store_path", None) for array in (one, other)]
+    return None not in places and str(places[0]) == str(places[1])
 
 
 def flush(out: Any) -> None:
     """Have on the disk what was written to a destination, if it says how."""
+    while isinstance(out, np.ndarray) and not isinstance(out, np.memmap) and out.base is not None:
+        out = out.base  # a view of a memmap
     if hasattr(out, "flush"):
         out.flush()
 

@@ -34,7 +34,10 @@ class Batches:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"sw_batch_size: got {size!r}, expected an integer >= 1")
         if padded and network.process_fn is not None:
-            raise ValueError("pad_batches: got True with process_fn, which would see the padding")
+            raise ValueError(
+                "process_fn: got one with full batches (pad_batches=True, or region=), of which it "
+                "would see the padding"
+            )
         self._volume, self._network, self._weights = volume, network, weights
         self.size, self.padded = size, padded
 
@@ -67,7 +70,8 @@ class Batches:
         """
         if not self.padded or self.size == 1 or not places:
             return
-        apart = [places[k * len(places) // self.size] for k in range(min(self.size, len(places)))]
+        count = min(self.size, len(places))
+        apart = [places[k * len(places) // count] for k in range(count)]
         if not self.steady(apart):
             warnings.warn(
                 "predictor: a patch's prediction has other bits at another place of a batch of "

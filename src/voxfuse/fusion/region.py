@@ -86,6 +86,8 @@ def checked_region(region: Any, volume: Sequence[int]) -> Box:
     for axis, extent in zip(region, volume, strict=True):
         start = 0 if axis.start is None else axis.start
         stop = extent if axis.stop is None else axis.stop
+        if any(isinstance(end, float) for end in (start, stop)):
+            raise TypeError(f"region: got {axis}, expected integers")
         if axis.step not in (None, 1) or not 0 <= start < stop <= extent:
             raise ValueError(
                 f"region: got {tuple(region)}, expected slices 0 <= start < stop <= extent of the "

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxfuse.fusion._memory import overlapping, span
 from voxfuse.fusion.accumulators import Accumulator, Results, Streamed, accumulator
-from voxfuse.fusion.arrays import Sliceable, Sliced
+from voxfuse.fusion.arrays import Sliceable, in_common
 from voxfuse.fusion.batches import Batches, cut_into
 from voxfuse.fusion.heads import HeadLike
 from voxfuse.fusion.importance import Importance, importance, resized
@@ -310,7 +309,7 @@ def infer(
 ) -> Any:
     """Predict the patches of a volume batch by batch, with gradients, and fuse them."""
     _check_one_sample(out, volume.samples)
-    _check_apart(out, inputs=volume.source, condition=volume.condition)
+    check_apart(out, inputs=volume.source, condition=volume.condition)
     outputs = Outputs(options, placement, network, volume.samples, out)
     origins = placement.origins.tolist()
     if not origins:
@@ -374,8 +373,9 @@ class Outputs:
         """The results as the network returns its predictions, MetaTensors where ``meta`` is one."""
         results = [each.results.everything for each in self._accumulators]
         if meta is not None and self._out is None:
-            resized = self._options.resample_to
-            results = [_like(result, meta, resized) for result in results]
+            box = self._placement.box
+            where = self._options.resample_to, None if box is None else box.low
+            results = [_like(result, meta, *where) for result in results]
         if self._keys is not None:
             return dict(zip(self._keys, results, strict=True))
         return results[0] if len(results) == 1 else tuple(results)
@@ -432,17 +432,11 @@ def _check_one_sample(out: Any, samples: int) -> None:
         raise ValueError(f"out: got {kind} and {samples} samples, expected one")
 
 
-def _check_apart(out: Any, **inputs: Tensor | Sliced | None) -> None:
+def check_apart(out: Any, **inputs: Any) -> None:
     """Raise ValueError if results would be written over what is still to be read."""
     for each in flat(out)[1]:
-        if isinstance(each, np.ndarray) and each.flags.writeable and min(each.strides) >= 0:
-            each = torch.from_numpy(each)
-        for name, tensor in inputs.items():
-            if (
-                isinstance(each, Tensor)
-                and isinstance(tensor, Tensor)
-                and overlapping(span(each), span(tensor))
-            ):
+        for name, source in inputs.items():
+            if in_common(each, source):
                 raise ValueError(
                     f"out: shares memory with {name}, which would be overwritten while it is read"
                 )
@@ -457,10 +451,18 @@ def _listed(kinds: list[tuple[Any, ...]]) -> str:
     return ", ".join(f"{kind[1]} channels {kind[2:]} of {kind[0]}" for kind in kinds)
 
 
-def _like(result: Tensor, meta: Any, resized: Sequence[int] | None = None) -> Any:
+def _like(
+    result: Tensor, meta: Any, resized: Sequence[int] | None, low: Sequence[int] | None
+) -> Any:
     """A MetaTensor with what ``meta`` knows, its affine that of the result's voxels."""
     wrapped = type(meta)(result)
     wrapped.copy_meta_from(meta, copy_attr=False)
+    wrapped.meta = dict(meta.meta)  # its own, for an affine of its own
+    if low is not None:
+        affine = wrapped.affine.clone()
+        for axis, first in enumerate(low):
+            affine[:, -1] += affine[:, axis] * first
+        wrapped.affine = affine
     if resized is not None:
         affine = wrapped.affine.clone()
         for axis, (n, m) in enumerate(zip(meta.shape[2:], resized, strict=True)):
