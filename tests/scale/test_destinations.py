@@ -22,6 +22,7 @@ from voxfuse.scale import (
     open_source,
 )
 from voxfuse.scale import stores as scale_stores
+from voxfuse.scale.layout import Layout
 
 #: Chunks and shards that do not divide the volume.
 SMALL = dict(chunks=(4, 6, 4), shards=(8, 12, 8))
@@ -202,6 +203,9 @@ def test_a_place_that_does_not_fit_is_an_error(tmp_path):
     zarr.create_array(tmp_path / "array.zarr", data=values_of())
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("a")
+    (tmp_path / "text/0").mkdir()
+    (tmp_path / "text/0/b.txt").write_text("b")
+    old = sorted((tmp_path / "old.zarr").rglob("*"))
     new = tmp_path / "new.zarr"
     cases = [
         ((tmp_path / "old.zarr", SHAPE, "u1"), dict(kind="labels"), ValueError, "Zarr format 2"),
@@ -213,7 +217,19 @@ def test_a_place_that_does_not_fit_is_an_error(tmp_path):
         ),
         ((tmp_path / "array.zarr", SHAPE, "u1"), {}, FileExistsError, "there is something already"),
         ((tmp_path / "text", SHAPE, "u1"), {}, FileExistsError, "there is something already"),
-        ((tmp_path / "text", SHAPE, "u1"), dict(overwrite=True), ValueError, "else than Zarr"),
+        ((tmp_path / "text", SHAPE, "u1"), dict(overwrite=True), ValueError, "else than a Zarr"),
+        (
+            (tmp_path / "text", SHAPE, "u1"),
+            dict(overwrite=True, kind="image"),
+            ValueError,
+            "text/0: there is something else than a Zarr array",
+        ),
+        (
+            (tmp_path / "old.zarr", SHAPE, "u1"),
+            dict(overwrite=True, kind="image"),
+            ValueError,
+            "Zarr format 2",
+        ),
         ((tmp_path / "old.zarr", SHAPE, "u1"), dict(overwrite=True), ValueError, "which no array"),
         (
             (new, SHAPE, "u1"),
@@ -239,6 +255,12 @@ def test_a_place_that_does_not_fit_is_an_error(tmp_path):
         ),
         ((new, SHAPE, "u1"), dict(chunks=0), ValueError, "chunks: got 0"),
         ((new, SHAPE, "u1"), dict(colors={1: (0, 0, 0, 0)}), ValueError, "colors: got some"),
+        (
+            (new, SHAPE, "u1"),
+            dict(kind="labels", colors={1: (255, 0, 0)}),
+            ValueError,
+            r"colors: got \(255, 0, 0\) for label 1, expected four",
+        ),
         ((new, SHAPE, "u1"), dict(kind="labels", name="a/b"), ValueError, "name: got 'a/b'"),
         ((new, (20,), "u1"), dict(kind="image"), ValueError, "two spatial axes or more"),
         ((new, SHAPE, "u1"), dict(like=3), TypeError, "like: got int"),
@@ -248,8 +270,12 @@ def test_a_place_that_does_not_fit_is_an_error(tmp_path):
     for arguments, options, error, message in cases:
         with pytest.raises(error, match=message):
             create_destination(*arguments, **options)
+    with pytest.raises(ValueError, match=r"scale: got \(1.0,\) for axes .* expected 2 entries"):
+        Space(("y", "x"), (1.0,), (0.0, 0.0), (None, None))
     assert not new.exists()
     assert (tmp_path / "text/a.txt").exists()
+    assert (tmp_path / "text/0/b.txt").exists()
+    assert sorted((tmp_path / "old.zarr").rglob("*")) == old
     with pytest.raises(FileNotFoundError, match="there is no Zarr array"):
         open_destination(new)
     with pytest.raises(ValueError, match="is of Zarr format 2"):
@@ -263,6 +289,33 @@ def test_an_array_is_replaced_only_where_that_is_said(tmp_path):
     again = create_destination(tmp_path / "x.zarr", (9, 9, 9), np.int32, overwrite=True)
     assert (again.shape, again.dtype) == ((9, 9, 9), np.int32)
     assert not (tmp_path / "x.zarr/c").exists()
+
+
+def test_a_destination_is_made_to_the_end_or_is_not_taken(tmp_path, monkeypatch):
+    """Its metadata comes last: a failure before is tried again, a kill before is an error."""
+    monkeypatch.setattr(scale_stores, "PAUSE", 0)
+    describe, failures = Layout.describe, [TimeoutError(errno.ETIMEDOUT, "timed out")]
+
+    def failing(self, *args, **kwargs):
+        if failures:
+            raise failures.pop()
+        describe(self, *args, **kwargs)
+
+    monkeypatch.setattr(Layout, "describe", failing)
+    with pytest.warns(UserWarning, match="timed out; trying again"):
+        made = create_destination(tmp_path / "x.zarr", SHAPE, np.uint8, kind="labels", **SMALL)
+    write(made, values_of(dtype=np.uint8))
+    open_destination(tmp_path / "x.zarr", labels="prediction").check()
+    assert zarr.open_group(tmp_path / "x.zarr/labels").attrs["ome"]["labels"] == ["prediction"]
+    for kind, name in (("labels", "prediction"), ("image", None)):
+        where = tmp_path / f"{kind}.zarr"
+        failures.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            create_destination(where, SHAPE, np.uint8, kind=kind)
+        with pytest.raises(ValueError, match="which was not made to the end; create_destination"):
+            open_destination(where, labels=name)
+        create_destination(where, SHAPE, np.uint8, kind=kind, overwrite=True)
+        assert open_destination(where, labels=name).shape == SHAPE
 
 
 def test_a_disk_that_is_full_is_an_error_and_what_was_written_stays(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections import Counter
 from itertools import product
 
@@ -184,6 +185,44 @@ def test_a_finest_level_that_is_not_complete_is_an_error(tmp_path):
     (where / "labels/organs/0/c/1/1/1").unlink()
     with pytest.raises(DamagedError, match=r"voxels \[8:16, 12:18, 8:13\]: the shard is not there"):
         build_pyramid(where, labels="organs")
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_of_an_image_is_touched_that_is_refused(tmp_path):
+    values = np.ones((2, *SHAPE), np.uint8)
+    ome_image(tmp_path / "time.zarr", values_of((2, 2, *SHAPE)), "0.5")
+    ome_image(tmp_path / "old.zarr", values, "0.4", "czyx", (1, 2.0, 0.5, 0.5))
+    ome_image(tmp_path / "other.zarr", values, "0.5", "czyx", (1, 2.0, 0.5, 0.5))
+    ome_image(tmp_path / "hole.zarr", values, "0.5", "czyx", (1, 2.0, 0.5, 0.5))
+    (tmp_path / "hole.zarr/0/c/0/1/1/1").unlink()  # as of chunks that were never stored
+    before = files_of(tmp_path)
+    for name, error, message in (
+        (
+            "time",
+            ValueError,
+            r"has axes of \['time', 'channel', 'space', .*expected \[channel,\] sp",
+        ),
+        ("old", ValueError, "is of Zarr format 2"),
+        (
+            "other",
+            FileExistsError,
+            "there is something that build_pyramid did not make; overwrite=",
+        ),
+        ("hole", DamagedError, "the shard is not there"),
+    ):
+        with pytest.raises(error, match=message):
+            build_pyramid(tmp_path / f"{name}.zarr", factors=[(2, 2, 2)])
+    assert files_of(tmp_path) == before
+    where = tmp_path / "other.zarr"
+    assert build_pyramid(where, factors=[(1, 2, 2)], overwrite=True) == ["0", "1"]
+    assert whole(open_source(where, level=1)).shape == (2, 21, 9, 7)
+    # The next time it is of our making. Axes of arrays need no names.
+    described = json.loads((where / "0/zarr.json").read_text())
+    (where / "0/zarr.json").write_text(json.dumps(described | {"dimension_names": None}))
+    assert build_pyramid(where, factors=[(2, 2, 2)]) == ["0", "1"]
 
 
 def test_arguments_that_do_not_fit(tmp_path):

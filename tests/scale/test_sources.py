@@ -122,7 +122,7 @@ def test_nifti_is_mapped_and_gzip_decompressed_once_with_a_warning(tmp_path):
     nibabel.save(image, tmp_path / "v.nii")
     (tmp_path / "v.nii.gz").write_bytes(gzip.compress((tmp_path / "v.nii").read_bytes()))
     source = open_source(tmp_path / "v.nii")
-    assert isinstance(source._array, np.memmap)
+    assert isinstance(source.behind, np.memmap)
     assert np.array_equal(whole(source), np.moveaxis(array, 3, 0))
     assert source.space.axes == ("x", "y", "z")
     assert source.space.units == ("millimeter",) * 3
@@ -131,7 +131,7 @@ def test_nifti_is_mapped_and_gzip_decompressed_once_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="gzip cannot be read at random; decompressed once"):
         packed = open_source(tmp_path / "v.nii.gz", channel=1, scratch=tmp_path / "scratch")
     assert np.array_equal(whole(packed), array[None, ..., 1])
-    assert isinstance(packed._array, np.memmap)
+    assert isinstance(packed.behind, np.memmap)
     assert list((tmp_path / "scratch").iterdir()) == []
 
     image.header.set_slope_inter(0.25, -3)
@@ -286,13 +286,13 @@ def test_a_store_that_fails_once_is_asked_again_and_one_that_keeps_failing_is_an
     store = Failing(zarr.storage.MemoryStore(), ConnectionResetError(104, "reset by peer"))
     zarr.create_array(store, data=array, chunks=(8, 8, 8))
     source = open_source(zarr.open_array(store, mode="r+"))
-    source._array.store_path.store.times = 1
+    source.behind.store_path.store.times = 1
     with pytest.warns(
         UserWarning, match=r"voxels \[0:21, 0:18, 0:13\] \(zyx\): reset by peer; try"
     ):
         assert np.array_equal(whole(source), array[None])
     source.start(None)
-    source._array.store_path.store.times = 10**6
+    source.behind.store_path.store.times = 10**6
     with (
         pytest.warns(UserWarning, match="trying again"),
         pytest.raises(ConnectionResetError, match=r"reset by peer \(3 attempts\)"),
@@ -316,3 +316,13 @@ def test_a_chunk_that_is_not_whole_is_an_error_that_says_where(tmp_path):
         assert np.array_equal(source[0:1, 0:8, 0:18, 0:13][0], array[:8])
         with pytest.raises(DamagedError, match=r"\.zarr: voxels \[8:16, 0:18, 0:13\] \(zyx\)"):
             source[0:1, 8:9, 0:1, 0:1]
+
+
+def test_a_source_is_not_opened_twice():
+    source = open_source(np.zeros((3, 8, 8, 8), np.uint8))
+    assert open_source(source) is source
+    for chosen in ({"channel": 1}, {"level": 0}, {"timepoint": 0}, {"axes": "czyx"}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(chosen))}: got .* for a Source, which is"
+        ):
+            open_source(source, **chosen)

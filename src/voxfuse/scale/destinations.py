@@ -43,6 +43,8 @@ class ZarrDestination:
         self._store, self._path = store, path
         #: zarr's array, to read from.
         self.array = package.open_array(store, path=path, mode="r", zarr_format=3)
+        # See fusion.arrays.behind.
+        self.behind = self.array
         self._writer: Any = None
         if not store.read_only:
             # Chunks of nothing but the fill value are written too: a shard that is not there has
@@ -205,7 +207,7 @@ def create_destination(
         shards: spatial extents of the shards, files of many chunks, multiples of theirs; default
             256. What is in memory when one is written grows with them, and the number of files
             shrinks. Channels have shards of their own.
-        fill: value of shards that are not written.
+        fill: value of shards that are not written, as it is stored.
         probabilities: values in [0, 1] are given as float32 and stored as uint8, the nearest
             multiple of 1/255; ``dtype`` is then uint8.
         colors: (red, green, blue, alpha), each 0 to 255, by label.
@@ -244,6 +246,11 @@ def create_destination(
         raise TypeError(f"dtype: got {stored} for probabilities, expected uint8")
     if colors is not None and kind != "labels":
         raise ValueError(f"colors: got some for kind {kind!r}, expected kind 'labels'")
+    for label, color in (colors or {}).items():
+        if len(color) != 4 or not all(0 <= part <= 255 for part in color):
+            raise ValueError(
+                f"colors: got {tuple(color)} for label {label}, expected four numbers, 0 to 255"
+            )
     layout = Layout(writing(where, storage_options), str(local_path(where) or where), kind, name)
     if layout.store.read_only:
         raise PermissionError(errno.EROFS, f"{layout.where}: is a store that is read-only")
@@ -252,9 +259,13 @@ def create_destination(
     channels = len(extents) - len(space.axes)
     chunk, shard = blocks_of(chunks, shards, extents[channels:])
 
+    begun = False
+
     def create() -> None:
-        if overwrite:
+        nonlocal begun
+        if overwrite or begun:  # what an attempt that failed has left
             layout.clear()
+        begun = True
         layout.create_groups()
         layout.create_array(
             "0",
@@ -293,7 +304,8 @@ def open_destination(
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not of Zarr 3, or not compressed in a way that finds damage.
+        ValueError: it is not of Zarr 3, or an image without its metadata, as of a process that was
+            killed while it made it.
     """
     store = writing(where, storage_options)
     shown = str(local_path(where) or where)
@@ -307,6 +319,11 @@ def open_destination(
         raise FileNotFoundError(errno.ENOENT, "there is no Zarr array", layout.shown(level))
     if node.metadata.zarr_format != 3:
         raise ValueError(f"{layout.shown(level)}: is of Zarr format 2, expected 3")
+    if layout.kind != "array" and layout.image(layout.group) is None:
+        raise ValueError(
+            f"{layout.shown(level)}: is of an image without OME-Zarr's metadata, which was not "
+            "made to the end; create_destination(..., overwrite=True) makes it again"
+        )
     return ZarrDestination(store, layout.path(level), layout.shown(level))
 
 

@@ -59,20 +59,20 @@ class Layout:
         return multiscale_of(dict(group.attrs), f"{self.where}/{path}".rstrip("/"))
 
     def check_parent(self) -> None:
-        """Raise ValueError if label images of 0.5 cannot be put there."""
+        """Raise ValueError if images or label images of 0.5 cannot be put there."""
         root = self.node("")
-        if self.kind != "labels" or root is None:
+        if self.kind == "array" or root is None:
             return
-        if hasattr(root, "chunks"):
+        if self.kind == "labels" and hasattr(root, "chunks"):
             raise ValueError(
                 f"{self.where}: is a Zarr array, which has no label images; give another place, "
                 "where a group is made for them"
             )
         if root.metadata.zarr_format != 3:
             raise ValueError(
-                f"{self.where}: is of Zarr format 2 (OME-Zarr 0.4), where label images of OME-Zarr "
-                "0.5 cannot be put; give another place, where a group is made for them, and like= "
-                "the source"
+                f"{self.where}: is of Zarr format 2 (OME-Zarr 0.4), where images and label images "
+                "of OME-Zarr 0.5 cannot be put; give another place, where a group is made for "
+                "them, and like= the source"
             )
 
     def check_free(self) -> None:
@@ -86,23 +86,31 @@ class Layout:
             )
 
     def clear(self) -> None:
-        """Remove the arrays that are there."""
+        """Remove the arrays that are there, and nothing that is no Zarr.
+
+        Raises:
+            ValueError: there is something else.
+        """
         node = self.node(self.group)
         if self.kind == "array":
             if node is not None and not hasattr(node, "chunks"):
                 raise ValueError(f"{self.where}: is a Zarr group, which no array replaces")
-            if node is None and not synced(self.store.is_empty("")):
-                raise ValueError(
-                    f"{self.where}: there is something else than Zarr, expected nothing"
-                )
-            synced(self.store.delete_dir(""))
+            self._remove("")
             return
         if hasattr(node, "chunks"):
             raise ValueError(f"{self.where}: is a Zarr array, which no group replaces")
         image = self.image(self.group) if node is not None else None
-        for level in image.levels if image is not None else []:
-            synced(self.store.delete_dir(self.path(level.path)))
-        synced(self.store.delete_dir(self.path()))
+        levels = [level.path for level in image.levels] if image is not None else []
+        for path in dict.fromkeys(["0", *levels]):
+            self._remove(self.path(path))
+
+    def _remove(self, path: str) -> None:
+        """Remove an array, if there is one."""
+        if hasattr(self.node(path), "chunks"):
+            synced(self.store.delete_dir(path))
+        elif not synced(self.store.is_empty(path)):
+            where = f"{self.where}/{path}".rstrip("/")
+            raise ValueError(f"{where}: there is something else than a Zarr array")
 
     def create_groups(self) -> None:
         """Make the groups above the arrays, where they are lacking."""
@@ -165,13 +173,13 @@ class Layout:
                     for value, color in sorted(colors.items())
                 ]
             ome["image-label"] = label
-        group.attrs["ome"] = ome
         if self.kind == "labels":
             labels = self._group("labels")
             listed = labels.attrs.get("ome", {"version": "0.5"})
             names = listed.get("labels", [])
             if self.name not in names:
                 labels.attrs["ome"] = listed | {"labels": [*names, self.name]}
+        group.attrs["ome"] = ome  # last: where it is, all is
 
     def _group(self, path: str) -> Any:
         """A group to write to, made where there is none."""

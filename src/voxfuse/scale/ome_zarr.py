@@ -21,6 +21,14 @@ class Space:
     translation: tuple[float, ...]
     units: tuple[str | None, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("scale", "translation", "units"):
+            if len(getattr(self, name)) != len(self.axes):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} for axes {self.axes!r}, expected "
+                    f"{len(self.axes)} entries"
+                )
+
     def coarser(self, factors: Sequence[int]) -> Space:
         """Of blocks of ``factors`` voxels: the first one's centre is half a block from its edge."""
         moved = [

@@ -60,6 +60,7 @@ def build_pyramid(
     factors: Sequence[Sequence[int]] | None = None,
     method: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     r"""Make the coarser levels of an OME-Zarr 0.5 image or label image, from its finest.
@@ -78,13 +79,16 @@ def build_pyramid(
         method: "majority" (of labels, the default for these) or "mean".
         resume: go on with shards that are there. They have to be of the same finest level, which is
             not checked; False begins again.
+        overwrite: replace coarser levels of others' making, too.
 
     Returns:
         The paths of the levels, the finest first.
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: arguments do not fit, or shards of other factors are there.
+        FileExistsError: there are coarser levels that this function did not make.
+        ValueError: arguments do not fit, shards of other factors are there, or the image has an
+            axis of time, or others than [channels,] space.
         DamagedError: a shard of the finest level is not there, or not whole.
         OSError: the store failed; what was written stays, for ``resume=True``.
     """
@@ -95,9 +99,14 @@ def build_pyramid(
     if image is None:
         missing = "there is no OME-Zarr image"
         raise FileNotFoundError(errno.ENOENT, missing, f"{shown}/{layout.group}".rstrip("/"))
+    if layout.node(layout.group).metadata.zarr_format != 3:
+        raise ValueError(f"{shown}: is of Zarr format 2 (OME-Zarr 0.4), expected 3")
     if labels is None:
         name = layout.node("").attrs["ome"]["multiscales"][0].get("name") or ""
         layout = Layout(store, shown, "image", name)
+    kinds = [axis.kind for axis in image.axes]
+    if kinds[kinds.count("channel") :] != ["space"] * kinds.count("space"):
+        raise ValueError(f"{layout.shown('')}: has axes of {kinds}, expected [channel,] space")
     finest = image.levels[0]
     source = ZarrDestination(store, layout.path(finest.path), layout.shown(finest.path))
     if method is None:
@@ -106,19 +115,36 @@ def build_pyramid(
         raise ValueError(f"method: got {method!r}, expected 'majority' or 'mean'")
     if method == "majority" and source.dtype.kind not in "bui":
         raise ValueError(f"method: got 'majority' for {source.dtype}, expected integers")
+    if len(source.shape) != len(kinds):
+        raise ValueError(
+            f"{source.where}: has {len(source.shape)} axes, but its metadata names {len(kinds)}"
+        )
     space = image.space(finest)
     channels = len(source.shape) - len(space.axes)
     extents = source.shape[channels:]
     steps = _steps(factors, image, layout, extents)
-    kept = [level.path for level in image.levels[1:]]
+    # All that may be refused is by now, or here: before anything is removed.
+    source.check_written(tuple(slice(0, extent) for extent in source.shape))
     if not resume:
+        kept = [level.path for level in image.levels[1:]]
+        paths = dict.fromkeys([*kept, *(str(number + 1) for number in range(len(steps)))])
+        for path in paths if not overwrite else ():
+            node = layout.node(layout.path(path))
+            if node is not None and "pyramid" not in node.attrs.get("voxfuse", {}):
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "there is something that build_pyramid did not make; overwrite=True "
+                    "replaces it",
+                    layout.shown(path),
+                )
         layout.describe(bool(channels), [(finest.path, space)])
-        for path in dict.fromkeys([*kept, *(str(number + 1) for number in range(len(steps)))]):
+        for path in paths:
             insisting(lambda: synced(store.delete_dir(layout.path(path))), layout.shown(path))  # noqa: B023
     done = [(finest.path, space)]
     for number, (step, extent) in enumerate(steps, 1):
         space = space.coarser(step)
-        target = _level(layout, str(number), source, step, extent, method, resume)
+        names = ("c",) * channels + space.axes
+        target = _level(layout, str(number), source, step, extent, method, resume, names)
         _fill(source, target, (1,) * channels + step, METHODS[method])
         done.append((str(number), space))
         layout.describe(bool(channels), done, method)
@@ -162,7 +188,15 @@ def _steps_of(
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The levels of an image from the one on that has these extents."""
     at = [k for k, axis in enumerate(image.axes) if axis.kind == "space"]
-    shapes = [tuple(layout.node(level.path).shape[k] for k in at) for level in image.levels]
+    shapes = []
+    for level in image.levels:
+        node = layout.node(level.path)
+        if node is None or not hasattr(node, "chunks"):
+            raise ValueError(
+                f"{layout.where}: its metadata names the level {level.path!r}, which is not there; "
+                "give the factors"
+            )
+        shapes.append(tuple(node.shape[k] for k in at))
     if extents not in shapes:
         raise ValueError(
             f"factors: {layout.where} has no level of {extents} voxels, whose pyramid would be "
@@ -196,6 +230,7 @@ def _level(
     extent: tuple[int, ...],
     method: str,
     resume: bool,
+    names: tuple[str, ...],
 ) -> ZarrDestination:
     """The array of a level, created, or gone on with."""
     channels = len(finer.shape) - len(extent)
@@ -219,7 +254,7 @@ def _level(
             chunks=(1,) * channels + chunks,
             shards=(1,) * channels + shards,
             fill=finer.array.fill_value,
-            axes=finer.array.metadata.dimension_names,
+            axes=names,
             attributes={"voxfuse": dict(finer.array.attrs.get("voxfuse", {})) | {"pyramid": made}},
         )
 

@@ -39,7 +39,7 @@ class Source:
     opened again where it is unpickled.
     """
 
-    #: Where the voxels lie, if the file says so.
+    #: Where the voxels lie, if the file says so; of NIfTI the voxels' sizes only, from 0 on.
     space: Space | None
 
     def __init__(
@@ -60,7 +60,9 @@ class Source:
         stored = np.dtype(array.dtype)
         if stored.kind not in "buif":
             raise TypeError(f"{name}: has dtype {stored}, expected booleans or real numbers")
-        self._array, self._order, self._value = array, order, value
+        # What is read: see fusion.arrays.behind.
+        self.behind = array
+        self._order, self._value = order, value
         #: The values' type.
         self.dtype = np.dtype(dtype or stored).newbyteorder("=")
         extents = dict(zip(order, array.shape, strict=True))
@@ -116,7 +118,7 @@ class Source:
         box[axis] = min(patch[axis], box[axis])
         sizes = dict(zip((a for a in self._order if a not in "tc"), box, strict=True))
         sizes |= {"t": 1, "c": len(self._channels)}
-        itemsize: int = np.dtype(self._array.dtype).itemsize
+        itemsize: int = np.dtype(self.behind.dtype).itemsize
         return box_bytes(self._edges, [sizes[a] for a in self._order], itemsize)
 
     def start(self, axis: int | None) -> None:
@@ -178,7 +180,7 @@ class Source:
         """Read voxels of the array as it is stored."""
         where = ", ".join(f"{s.start}:{s.stop}" for s in place)
         what = f"{self.name}: voxels [{where}] ({self._order})"
-        values = insisting(lambda: decoded(lambda: _values(self._array[place]), what), what)
+        values = insisting(lambda: decoded(lambda: _values(self.behind[place]), what), what)
         return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
@@ -229,6 +231,13 @@ def open_source(
         ((1, 40, 30, 20), (1, 8, 30, 1))
     """
     if isinstance(source, Source):
+        chosen = {"level": level, "channel": channel, "timepoint": timepoint, "axes": axes}
+        for argument, value in chosen.items():
+            if value is not None:
+                raise ValueError(
+                    f"{argument}: got {value!r} for a Source, which is opened already, expected "
+                    "None; choose where it is opened"
+                )
         return source
     given: dict[str, Any] = {"channel": channel, "timepoint": timepoint, "cache_bytes": cache_bytes}
     path = local_path(source)
