@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import operator
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from tests.fusion.test_region import Array, network, random_call
 from tests.scale.killed import SHAPE, interrupted, job, result_of_one_box
 from voxfuse.scale import Job, ManifestError, create_destination, open_destination, open_source
 from voxfuse.scale.intensities import Lifted
-from voxfuse.scale.manifest import Folder, packed, unpacked
+from voxfuse.scale.manifest import Folder, digest_of_model, packed, unpacked
 
 
 def options_of_job(options):
@@ -105,8 +108,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_has_changed_is_refused_by_its_name(name, tmp_path):
-    small().prepare(tmp_path)
-    assert small().run(tmp_path, (0, 2)) == 2
+    first = small()
+    first.prepare(tmp_path)
+    assert first.run(tmp_path, (0, 2)) == 2
     changes, message = CHANGES[name]
     changed = small(**changes)
     with pytest.raises(ManifestError, match=re.escape(f"{name}: {message}")):
@@ -114,7 +118,49 @@ def test_what_has_changed_is_refused_by_its_name(name, tmp_path):
     with pytest.raises(ManifestError, match=re.escape(f"{name}: {message}")):
         changed.prepare(tmp_path)
     # Nothing is lost: the job itself goes on.
-    assert small().run(tmp_path) == 2
+    assert first.run(tmp_path) == 2
+
+
+@pytest.mark.parametrize("kind", ["another array", "a file emptied", "a store made again"])
+def test_boxes_of_which_the_result_has_nothing_are_done_again(kind, tmp_path):
+    """A marker is of what was written then: it says nothing of an array that is new or emptied."""
+
+    def result():
+        if kind == "another array":
+            return np.zeros((32, 8), np.uint8)
+        if kind == "a file emptied":
+            return np.memmap(tmp_path / "labels", np.uint8, "w+", shape=(32, 8))
+        pytest.importorskip("zarr", reason="zarr is not installed")
+        shutil.rmtree(tmp_path / "labels", ignore_errors=True)
+        return create_destination(tmp_path / "labels", (32, 8), np.uint8, chunks=8, shards=8)
+
+    def labels(each):
+        return each._out[0:32, 0:8]
+
+    # The first box has no label but 0.
+    image = np.repeat(np.arange(32, dtype=np.uint8), 8).reshape(32, 8)
+
+    def predictor(x):
+        return torch.cat([x * 0 + 20, x], 1)
+
+    jobs = [small(source=image, predictor=predictor, out=result())]
+    jobs[0].prepare(tmp_path / "job")
+    assert jobs[0].run(tmp_path / "job") == 4
+    assert jobs[0].remaining(tmp_path / "job") == []
+    expected = np.array(labels(jobs[0]))
+    assert not expected[:8].any()
+    assert expected[24:].all()
+    jobs.append(small(source=image, predictor=predictor, out=result()))
+    gone = jobs[1].remaining(tmp_path / "job")
+    assert set(gone) >= {2, 3}
+    assert (0 in gone) == (kind == "a store made again")  # there nothing was written, not even 0
+    assert jobs[1].run(tmp_path / "job") == len(gone)
+    assert np.array_equal(labels(jobs[1]), expected)
+    assert jobs[1].remaining(tmp_path / "job") == []
+    if kind == "a store made again":
+        jobs[1]._out.check()
+        (tmp_path / "labels/c/3/0").write_bytes(b"torn")
+        assert jobs[1].remaining(tmp_path / "job") == [3]
 
 
 def test_another_machine_is_refused(tmp_path, monkeypatch):
@@ -127,8 +173,9 @@ def test_another_machine_is_refused(tmp_path, monkeypatch):
 def test_a_damaged_manifest_or_marker_is_said(tmp_path):
     with pytest.raises(ManifestError, match="has no manifest; prepare the job first"):
         small().run(tmp_path)
-    small().prepare(tmp_path)
-    small().run(tmp_path, (0, 2))
+    each = small()
+    each.prepare(tmp_path)
+    each.run(tmp_path, (0, 2))
     marker = Folder(tmp_path).marker(1)
     whole = marker.read_text()
     for text in ("", whole[:-5], whole.replace('"box": 1', '"box": 2')):
@@ -136,7 +183,7 @@ def test_a_damaged_manifest_or_marker_is_said(tmp_path):
         with pytest.raises(ManifestError, match=r"000001\.json: is damaged; remove it, and the"):
             small().run(tmp_path)
     marker.unlink()
-    assert small().run(tmp_path) == 3
+    assert each.run(tmp_path) == 3
     # A marker of another job in the same place.
     other = small(box=(16, 8))
     other.prepare(tmp_path / "other")
@@ -148,8 +195,14 @@ def test_a_damaged_manifest_or_marker_is_said(tmp_path):
     text = manifest.read_text()
     for changed in (text[:100], text.replace('"given": 4', '"given": 5')):
         manifest.write_text(changed)
-        with pytest.raises(ManifestError, match=r"manifest\.json: (is no manifest|was changed)"):
-            small().run(tmp_path)
+        for use in (each.run, each.prepare):
+            with pytest.raises(ManifestError, match=r"(is no manifest|was changed).*; remove it"):
+                use(tmp_path)
+    # What the error says is a way out, and nothing is done twice.
+    manifest.unlink()
+    marker.unlink()
+    each.prepare(tmp_path)
+    assert each.run(tmp_path) == 1
     content = {"format": "voxfuse boxes 0"}
     Folder(tmp_path).write(content)
     with pytest.raises(ManifestError, match="is 'voxfuse boxes 0', expected 'voxfuse boxes 1'"):
@@ -243,7 +296,25 @@ def test_batches_of_one_are_said_and_kept(tmp_path):
         ({"process_fn": len}, TypeError, "process_fn: is no option of a job, expected overlap"),
         ({"normalisation": "robust"}, ValueError, "normalisation: got 'robust', expected None"),
         ({"normalisation": ([1, 2], [1, 2])}, ValueError, "expected 1 means and as many standard"),
-        ({"box": (8,)}, ValueError, r"box: got \(8,\), expected 2 numbers >= 1"),
+        ({"box": (8,)}, ValueError, r"box: got \(8,\), expected 2 integers >= 1"),
+        ({"box": 8}, ValueError, "box: got 8, expected 2 integers >= 1"),
+        ({"box": (8.0, 8)}, ValueError, r"box: got \(8.0, 8\), expected 2 integers >= 1"),
+        ({"source": "image.zarr"}, TypeError, "source: got str, .*open_source opens paths"),
+        ({"roi_size": 8}, ValueError, r"roi_size: got 8 for source and out of shape \(32, 8\)"),
+        ({"sw_batch_size": 0}, ValueError, "sw_batch_size: got 0, expected an integer >= 1"),
+        ({"normalisation": 3}, ValueError, "normalisation: got 3, expected 1 means and as many"),
+        ({"normalisation": ([0], [1], [2])}, ValueError, "expected 1 means and as many"),
+        ({"normalisation": ([np.nan], [1])}, ValueError, "all of them finite"),
+        ({"models": {"n": Path("modle.pt")}}, FileNotFoundError, "there is no such file: 'modle"),
+        ({"models": {"n": 3}}, TypeError, "models: got int, expected a module, a path of a file"),
+        # What the first box would find.
+        ({"out": np.zeros((5, 32, 8), "u1")}, ValueError, r"out: got shape \(5, 32, 8\), expected"),
+        ({"out": np.zeros((32, 8), "f4")}, TypeError, "out: got .*float32.* expected uint8"),
+        (
+            {"predictor": lambda x: x[..., ::2, ::2]},
+            ValueError,
+            r"predictor: returned patches of \(4, 4\) voxels for those of \(8, 8\)",
+        ),
         ({"box": None, "memory": 10}, ValueError, "memory: got 10, but a box of .* takes"),
         (
             {"predictor": lambda x: (x, x)},
@@ -255,6 +326,45 @@ def test_batches_of_one_are_said_and_kept(tmp_path):
 def test_bad_input(changes, error, message, tmp_path):
     with pytest.raises(error, match=message):
         small(**changes).prepare(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_result_over_the_source_is_an_error(tmp_path):
+    image = np.zeros((2, 32, 8), np.uint8)
+    stored = [image, torch.from_numpy(image), open_source(image, axes="cyx")]
+    outs = [image[0], torch.from_numpy(image)[0]]
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed")
+    array = zarr.create_array(tmp_path / "x.zarr", data=image[0], chunks=(8, 8))
+    for source, out in [
+        *itertools.product(stored, outs),
+        (open_source(tmp_path / "x.zarr"), open_destination(tmp_path / "x.zarr")),
+        (array, zarr.open_array(tmp_path / "x.zarr")),
+    ]:
+        with pytest.raises(ValueError, match="out: shares memory with source"):
+            small(source=source, out=out)
+    small(source=torch.ones(32, 8).bfloat16(), roi_size=[8, 8]).plan()
+
+
+def test_models_are_known_by_all_of_their_state(tmp_path):
+    class Extra(torch.nn.Linear):
+        extra = (torch.qint8, {"scale": 1})
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    first = Extra(2, 2)
+    before = digest_of_model(first)
+    first.extra = (torch.qint8, {"scale": 2})
+    assert len({before, digest_of_model(first)}) == 2
+    (tmp_path / "m.pt").write_bytes(b"1")
+    before = digest_of_model(tmp_path / "m.pt")
+    assert before == digest_of_model(str(tmp_path / "m.pt"))
+    (tmp_path / "m.pt").write_bytes(b"2")
+    assert digest_of_model(tmp_path / "m.pt") != before
+    assert digest_of_model("a text\n" * 1000) == "a text\n" * 1000
 
 
 def test_the_reference_activates_no_boxes():
@@ -266,7 +376,7 @@ def test_the_reference_activates_no_boxes():
 def test_bad_shards(tmp_path):
     each = small()
     each.prepare(tmp_path)
-    for shard in [(2, 2), (-1, 2), (0, 0)]:
+    for shard in [(2, 2), (-1, 2), (0, 0), (0, 1, 2), (0.0, 2), 1]:
         with pytest.raises(ValueError, match=r"shard: got .* expected \(i, n\) with 0 <= i < n"):
             each.run(tmp_path, shard)
     with pytest.raises(ValueError, match="skip: is true for every patch"):

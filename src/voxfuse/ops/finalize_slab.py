@@ -113,7 +113,9 @@ def finalize_slab(
     expected = (classes if mode in ("values", "mask") else 1, *slab)
     if tuple(out.shape) != expected:
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected {expected}")
-    _check_out(out, mode, classes, ring)
+    check_out(out, mode, classes)
+    if out.device != ring.device:
+        raise ValueError(f"out: is on {out.device}, but ring is on {ring.device}")
     check_threshold(threshold)
     _checks.require_held("fill", fill, out.dtype)
     if not divisor > 0:
@@ -185,7 +187,8 @@ def _check_head(ring: Tensor, weight: Tensor | None, bias: Tensor | None) -> int
     return weight.shape[0]
 
 
-def _check_out(out: Tensor, mode: str, classes: int, ring: Tensor) -> None:
+def check_out(out: Tensor, mode: str, classes: int) -> None:
+    """Raise for a result whose dtype does not hold what a mode makes."""
     if mode == "labels":
         allowed: tuple[torch.dtype, ...] = _LABEL_DTYPES
         if out.dtype in allowed and classes - 1 > torch.iinfo(out.dtype).max:
@@ -197,8 +200,6 @@ def _check_out(out: Tensor, mode: str, classes: int, ring: Tensor) -> None:
     if out.dtype not in allowed:
         listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"out: got {_checks.describe(out)}, expected {listed}")
-    if out.device != ring.device:
-        raise ValueError(f"out: is on {out.device}, but ring is on {ring.device}")
 
 
 def _is_slab_of_contiguous(out: Tensor, ring_axis: int) -> bool:

@@ -51,7 +51,8 @@ class Plan:
         Raises:
             ValueError: there is no such shard.
         """
-        if not 0 <= index < count:
+        whole = isinstance(index, (int, np.integer)) and isinstance(count, (int, np.integer))
+        if not whole or not 0 <= index < count:
             raise ValueError(f"shard: got ({index}, {count}), expected (i, n) with 0 <= i < n")
         bounds = _balanced([max(work, 1) for work in self.patches], count)
         return range(bounds[index], bounds[index + 1])
@@ -112,8 +113,11 @@ def plan_boxes(
     if kept is not None:
         present = kept.reshape(present.shape)
     if extents is not None:
-        if len(extents) != len(volume) or min(extents) < 1:
-            raise ValueError(f"box: got {tuple(extents)}, expected {len(volume)} numbers >= 1")
+        whole = isinstance(extents, Sequence) and all(
+            isinstance(extent, (int, np.integer)) for extent in extents
+        )
+        if not whole or len(extents) != len(volume) or min(extents) < 1:
+            raise ValueError(f"box: got {extents!r}, expected {len(volume)} integers >= 1")
         sizes = [-(-size // u) * u for size, u in zip(extents, unit, strict=True)]
         cuts = [
             [*range(0, extent, size), extent] for extent, size in zip(volume, sizes, strict=True)

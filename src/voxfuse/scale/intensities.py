@@ -33,7 +33,8 @@ class Lifted:
                 f"source: got shape {shape}, expected {axes} spatial axes, with or without one of "
                 "channels before them"
             )
-        self._source, self._bare = source, len(shape) == axes
+        # What is read: see fusion.arrays.behind.
+        self.behind, self._bare = source, len(shape) == axes
         self.shape = (1, 1, *shape) if self._bare else (1, *shape)
         given: np.dtype[Any] = np.dtype(source.dtype).newbyteorder("=")
         floating = given.kind == "f" and normalisation is None
@@ -49,11 +50,14 @@ class Lifted:
                 "standard deviations)"
             )
         if normalisation is not None and not isinstance(normalisation, str):
-            mean, std = ([float(x) for x in np.atleast_1d(each)] for each in normalisation)
-            if not len(mean) == len(std) == self.shape[1] or not min(std) > 0:
+            pair = isinstance(normalisation, Sequence) and len(normalisation) == 2
+            parts = normalisation if pair else ((), ())
+            mean, std = ([float(x) for x in np.atleast_1d(each)] for each in parts)
+            finite = np.isfinite([*mean, *std]).all()
+            if not len(mean) == len(std) == self.shape[1] or not finite or not min(std) > 0:
                 raise ValueError(
                     f"normalisation: got {normalisation}, expected {self.shape[1]} means and as "
-                    "many standard deviations > 0"
+                    "many standard deviations > 0, all of them finite"
                 )
             self.statistics = {"mean": mean, "std": std}
 
@@ -70,7 +74,7 @@ class Lifted:
 
     def stored(self, key: tuple[slice, ...]) -> NDArray[Any]:
         """Voxels as the source has them, with an axis of channels."""
-        box = np.asarray(self._source[key[2:] if self._bare else key[1:]])
+        box = np.asarray(self.behind[key[2:] if self._bare else key[1:]])
         return box[None] if self._bare else box
 
     def _table(self, mean: float, std: float, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from voxfuse import _backends, _library
-from voxfuse.fusion.arrays import Assignable, Part, Sliceable, flush, unit_of
+from voxfuse.fusion.arrays import Assignable, Part, Sliceable, flush, torch_dtype, unit_of
 from voxfuse.fusion.batches import Batches, same_bits
 from voxfuse.fusion.network import Predictor
 from voxfuse.fusion.padded_volume import PaddedVolume
 from voxfuse.fusion.region import Box
 from voxfuse.fusion.schedule import chosen_axis
-from voxfuse.fusion.sliding_window import Settings, infer
+from voxfuse.fusion.sink import Sink
+from voxfuse.fusion.sliding_window import Settings, check_apart, infer
+from voxfuse.ops.finalize_slab import check_out
 from voxfuse.scale.boxes import Plan, plan_boxes
 from voxfuse.scale.intensities import Lifted, Normalisation
 from voxfuse.scale.manifest import (
@@ -36,6 +38,7 @@ from voxfuse.scale.manifest import (
     plain,
     unpacked,
 )
+from voxfuse.scale.written import Remembered, is_there
 
 #: Options of a sliding window that are not of a job: they change what is predicted from call to
 #: call, or need more than a box.
@@ -65,8 +68,10 @@ class Job:
             written once.
         roi_size, sw_batch_size, predictor: as for :func:`voxfuse.sliding_window_inference`. The
             predictor has one output, of the patches' resolution.
-        models: what the predictor was made of, by name: files, modules or texts. The manifest keeps
-            their digests. None: those of the predictors that are modules.
+        models: what the predictor was made of, by name: modules; files, best as a Path, which has
+            to be there; or texts, which a str is that names no file. The manifest keeps digests of
+            files and of modules' state_dict. None: those of the predictors that are modules; of a
+            function only a first batch of predictions is compared.
         normalisation: None; "zscore", which brings each channel to mean 0 and standard deviation 1
             over the whole volume (read once, when the job is prepared); or (means, deviations).
         box: extents of a box, rounded up to whole units. None: what ``memory`` allows.
@@ -102,7 +107,20 @@ class Job:
         for name in options:
             if name not in allowed:
                 raise TypeError(f"{name}: is no option of a job, expected {', '.join(allowed)}")
-        axes = len(roi_size) if isinstance(roi_size, Sequence) else len(source.shape) - 1
+        if isinstance(source, Tensor):
+            source = source.detach().to("cpu")
+            source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        if not isinstance(source, Sliceable):
+            raise TypeError(
+                f"source: got {type(source).__name__}, expected an array that can be sliced; "
+                "voxfuse.scale.open_source opens paths and URLs"
+            )
+        self._out: Any = out.numpy() if isinstance(out, Tensor) else out
+        if not isinstance(self._out, Assignable):
+            raise TypeError(
+                f"out: got {type(out).__name__}, expected an array that boxes can be assigned to"
+            )
+        axes = _axes(roi_size, tuple(source.shape), tuple(self._out.shape))
         self._lifted = Lifted(source, axes, normalisation)
         self._settings = Settings(**options)
         with torch.no_grad():
@@ -112,11 +130,8 @@ class Job:
         self._extents, self._memory, self._shards = box, memory, shards
         self._axis = chosen_axis(stream_axis, self._volume.spatial, self._volume.roi)
         self._source = source
-        self._out: Any = out.numpy() if isinstance(out, Tensor) else out
-        if not isinstance(self._out, Assignable):
-            raise TypeError(
-                f"out: got {type(out).__name__}, expected an array that boxes can be assigned to"
-            )
+        self._batches(sw_batch_size)  # which may refuse the number
+        check_apart(self._out, source=source)
         _refuse_reference(self._settings, self._network.device)
         shape, spatial = tuple(self._out.shape), self._volume.spatial
         if shape[-axes:] != spatial or len(shape) - axes not in (0, 1):
@@ -141,9 +156,8 @@ class Job:
         first = [axis[0] for axis in self._volume.grid.starts]
         _start(self._source, None)
         with torch.no_grad():
-            batches = Batches(self._volume, self._network, self._weights, self._size, padded=True)
-            members, _ = batches.predict([(0, first)])
-        return self._planned(None, members[0].outputs[0].shape[1])
+            members, _ = self._batches(self._size).predict([(0, first)])
+        return self._planned(None, self._channels(members[0].outputs))
 
     def prepare(
         self,
@@ -210,7 +224,8 @@ class Job:
             folder: where the job was prepared.
             shard: (i, n): the i-th of n parts, counted from 0. Any n will do, whatever the plan
                 reckoned with, and processes may do the same boxes.
-            resume: whether boxes that have a marker are left as they are.
+            resume: whether boxes are left as they are that have a marker, and of which the result
+                still has what was written (all shards, where they are files, and a few voxels).
             progress: called with the numbers of finished boxes and of the shard's, after each.
 
         Returns:
@@ -220,6 +235,8 @@ class Job:
             ManifestError: the folder is not prepared, is damaged, or of another job: another
                 model, input, window or grid, or a machine that would give other bits.
         """
+        if not isinstance(shard, Sequence) or len(shard) != 2:
+            raise ValueError(f"shard: got {shard!r}, expected (i, n) with 0 <= i < n")
         place = Folder(folder)
         manifest, plan, kept = self._opened(place)
         size = manifest["batch"]["size"]
@@ -234,35 +251,42 @@ class Job:
         seal, boxes, done = digest(manifest), plan.shard(*shard), 0
         for number, index in enumerate(boxes, 1):
             box = plan.boxes[index]
-            if not (resume and place.is_done(index, box, seal)):
-                self._predict(box, kept, size)
-                place.mark(index, box, seal)
+            if not (resume and self._is_done(place, index, box, seal)):
+                place.mark(index, box, seal, self._predict(box, kept, size))
                 done += 1
             if progress is not None:
                 progress(number, len(boxes))
         return done
 
     def remaining(self, folder: Any) -> list[int]:
-        """The numbers of the boxes that are not done."""
+        """The numbers of the boxes that are not done, or of which the result has nothing."""
         place = Folder(folder)
         manifest, plan, _ = self._opened(place)
         seal = digest(manifest)
-        return [k for k, box in enumerate(plan.boxes) if not place.is_done(k, box, seal)]
+        return [k for k, box in enumerate(plan.boxes) if not self._is_done(place, k, box, seal)]
 
-    def _predict(self, box: Box, kept: NDArray[np.bool_] | None, size: int) -> None:
-        """Write one box, and have it on the disk."""
+    def _is_done(self, place: Folder, index: int, box: Box, seal: str) -> bool:
+        """Whether a box has a marker, and the result still what was written then."""
+        content = place.marked(index, box, seal)
+        return content is not None and is_there(self._out, self._place(box), content["sample"])
+
+    def _place(self, box: Box) -> tuple[slice, ...]:
+        """A box's voxels in the result."""
+        return box.slices if self._bare else (slice(0, int(self._out.shape[0])), *box.slices)
+
+    def _predict(self, box: Box, kept: NDArray[np.bool_] | None, size: int) -> Any:
+        """Write one box, and have it on the disk; returns what its marker remembers of it."""
         volume, network = self._volume, self._network
         _start(self._source, self._axis)
         skip = None if kept is None else _left_out(volume, kept)
         with torch.no_grad():
             placement = volume.placement(self._axis, None, skip, box.slices)
-            batches = Batches(volume, network, self._weights, size, padded=True)
-            low, shape = box.low, box.shape
-            if not self._bare:
-                low, shape = (0, *low), (self._out.shape[0], *shape)
-            part = Part(self._out, low, shape)
+            batches, key = self._batches(size), self._place(box)
+            low, shape = [s.start for s in key], [s.stop - s.start for s in key]
+            part = Remembered(self._out, low, shape)
             infer(volume, placement, network, batches, self._options, part, False)
         flush(self._out)
+        return part.sample()
 
     def _opened(self, place: Folder) -> tuple[dict[str, Any], Plan, NDArray[np.bool_] | None]:
         """The manifest of this job, its boxes, and the patches that are predicted."""
@@ -348,7 +372,8 @@ class Job:
             return self._probes[key]
         grid, counts = self._volume.grid, [len(starts) for starts in self._volume.grid.starts]
         numbers = np.arange(len(grid)) if kept is None else kept.nonzero()[0]
-        chosen = [numbers[k * len(numbers) // size] for k in range(min(size, len(numbers)))]
+        count = min(size, len(numbers))
+        chosen = [numbers[k * len(numbers) // count] for k in range(count)]
         places = [
             (0, [starts[k] for starts, k in zip(grid.starts, index, strict=True)])
             for index in zip(*np.unravel_index(chosen, counts), strict=True)
@@ -356,15 +381,35 @@ class Job:
         places += [places[-1]] * (size - len(places))
         _start(self._source, None)
         with torch.no_grad():
-            batches = Batches(self._volume, self._network, self._weights, size, padded=True)
+            batches = self._batches(size)
             once = [[t.clone() for t in m.outputs] for m in batches.predict(places)[0]]
             again = [m.outputs for m in batches.predict([*places[1:], places[0]])[0]]
-        if len(once[0]) != 1:
-            raise ValueError(f"predictor: returned {len(once[0])} outputs, expected one")
+        channels = self._channels(once[0])
         steady = all(same_bits(a[0].roll(-1, 0), b[0]) for a, b in zip(once, again, strict=True))
-        found = steady, digest([digest_of(each[0]) for each in once]), once[0][0].shape[1]
+        found = steady, digest([digest_of(each[0]) for each in once]), channels
         self._probes[key] = found
         return found
+
+    def _batches(self, size: int) -> Batches:
+        return Batches(self._volume, self._network, self._weights, size, padded=True)
+
+    def _channels(self, outputs: Sequence[Tensor]) -> int:
+        """Channels of the network's one output; ``out`` has to be what these become."""
+        if len(outputs) != 1:
+            raise ValueError(f"predictor: returned {len(outputs)} outputs, expected one")
+        channels, *patch = outputs[0].shape[1:]
+        if tuple(patch) != self._volume.roi:
+            raise ValueError(
+                f"predictor: returned patches of {tuple(patch)} voxels for those of "
+                f"{self._volume.roi}, expected the same resolution"
+            )
+        heads, shape = self._network.heads, tuple(self._out.shape)
+        options = self._options.of(channels, heads.merged, heads.kind or outputs[0].dtype)
+        whole = Part(self._out, (0,) * len(shape), shape)
+        Sink(options, self._volume.spatial, self._axis, whole, None)
+        dtype, classes = torch_dtype("out", self._out.dtype), options.classes or channels
+        check_out(torch.empty(shape, dtype=dtype, device="meta"), options.finish, classes)
+        return int(channels)
 
     def _planned(self, kept: NDArray[np.bool_] | None, channels: int) -> Plan:
         volume, axis, unit = self._volume, self._axis, self._unit
@@ -402,6 +447,18 @@ class Job:
             kept=kept,
             uncut=(len(unit) - 1,) if wide else (),
         )
+
+
+def _axes(roi_size: int | Sequence[int], source: tuple[int, ...], out: tuple[int, ...]) -> int:
+    """How many axes are spatial."""
+    if isinstance(roi_size, Sequence):
+        return len(roi_size)
+    if source == out:
+        raise ValueError(
+            f"roi_size: got {roi_size!r} for source and out of shape {source}, whose first axis "
+            "may be one of channels; expected a number for every spatial axis"
+        )
+    return min(len(source), len(out)) - (len(source) == len(out))
 
 
 def _models(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from voxfuse.fusion.region import Box
 #: What this version reads and writes.
 FORMAT = "voxfuse boxes 1"
 MANIFEST = "manifest.json"
+_AGAIN = "remove it, and prepare the job again: boxes that are done stay done"
 
 
 class ManifestError(ValueError):
@@ -49,17 +51,39 @@ def digest_of(array: Any) -> str:
 
 
 def digest_of_model(model: Any) -> str:
-    """SHA-256 of a file, of a module's parameters and buffers, or a text as it is."""
+    """SHA-256 of a file, of a module's state, or a text as it is.
+
+    Raises:
+        FileNotFoundError: a path is not that of a file.
+        TypeError: the model is none of these.
+    """
     if isinstance(model, nn.Module):
-        return digest({name: digest_of(t) for name, t in sorted(model.state_dict().items())})
-    path = Path(model)
-    if not path.is_file():
-        return str(model)
+        state = sorted(model.state_dict().items())
+        return digest({name: _digest_of_state(each) for name, each in state})
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"models: got {type(model).__name__}, expected a module, a path of a file or a text"
+        )
+    if not os.path.isfile(model):
+        if isinstance(model, os.PathLike) or os.path.isdir(model):
+            raise FileNotFoundError(errno.ENOENT, "models: there is no such file", str(model))
+        return model
     found = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(model, "rb") as file:
         while block := file.read(1 << 22):
             found.update(block)
     return found.hexdigest()
+
+
+def _digest_of_state(value: Any) -> Any:
+    """Of extra state and quantised layers the parts, where they are no tensors."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return digest_of(value)
+    if isinstance(value, Mapping):
+        return {str(key): _digest_of_state(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_digest_of_state(each) for each in value]
+    return repr(value)
 
 
 def plain(value: Any) -> Any:
@@ -123,12 +147,10 @@ class Folder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ManifestError(
-                f"{path}: is no manifest ({error}); prepare the job again"
-            ) from None
+            raise ManifestError(f"{path}: is no manifest ({error}); {_AGAIN}") from None
         sealed = isinstance(content, dict) and content.pop("sha256", None) == digest(content)
         if not sealed:
-            raise ManifestError(f"{path}: was changed or cut off; prepare the job again")
+            raise ManifestError(f"{path}: was changed or cut off; {_AGAIN}")
         if content.get("format") != FORMAT:
             raise ManifestError(f"{path}: is {content.get('format')!r}, expected {FORMAT!r}")
         return content
@@ -143,15 +165,15 @@ class Folder:
         """The file that says that a box is finished."""
         return self.path / "done" / f"{index:06d}.json"
 
-    def mark(self, index: int, box: Box, manifest: str) -> None:
-        """Say that a box is finished, after its voxels are on the disk."""
-        content = _marked(index, box, manifest)
+    def mark(self, index: int, box: Box, manifest: str, sample: Any) -> None:
+        """Say that a box is finished, after its voxels are on the disk, with a sample of them."""
+        content = {**_marked(index, box, manifest), "sample": sample}
         path = self.marker(index)
         make_folder(path.parent)
         write_text(path, json.dumps({**content, "sha256": digest(content)}))
 
-    def is_done(self, index: int, box: Box, manifest: str) -> bool:
-        """Whether a box is finished.
+    def marked(self, index: int, box: Box, manifest: str) -> dict[str, Any] | None:
+        """What the marker of a finished box says; None: there is none.
 
         Raises:
             ManifestError: its marker is damaged, or of another job.
@@ -160,16 +182,16 @@ class Folder:
         try:
             content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            return False
+            return None
         except ValueError:
             content = None
         if not isinstance(content, dict) or content.pop("sha256", None) != digest(content):
             raise ManifestError(f"{path}: is damaged; remove it, and the box is done again")
-        expected = _marked(index, box, manifest)
+        sample, expected = content.pop("sample", None), _marked(index, box, manifest)
         if content != expected:
             changes = "; ".join(differences(content, expected))
             raise ManifestError(f"{path}: is of another job ({changes}); take another folder")
-        return True
+        return {**content, "sample": sample}
 
 
 def _marked(index: int, box: Box, manifest: str) -> dict[str, Any]:
