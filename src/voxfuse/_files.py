@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import uuid
 from collections.abc import Callable
@@ -35,9 +36,9 @@ def make_folder(folder: Path) -> None:
     _to_disk(folder.parent)
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files that :func:`write_whole` was writing when its process died."""
-    return list(folder.glob(".*.part"))
+def unfinished(folder: Path, name: str = "") -> list[Path]:
+    """Files, or those of one name, that :func:`write_whole` was writing when its process died."""
+    return list(folder.glob(f".{glob.escape(name)}.*.part" if name else ".*.part"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -72,6 +72,32 @@ class Sleeping(nn.Module):
         return self.inner(patches)
 
 
+def positional() -> nn.Module:
+    return Positional()
+
+
+def softmaxed() -> nn.Module:
+    """Its convolution of extent 1 is not the last layer."""
+    return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 3, 1), nn.Softmax(1))
+
+
+def probabilities() -> nn.Module:
+    return nn.Sequential(above_half(), nn.Sigmoid())
+
+
+class Interrupted(nn.Module):
+    """Ctrl-C is pressed while it predicts what is not 0."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        if patches.any():
+            raise KeyboardInterrupt
+        return patches - 0.5
+
+
+def interrupted() -> nn.Module:
+    return Interrupted()
+
+
 def not_finite() -> nn.Module:
     return Linear([[float("nan")]], [0.0])
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from tests.inference.test_ours import save_run
 from tests.inference.test_studies import intensities, predict, read, write
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom: pydicom")
@@ -96,6 +97,9 @@ def set_to(name, value, every=False):
         (set_to("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), "ImageOrientationPatient differs"),
         (set_to("SeriesInstanceUID", "1.2.3"), "has slices of 2 series, expected one a folder"),
         (set_to("PhotometricInterpretation", "MONOCHROME1", True), "MONOCHROME1, expected grey"),
+        (lambda k, one: one.pop("PixelSpacing") and None, "IM.*: has no PixelSpacing"),
+        (set_to("PixelSpacing", None), "IM.*: has no PixelSpacing"),
+        (set_to("RescaleSlope", None), "IM.*: has an empty RescaleSlope"),
         (lambda k, one: one.pop("ImagePositionPatient") and None, "has no slices with a position"),
     ],
 )
@@ -110,6 +114,7 @@ def test_from_a_series_to_nifti_and_to_dicom_seg(tmp_path):
     truth = intensities((20, 17, 14), levels=3)
     folder = write_series(tmp_path / "in/jane", truth)
     write_series(tmp_path / "in/nothing", truth * 0)
+    write_series(tmp_path / "in/second", (truth == 2) * 2.0)
     for name in ("mask.nii.gz", "mask.dcm"):
         assert predict("three_classes", folder, tmp_path / name, *PATCH) == 0
     assert np.array_equal(read(tmp_path / "mask.nii.gz"), truth)
@@ -124,9 +129,19 @@ def test_from_a_series_to_nifti_and_to_dicom_seg(tmp_path):
     assert str(found.PatientID) == "42"  # it is the patient's, as the series
 
     out = tmp_path / "out"
-    assert predict("three_classes", tmp_path / "in", out, *PATCH, "--format", "dicom") == 0
-    assert sorted(path.name for path in out.glob("*.dcm")) == ["jane.dcm", "nothing.dcm"]
+    write_series(tmp_path / "in/broken", truth, lambda k, one: one.pop("PixelSpacing") and None)
+    assert predict("three_classes", tmp_path / "in", out, *PATCH, "--format", "dicom") == 3
+    written = sorted(path.name for path in out.glob("*.dcm"))
+    assert written == ["jane.dcm", "nothing.dcm", "second.dcm"]  # a broken series stops no other
+    failed = json.loads((out / "status/broken.json").read_text())
+    assert failed["error"].endswith(": a slice of image 0: has no PixelSpacing")
     assert not highdicom.seg.segread(out / "nothing.dcm").pixel_array.any()
+    second = highdicom.seg.segread(out / "second.dcm")  # a segment has the number of its class
+    assert [d.SegmentLabel for d in second.SegmentSequence] == ["label 1", "label 2"]
+    assert second.get_pixels_by_source_instance(
+        [one.SOPInstanceUID for one in load_series(tmp_path / "in/second").slices],
+        segment_numbers=[2],
+    ).any()
     status = (out / "status/jane.json").read_text()
     assert "jane" not in status.lower()
     assert json.loads(status)["voxels"].keys() == {"0", "1", "2"}
@@ -144,3 +159,12 @@ def test_what_dicom_is_not_written_for(tmp_path, capsys):
         assert predict("above_half", given, tmp_path / output, *PATCH, *options) == 1
         error = capsys.readouterr().err
         assert re.search(expected, error), error
+
+
+def test_a_run_predicts_a_folder_of_series(tmp_path):
+    for name in ("first", "second"):
+        write_series(tmp_path / "in" / name, intensities((20, 17, 8), levels=3))
+    save_run(tmp_path)
+    out = tmp_path / "out"
+    assert predict(tmp_path / "model.pt", tmp_path / "in", out) == 0
+    assert sorted(path.name for path in out.glob("*.gz")) == ["first.nii.gz", "second.nii.gz"]

@@ -44,6 +44,10 @@ TABLE = {
     "too few channels": (
         ":of_two_channels", "scan.nii.gz", [], r"does not take patches \(1, 1, 16, 16, 16\)",
     ),
+    "too many channels": (
+        ":above_half", "scan.nii.gz moved.nii.gz", [],
+        "channels of scan are 2 files: scan.nii.gz, moved.nii.gz",
+    ),
     "no patch": (":above_half", "scan.nii.gz", ["no patch"], "--patch: is needed"),
     "two numbers of a patch": (
         ":above_half", "scan.nii.gz", ["--patch", "8", "8"], "--patch: got 2 numbers, expected 1 o",
@@ -79,6 +83,10 @@ TABLE = {
     "no such layer": (
         ":above_half", "scan.nii.gz", ["--head", "final"], "--head: got 'final'.*: copy, last",
     ),
+    "not the last layer": (
+        ":softmaxed", "scan.nii.gz", ["--head", "1"], "--head: is not the network's last layer",
+    ),
+    "a class": (":Positional", "scan.nii.gz", [], "Positional is a class, whose netwo"),
     "another extent": (":halving", "scan.nii.gz", [], "returned .*8, 8, 8.* expected their extent"),
     "not finite": (":not_finite", "scan.nii.gz", [], "the network's predictions are not finite"),
     "no such device": (

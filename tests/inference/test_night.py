@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,8 +180,17 @@ def test_a_study_that_takes_too_long_has_failed_and_the_others_are_done(tmp_path
         )
         numbers = iter([0, 1, 2, 3])
         paced.when_predicted = lambda _: hold_up(next(numbers))
+    paced.targets[1] = replace(paced.targets[1], status=tmp_path / "out/status/t1.json")
     outcomes = paced.run()
     forever.set()
+    if part == "written":  # what comes too late goes again
+        assert paced.written[1].wait(20)
+        for _ in range(200):
+            if not paced.targets[1].path.exists():
+                break
+            time.sleep(0.05)
+        assert not paced.targets[1].path.exists()
+    assert json.loads(paced.targets[1].status.read_text())["state"] == "failed"
     assert {n: o.state for n, o in outcomes.items()} == {
         "t0": "done", "t1": "failed", "t2": "done", "t3": "done",
     }  # fmt: skip

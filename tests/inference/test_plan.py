@@ -31,6 +31,11 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, capsys):
     (tmp_path / "in/s2.nii.gz").write_bytes(b"no image")
     assert predict("above_half", tmp_path / "in", out, *options) == 3
     assert "s2: " in capsys.readouterr().out
+    assert predict("above_half", tmp_path / "in", out, *options[:-1], "1M") == 1
+    assert "would not fit 1 MB" in capsys.readouterr().err
+    for name in ("s0", "s1"):
+        (tmp_path / f"in/{name}.nii.gz").unlink()
+    assert predict("above_half", tmp_path / "in", out, *options) == 1
 
 
 def test_what_would_not_fit_does_not_begin(tmp_path, capsys):

@@ -163,7 +163,7 @@ def test_regions_and_channels_and_masks(tmp_path):
     truth = intensities(levels=3)
     scan = write(tmp_path / "a.nii.gz", truth, OBLIQUE)
     out = tmp_path / "out.nii.gz"
-    patch = ["--patch", 16]
+    patch = ["--patch", 16, "--overwrite"]
     regions = [*patch, "--regions", 5, 2, "--probabilities"]
     assert predict("two_regions", scan, out, *regions) == 0
     assert np.array_equal(read(out), np.array([0, 5, 2])[truth.astype(int)])
@@ -187,8 +187,8 @@ def test_regions_and_channels_and_masks(tmp_path):
 def test_the_last_layer_apart_changes_labels_by_rounding_alone(tmp_path):
     scan = write(tmp_path / "scan.nii.gz", intensities((20, 27, 31), levels=9))
     options = ["--patch", 16, "--activation", "none"]
-    assert predict("Positional", scan, tmp_path / "whole.nii.gz", *options) == 0
-    assert predict("Positional", scan, tmp_path / "apart.nii.gz", *options, "--head", "last") == 0
+    assert predict("positional", scan, tmp_path / "whole.nii.gz", *options) == 0
+    assert predict("positional", scan, tmp_path / "apart.nii.gz", *options, "--head", "last") == 0
     whole, apart = read(tmp_path / "whole.nii.gz"), read(tmp_path / "apart.nii.gz")
     assert len(np.unique(whole)) > 1
     assert np.mean(whole != apart) < 1e-3

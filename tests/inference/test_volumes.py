@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.inference.test_studies import intensities, predict
 
 zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
 
-from voxfuse.scale import open_destination  # noqa: E402
+from voxfuse.scale import create_destination, open_destination  # noqa: E402
 
 OPTIONS = ["--patch", 16, "--batch", 2]
 
@@ -38,12 +39,15 @@ def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys)
     assert np.array_equal(result(tmp_path / "one.zarr"), truth)
     assert re.search(r"\d+ boxes of at most .* voxels", capsys.readouterr().out)
     out = tmp_path / "several.zarr"
-    assert predict("three_classes", path, out, *OPTIONS, "--prepare", "--foreground", "0") == 0
-    patches = re.search(r"(\d+) patches, .* the (\d+) of the whole", capsys.readouterr().out)
+    assert predict("three_classes", path, out, *OPTIONS, "--prepare", 3, "--foreground", "0") == 0
+    plan = capsys.readouterr().out
+    assert "3 shards of" in plan
+    patches = re.search(r"(\d+) patches, .* the (\d+) of the whole", plan)
     assert int(patches[2]) < 9 * 4 * 3  # the empty ones are left out
     for k in (2, 0, 1, 1):  # in any order, and again
         assert predict("three_classes", path, out, *OPTIONS, "--shard", f"{k}/3", "--quiet") == 0
     assert np.array_equal(result(out), truth)
+    assert predict("three_classes", path, out, *OPTIONS) == 0  # and what is left, which is nothing
 
 
 def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):
@@ -53,14 +57,48 @@ def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):
         (["--normalize", "range"], "--normalize: got 'range', expected none or zscore"),
         (["--shard", "3/3"], "--shard: got '3/3', expected I/N with 0 <= I < N"),
         (["--shard", "0/2"], r"--shard: there is no .*out.zarr; --prepare makes it"),
-        (["--foreground", "brain.zarr"], "--foreground: got 'brain.zarr', expected a number or a"),
+        (["--foreground", "brain.zarr"], "--foreground: got 'brain.zarr', expected a finite numb"),
+        (["--foreground", "nan"], "--foreground: got 'nan', expected a finite number"),
+        (["--prepare", "0"], "--prepare: got 0, expected a number of shards >= 1"),
+        (["--prepare", "--shard", "0/2"], "--prepare: is done once and before; --shard predicts"),
         (["--timeout", "3"], "--timeout: is for studies"),
     ):
         assert predict("three_classes", path, tmp_path / "out.zarr", *OPTIONS, *options) == 1
         error = capsys.readouterr().err
         assert re.search(expected, error), error
+    assert not (tmp_path / "out.zarr").exists()
+    assert predict(tmp_path, path, tmp_path / "out.zarr", *OPTIONS) == 1
+    assert "--model: got" in (error := capsys.readouterr().err)
+    assert "a run of voxfuse train predicts studies" in error
+    assert predict("not_finite", path, tmp_path / "nan.zarr", *OPTIONS) == 1
+    assert "the network's predictions are not finite" in capsys.readouterr().err
     # Another network, patch or input is not the one that was prepared.
     out = tmp_path / "out2.zarr"
     assert predict("three_classes", path, out, *OPTIONS, "--prepare") == 0
     assert predict("three_classes", path, out, "--patch", 14, "--shard", "0/1") == 1
     assert "was prepared for another job" in capsys.readouterr().err
+
+
+def test_labels_of_others_stay_and_boxes_that_are_gone_are_not_done(volume, tmp_path, capsys):
+    path, truth = volume
+    annotated = tmp_path / "annotated.zarr"
+    manual = create_destination(
+        str(annotated), truth.shape, np.uint8, kind="labels", name="segmentation"
+    )
+    manual[0:70, 0:33, 0:30] = np.full(truth.shape, 7, np.uint8)
+    assert predict("three_classes", path, annotated, *OPTIONS) == 1
+    assert re.search(r"--output: .*annotated.zarr exists, but no .*job", capsys.readouterr().err)
+    assert (result(annotated) == 7).all()
+    assert not (tmp_path / "annotated.zarr.job").exists()
+
+    out = tmp_path / "out.zarr"
+    assert predict("three_classes", path, out, *OPTIONS) == 0
+    assert predict("three_classes", path, out, *OPTIONS) == 0  # all of it is done
+    shutil.rmtree(out)
+    capsys.readouterr()
+    assert predict("three_classes", path, out, *OPTIONS) == 1
+    assert re.search(r"there is no .*out.zarr, but .*job says which of", capsys.readouterr().err)
+    assert not out.exists()
+    shutil.rmtree(tmp_path / "out.zarr.job")
+    assert predict("three_classes", path, out, *OPTIONS) == 0
+    assert np.array_equal(result(out), truth)

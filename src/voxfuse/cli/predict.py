@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,15 @@ DESCRIPTION = """\
 Segment scans with a model that `voxfuse train` made, a program that torch.export saved, or a
 network in a module of Python. A study's segmentation lies on its own grid; outside the mask it is
 background. One study is written to OUT if that ends as an image does, several to OUT/STUDY.nii.gz
-with OUT/status/STUDY.json and OUT/summary.json; what is there is overwritten, but never a study's
-image, mask or label. Exit status: 0; 1 if nothing was written; 3 if some studies failed.
+with OUT/status/STUDY.json and OUT/summary.json; a file that is there is replaced only if its status
+says that it is as this command wrote it, or with --overwrite, and never a study's image or mask.
+Exit status: 0; 1 if nothing was written; 3 if some studies failed; 130 if interrupted.
 """
 
 #: Some studies failed.
 SOME_FAILED = 3
+#: Ended by Ctrl-C, as a shell says it.
+INTERRUPTED = 130
 
 
 def add(commands: Any) -> None:
@@ -138,6 +143,10 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="leave out studies that are there, but not of another model, options or images",
     )  # fmt: skip
     parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace files that are there, even if this command did not write them",
+    )  # fmt: skip
+    parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of a study; then it has failed"
     )
     parser.add_argument(
@@ -153,8 +162,9 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 def _add_boxes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prepare", action="store_true",
-        help="of a Zarr volume: make the output and OUT.job, the plan that processes share",
+        "--prepare", type=int, nargs="?", const=1, metavar="N",
+        help="of a Zarr volume: make the output and OUT.job, the plan that processes share, with "
+        "boxes for N of them (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--shard", metavar="I/N",
@@ -169,6 +179,9 @@ def _add_boxes(parser: argparse.ArgumentParser) -> None:
 def _predict(options: argparse.Namespace) -> int:
     try:
         return _run(options)
+    except KeyboardInterrupt:
+        print("voxfuse predict: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (
         ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError,
     ) as error:  # fmt: skip
@@ -190,31 +203,56 @@ def _run(options: argparse.Namespace) -> int:
     if is_volume(request):
         return _volume(options, request)
     for name in ("prepare", "shard", "foreground"):
-        if getattr(options, name):
+        if getattr(options, name) is not None:
             raise ValueError(f"--{name}: is for a volume in boxes, of Zarr")
     job = prepare(request)
     wanted = options.dry_run or options.memory_limit
     planned = plan_of(job, job.probe() if wanted else job.first)
     if options.dry_run:
         print("\n".join(planned.lines(job, limit)))
-        return SOME_FAILED if planned.unreadable else 0
+        planned.check(job, limit)
+        return (SOME_FAILED if planned.extents else 1) if planned.unreadable else 0
     planned.check(job, limit)
+    _check_place(options.output if job.to_folder else options.output.parent)
     shown = _Progress(job, options.quiet)
+
+    def write_summary() -> None:
+        if job.to_folder:
+            count = len(job.studies)
+            finished = {"of": count, "finished": len(night.outcomes) == count}
+            text = json.dumps({**finished, **night.summary()}, indent=2)
+            write_text(options.output / SUMMARY, text + "\n")
+
+    def report(outcome: Outcome) -> None:
+        shown.outcome(outcome)
+        if outcome.state != "kept":
+            with contextlib.suppress(OSError):  # a full disk: the studies' errors say so
+                write_summary()
+
     night = Night(
         job.segmenter,
         job.write,
         timeout=options.timeout,
         skip_existing=options.skip_existing,
-        report=shown.outcome,
+        report=report,
         progress=shown.calls,
     )
+    write_summary()  # in place of an earlier night's
     try:
         outcomes = night.run(job.studies, job.targets)
     finally:
-        if job.to_folder and night.outcomes:
-            options.output.mkdir(parents=True, exist_ok=True)
-            write_text(options.output / SUMMARY, json.dumps(night.summary(), indent=2) + "\n")
+        write_summary()
     return _ending(outcomes, night, options.quiet)
+
+
+def _check_place(folder: Path) -> None:
+    """Raise where nothing can be written, before a night is spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--output: nothing can be written to {folder}: {error}") from None
 
 
 def _volume(options: argparse.Namespace, request: Request) -> int:
@@ -222,16 +260,27 @@ def _volume(options: argparse.Namespace, request: Request) -> int:
     from voxfuse.inference.volumes import open_volume, parse_shard
 
     shard = parse_shard(options.shard) if options.shard else (0, 1)
-    for name in ("skip_existing", "timeout", "memory_limit"):
+    for name in ("skip_existing", "overwrite", "timeout", "memory_limit"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')}: is for studies")
+    if options.prepare is not None and options.prepare < 1:
+        raise ValueError(f"--prepare: got {options.prepare}, expected a number of shards >= 1")
+    if options.prepare and options.shard:
+        raise ValueError("--prepare: is done once and before; --shard predicts, expected one")
     if options.foreground and options.shard:
         raise ValueError("--foreground: is said to --prepare, which shards read")
     if options.shard and not request.output.exists():
         raise FileNotFoundError(f"--shard: there is no {request.output}; --prepare makes it")
-    volume = open_volume(request, options.foreground, create=not options.dry_run)
-    if options.dry_run or not options.shard:
-        plan = volume.job.plan() if options.dry_run else volume.prepare()
+    volume = open_volume(
+        request, options.foreground, create=not options.dry_run, shards=options.prepare or 1
+    )
+    if not options.shard:
+        if options.dry_run:
+            plan = volume.job.plan()
+        elif options.prepare or options.foreground or not volume.is_prepared:
+            plan = volume.prepare()
+        else:
+            plan = volume.job.plan(volume.folder)
         if not options.quiet:
             print(plan)
     if options.prepare or options.dry_run:
@@ -255,6 +304,7 @@ class _Progress:
         self._live = sys.stderr.isatty() and not quiet
         self._begun = self._last = time.monotonic()
         self._seen = self._worked = 0
+        self._noted = False
 
     def calls(self, study: Any, volume: Any, calls: int) -> None:
         """Called after every call of the network."""
@@ -279,6 +329,9 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr)
         if self._quiet:
             return
+        if outcome.note and not self._noted:
+            self._noted = True
+            print(f"voxfuse predict: {outcome.name}: {outcome.note}", file=sys.stderr)
         what = {
             "done": f"{outcome.voxels} voxels, {outcome.target.path}",
             "kept": f"is there, {outcome.target.path}",

@@ -15,6 +15,11 @@ from voxfuse._backends import versions
 from voxfuse._files import write_whole
 from voxfuse.metrics.files import Scan
 
+#: What every slice has to say.
+_NEEDED = (
+    "Rows", "Columns", "BitsAllocated", "PixelSpacing", "ImageOrientationPatient",
+    "ImagePositionPatient", "SeriesInstanceUID", "PhotometricInterpretation",
+)  # fmt: skip
 #: Files of a folder that are looked at before it is taken for no series.
 _LOOKED_AT = 64
 #: Positions, in mm, and direction cosines that differ by no more are the same.
@@ -64,8 +69,9 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
     """The slices of a folder, checked to be all of a regular grid.
 
     Raises:
-        ValueError: several series, or none; another grid or orientation among the slices; two in
-            one place; one that is missing; pixels that are no single grey value.
+        ValueError: several series, or none; a slice that does not say where it lies; another
+            grid or orientation among the slices; two in one place; one that is
+            missing; pixels that are no single grey value.
         ModuleNotFoundError: pydicom is not installed.
     """
     pydicom = _pydicom()
@@ -80,6 +86,7 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
         except Exception as error:  # of many kinds
             raise ValueError(f"{file}: cannot be read: {error}") from None
         if "ImagePositionPatient" in found and "Rows" in found:
+            _check_slice(file, found)
             slices.append(found)
         elif int(found.get("NumberOfFrames", 1)) > 1:
             raise ValueError(f"{file}: has several frames, expected a file a slice")
@@ -89,6 +96,21 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
     if count > 1:
         raise ValueError(f"{folder}: has slices of {count} series, expected one a folder")
     return _arranged(folder, slices)
+
+
+def _check_slice(file: Path, one: Any) -> None:
+    for name in _NEEDED:
+        value = one.get(name)
+        if value is None or (hasattr(value, "__len__") and not len(value)):
+            raise ValueError(f"{file}: has no {name}")
+    if "ModalityLUTSequence" in one:
+        raise ValueError(
+            f"{file}: has a table of values (ModalityLUTSequence), expected RescaleSlope and "
+            "RescaleIntercept"
+        )
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        if name in one and one.get(name) is None:
+            raise ValueError(f"{file}: has an empty {name}")
 
 
 def _arranged(folder: Path, slices: list[Any]) -> Series:
@@ -169,14 +191,17 @@ def read_series(folder: Path) -> Scan:
     return Scan(array, series.affine, folder)
 
 
-def write_segmentation(labels: NDArray[Any], folder: Path, path: Path, digest: str) -> None:
-    """Write labels on a series's grid as DICOM-SEG, a segment a value above 0.
+def write_segmentation(
+    labels: NDArray[Any], folder: Path, path: Path, digest: str, values: Sequence[int]
+) -> None:
+    """Write labels on a series's grid as DICOM-SEG, a segment a value, present or not.
 
     Args:
         labels: (column, row, slice), as :func:`read_series` has them.
         folder: the series.
         path: a file, which appears when it is whole.
         digest: of the model, for the description of the algorithm.
+        values: of labels above the background, in the order of the segments.
 
     Raises:
         ValueError: see :func:`load_series`; labels of another shape.
@@ -195,8 +220,6 @@ def write_segmentation(labels: NDArray[Any], folder: Path, path: Path, digest: s
     for one in series.slices:  # which some scanners leave out
         if one.get("SliceThickness") is None:
             one.SliceThickness = f"{np.linalg.norm(series.affine[:3, 2]):.6g}"
-    # There is a segment at least: without a labelled voxel an empty one.
-    values = [int(value) for value in np.unique(labels) if value > 0] or [1]
     version = versions()["voxfuse"]
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=digest.removeprefix("sha256:")[:16],
@@ -215,7 +238,7 @@ def write_segmentation(labels: NDArray[Any], folder: Path, path: Path, digest: s
         for number, value in enumerate(values, 1)
     ]
     numbers = np.zeros(max(values) + 1, np.uint8 if len(values) < 256 else np.uint16)
-    numbers[values] = np.arange(1, len(values) + 1)
+    numbers[list(values)] = np.arange(1, len(values) + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = highdicom.seg.Segmentation(

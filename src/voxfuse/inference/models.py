@@ -46,6 +46,7 @@ class Network:
     inputs: int | None = None  #: channels of a patch
     patch: tuple[int | None, ...] | None = None  #: extent of a patch, where there is only one
     head: Head | None = None  #: the last layer, where the network returns what comes before it
+    whole: Callable[[Tensor], Tensor] | None = None  #: the network with that layer, if it had it
 
     def __call__(self, patches: Tensor) -> Tensor:
         count = patches.shape[0]
@@ -203,6 +204,11 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
             raise ValueError(f"--model: {source} has no {attribute}")
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            raise ValueError(
+                f"--model: {name} is a class, whose networks have random weights, expected a "
+                "network, or a function without arguments that returns one with its weights"
+            )
         if not callable(found):
             raise ValueError(
                 f"--model: {name} is of type {type(found).__name__}, expected a network, or a "
@@ -301,8 +307,17 @@ def load_head(name: str, network: Network) -> Network:
         raise ValueError(f"--head: {name} is {layer}, expected a convolution of extent 1")
     bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias
     parent, _, last = name.rpartition(".")
-    setattr(network.call.get_submodule(parent), last, nn.Identity())
-    return replace(network, head=(weight.detach().flatten(1), bias.detach()))
+    place = network.call.get_submodule(parent)
+
+    def whole(patches: Tensor) -> Tensor:
+        setattr(place, last, layer)
+        try:
+            return network(patches)
+        finally:
+            setattr(place, last, nn.Identity())
+
+    setattr(place, last, nn.Identity())
+    return replace(network, head=(weight.detach().flatten(1), bias.detach()), whole=whole)
 
 
 def _linear(layer: nn.Conv3d) -> bool:

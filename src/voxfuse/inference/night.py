@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from voxfuse._backends import versions
-from voxfuse._files import write_text
+from voxfuse._files import unfinished, write_text
 from voxfuse.inference.models import digest_of_file
 from voxfuse.inference.segmenters import Overdue, Segmentation, Segmenter, Watch
 from voxfuse.training.dataset import DataError, Subject
@@ -35,9 +36,37 @@ class Target:
     status: Path | None = None
 
     @property
+    def paths(self) -> list[Path]:
+        """All of it."""
+        return [self.path] if self.beside is None else [self.path, self.beside]
+
+    @property
     def exists(self) -> bool:
         """Whether all of it is there."""
-        return self.path.exists() and (self.beside is None or self.beside.exists())
+        return all(path.exists() for path in self.paths)
+
+    def recorded(self) -> dict[str, Any]:
+        """The status as it is there; {} without a legible one."""
+        try:
+            content = json.loads(self.status.read_text("utf-8")) if self.status else {}
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def foreign(self) -> list[Path]:
+        """Files that are there and of which the status does not say that they are ours."""
+        content = self.recorded()
+        if content.get("state") == "writing":  # killed before it could say what it wrote
+            return []
+        known = _digests(content)
+        there = [path for path in self.paths if path.exists()]
+        return [path for path in there if path.is_dir() or digest_of_file(path) not in known]
+
+
+def _digests(status: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the files that are ours by a status."""
+    written = [status[key] for key in ("output", "probabilities") if key in status]
+    return sorted({*written, *status.get("earlier", ())})
 
 
 @dataclass
@@ -48,6 +77,7 @@ class Outcome:
     state: str  #: "done", "kept" or "failed"
     target: Target
     error: str = ""
+    note: str = ""  #: what looks wrong
     voxels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -117,6 +147,7 @@ class Night:
         self._segmenter, self._write = segmenter, write
         self._timeout, self._skip = timeout, skip_existing
         self._report, self._progress = report, progress
+        self._deciding = threading.Lock()  # whether a study was written in time
         self.outcomes: list[Outcome] = []
         #: Seconds of the whole batch, and of the network's calls in it.
         self.seconds, self.network_seconds = 0.0, 0.0
@@ -194,6 +225,11 @@ class Night:
         placement = read.volume.placement
         target = outcome.target
         target.path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = _digests(target.recorded())
+        self._status(study, replace(outcome, state="writing"), {"earlier": earlier})
+        for path in target.paths:  # of a process that was killed
+            for left in unfinished(path.parent, path.name):
+                left.unlink(missing_ok=True)
         self._write(segmentation, placement, target)
         outcome.voxels = int(np.count_nonzero(segmentation.labels))
         outcome.seconds["write"] = time.perf_counter() - begun
@@ -205,21 +241,39 @@ class Night:
             "inputs": read.digests,
             "output": digest_of_file(target.path),
         }
-        self._status(study, replace(outcome, state="done"), found)
+        if segmentation.note:
+            found["note"] = outcome.note = segmentation.note
+        if target.beside is not None:
+            found["probabilities"] = digest_of_file(target.beside)
+        elif earlier:  # probabilities of an earlier night may still be there
+            found["earlier"] = earlier
+        with self._deciding:
+            if outcome.error:  # too late: it has failed already
+                for path in target.paths:
+                    path.unlink(missing_ok=True)
+                return
+            self._status(study, replace(outcome, state="done"), found)
+            outcome.state = "done"
 
     def _written(self, task: _Task, study: Subject, outcome: Outcome) -> None:
         try:
             task.result(self._timeout)
         except Exception as error:
-            outcome.error = said(error)
+            with self._deciding:
+                if outcome.state != "done":
+                    outcome.error = said(error)
+        if outcome.error:
             self._failed(study, outcome)
-            return
-        outcome.state = "done"
-        self._done(outcome)
+        else:
+            self._done(outcome)
 
     def _failed(self, study: Subject, outcome: Outcome) -> None:
         try:
-            self._status(study, outcome, {})
+            content = outcome.target.recorded()
+            ours = set(_digests(content))
+            if content.get("state") == "writing":  # and may have written a part
+                ours |= {digest_of_file(path) for path in outcome.target.paths if path.exists()}
+            self._status(study, outcome, {"earlier": sorted(ours)} if ours else {})
         except OSError as error:
             outcome.error += f"; its status was not written: {error}"
         self._done(outcome)
@@ -253,13 +307,17 @@ class Night:
         if target.status is None or not target.status.is_file():
             return True
         try:
-            content = json.loads(target.status.read_text(encoding="utf-8"))
+            content = target.recorded()
             # As JSON has it: tuples are lists there.
             about = json.loads(json.dumps(self._segmenter.about))
+            written = [content["output"]]
+            if target.beside is not None:
+                written.append(content["probabilities"])
             return (
                 content["state"] == "done"
-                and all(content[key] == about[key] for key in about)
+                and all(_compared(content[key]) == _compared(about[key]) for key in about)
                 and content["inputs"] == digests_of(study)
+                and written == [digest_of_file(path) for path in target.paths]
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -285,6 +343,15 @@ class Night:
         }
 
 
+def _compared(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result depends on: not on the patches of a call."""
+    return {
+        key: _compared(value) if isinstance(value, dict) else value
+        for key, value in about.items()
+        if key != "batch"
+    }
+
+
 def digests_of(study: Subject) -> list[str]:
     """SHA-256 of a study's images, and of its mask."""
     found = []
@@ -308,10 +375,17 @@ def said(error: BaseException) -> str:
 def nameless(text: str, study: Subject) -> str:
     """A message without the names of a study and its files, which may be a patient's."""
     for k, path in enumerate(study.images):
-        text = text.replace(str(path), f"image {k}").replace(path.name, f"image {k}")
+        for file in path.iterdir() if path.is_dir() else ():
+            text = text.replace(str(file), f"a slice of image {k}")
+        text = _without(path.name, f"image {k}", text.replace(str(path), f"image {k}"))
     if study.mask is not None:
         text = text.replace(str(study.mask), "the mask")
     folders = {str(path.parent) for path in study.images} - {".", "/"}
     for folder in sorted(folders, key=len, reverse=True):
         text = text.replace(folder, "its folder")
-    return text.replace(study.name, "the study")
+    return _without(study.name, "the study", text)
+
+
+def _without(name: str, instead: str, text: str) -> str:
+    """Only whole words: a name may be a digit."""
+    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)

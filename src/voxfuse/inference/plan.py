@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxfuse import PatchFuser
+from voxfuse.inference.night import said
 from voxfuse.inference.reading import Header, header_of
 from voxfuse.inference.request import Job, Probe
 from voxfuse.training.dataset import Subject
@@ -105,11 +106,11 @@ def plan_of(job: Job, probe: Probe) -> Plan:
     unreadable: list[tuple[Subject, str]] = []
     for study in job.studies:
         try:
-            headers = [header_of(path) for path in study.images]
-        except (OSError, ValueError) as error:
-            unreadable.append((study, " ".join(str(error).split())))
-            continue
-        extents.append(_extent(job, study, headers))
+            extents.append(_extent(job, study, [header_of(path) for path in study.images]))
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # a header may have anything in it
+            unreadable.append((study, said(error)))
     segmenter = job.segmenter
     calls = sum(-(-e.patches // segmenter.batch) for e in extents) * segmenter.members
     values = 1 + 4 * segmenter.channels_written

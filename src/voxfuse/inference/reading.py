@@ -30,7 +30,8 @@ def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
     Args:
         channels: a file or DICOM series a channel; or a folder a channel, with files or series of
             the same names; or one folder of a file or series a study, or of files
-            ``STUDY_0000.nii.gz`` as nnU-Net names them.
+            ``STUDY_0000.nii.gz`` as nnU-Net names them: numbers are channels where those of the
+            folder are 0, 1, ... without a gap, else parts of names.
         mask: a file of this name without the ending lies beside the first channel, unless it is
             "all" or "positive".
 
@@ -45,7 +46,8 @@ def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
             raise FileNotFoundError(f"--input: there is no {path}")
     folders = [path for path in channels if path.is_dir() and not is_series(path)]
     if not folders:
-        return [_study(_numbered(channels[0])[0], channels, mask)]
+        name, number = _numbered(channels[0])
+        return [_study(name_of(channels[0]) if number else name, channels, mask)]
     if len(folders) < len(channels):
         other = next(path for path in channels if path not in folders)
         raise ValueError(
@@ -58,7 +60,19 @@ def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
         for folder, each in zip(folders, found, strict=True):
             images += each.get(name, [folder / f"{name}.nii.gz"])
         studies.append(_study(name, images, mask))
+    _check_masks(studies, mask)
     return studies
+
+
+def _check_masks(studies: Sequence[Subject], mask: str) -> None:
+    """Raise where one file is the mask of several studies, most of which are not of it."""
+    seen: dict[Path, str] = {}
+    for study in studies:
+        if study.mask is not None and seen.setdefault(study.mask, study.name) != study.name:
+            raise ValueError(
+                f"--mask: got {mask!r}, which is one file, {study.mask}, for {seen[study.mask]} "
+                f"and {study.name}, expected all or positive, or one study"
+            )
 
 
 def _study(name: str, images: Sequence[Path], mask: str) -> Subject:
@@ -78,13 +92,17 @@ def _numbered(path: Path) -> tuple[str, int | None]:
 
 def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
     """The files of every study in a folder, in the channels' order."""
-    found: dict[str, dict[int, Path]] = {}
+    paths = []
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") or name_of(path) == mask
         image = path.is_file() and path.name.endswith(ENDINGS)
-        if hidden or not (image or is_series(path)):
-            continue
-        name, number = _numbered(path)
+        if not hidden and (image or is_series(path)):
+            paths.append(path)
+    numbers = {number for _, number in map(_numbered, paths) if number is not None}
+    channels = numbers == set(range(len(numbers)))  # else years, or numbers of patients
+    found: dict[str, dict[int, Path]] = {}
+    for path in paths:
+        name, number = _numbered(path) if channels else (name_of(path), None)
         other = found.setdefault(name, {}).setdefault(number or 0, path)
         if other != path:
             raise ValueError(f"--input: {other.name} and {path.name} in {folder} are both {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.inference.dicom import is_series, write_segmentation
 from voxfuse.inference.models import Network, is_network, load_network
-from voxfuse.inference.night import STATUS, Target
+from voxfuse.inference.night import STATUS, SUMMARY, Target
 from voxfuse.inference.reading import find_studies, header_of
 from voxfuse.inference.segmenters import (
     NetworkOptions,
@@ -26,6 +27,7 @@ from voxfuse.inference.segmenters import (
     Segmentation,
     Segmenter,
 )
+from voxfuse.metrics.files import ENDINGS
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
 from voxfuse.training.dataset import Subject, file_of, find_inputs
 from voxfuse.training.predict import load_model
@@ -49,7 +51,7 @@ _OPTIONS = {
 #: Options of networks that a run's configuration has.
 _OF_NETWORKS = (
     "patch", "activation", "regions", "head", "orientation", "spacing", "normalize", "clip",
-    "mask", "labels", "trust_model", "model_id",
+    "mask", "labels", "model_id",
 )  # fmt: skip
 
 
@@ -81,6 +83,8 @@ class Request:
     model_id: str | None = None
     device: str = "auto"
     format: str | None = None
+    skip_existing: bool = False
+    overwrite: bool = False
 
 
 def is_volume(request: Request) -> bool:
@@ -119,7 +123,8 @@ class Job:
         """Write a segmentation as files that are whole when they appear."""
         if target.path.name.endswith(".dcm"):
             digest = str(self.segmenter.about["model"]["digest"])
-            write_segmentation(segmentation.labels, placement.path, target.path, digest)
+            values = self.segmenter.values
+            write_segmentation(segmentation.labels, placement.path, target.path, digest, values)
             return
         if target.beside is not None and segmentation.probabilities is not None:
             channels = np.moveaxis(segmentation.probabilities, 0, -1)
@@ -142,7 +147,7 @@ def prepare(request: Request) -> Job:
 
 
 def _of_run(request: Request) -> Job:
-    model = load_model(request.model, request.device)
+    model = load_model(request.model, request.device, trust=request.trust_model)
     for name in _OF_NETWORKS:
         if getattr(request, name) not in (None, False):
             option = name.replace("_", "-")
@@ -151,7 +156,7 @@ def _of_run(request: Request) -> Job:
         raise ValueError("--threshold: is for one foreground label; of several the greatest wins")
     options = prediction_of(request, model.config.prediction)
     _check_output(request)
-    if all(is_series(path) for path in request.input):
+    if all(is_series(path) or _has_series(path) for path in request.input):
         studies = find_studies(request.input, model.config.data.mask)
     else:
         studies = find_inputs(request.input, model.images, model.config.data, model.channels)
@@ -167,6 +172,16 @@ def _of_run(request: Request) -> Job:
 
     none = Probe(0.0, _resident("VmRSS"), 0)
     return Job(segmenter, studies, targets, to_folder, request.probabilities, none, probe)
+
+
+def _has_series(folder: Path) -> bool:
+    """Whether a folder is a batch of DICOM series."""
+    if not folder.is_dir():
+        return False
+    inside = list(folder.iterdir())
+    folders = [path for path in inside if path.is_dir()]
+    images = any(path.name.endswith(ENDINGS) for path in inside)
+    return bool(folders) and not images and all(is_series(path) for path in folders)
 
 
 def _of_network(request: Request) -> Job:
@@ -196,9 +211,13 @@ def _of_network(request: Request) -> Job:
     if network.inputs not in (None, channels):
         raise ValueError(
             f"--input: got {channels} channels, but the network takes {network.inputs}"
+            f"{_files_of(studies[0])}"
         )
     patches = torch.zeros(prediction.batch, channels, *patch)
-    classes, first = classes_of(network, patches)
+    try:
+        classes, first = classes_of(network, patches)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}{_files_of(studies[0])}") from error
     activation = activation_of(request, classes)
     # What the fusion refuses, it refuses now.
     output = "regions" if regions else "mask" if classes == 1 else "labels"
@@ -344,9 +363,18 @@ def _channels(studies: Sequence[Subject]) -> int:
     for study in studies:
         if len(study.images) > 1:
             return len(study.images)
-        with contextlib.suppress(ValueError):  # reading it later says what is wrong
+        with contextlib.suppress(Exception):  # reading it later says what is wrong
             return header_of(study.images[0]).channels
     return 1
+
+
+def _files_of(study: Subject) -> str:
+    """Which files were taken for the channels of a study, where there are several."""
+    names = [path.name for path in study.images]
+    if len(names) == 1:
+        return ""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"; the channels of {study.name} are {len(names)} files: {shown}"
 
 
 def classes_of(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
@@ -380,7 +408,28 @@ def classes_of(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
     classes, features = network.head[0].shape
     if features != channels:
         raise ValueError(f"--head: takes {features} features, but the network returns {channels}")
+    if network.whole is not None:
+        _check_last(network, patches)
     return int(classes), probe
+
+
+def _check_last(network: Network, patches: torch.Tensor) -> None:
+    """Raise where the layer that was taken off is not the last."""
+    given = torch.randn(patches[:1].shape, generator=torch.Generator().manual_seed(0))
+    assert network.head is not None
+    assert network.whole is not None
+    with torch.no_grad():
+        weight, bias = (part.cpu().double() for part in network.head)
+        features, expected = network(given).cpu().double(), network.whole(given).cpu().double()
+    found = torch.einsum("ck,bkxyz->bcxyz", weight, features) + bias.reshape(-1, 1, 1, 1)
+    # Predictions that are not finite are refused later, and TF32 rounds.
+    if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * (
+        expected.abs().max()
+    ):
+        raise ValueError(
+            "--head: is not the network's last layer: applied to what the others return, it gives "
+            "another prediction than the network, so that something follows it"
+        )
 
 
 def probed(network: Callable[[torch.Tensor], Any], patches: torch.Tensor) -> tuple[Any, Probe]:
@@ -458,7 +507,36 @@ def _targets(
         if path in made:
             raise ValueError(f"--output: two of the subjects would be written to {path}")
         made.add(path)
+    if one_file and request.skip_existing:
+        raise ValueError(
+            f"--skip-existing: got --output {output}, expected a folder, whose statuses tell what "
+            "a file is of"
+        )
+    if not request.overwrite:
+        _check_ours(request, targets, not one_file)
     return targets, not one_file
+
+
+def _check_ours(request: Request, targets: Sequence[Target], to_folder: bool) -> None:
+    """Raise where a file would be replaced that is not as this command wrote it."""
+    foreign: list[Path] = []
+    for target in targets:
+        unknown = target.status is None or not target.status.is_file()
+        if not (request.skip_existing and target.exists and unknown):  # else it is kept
+            foreign += target.foreign()
+    summary = request.output / SUMMARY
+    if to_folder and summary.exists():
+        try:
+            ours = "network_seconds" in json.loads(summary.read_text("utf-8"))
+        except (OSError, ValueError, TypeError):
+            ours = False
+        foreign += [] if ours else [summary]
+    if foreign:
+        more = f", as {len(foreign) - 1} more of the files there" if len(foreign) > 1 else ""
+        why = "is not as the status tells that this command wrote it" if to_folder else "exists"
+        raise FileExistsError(
+            f"--output: {foreign[0]} {why}{more}; expected another place, or --overwrite"
+        )
 
 
 def _beside(path: Path, wanted: bool) -> Path | None:

@@ -19,12 +19,19 @@ from voxfuse import resample_argmax, sliding_window_inference
 from voxfuse.fusion.grids import plan_grid
 from voxfuse.inference.models import Network, digest_of_file
 from voxfuse.inference.reading import read_scan
+from voxfuse.scale.manifest import digest_of
 from voxfuse.training.config import DataOptions, PredictionOptions
 from voxfuse.training.dataset import Subject
 from voxfuse.training.predict import MODEL, Model
 from voxfuse.training.volumes import Volume, load_volume, on_own_grid, turn_back
 
 Array = NDArray[Any]
+
+
+_BOUNDED = (
+    "all of the network's predictions lie between 0 and 1: if they are probabilities already, "
+    "--activation identity is right, not {}"
+)
 
 
 class Overdue(TimeoutError):
@@ -61,6 +68,7 @@ class Segmentation:
 
     labels: Array  #: (x, y, z) uint8, uint16 or more
     probabilities: NDArray[np.float32] | None  #: (C, x, y, z), the classes above the background
+    note: str = ""  #: what looks wrong
 
 
 class Segmenter(Protocol):
@@ -74,6 +82,7 @@ class Segmenter(Protocol):
     members: int  #: predictions of a patch
     classes: int
     channels_written: int  #: of probabilities
+    values: tuple[int, ...]  #: of labels above the background
     fuses_probabilities: bool  #: of all classes, on a whole grid
 
     def read(self, study: Subject) -> Volume:
@@ -117,6 +126,7 @@ class RunSegmenter:
         self.members = MEMBERS[self.options.orientations]
         self.classes = len(self.model.labels)
         self.channels_written = self.classes - 1 if self.probabilities else 0
+        self.values = tuple(sorted(v for v in self.model.labels.values() if v > 0))
 
     def read(self, study: Subject) -> Volume:
         """See :class:`Segmenter`."""
@@ -179,6 +189,8 @@ class NetworkSegmenter:
         background = options.classes > 1 and options.regions is None
         self.channels_written = (options.classes - background) * options.probabilities
         self.members = MEMBERS[options.prediction.orientations]
+        self.values = tuple(sorted(set(options.regions or range(1, max(options.classes, 2)))))
+        self._bounded = True
         shown = dataclasses.asdict(options)
         for name in (
             "labels",
@@ -192,6 +204,8 @@ class NetworkSegmenter:
         ):
             shown["data"].pop(name)  # of the training, and names of subjects
         model = {"kind": network.kind, "digest": network.digest}
+        if network.head is not None:
+            model["head"] = " ".join(digest_of(part) for part in network.head)
         self.about = {"model": model, "options": shown}
 
     def read(self, study: Subject) -> Volume:
@@ -212,7 +226,7 @@ class NetworkSegmenter:
     def predict(self, volume: Volume, watch: Watch) -> Segmentation:
         """See :class:`Segmenter`."""
         options, placement = self.options, volume.placement
-        fused = None
+        fused, self._bounded = None, options.activation in ("softmax", "sigmoid")
         if options.probabilities:
             fused = self._fused(volume, watch, "probabilities", None)
             decided = self._decided(fused, placement.turned_shape)
@@ -222,16 +236,18 @@ class NetworkSegmenter:
             output = "mask" if options.classes == 1 else "labels"
             decided = self._fused(volume, watch, output, placement.turned_shape)
         labels = turn_back(decided[0].numpy(), placement.turned)
+        labels = labels.astype(np.uint8) if labels.dtype == np.bool_ else labels
         assert volume.own_mask is not None
         labels[~volume.own_mask] = 0
+        note = _BOUNDED.format(options.activation) if self._bounded and watch.calls else ""
         if fused is None:
-            return Segmentation(labels, None)
+            return Segmentation(labels, None, note)
         background = options.classes > 1 and options.regions is None
         channels = fused[1:] if background else fused
         channels[:, ~torch.from_numpy(volume.mask)] = 0
         probabilities = on_own_grid(channels.numpy(), placement)
         probabilities[:, ~volume.own_mask] = 0
-        return Segmentation(labels, probabilities)
+        return Segmentation(labels, probabilities, note)
 
     def patches(self, shape: tuple[int, ...]) -> int:
         """See :class:`Segmenter`."""
@@ -252,6 +268,11 @@ class NetworkSegmenter:
                 result = self.network(patches[:, :-1] if masked else patches)
                 if not bool(torch.isfinite(result).all()):  # waits for a GPU too
                     raise RuntimeError("the network's predictions are not finite")
+                if self._bounded:  # logits are not, by the first call
+                    low, high = result.aminmax()
+                    self._bounded = (
+                        self.network.head is None and 0 <= float(low) <= float(high) <= 1
+                    )
             return result
 
         activation = options.activation

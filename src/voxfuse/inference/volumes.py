@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from voxfuse.inference.models import load_network
+from voxfuse._files import make_folder
+from voxfuse.inference.models import Network, is_network, load_network
 from voxfuse.inference.request import (
     Request,
     activation_of,
@@ -20,6 +22,7 @@ from voxfuse.inference.request import (
     prediction_of,
 )
 from voxfuse.scale import Job, Plan, create_destination, open_destination, open_source
+from voxfuse.scale.manifest import MANIFEST
 from voxfuse.training.config import PredictionOptions
 
 #: Label image of an output.
@@ -36,6 +39,11 @@ class VolumeJob:
     folder: Path
     skip_origin: Callable[[tuple[int, ...]], bool] | None
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is a manifest."""
+        return (self.folder / MANIFEST).is_file()
+
     def prepare(self) -> Plan:
         """Write the manifest, once; every process reads it."""
         return self.job.prepare(self.folder, skip_origin=self.skip_origin)
@@ -46,6 +54,7 @@ def open_volume(
     foreground: str | None = None,
     memory: int = 1 << 30,
     create: bool = True,
+    shards: int = 1,
 ) -> VolumeJob:
     """The job of ``--input`` and ``--output``; the output is made where it is not there.
 
@@ -55,6 +64,7 @@ def open_volume(
             of the same extent with a voxel above 0 there.
         memory: bytes that a box may take beside the network.
         create: make the output where it is not there; else it is an array in memory, to plan with.
+        shards: how many processes the plan reckons with.
 
     Raises:
         ValueError: options do not fit.
@@ -72,6 +82,13 @@ def open_volume(
         )
     if not request.input[0].exists():
         raise FileNotFoundError(f"--input: there is no {request.input[0]}")
+    if not is_network(request.model):
+        raise ValueError(
+            f"--model: got {request.model}, expected FILE.pt2 or MODULE:ATTR for a volume in "
+            "boxes; a run of voxfuse train predicts studies"
+        )
+    folder = request.output.with_name(f"{request.output.name}.job")
+    _check_output(request.output, folder)
     prediction = prediction_of(request, PredictionOptions(batch=1))
     source = open_source(str(request.input[0]))
     network = load_network(
@@ -88,16 +105,20 @@ def open_volume(
     classes, _ = classes_of(network, torch.zeros(batch, channels, *patch))
     activation = activation_of(request, classes)
     mask = classes == 1
+    skip = None if foreground is None else _background(foreground, source, patch, spatial)
+    if create:  # before the output, which is thereby known to be one of this command
+        make_folder(folder)
     out = _destination(request.output, spatial, classes, source, create)
     job = Job(
         source,
         out,
         patch,
-        network,
+        _finite(network),
         batch,
         models={"network": network.digest},
         normalisation="zscore" if request.normalize == "zscore" else None,
         memory=memory,
+        shards=shards,
         output="mask" if mask else "labels",
         activation=activation,
         threshold=prediction.threshold if mask else None,
@@ -109,19 +130,44 @@ def open_volume(
         sw_device=network.device,
         device=network.device,
     )
-    skip = None if foreground is None else _background(foreground, source, patch, spatial)
-    return VolumeJob(job, request.output.with_name(f"{request.output.name}.job"), skip)
+    return VolumeJob(job, folder, skip)
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Raise where boxes would be written over what is another's, or are done but not there."""
+    if output.exists() and not folder.is_dir():
+        raise FileExistsError(
+            f"--output: {output} exists, but no {folder} of a volume in boxes; expected another "
+            "place"
+        )
+    if not output.exists() and (folder / MANIFEST).exists():
+        raise FileExistsError(
+            f"--output: there is no {output}, but {folder} says which of its boxes are done; "
+            "remove that folder to begin anew"
+        )
+
+
+def _finite(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network, which raises for predictions that no label could be made of."""
+
+    def predicted(patches: torch.Tensor) -> torch.Tensor:
+        result = network(patches)
+        if not bool(torch.isfinite(result).all()):
+            raise RuntimeError("the network's predictions are not finite")
+        return result
+
+    return predicted
 
 
 def _destination(
     path: Path, shape: tuple[int, ...], classes: int, source: Any, create: bool
 ) -> Any:
+    dtype = np.uint8 if classes <= 256 else np.uint16
     if not path.exists() and create:
-        dtype = np.uint8 if classes <= 256 else np.uint16
         return create_destination(str(path), shape, dtype, kind="labels", name=NAME, like=source)
     if path.exists():
         return open_destination(str(path), labels=NAME)
-    return np.broadcast_to(np.zeros((), np.uint8), shape)
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _background(
@@ -130,10 +176,12 @@ def _background(
     """Whether a patch has nothing to predict, by its origin."""
     try:
         level, looked_at = float(foreground), source
+        if not math.isfinite(level):
+            raise ValueError
     except ValueError:
         if not Path(foreground).exists():
             raise ValueError(
-                f"--foreground: got {foreground!r}, expected a number or a volume"
+                f"--foreground: got {foreground!r}, expected a finite number or a volume"
             ) from None
         level, looked_at = 0.0, open_source(foreground)
         if tuple(looked_at.shape[-3:]) != tuple(shape):

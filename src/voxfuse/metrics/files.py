@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def load_scan(path: str | Path) -> Scan:
     try:
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if array.ndim < 3:
         raise ValueError(f"{path}: got {array.ndim} axes, expected three spatial ones")

@@ -17,7 +17,7 @@ from voxfuse.metrics.files import Scan, load_scan
 from voxfuse.training.checkpoints import restore
 from voxfuse.training.config import Config, PredictionOptions, parse
 from voxfuse.training.dataset import Subject
-from voxfuse.training.networks import make_network
+from voxfuse.training.networks import NETWORKS, make_network
 from voxfuse.training.objective import Objective
 from voxfuse.training.volumes import Volume, load_volume, on_own_grid
 
@@ -207,16 +207,18 @@ class Model:
         return self.decided(probabilities, volume, options), probabilities, volume
 
 
-def load_model(run: str | Path, device: str = "auto") -> Model:
+def load_model(run: str | Path, device: str = "auto", *, trust: bool = False) -> Model:
     """The model of a run's folder: the best by validation, or the last where there is none.
 
     Args:
         run: what ``voxfuse train --out`` wrote, or its ``model.pt``.
         device: as PyTorch names it; "auto" is a GPU if there is one.
+        trust: make a network ``"package.module:Class"`` that the file names, by running that code.
 
     Raises:
         FileNotFoundError: no such run, or one that has no model yet.
-        ValueError: a file that is no model, or no such device.
+        ValueError: a file that is no model, or names a network that is not trusted; or no such
+            device.
     """
     path = Path(run)
     if path.is_dir():
@@ -226,6 +228,15 @@ def load_model(run: str | Path, device: str = "auto") -> Model:
     content = restore(path)
     if content.get("kind") != "patches":
         raise ValueError(f"{path}: got a model of kind {content.get('kind')!r}, expected 'patches'")
+    missing = {"config", "images", "labels", "network", "step"} - set(content)
+    if missing:
+        raise ValueError(f"{path}: is no model: it has no {', '.join(sorted(missing))}")
+    name = parse(content["config"]).network.name
+    if not trust and name not in NETWORKS:
+        raise ValueError(
+            f"--model: {path} names the network {name!r}, a module that is imported and called, "
+            "with your rights; --trust-model says that you know where it comes from"
+        )
     return model_of(content, device)
 
 

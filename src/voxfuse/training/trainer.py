@@ -497,7 +497,7 @@ class Trainer:
         done = path.is_file() and self.progress.tested == self.test_fingerprint
         if done or not self.split.test:
             return
-        model = load_model(self.run, str(self.device))
+        model = load_model(self.run, str(self.device), trust=True)
         subjects = [self.dataset.subjects[name] for name in self.split.test]
         rows = rows_of_subjects(model, subjects, ignored=self.dataset.ignored)
         write_rows(path, rows)

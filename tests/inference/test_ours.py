@@ -1,0 +1,200 @@
+"""What is another's stays: files and labels are replaced only where they are known to be ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.inference.test_studies import intensities, predict, read, write
+from voxfuse.inference.night import nameless
+from voxfuse.inference.reading import find_studies
+from voxfuse.training import checkpoints
+from voxfuse.training.dataset import Subject
+from voxfuse.training.networks import make_network
+from voxfuse.training.predict import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCH = ["--patch", 16, "--quiet"]
+
+
+def test_a_file_is_replaced_only_if_its_status_says_that_it_is_ours(tmp_path, capsys):
+    truth = intensities()
+    scan = write(tmp_path / "in/a.nii.gz", truth)
+    write(tmp_path / "in/b.nii.gz", truth)
+    out = tmp_path / "out"
+    label = write(out / "a.nii.gz", truth * 7)
+
+    def run(*options):
+        status = predict("above_half", tmp_path / "in", out, *PATCH, *options)
+        return status, capsys.readouterr().err
+
+    def refused(*options):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        status, error = run(*options)
+        assert (status, "expected another place, or --overwrite" in error) == (1, True), error
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        return error
+
+    assert "out/a.nii.gz is not as the status tells" in refused()
+    assert run("--skip-existing") == (0, "")  # kept, since nothing is known of it
+    assert (read(label) == truth * 7).all()
+    assert run("--overwrite") == (0, "")
+    assert (read(label) == truth).all()
+    assert run("--probabilities") == (0, "")  # ours
+    assert run("--probabilities") == (0, "")
+    assert run() == (0, "")  # ours are the probabilities too, still
+    assert run("--probabilities") == (0, "")
+
+    # A study that fails takes nothing of this away, nor does a process that is killed.
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:-100])
+    assert run()[0] == 3
+    scan.write_bytes(whole)
+    assert run("--probabilities") == (0, "")
+    status = out / "status/a.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "writing"}))
+    (out / ".a.nii.gz.0123.part").write_bytes(b"killed")
+    write(label, truth)  # by the same process
+    assert run("--skip-existing") == (0, "")
+    assert not list(out.rglob("*.part"))
+
+    # Another number of patches a call does not begin anew; a mask is corrected by hand.
+    stamps = [path.stat().st_mtime_ns for path in out.glob("*.nii.gz")]
+    assert run("--skip-existing", "--batch", 3) == (0, "")
+    assert [path.stat().st_mtime_ns for path in out.glob("*.nii.gz")] == stamps
+    write(label, truth * 3)
+    refused()
+    refused("--skip-existing")
+    assert run("--overwrite") == (0, "")
+    (out / "summary.json").write_text('{"foreground_mean": {}}')
+    assert "out/summary.json is not" in refused()
+
+
+def test_one_file_is_replaced_only_where_that_is_said(tmp_path, capsys):
+    scan = write(tmp_path / "a_0000.nii.gz", intensities())
+    label = write(tmp_path / "a.nii.gz", intensities() * 5)
+    before = label.read_bytes()
+    for output in (label, tmp_path):  # by its name, and by the study's
+        assert predict("above_half", scan, output, *PATCH) == 1
+        assert "a.nii.gz " in (error := capsys.readouterr().err)
+        assert "expected another place, or --overwrite" in error
+        assert label.read_bytes() == before
+    assert predict("above_half", scan, label, *PATCH, "--skip-existing") == 1
+    assert "--skip-existing: got --output" in capsys.readouterr().err
+    assert predict("above_half", scan, label, *PATCH, "--overwrite") == 0
+    assert (read(label) == intensities()).all()
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before(tmp_path, capsys):
+    write(tmp_path / "in/a.nii.gz", intensities())
+    (tmp_path / "out").write_text("a file")
+    assert predict("interrupted", tmp_path / "in", tmp_path / "out", *PATCH) == 1
+    assert "--output: nothing can be written to" in capsys.readouterr().err
+
+
+def test_an_interrupted_night_says_so(tmp_path, capsys):
+    write(tmp_path / "in/a.nii.gz", intensities() * 0)
+    write(tmp_path / "in/b.nii.gz", intensities())
+    assert predict("interrupted", tmp_path / "in", tmp_path / "out", *PATCH) == 130
+    assert capsys.readouterr().err == "voxfuse predict: interrupted\n"
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["of"], summary["finished"], summary["done"]) == (2, False, 0)
+
+
+def test_probabilities_that_are_taken_for_logits_are_noticed(tmp_path, capsys):
+    scan = write(tmp_path / "in/a.nii.gz", intensities())
+    for options, count in (([], 1), (["--activation", "identity"], 0)):
+        out = tmp_path / f"out{count}"
+        assert predict("probabilities", scan.parent, out, "--patch", 16, *options) == 0
+        error = capsys.readouterr().err
+        assert error.count("--activation identity is right, not sigmoid") == count
+        assert ("note" in json.loads((out / "status/a.json").read_text())) == bool(count)
+    assert (read(tmp_path / "out0/a.nii.gz") == intensities()).all()
+
+
+def test_numbers_are_channels_where_they_count_from_0(tmp_path):
+    def names(*files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for file in files:
+            (folder / f"{file}.nii.gz").touch()
+        found = find_studies([folder])
+        return {s.name: [p.name.removesuffix(".nii.gz") for p in s.images] for s in found}
+
+    years = ("scan_2021", "scan_2022")
+    assert names(*years) == {name: [name] for name in years}
+    patients = ("case_0001", "case_0002")
+    assert names(*patients) == {name: [name] for name in patients}
+    assert names("case_0007") == {"case_0007": ["case_0007"]}
+    assert names("a_0000", "b_0000") == {"a": ["a_0000"], "b": ["b_0000"]}
+    both = {"a": ["a_0000", "a_0001"], "b": ["b_0000", "b_0001"]}  # b's second is not there
+    assert names("a_0000", "a_0001", "b_0000") == both
+    one = tmp_path / "2/case_0007.nii.gz"
+    assert [study.name for study in find_studies([one])] == ["case_0007"]
+
+
+def test_a_mask_is_of_one_study(tmp_path):
+    for name in ("a", "b", "brain"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"--mask: got 'brain', .*brain.nii.gz, for a and b, exp"):
+        find_studies([tmp_path], "brain")
+    (tmp_path / "b.nii.gz").unlink()
+    assert find_studies([tmp_path], "brain")[0].mask == tmp_path / "brain.nii.gz"
+
+
+def save_run(folder, name="unet"):
+    """A run's model of one modality, as it is before it is trained."""
+    options = {"features": [4, 8]}
+    content = {
+        "kind": "patches",
+        "config": {"network": {"name": name, **options}, "sampling": {"patch": [16, 16, 16]}},
+        "images": ["flair"],
+        "labels": {"background": 0, "lesions": 1},
+        "step": 3,
+        "network": make_network(name, 1, 2, options).state_dict(),
+    }
+    checkpoints.save(folder / "model.pt", content)
+
+
+def test_a_run_that_names_code_is_trusted_or_refused(tmp_path, capsys):
+    name = "voxfuse.training.networks.unet:UNet"
+    save_run(tmp_path, name)
+    scan = write(tmp_path / "scan.nii.gz", intensities())
+    assert predict(tmp_path, scan, tmp_path / "out.nii.gz") == 1
+    error = capsys.readouterr().err
+    assert f"names the network '{name}', a module that is imported" in error
+    assert "--trust-model says that you know" in error
+    assert load_model(tmp_path, "cpu", trust=True).step == 3
+    checkpoints.save(tmp_path / "model.pt", {"kind": "patches", "step": 1})
+    with pytest.raises(ValueError, match="is no model: it has no config, images, labels, network"):
+        load_model(tmp_path)
+
+
+def test_a_name_is_taken_out_as_a_word():
+    study = Subject("1", (Path("/data/1.nii.gz"),), None)
+    assert nameless("1: nan at (11, 2)", study) == "the study: nan at (11, 2)"
+    assert nameless("/data/1.nii.gz has nan", study) == "image 0 has nan"
+
+
+def test_array_tasks_have_their_shards_when_some_are_done_again(tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the script is for SLURM, and needs flock")
+    command = tmp_path / "bin/voxfuse"
+    command.parent.mkdir()
+    command.write_text('#!/bin/bash\necho "$@" >> calls\n')
+    command.chmod(0o755)
+    variables = {
+        "PATH": f"{command.parent}:{os.environ['PATH']}", "MODEL": "m.pt2", "VOLUME": "in.zarr",
+        "OUT": "out.zarr", "SHARDS": "16", "SLURM_ARRAY_TASK_ID": "7",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+    }  # fmt: skip
+    script = ["bash", str(ROOT / "examples/predict.sbatch")]
+    subprocess.run(script, cwd=tmp_path, env=variables, check=True)
+    prepared, predicted = (tmp_path / "calls").read_text().splitlines()
+    assert prepared.endswith("--prepare 16 --foreground 0")
+    assert predicted.endswith("--output out.zarr --overlap 0.5 --shard 7/16")
