@@ -252,7 +252,7 @@ def pages(finished: Finished) -> dict[str, str]:
             "The compact FC-DenseNet (64^3, batch 2, 300 steps, one fold, one seed) took "
             f"{float(cost[0]['seconds']) / 3600:.1f} hours of one core. No claim is made of it."
         )
-    return {"README.md": "\n\n".join(text) + "\n", **charts}
+    return {"README.md": "\n\n".join(filter(None, text)) + "\n", **charts}
 
 
 def _size_table(finished: Finished, losses: Sequence[str]) -> str:

@@ -139,7 +139,8 @@ def pages(finished: Finished) -> dict[str, str]:
         done(finished, "voxfuse experiment losses"),
         "What was asked, of whom and how, is in the [protocol](../protocol.md). Scores are means "
         "over seeds and 90 test subjects; differences are within seed and subject, with 95 % "
-        "intervals of a bootstrap that draws seeds and subjects.",
+        "intervals of a bootstrap that draws seeds and subjects. Of a single seed they have the "
+        "subjects' spread alone: what another seed would do is not in them.",
     ]
     charts = {}
     for task in TASKS:
@@ -154,7 +155,7 @@ def pages(finished: Finished) -> dict[str, str]:
         if chart:
             charts[name] = chart
             text.append(f"![What beta does in the {task} task]({name})")
-    return {"README.md": "\n\n".join(text) + "\n", **charts}
+    return {"README.md": "\n\n".join(filter(None, text)) + "\n", **charts}
 
 
 EXPERIMENT = Experiment(

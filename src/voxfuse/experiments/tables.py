@@ -128,7 +128,10 @@ def differences(
     against: str,
     interval: Callable[[Floats], Interval] = crossed_bootstrap,
 ) -> str:
-    """A line a loss: its difference to another at 0.5 and tuned, with the interval."""
+    """A line a loss: its difference to another at 0.5 and tuned, with the interval.
+
+    Empty where no other loss is done.
+    """
     wanted = [("0.5", "dice"), ("tuned-dice", "dice"), ("0.5", "f2"), ("tuned-f2", "f2"),
               ("0.5", "ap")]  # fmt: skip
     lines = []
@@ -138,7 +141,7 @@ def differences(
         cells = [str(interval(scores.difference(loss, against, way, name))) for way, name in wanted]
         lines.append([loss, str(len(scores.seeds(loss, against))), *cells])
     head = [f"{name}, {way}" if name != "ap" else "AP" for way, name in wanted]
-    return markdown([f"loss less {against}", "seeds", *head], lines)
+    return markdown([f"loss less {against}", "seeds", *head], lines) if lines else ""
 
 
 def done(finished: Finished, command: str) -> str:
