@@ -247,6 +247,20 @@ def ms_lesions() -> str:
     return _table(["patient", *seeds, "mean", "recall", "precision"], rows)
 
 
+def ms_lesions_simulated() -> str:
+    """One row a patient: Dice of every seed without and with simulated lesions, and the change."""
+    found = load("ms_lesions_simulated")
+    rows = []
+    for patient, changes in found["differences"].items():
+        pairs = [
+            f"{before['scores'][patient]['dice']:.3f} / {after['scores'][patient]['dice']:.3f}"
+            for before, after in zip(found["against"], found["runs"], strict=True)
+        ]
+        rows.append([patient, *pairs, f"{sum(changes) / len(changes):+.3f}"])
+    seeds = [f"seed {run['seed']}" for run in found["runs"]]
+    return _table(["patient", *seeds, "mean change"], rows)
+
+
 def reference() -> str:
     rows = [
         [what, *(_ms(row[way]["min_ms"]) for way in ("compiled", "reference"))]
@@ -272,6 +286,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "nnunet": ("nnunet", nnunet),
     "metrics": ("metrics", metrics),
     "ms-lesions": ("ms_lesions", ms_lesions),
+    "ms-lesions-simulated": ("ms_lesions_simulated", ms_lesions_simulated),
     "reference": ("reference", reference),
 }
 
@@ -419,6 +434,10 @@ def figures() -> Iterator[tuple[str, str, str]]:
     }
     robust, zscore = ("{}, {} and {}".format(*turned[which]) for which in ("robust", "zscore"))
     yield page, "ms_lesions_turned", f"{robust} in place of {zscore}"
+    (head,) = load("simulated_head")["runs"]
+    yield page, "simulated_head", f"Training took {head['seconds']:.0f} s with one thread"
+    dice = [f"{score['dice']:.3f}" for score in head["scores"].values()]
+    yield page, "simulated_head", "is {} and {}".format(*dice)
     yield page, "training", f"the log take {load('training')['share']:.1%}".replace("%", " %")
 
 
