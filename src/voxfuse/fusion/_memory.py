@@ -75,3 +75,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
                 return True
             reach += (size - 1) * step
     return False
+
+
+def readable_bytes(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxfuse.fusion._memory import zeros
+from voxfuse.fusion._memory import readable_bytes, zeros
 from voxfuse.fusion.grids import (
     Grid,
     Origins,
@@ -53,9 +53,9 @@ class FusionPlan:
         times = f" x {self.members}" if self.members > 1 else ""
         return (
             f"{self.patches} patches{times} along axis {self.stream_axis}; "
-            f"ring {self.ring_shape} {_readable(self.ring_bytes)}, "
-            f"weights {_readable(self.weight_bytes)}, "
-            f"output {self.output_shape} {_readable(self.output_bytes)}"
+            f"ring {self.ring_shape} {readable_bytes(self.ring_bytes)}, "
+            f"weights {readable_bytes(self.weight_bytes)}, "
+            f"output {self.output_shape} {readable_bytes(self.output_bytes)}"
         )
 
 
@@ -468,11 +468,3 @@ def _reaching(places: Grid | Tensor, box: Box, patch: Sequence[int]) -> tuple[Te
         return box.patches_of(places)
     kept = box.reaching(places, patch)
     return kept, places[kept]
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"

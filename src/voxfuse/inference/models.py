@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from voxfuse._files import sha256_of
 from voxfuse.training.predict import device_of, first_output
 
 #: Why a file needs the user's word.
@@ -97,11 +98,7 @@ def is_network(name: str) -> bool:
 
 def digest_of_file(path: Path) -> str:
     """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return f"sha256:{found.hexdigest()}"
+    return f"sha256:{sha256_of(path)}"
 
 
 def digest_of_state(network: nn.Module) -> str:

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 import numpy as np
 from numpy.typing import NDArray
 
+from voxfuse.fusion._memory import readable_bytes
 from voxfuse.fusion.grids import Grid
 from voxfuse.fusion.region import Box
 
@@ -67,8 +68,8 @@ class Plan:
             f"{len(self)} boxes of at most {' x '.join(map(str, largest))} voxels",
             f"{sum(self.patches)} patches, {self.extra:.1%} more than the {self.whole} of the "
             "whole volume",
-            f"{readable(self.memory)} a process beside the network, {readable(self.written)} "
-            "to write",
+            f"{readable_bytes(self.memory)} a process beside the network, "
+            f"{readable_bytes(self.written)} to write",
         ]
         if self.shards > 1:
             lines.append(f"{self.shards} shards of {min(shares)} to {max(shares)} patches")
@@ -223,12 +224,3 @@ def _runs(work: Sequence[int], most: int) -> list[int]:
             total = 0
         total += each
     return [*bounds, len(work)]
-
-
-def readable(size: float) -> str:
-    """Bytes as people read them."""
-    for name in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {name}"
-        size /= 1024
-    return f"{size:.4g} TiB"

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from voxfuse._files import make_folder, write_text
+from voxfuse._files import make_folder, sha256_of, write_text
 from voxfuse.fusion.region import Box
 
 #: What this version reads and writes.
@@ -68,11 +68,7 @@ def digest_of_model(model: Any) -> str:
         if isinstance(model, os.PathLike) or os.path.isdir(model):
             raise FileNotFoundError(errno.ENOENT, "models: there is no such file", str(model))
         return model
-    found = hashlib.sha256()
-    with open(model, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
+    return sha256_of(model)
 
 
 def _digest_of_state(value: Any) -> Any:
