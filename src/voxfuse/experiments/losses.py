@@ -34,10 +34,10 @@ SHARES = (0.948, 0.027, 0.025)
 
 
 def runs(quick: bool) -> list[Run]:
-    """All primary losses of a seed before the next seed, so that what is done is pairs."""
+    """The binary task before the other, a seed's losses before the next seed: pairs are whole."""
     if quick:
         return [_run("binary", loss, 0) for loss in ("cross-entropy", "dice", "tversky-0.9")]
-    primary = [_run(task, loss, seed) for seed in SEEDS for task in TASKS for loss in PRIMARY]
+    primary = [_run(task, loss, seed) for task in TASKS for seed in SEEDS for loss in PRIMARY]
     return primary + [_run("two-class", loss, seed) for seed in SEEDS for loss in FURTHER]
 
 
