@@ -72,7 +72,7 @@ FULL: Final = 8
 #: stable ABI knows no ValueError.
 VALUE_ERROR: Final = "ValueError: "
 
-#: How far the values of a dense target may lie outside [0, 1], for rounding's sake.
+#: How far dense targets and scored probabilities may lie outside [0, 1], for rounding's sake.
 TARGET_ROOM: Final = 1e-3
 
 

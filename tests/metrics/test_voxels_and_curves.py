@@ -127,6 +127,18 @@ def test_precision_recall_is_scikit_learn_s(seed):
     assert counts.average_precision() == pytest.approx(sklearn.average_precision_score(truth, p))
 
 
+def test_what_rounding_has_put_beside_0_and_1_counts_as_that():
+    """A weighted mean of ones, as fusion computes it, is 1 give or take an ulp."""
+    p = np.float32([np.nextafter(np.float32(1), np.float32(2)), 1, 0.5, -1e-9])
+    counts = metrics.score_counts(p, [1, 1, 0, 0])
+    assert counts.thresholds.tolist() == [0, 0.5, 1]
+    assert counts.positives.tolist() == [0, 0, 2]
+    assert metrics.score_counts(p, [1, 1, 0, 0], bins=4).positives.tolist() == [0, 0, 0, 2]
+    for beyond in (1.01, -0.01, np.nan):
+        with pytest.raises(ValueError, match=r"^probabilities: got values from .* expected prob"):
+            metrics.score_counts([0.5, beyond], [1, 0])
+
+
 def test_a_histogram_is_exact_for_the_rounded_probabilities():
     p, truth = drawn(7, levels=10**6)
     counts = metrics.score_counts(p, truth, bins=64)

@@ -230,6 +230,8 @@ class _Evaluation:
             yield "foreground" if label is None else str(label), p, g, ignore, true
 
     def _predicted(self, scan: Any, label: int | None) -> Any:
+        from voxfuse.metrics._arrays import as_probabilities
+
         array = scan.array
         if not self.options.probabilities:
             if array.ndim != 3:
@@ -252,13 +254,7 @@ class _Evaluation:
             array = array[..., channel]
         elif self.options.labels and len(self.options.labels) > 1:
             raise ValueError(f"{scan.path}: got one volume, expected a channel for each label")
-        probabilities = np.asarray(array, np.float32)
-        if not (probabilities.min() >= 0 and probabilities.max() <= 1):
-            raise ValueError(
-                f"{scan.path}: got values from {probabilities.min():g} to "
-                f"{probabilities.max():g}, expected probabilities in [0, 1] without NaN"
-            )
-        return probabilities
+        return as_probabilities(np.asarray(array, np.float32), str(scan.path))
 
     def _subject(self, subject: str, prediction: Path, truth: Path, with_misses: bool) -> Any:
         from voxfuse.metrics.lesions import remove_small_lesions

@@ -71,9 +71,7 @@ def predicted(model: Model, volume: Volume) -> NDArray[np.float32]:
     """
     config = model.config
     patch = tuple(config.sampling.patch)
-    fused = foreground_probabilities(model.network, volume, config.prediction, patch)
-    # A weighted mean of ones may be the next number above 1.
-    return np.minimum(fused, np.float32(1))
+    return foreground_probabilities(model.network, volume, config.prediction, patch)
 
 
 def scored(

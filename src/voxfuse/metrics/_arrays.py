@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxfuse.contract import TARGET_ROOM
+
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
@@ -76,18 +78,22 @@ def same_shape(name: str, array: NDArray[Any], truth: NDArray[Any]) -> None:
         raise ValueError(f"{name}: got shape {array.shape}, expected that of truth, {truth.shape}")
 
 
-def as_probabilities(probabilities: Any) -> NDArray[Any]:
-    array = as_array("probabilities", probabilities)
+def as_probabilities(probabilities: Any, name: str = "probabilities") -> NDArray[Any]:
+    """Numbers in [0, 1]; what rounding has put beside, as a fused mean of ones, is 0 or 1."""
+    array = as_array(name, probabilities)
     if array.dtype.kind != "f":
         raise TypeError(
-            f"probabilities: got dtype {array.dtype}, expected floating-point numbers in [0, 1]"
+            f"{name}: got dtype {array.dtype}, expected floating-point numbers in [0, 1]"
         )
-    if array.size and not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
+    if not array.size:
+        return array
+    low, high = array.min(), array.max()
+    if not (low >= -TARGET_ROOM and high <= 1 + TARGET_ROOM):  # NaN fails both
         raise ValueError(
-            f"probabilities: got values from {array.min():g} to {array.max():g}, expected [0, 1] "
+            f"{name}: got values from {low:g} to {high:g}, expected probabilities in [0, 1] "
             "without NaN (logits need a sigmoid or softmax first)"
         )
-    return array
+    return array if low >= 0 and high <= 1 else array.clip(0, 1)
 
 
 def as_spacing(spacing: float | Sequence[float], dimensions: int) -> Floats:

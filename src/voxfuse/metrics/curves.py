@@ -118,7 +118,7 @@ def score_counts(
     """Count the voxels of each probability.
 
     Args:
-        probabilities: (\\*spatial), floating-point numbers in [0, 1].
+        probabilities: (\\*spatial), floating-point numbers in [0, 1], give or take 0.001.
         truth: mask of the same shape.
         bins: None is exact: every distinct probability is a threshold. A number rounds
             probabilities **down** to multiples of ``1 / bins`` first (1 into the last bin), for

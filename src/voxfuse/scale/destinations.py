@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse._files import unfinished
+from voxfuse.metrics._arrays import as_probabilities
 from voxfuse.scale._optional import zarr
 from voxfuse.scale.chunk_cache import Slices
 from voxfuse.scale.layout import KINDS, Layout, synced
@@ -386,12 +387,7 @@ def _extents(argument: str, given: int | Sequence[int], shape: Sequence[int]) ->
 
 def _in_255ths(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
     """Probabilities as uint8."""
-    if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
-        raise ValueError(
-            f"{what}: got values from {values.min():g} to {values.max():g}, expected probabilities "
-            "in [0, 1] without NaN"
-        )
-    return np.rint(values * np.float32(255)).astype(np.uint8)
+    return np.rint(as_probabilities(values, what) * np.float32(255)).astype(np.uint8)
 
 
 def _named(place: Slices) -> str:
