@@ -217,17 +217,28 @@ def test_full_batches_give_the_same_bits_however_many_patches_are_left():
     assert sizes == {4}
 
 
-def test_patches_whose_bits_depend_on_their_place_are_predicted_one_by_one():
-    def predictor(patches):
-        return patches + torch.arange(len(patches)).reshape(-1, 1, 1)
+BY_BATCH = {
+    "place": lambda x: x + torch.arange(len(x)).reshape(-1, 1, 1),
+    "mean": lambda x: x - x.mean(),
+    "largest": lambda x: x - x.amax(),
+    "smallest": lambda x: x - x.amin(),
+}
 
+
+@pytest.mark.parametrize("largest", [0, 9, 20, 29])
+@pytest.mark.parametrize("kind", BY_BATCH)
+def test_patches_whose_bits_depend_on_their_batch_are_predicted_one_by_one(kind, largest):
+    predictor = BY_BATCH[kind]
     volume = torch.rand(1, 1, 30)
-    with pytest.warns(UserWarning, match="other bits at another place of a batch of 4"):
-        result = voxfuse.sliding_window_inference(volume, 8, 4, predictor, pad_batches=True)
-    assert torch.allclose(result, volume)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        voxfuse.sliding_window_inference(volume, 8, 1, predictor, pad_batches=True)
+    volume[..., largest], volume[..., 29 - largest] = 2, -1
+    options = {"roi_size": 8, "predictor": predictor, "pad_batches": True}
+    for size in (2, 4):
+        with pytest.warns(UserWarning, match=f"other bits at another place of a batch of {size}"):
+            result = voxfuse.sliding_window_inference(volume, sw_batch_size=size, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            alone = voxfuse.sliding_window_inference(volume, sw_batch_size=1, **options)
+        assert torch.equal(result, alone)
 
 
 @pytest.mark.parametrize("unit", [1, 3, 8, 100])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import voxfuse
-from tests.fusion.test_region import Array, network, random_call
+from tests.fusion.test_region import BY_BATCH, Array, network, random_call
 from tests.scale.killed import SHAPE, interrupted, job, result_of_one_box
 from voxfuse.scale import Job, ManifestError, create_destination, open_destination, open_source
 from voxfuse.scale.intensities import Lifted
@@ -46,7 +46,7 @@ def test_boxes_in_any_order_and_stopped_anywhere_make_the_bits_of_one(seed, tmp_
     # Some boxes, then a stop in the middle of one, then all that is left in shards.
     count = draw.randint(1, 4)
     each.run(tmp_path, (draw.randrange(count), count))
-    calls = iter(range(draw.randint(0, 5)))
+    calls = iter(range(draw.randint(0, 9)))
 
     def failing(patches):
         if next(calls, None) is None:
@@ -275,16 +275,43 @@ def test_every_type_is_normalised_alike(dtype):
     assert np.array_equal(found, exact.astype(np.float32)[None])
 
 
-def test_batches_of_one_are_said_and_kept(tmp_path):
+@pytest.mark.parametrize("kind", BY_BATCH)
+def test_batches_of_one_are_said_and_kept(kind, tmp_path):
     def predictor(patches):
-        x = patches + torch.arange(len(patches)).reshape(-1, 1, 1, 1) / 7
-        return torch.cat([x, -x], 1)
+        x = torch.stack([BY_BATCH[kind](each) for each in patches.unbind(-1)], -1)
+        return torch.cat([x, 9 - x], 1)
 
     each = small(predictor=predictor)
     with pytest.warns(UserWarning, match="predicted one by one"):
         each.prepare(tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["batch"] == {"given": 4, "size": 1}
     assert each.run(tmp_path) == 4
+
+
+def test_a_network_whose_bits_are_not_its_patch_s_is_refused(tmp_path):
+    for layer in (torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(1)):
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Sequential(layer))
+        name = type(layer).__name__
+        with pytest.raises(ValueError, match=rf"predictor: its layer 1.0 \({name}\) is in train"):
+            small(predictor=net)
+        small(predictor=net.eval())
+    small(predictor=torch.nn.InstanceNorm2d(1))  # of each patch alone
+    random = small(predictor=lambda x: torch.rand_like(x.expand(-1, 2, -1, -1)))
+    with (
+        pytest.warns(UserWarning, match="predicted one by one"),
+        pytest.raises(ValueError, match="predictor: gives one patch other bits each time"),
+    ):
+        random.prepare(tmp_path)
+
+
+def test_a_function_that_has_changed_in_the_same_process_is_noticed(tmp_path):
+    factor = [1.0]
+    each = small(predictor=lambda x: torch.cat([x * factor[0], 9 - x], 1))
+    each.prepare(tmp_path)
+    assert each.run(tmp_path, (0, 2)) == 2
+    factor[0] = 2.0
+    with pytest.raises(ManifestError, match="probe: was "):
+        each.run(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,6 +14,17 @@ from voxfuse.fusion.padded_volume import PaddedVolume
 
 #: A patch: the number of its sample, and its origin.
 Place = tuple[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a network makes of one full batch, by members and outputs.
+
+    ``steady``: a patch's bits are the same wherever in a batch it is, whatever is there beside it.
+    """
+
+    outputs: list[list[Tensor]]
+    steady: bool
 
 
 class Batches:
@@ -52,36 +64,51 @@ class Batches:
             members = [Member(m.flip, m.keys, [t[:count] for t in m.outputs]) for m in members]
         return members, weights
 
-    def steady(self, places: Sequence[Place]) -> bool:
-        """Whether predictions have the same bits at another place of a full batch."""
+    def probe(self, places: Sequence[Place]) -> Probe:
+        """Try the network with at most ``size`` patches; see :func:`apart`.
+
+        Two of them also fill batches of their own, so that what depends on the place in a batch
+        shows, and what depends on the other patches in it, the largest value among them, say.
+        """
         full = self._full(places)
-        once = [[t.clone() for t in m.outputs] for m in self.predict(full)[0]]
-        again = [m.outputs for m in self.predict([*full[1:], full[0]])[0]]
-        return all(
-            same_bits(a.roll(-1, 0), b)
-            for outputs, others in zip(once, again, strict=True)
-            for a, b in zip(outputs, others, strict=True)
+        outputs = [[t.clone() for t in m.outputs] for m in self.predict(full)[0]]
+        steady = all(
+            same_bits(once[k : k + 1], again)
+            for k in sorted({0, len(places) // 2})
+            for member, repeated in zip(
+                outputs, self.predict([full[k]] * self.size)[0], strict=True
+            )
+            for once, again in zip(member, repeated.outputs, strict=True)
         )
+        return Probe(outputs, steady)
 
     def settle(self, places: Sequence[Place]) -> None:
-        """Turn to batches of one, with a warning, if bits depend on the place in a batch.
+        """Turn to batches of one, with a warning, if bits depend on what a batch is made of.
 
-        Tried with the first batch of patches that lie apart from each other.
+        Tried with a batch of patches that lie apart from each other.
         """
         if not self.padded or self.size == 1 or not places:
             return
-        count = min(self.size, len(places))
-        apart = [places[k * len(places) // count] for k in range(count)]
-        if not self.steady(apart):
-            warnings.warn(
-                "predictor: a patch's prediction has other bits at another place of a batch of "
-                f"{self.size}; patches are predicted one by one",
-                stacklevel=4,
-            )
+        if not self.probe([places[k] for k in apart(len(places), self.size)]).steady:
+            warn_of(self.size, 4)
             self.size = 1
 
     def _full(self, places: Sequence[Place]) -> list[Place]:
         return [*places, *[places[-1]] * (self.size - len(places))]
+
+
+def apart(count: int, size: int) -> list[int]:
+    """The numbers of at most ``size`` of ``count`` patches, spread evenly over them."""
+    return [k * count // min(size, count) for k in range(min(size, count))]
+
+
+def warn_of(size: int, stacklevel: int) -> None:
+    """Say that patches are predicted one by one, and why."""
+    warnings.warn(
+        f"predictor: a patch's prediction has other bits at another place of a batch of {size}, or "
+        "beside other patches; patches are predicted one by one",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

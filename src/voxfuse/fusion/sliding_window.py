@@ -148,9 +148,10 @@ def sliding_window_inference(
             the bits of cutting it from the whole result (with ``pad_batches=True``). Only patches
             that reach into it are predicted; the result, and ``out``, have its extent.
         pad_batches: whether the predictor is given full batches only, patches being repeated where
-            they are fewer, so that its bits do not depend on how many are left. One batch is then
-            predicted twice in another order, and patches one by one, with a warning, if their bits
-            depend on the place. None: with ``region``.
+            they are fewer, so that its bits do not depend on how many are left. First a batch is
+            tried, and two of its patches in batches of their own: patches are predicted one by one,
+            with a warning, if bits depend on the place in a batch or the others there. None: with
+            ``region``.
         resample_to, resample_order, regions: labels, a mask or regions at another resolution than
             the volume's, with no array of all channels; see :class:`voxfuse.PatchFuser`.
 

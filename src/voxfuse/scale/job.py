@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from voxfuse import _backends, _library
 from voxfuse.fusion.arrays import Assignable, Part, Sliceable, flush, torch_dtype, unit_of
-from voxfuse.fusion.batches import Batches, same_bits
+from voxfuse.fusion.batches import Batches, Probe, apart, warn_of
 from voxfuse.fusion.network import Predictor
 from voxfuse.fusion.padded_volume import PaddedVolume
 from voxfuse.fusion.region import Box
@@ -133,13 +132,13 @@ class Job:
         self._batches(sw_batch_size)  # which may refuse the number
         check_apart(self._out, source=source)
         _refuse_reference(self._settings, self._network.device)
+        _refuse_training(predictor)
         shape, spatial = tuple(self._out.shape), self._volume.spatial
         if shape[-axes:] != spatial or len(shape) - axes not in (0, 1):
             raise ValueError(f"out: got shape {shape}, expected {spatial}, or (C, *{spatial})")
         self._bare = len(shape) == axes
         unit = unit_of(self._out)
         self._unit = unit if self._bare else unit[1:]
-        self._probes: dict[tuple[int, str | None], tuple[bool, str, int]] = {}
 
     @property
     def grid(self) -> Any:
@@ -183,21 +182,21 @@ class Job:
         before = place.read()
         self._lifted.settle(None)
         kept = self._kept(skip, skip_origin)
-        steady, probe, channels = self._probed(self._size, kept)
-        size = self._size
-        if not steady:
-            warnings.warn(
-                "predictor: a patch's prediction has other bits at another place of a batch of "
-                f"{size}; patches are predicted one by one",
-                stacklevel=2,
+        size, probe = self._size, self._probe(self._size, kept)
+        channels = self._channels(probe.outputs[0])
+        if not probe.steady and size > 1:
+            warn_of(size, 2)
+            size, probe = 1, self._probe(1, kept)
+        if not probe.steady:
+            raise ValueError(
+                "predictor: gives one patch other bits each time, with which no box could be done "
+                "again"
             )
-            size = 1
-            _, probe, channels = self._probed(size, kept)
         plan = self._planned(kept, channels)
         content = {
             **self._described(),
             "batch": {"given": self._size, "size": size},
-            "probe": probe,
+            "probe": _digest_of(probe),
             "skipped": 0 if kept is None else int((~kept).sum()),
             "kept": packed(kept),
             "boxes": [[list(box.low), list(box.high)] for box in plan.boxes],
@@ -241,12 +240,12 @@ class Job:
         manifest, plan, kept = self._opened(place)
         size = manifest["batch"]["size"]
         # The digest of the predictions of a few patches finds out what no version number tells.
-        steady, probe, _ = self._probed(size, kept)
-        _refuse(place, {"probe": manifest["probe"]}, {"probe": probe})
-        if not steady:
+        probe = self._probe(size, kept)
+        _refuse(place, {"probe": manifest["probe"]}, {"probe": _digest_of(probe)})
+        if not probe.steady:
             raise ManifestError(
                 f"{place.path}: the predictor gives a patch other bits at another place of a batch "
-                f"of {size} here, which it did not where the job was prepared"
+                f"of {size}, or beside other patches, which it did not where the job was prepared"
             )
         seal, boxes, done = digest(manifest), plan.shard(*shard), 0
         for number, index in enumerate(boxes, 1):
@@ -365,30 +364,18 @@ class Job:
             raise ValueError("skip: is true for every patch, so that nothing was predicted")
         return kept.reshape(-1)
 
-    def _probed(self, size: int, kept: NDArray[np.bool_] | None) -> tuple[bool, str, int]:
-        """One batch: whether its bits depend on places in it, their digest, and the channels."""
-        key = (size, packed(kept))
-        if key in self._probes:
-            return self._probes[key]
+    def _probe(self, size: int, kept: NDArray[np.bool_] | None) -> Probe:
+        """What the network makes of a batch of patches from all over the volume."""
         grid, counts = self._volume.grid, [len(starts) for starts in self._volume.grid.starts]
         numbers = np.arange(len(grid)) if kept is None else kept.nonzero()[0]
-        count = min(size, len(numbers))
-        chosen = [numbers[k * len(numbers) // count] for k in range(count)]
+        chosen = numbers[apart(len(numbers), size)]
         places = [
             (0, [starts[k] for starts, k in zip(grid.starts, index, strict=True)])
             for index in zip(*np.unravel_index(chosen, counts), strict=True)
         ]
-        places += [places[-1]] * (size - len(places))
         _start(self._source, None)
         with torch.no_grad():
-            batches = self._batches(size)
-            once = [[t.clone() for t in m.outputs] for m in batches.predict(places)[0]]
-            again = [m.outputs for m in batches.predict([*places[1:], places[0]])[0]]
-        channels = self._channels(once[0])
-        steady = all(same_bits(a[0].roll(-1, 0), b[0]) for a, b in zip(once, again, strict=True))
-        found = steady, digest([digest_of(each[0]) for each in once]), channels
-        self._probes[key] = found
-        return found
+            return self._batches(size).probe(places)
 
     def _batches(self, size: int) -> Batches:
         return Batches(self._volume, self._network, self._weights, size, padded=True)
@@ -488,6 +475,24 @@ def _refuse_reference(settings: Settings, device: torch.device) -> None:
             f"{device.type}, whose bits depend on where a voxel lies in a box; expected compiled "
             "or Triton kernels, or activation 'none'"
         )
+
+
+def _refuse_training(predictor: Predictor | Sequence[Predictor]) -> None:
+    """Raise ValueError for a network with layers that go by the batch, or by chance."""
+    for network in predictor if isinstance(predictor, Sequence) else [predictor]:
+        layers = network.named_modules() if isinstance(network, nn.Module) else ()
+        for name, layer in layers:
+            by_batch = getattr(layer, "running_mean", None) is not None
+            if layer.training and (by_batch or isinstance(layer, nn.modules.dropout._DropoutNd)):
+                raise ValueError(
+                    f"predictor: its layer {name or 'itself'} ({type(layer).__name__}) is in "
+                    "training mode, where predictions depend on the batch or on chance; call "
+                    ".eval() of the network first"
+                )
+
+
+def _digest_of(probe: Probe) -> str:
+    return digest([digest_of(outputs[0]) for outputs in probe.outputs])
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
