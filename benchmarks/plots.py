@@ -63,6 +63,7 @@ def draw(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         "fusion": draw_fusion,
         "head": draw_head,
         "nnunet": draw_nnunet,
+        "training": draw_training,
     }
     drawings[results["benchmark"]](results, path)
 
@@ -444,6 +445,36 @@ def draw_head(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+    )
+    _finish(figure, results, path)
+
+
+def draw_training(results: dict[str, Any], path: Path | io.BytesIO) -> None:
+    """Lines: the loss over the steps of a run; scores of its test subjects over the threshold."""
+    (run,) = results["runs"]
+    curves = run["curves"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    left.plot(*zip(*curves["loss"], strict=True), color=COLOURS["voxfuse"])
+    left.set_ylim(bottom=0)
+    left.set_xlabel("step")
+    left.set_title("Loss, mean of ten steps", fontsize="medium")
+    scores = (("Dice", "voxfuse"), ("recall", "monai"), ("precision", "nnunet"))
+    for line, (subject, rows) in zip(("-", "--"), curves["thresholds"].items(), strict=True):
+        thresholds, *columns = zip(*rows, strict=True)
+        for (name, colour), column in zip(scores, columns, strict=True):
+            label = f"{name}, {subject}"
+            right.plot(thresholds, column, line, color=COLOURS[colour], label=label)
+    right.set_xscale("logit")
+    ticks = [0.001, 0.1, 0.5, 0.9, 0.999]
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
+    right.set_xlabel("threshold")
+    right.set_title("Scores of the test", fontsize="medium")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
     _finish(figure, results, path)
 

@@ -261,6 +261,28 @@ def ms_lesions_simulated() -> str:
     return _table(["patient", *seeds, "mean change"], rows)
 
 
+def simulated_head() -> str:
+    """One row a head: Dice, and its lesions."""
+    rows = []
+    for head, row in load("simulated_head")["report"]["subjects"].items():
+        lesions = [row[f"lesions_{name}"] for name in ("truth", "missed", "prediction", "false")]
+        cells = [f"{row['truth_ml']:.1f} ml", f"{row['dice']:.3f}", *map(str, lesions)]
+        rows.append([head, *cells])
+    return _table(
+        ["head", "lesions", "Dice", "lesions, number", "missed", "predicted", "false"], rows
+    )
+
+
+def simulated_head_sizes() -> str:
+    """One row a class of sizes: how many there are, and which share is found, and is right."""
+    shares = ("sensitivity", "precision")
+    rows = [
+        [row["mm3"], str(row["lesions_truth"]), *(f"{row[name]:.0%}" for name in shares)]
+        for row in load("simulated_head")["report"]["sizes"]
+    ]
+    return _table(["mm³", "lesions", "found", "of the predicted ones, true"], rows)
+
+
 def reference() -> str:
     rows = [
         [what, *(_ms(row[way]["min_ms"]) for way in ("compiled", "reference"))]
@@ -287,6 +309,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("metrics", metrics),
     "ms-lesions": ("ms_lesions", ms_lesions),
     "ms-lesions-simulated": ("ms_lesions_simulated", ms_lesions_simulated),
+    "simulated-head": ("simulated_head", simulated_head),
+    "simulated-head-sizes": ("simulated_head", simulated_head_sizes),
     "reference": ("reference", reference),
 }
 

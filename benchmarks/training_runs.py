@@ -2,10 +2,13 @@
 
     python -m benchmarks.training_runs RUN... --json benchmarks/results/cpu/ms_lesions.json
     python -m benchmarks.training_runs RUN... --against RUN... --json FILE
+    python -m benchmarks.training_runs RUN --curves --report REPORT --json FILE
 
 The runs are of one configuration and several seeds. Dice, recall and precision at 0.5, a subject a
 row; seconds are those of training alone. With ``--against``, runs of the same seeds with another
-configuration: the differences of Dice, seed by seed, the first less the second.
+configuration: the differences of Dice, seed by seed, the first less the second. With ``--curves``
+the loss over the steps and the scores over the thresholds besides, and with ``--report`` what
+``voxfuse evaluate`` found of a run's predictions.
 """
 
 from __future__ import annotations
@@ -45,6 +48,38 @@ def result_of(run: Path) -> dict[str, Any]:
     }
 
 
+def curves_of(run: Path) -> dict[str, Any]:
+    """The loss over the steps, and dice, recall and precision of each subject over thresholds."""
+    with (run / "log.csv").open(newline="", encoding="utf-8") as file:
+        loss = [[int(row["step"]), float(row["loss"])] for row in csv.DictReader(file)]
+    thresholds: dict[str, list[list[float]]] = {}
+    with (run / "test.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            scores = [row[name] for name in ("threshold", "dice", "recall", "precision")]
+            rounded = [float(f"{float(score):.4g}") for score in scores]
+            thresholds.setdefault(row["subject"], []).append(rounded)
+    return {"loss": loss, "thresholds": thresholds}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """Subjects and lesions by size, as a report has them, and which commit judged."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    (rule,) = (rule["name"] for rule in found["options"]["rules"])
+    counts = ("truth", "prediction", "missed", "false")
+    subjects = {
+        row["subject"]: {"dice": row["dice"], "truth_ml": row["truth_ml"]}
+        | {f"lesions_{name}": int(row[f"{rule}.lesions_{name}"]) for name in counts}
+        for row in found["subjects"]
+    }
+    with (folder / "lesions.csv").open(newline="", encoding="utf-8") as file:
+        sizes = [
+            {"mm3": row["volume_mm3"], "lesions_truth": int(row["lesions_truth"])}
+            | {name: float(row[name]) for name in ("sensitivity", "precision")}
+            for row in csv.DictReader(file)
+        ]
+    return {"commit": harness.commit(), "rule": rule, "subjects": subjects, "sizes": sizes}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Dice by subject and seed, with their means, as Markdown."""
     seeds = [f"seed {result['seed']}" for result in results]
@@ -77,13 +112,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN")
+    parser.add_argument("--curves", action="store_true", help="losses and thresholds as well")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of voxfuse evaluate --out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     options = parser.parse_args()
     results = [result_of(run) for run in options.runs]
     print(table(results))
     seconds = ", ".join(f"{result['seconds']:.0f}" for result in results)
     print(f"\n{results[0]['steps']} steps in {seconds} s")
-    found = {"machine": harness.machine(torch.device("cpu")), "runs": results}
+    found: dict[str, Any] = {"machine": harness.machine(torch.device("cpu")), "runs": results}
+    if options.curves:
+        found["benchmark"] = "training"
+        for result, run in zip(results, options.runs, strict=True):
+            result["curves"] = curves_of(run)
+    if options.report is not None:
+        found["report"] = report_of(options.report)
     if options.against:
         found["against"] = [result_of(run) for run in options.against]
         found["differences"] = paired(results, found["against"])

@@ -89,7 +89,8 @@ def test_the_bundled_heads_example_tests_on_what_its_first_lines_write():
     written = [f"ch2bet-sim0-{k:03d}" for k in range(int(count))]
     config = load(example)
     assert (config.data.test, config.data.groups) == (written[-2:], "")
-    assert (ROOT / "docs/training.md").read_text().count(f"--out simulated --count {count}\n") == 1
+    page = (ROOT / "docs/tutorials/lesions_to_report.md").read_text()
+    assert page.count(f"--out simulated --count {count}\n") == 1
 
 
 def test_what_predict_is_told_takes_the_place_of_the_run(patients, tmp_path, capsys):

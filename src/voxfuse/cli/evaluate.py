@@ -282,7 +282,10 @@ class _Evaluation:
         if not self.images:
             return None
         if subject not in self.images and len(self.images) + len(self.truths) > 2:
-            raise FileNotFoundError(f"--images: there is none for {subject}")
+            raise FileNotFoundError(
+                f"--images: there is none for {subject}; --image-pattern says where they lie, "
+                "such as '{}/t1.nii.gz'"
+            )
         path = self.images.get(subject) or next(iter(self.images.values()))
         image = self.files.on_grid_of(self.files.load_scan(path), truth, self.options.resample)
         if image.array.ndim != 3:
