@@ -148,7 +148,7 @@ def done(finished: Finished, command: str) -> str:
     """What a page is made from, and what it took."""
     return (
         f"{len(finished.runs)} of {len(finished.declared)} runs are done, in {finished.hours:.1f} "
-        f"hours of one core: `{command}`."
+        f"hours of one core: `{command}`. Of a run that was interrupted, that is the last part."
     )
 
 
