@@ -64,6 +64,7 @@ def draw(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         "head": draw_head,
         "nnunet": draw_nnunet,
         "training": draw_training,
+        "tutorial": draw_tutorial,
     }
     drawings[results["benchmark"]](results, path)
 
@@ -138,7 +139,8 @@ def draw_loss(results: dict[str, Any], path: Path | io.BytesIO) -> None:
 def _finish(figure: Any, results: dict[str, Any], path: Path | io.BytesIO) -> None:
     machine = results["machine"]
     figure.suptitle(
-        f"{machine.get('gpu') or machine['cpu']} ({machine['threads']} threads), "
+        f"{machine.get('gpu') or machine['cpu']} "
+        f"({machine['threads']} thread{'s' if machine['threads'] > 1 else ''}), "
         f"torch {machine['torch']}, commit {machine['commit']}",
         fontsize="small",
     )
@@ -476,6 +478,41 @@ def draw_training(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     figure.legend(
         *right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
+    _finish(figure, results, path)
+
+
+def draw_tutorial(results: dict[str, Any], path: Path | io.BytesIO) -> None:
+    """Lines: two losses' trainings over the steps; bars: memory of a step and of its loss."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    names = {"monai": "MONAI", "voxfuse": "voxfuse"}
+    for (key, name), width in zip(names.items(), (4.5, 1.2), strict=True):
+        curve = results["curves"][key]
+        epochs = [sum(curve[k : k + 4]) / 4 for k in range(0, len(curve), 4)]
+        steps = [4 * (k + 1) for k in range(len(epochs))]
+        left.plot(steps, epochs, color=COLOURS[key], linewidth=width, label=name)
+    left.set_xlabel("step")
+    left.set_title("DiceCELoss, mean over the four patches", fontsize="medium")
+    left.legend(frameon=False)
+    rows = results["memory"]
+    bars = [(key, what) for what in ("step_bytes", "loss_bytes") for key in names]
+    for index, (key, what) in enumerate(bars):
+        drawn = right.bar(
+            [place + (index - 1.5) * 0.2 for place in range(len(rows))],
+            [row[what][key] / 2**20 for row in rows],
+            0.2,
+            color=COLOURS[key],
+            alpha=1 if what == "step_bytes" else 0.55,
+            label=f"{names[key]}, {'whole step' if what == 'step_bytes' else 'loss alone'}",
+        )
+        right.bar_label(drawn, fmt="%.0f", padding=2, fontsize="small")
+    right.set_xticks(range(len(rows)), [f"{row['edge']}³" for row in rows])
+    right.set_xlabel("patch")
+    right.set_ylabel("MiB")
+    right.set_title("Memory: step; loss beside logits and gradient", fontsize="medium")
+    right.legend(frameon=False, loc="upper left")
+    for axis in (left, right):
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
     _finish(figure, results, path)
 
 
