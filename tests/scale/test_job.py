@@ -17,7 +17,7 @@ import torch
 
 import voxfuse
 from tests.fusion.test_region import BY_BATCH, Array, network, random_call
-from tests.scale.killed import SHAPE, interrupted, job, result_of_one_box
+from tests.scale import killed
 from voxfuse.scale import Job, ManifestError, create_destination, open_destination, open_source
 from voxfuse.scale.intensities import Lifted
 from voxfuse.scale.manifest import Folder, digest_of_model, packed, unpacked
@@ -68,13 +68,18 @@ def test_boxes_in_any_order_and_stopped_anywhere_make_the_bits_of_one(seed, tmp_
     assert np.array_equal(result, whole.numpy().view(np.uint8))
 
 
-def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    job(tmp_path / "labels", 0.0).prepare(tmp_path)
-    seen = interrupted(tmp_path, 5, 0.004, 7)
-    assert seen == sorted(seen)
+@pytest.mark.parametrize("kind", ["file", "zarr"])
+def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bits(kind, tmp_path):
+    if kind == "zarr":
+        pytest.importorskip("zarr", reason="zarr is not installed")
+    expected = killed.result_of_one_box(tmp_path / "whole")
+    killed.job(tmp_path, kind, 0.0).prepare(tmp_path)
+    seen = killed.interrupted(tmp_path, kind, 5, 0.004, 0.36, 7, expected)
     assert seen, "nothing was interrupted"
-    result = np.fromfile(tmp_path / "labels", np.uint8).reshape(SHAPE)
-    assert np.array_equal(result, result_of_one_box(tmp_path / "whole"))
+    done = [each["done"] for each in seen]
+    assert done == sorted(done)
+    assert not any(each["wrong"] for each in seen), seen
+    assert np.array_equal(killed.result_of(tmp_path, kind), expected)
 
 
 def small(**changes):
