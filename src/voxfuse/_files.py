@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], *, exclusive: bool = False
+) -> None:
     """Write a file that has its old content or all of its new one, never a part.
 
     The content goes to a file beside it, onto the disk, and then takes its name.
+
+    Raises:
+        FileExistsError: with ``exclusive``, there is one already, of another process perhaps.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -22,10 +28,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        if exclusive:
+            _link(beside, path)
+        else:
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     _to_disk(path.parent)  # the name too is on the disk
+
+
+def _link(file: Path, path: Path) -> None:
+    """Give a file a name that none has; where there are no links it is looked for, and renamed."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(file, path)
 
 
 def make_folder(folder: Path) -> None:
@@ -42,9 +63,9 @@ def unfinished(folder: Path, name: str = "") -> list[Path]:
     return list(folder.glob(f".{glob.escape(name)}.*.part" if name else ".*.part"))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, exclusive: bool = False) -> None:
     """:func:`write_whole` of a text."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()), exclusive=exclusive)
 
 
 def _to_disk(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
 import operator
+import os
 import re
 import shutil
 from pathlib import Path
@@ -209,9 +211,32 @@ def test_a_damaged_manifest_or_marker_is_said(tmp_path):
     each.prepare(tmp_path)
     assert each.run(tmp_path) == 1
     content = {"format": "voxfuse boxes 0"}
+    manifest.unlink()
     Folder(tmp_path).write(content)
     with pytest.raises(ManifestError, match="is 'voxfuse boxes 0', expected 'voxfuse boxes 1'"):
         small().run(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_prepare_at_once_the_first_one_stays(links, tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    first, other, same = small(), small(window="hann"), small()
+    for late in (other, same):
+
+        def settle(known, late=late):
+            """Statistics are looked for after the manifest was."""
+            first.prepare(tmp_path)
+
+        monkeypatch.setattr(late._lifted, "settle", settle)
+    with pytest.raises(ManifestError, match='options.window: was null, is "hann"'):
+        other.prepare(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    same.prepare(tmp_path)
+    assert first.run(tmp_path) == 4
 
 
 def test_what_a_destination_or_source_raises_leaves_no_marker(tmp_path):

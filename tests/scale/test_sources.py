@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.scale.volumes import SHAPE, Failing, ome_image, values_of, whole, zarr
-from voxfuse.scale import DamagedError, Space, open_source
+from voxfuse.scale import DamagedError, Space, create_destination, open_source
 from voxfuse.scale import stores as scale_stores
 from voxfuse.scale.chunk_cache import ChunkCache, edges_of, widest
 
@@ -121,7 +121,11 @@ def test_nifti_is_mapped_and_gzip_decompressed_once_with_a_warning(tmp_path):
     image.header.set_xyzt_units("mm")
     nibabel.save(image, tmp_path / "v.nii")
     (tmp_path / "v.nii.gz").write_bytes(gzip.compress((tmp_path / "v.nii").read_bytes()))
-    source = open_source(tmp_path / "v.nii")
+    with pytest.raises(ValueError, match="timepoint: .* has 2, say which: 0 to 1; or axes='xyzc'"):
+        open_source(tmp_path / "v.nii")
+    second = open_source(tmp_path / "v.nii", timepoint=1)
+    assert np.array_equal(whole(second), array[None, ..., 1])
+    source = open_source(tmp_path / "v.nii", axes="xyzc")
     assert isinstance(source.behind, np.memmap)
     assert np.array_equal(whole(source), np.moveaxis(array, 3, 0))
     assert source.space.axes == ("x", "y", "z")
@@ -129,14 +133,16 @@ def test_nifti_is_mapped_and_gzip_decompressed_once_with_a_warning(tmp_path):
     np.testing.assert_allclose(source.space.scale, (0.5, 0.6, 2), rtol=1e-6)
     (tmp_path / "scratch").mkdir()
     with pytest.warns(UserWarning, match="gzip cannot be read at random; decompressed once"):
-        packed = open_source(tmp_path / "v.nii.gz", channel=1, scratch=tmp_path / "scratch")
+        packed = open_source(
+            tmp_path / "v.nii.gz", axes="xyzc", channel=1, scratch=tmp_path / "scratch"
+        )
     assert np.array_equal(whole(packed), array[None, ..., 1])
     assert isinstance(packed.behind, np.memmap)
     assert list((tmp_path / "scratch").iterdir()) == []
 
     image.header.set_slope_inter(0.25, -3)
     nibabel.save(image, tmp_path / "scaled.nii")
-    scaled = open_source(tmp_path / "scaled.nii")
+    scaled = open_source(tmp_path / "scaled.nii", axes="xyzc")
     assert scaled.dtype == np.float32
     loaded = nibabel.load(tmp_path / "scaled.nii").get_fdata(dtype=np.float32)
     assert np.array_equal(whole(scaled), np.moveaxis(loaded, 3, 0))
@@ -150,6 +156,38 @@ def test_nifti_is_mapped_and_gzip_decompressed_once_with_a_warning(tmp_path):
     (tmp_path / "torn.nii").write_bytes((tmp_path / "v.nii").read_bytes()[:2000])
     with pytest.raises(DamagedError, match=r"torn.nii: cannot be read"):
         open_source(tmp_path / "torn.nii")
+
+
+def test_labels_lie_where_the_nifti_volume_does(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed")
+    array = values_of(SHAPE, np.int16)
+
+    def opened(affine, axes=None, array=array):
+        nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "v.nii")
+        return open_source(tmp_path / "v.nii", axes=axes)
+
+    affine = np.array([[0.5, 0, 0, -31.5], [0, 0.75, 0, 8], [0, 0, 2, 0.25], [0, 0, 0, 1]])
+    source = opened(affine)
+    labels = create_destination(tmp_path / "a.zarr", SHAPE, np.uint8, kind="labels", like=source)
+    found = open_source(tmp_path / "a.zarr/labels/prediction").space
+    assert labels.shape == SHAPE
+    assert (found.axes, found.scale) == (("x", "y", "z"), (0.5, 0.75, 2))
+    voxel = np.array([3, 5, 7])
+    where = np.array(found.translation) + voxel * found.scale
+    assert np.array_equal(where, (affine @ [*voxel, 1])[:3])
+    # A turn of a hundredth of a voxel at the far corner is rounding.
+    rounded = affine.copy()
+    rounded[0, 1] = 1e-5
+    assert opened(rounded).space.translation == (-31.5, 8, 0.25)
+    assert opened(affine, "xyzc", array[..., None]).shape == (1, *SHAPE)
+    for turn in (np.diag([-1, -1, 1, 1]), np.eye(4)[[1, 0, 2, 3]]):
+        turned = opened(turn @ affine)
+        assert turned.space.translation == (0, 0, 0)
+        np.testing.assert_allclose(turned.space.scale, (0.5, 0.75, 2))
+        with pytest.warns(UserWarning, match=r"like: .*v.nii: its affine turns or mirrors axes"):
+            create_destination(
+                tmp_path / "a.zarr", SHAPE, np.uint8, kind="labels", like=turned, overwrite=True
+            )
 
 
 def test_what_is_no_volume_is_an_error_that_says_what_to_open(tmp_path):

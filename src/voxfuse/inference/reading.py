@@ -124,6 +124,7 @@ class Header:
     channels: int
     affine: NDArray[np.float64]
     itemsize: int  #: bytes of a voxel in the file
+    axes: int = 3  #: of the file
 
 
 def header_of(path: Path) -> Header:
@@ -145,4 +146,5 @@ def header_of(path: Path) -> Header:
         raise ValueError(f"{path}: got {len(shape)} axes, expected three spatial ones")
     extra = [int(n) for n in shape[3:] if n != 1]
     affine = np.asarray(image.affine, np.float64)
-    return Header(tuple(int(n) for n in shape[:3]), extra[0] if extra else 1, affine, itemsize)
+    channels = extra[0] if extra else 1
+    return Header(tuple(int(n) for n in shape[:3]), channels, affine, itemsize, len(shape))

@@ -13,6 +13,7 @@ import torch
 
 from voxfuse._files import make_folder
 from voxfuse.inference.models import Network, is_network, load_network
+from voxfuse.inference.reading import header_of
 from voxfuse.inference.request import (
     Request,
     activation_of,
@@ -21,7 +22,7 @@ from voxfuse.inference.request import (
     patch_of,
     prediction_of,
 )
-from voxfuse.scale import Job, Plan, create_destination, open_destination, open_source
+from voxfuse.scale import Job, Plan, Source, create_destination, open_destination, open_source
 from voxfuse.scale.manifest import MANIFEST
 from voxfuse.training.config import PredictionOptions
 
@@ -90,7 +91,7 @@ def open_volume(
     folder = request.output.with_name(f"{request.output.name}.job")
     _check_output(request.output, folder)
     prediction = prediction_of(request, PredictionOptions(batch=1))
-    source = open_source(str(request.input[0]))
+    source = _source(request.input[0])
     network = load_network(
         request.model,
         request.device,
@@ -145,6 +146,12 @@ def _check_output(output: Path, folder: Path) -> None:
             f"--output: there is no {output}, but {folder} says which of its boxes are done; "
             "remove that folder to begin anew"
         )
+
+
+def _source(path: Path) -> Source:
+    """The volume; NIfTI's fourth axis has channels, as in studies."""
+    channels = path.name.endswith((".nii", ".nii.gz")) and header_of(path).axes == 4
+    return open_source(str(path), axes="xyzc" if channels else None)
 
 
 def _finite(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -334,6 +335,11 @@ def _space(like: Source | Space | None, layout: Layout, shape: tuple[int, ...]) 
     expected: tuple[int, ...] | None = None
     if isinstance(like, Source):
         found, expected = like.space, like.shape[1:]
+        if like.elsewhere is not None and layout.kind != "array":
+            warnings.warn(
+                f"like: {like.name}: {like.elsewhere}; the result has its voxels' sizes, from 0 on",
+                stacklevel=3,
+            )
     elif like is not None and found is None:
         raise TypeError(f"like: got {type(like).__name__}, expected a Source or a Space")
     elif like is None and layout.kind == "labels":

@@ -203,10 +203,8 @@ class Job:
             "patches": list(plan.patches),
             "memory": plan.memory,
         }
-        if before is None:
-            place.write(content)
-        else:
-            _refuse(place, before, content)
+        # Another process may have been quicker.
+        _refuse(place, before or place.write(content), content)
         return plan
 
     def run(

@@ -151,11 +151,15 @@ class Folder:
             raise ManifestError(f"{path}: is {content.get('format')!r}, expected {FORMAT!r}")
         return content
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Write the manifest, sealed by its digest."""
+    def write(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, sealed by its digest, if there is none; returns the one that is."""
         text = json.dumps({**content, "sha256": digest(content)}, indent=1)
         make_folder(self.path)
-        write_text(self.path / MANIFEST, text)
+        try:
+            write_text(self.path / MANIFEST, text, exclusive=True)
+        except FileExistsError:
+            return self.read() or content
+        return content
 
     def marker(self, index: int) -> Path:
         """The file that says that a box is finished."""

@@ -27,7 +27,7 @@ CACHE_BYTES = 1 << 30
 
 #: Axes of arrays that do not name theirs, by their number.
 UNNAMED = {1: "x", 2: "yx", 3: "zyx", 4: "czyx", 5: "tczyx"}
-UNNAMED_NIFTI = {1: "x", 2: "xy", 3: "xyz", 4: "xyzc", 5: "xyztc"}
+UNNAMED_NIFTI = {1: "x", 2: "xy", 3: "xyz", 4: "xyzt", 5: "xyztc"}
 
 
 class Source:
@@ -39,8 +39,10 @@ class Source:
     opened again where it is unpickled.
     """
 
-    #: Where the voxels lie, if the file says so; of NIfTI the voxels' sizes only, from 0 on.
+    #: Where the voxels lie, if the file says so.
     space: Space | None
+    #: Why the voxels lie elsewhere than ``space`` says; None where they do not.
+    elsewhere: str | None = None
 
     def __init__(
         self,
@@ -213,7 +215,8 @@ def open_source(
         channel: one channel; None takes all.
         timepoint: needed where there are several.
         axes: names of the array's axes, a letter each, "c" the channels and "t" time. Default: what
-            OME-Zarr says; "xyz", "xyzc" and "xyztc" of NIfTI; else the last ones of "tczyx".
+            OME-Zarr says; "xyz", "xyzt" and "xyztc" of NIfTI, whose fourth axis is time ("xyzc"
+            where it has channels); else the last ones of "tczyx".
         cache_bytes: the most bytes of decompressed chunks that are kept.
         storage_options: of fsspec, with a URL.
         scratch: the folder for what .nii.gz decompresses to; default the system's.
@@ -377,25 +380,49 @@ def _nifti(path: Path, axes: str | None, scratch: Any, given: dict[str, Any]) ->
         except (nibabel.filebasedimages.ImageFileError, ValueError, OSError) as error:
             raise DamagedError(f"{path}: cannot be read: {error}") from error
     # The file is mapped: on Linux it lives on without its name until the array goes.
-    while array.ndim > 3 and array.shape[-1] == 1:
+    while array.ndim > (len(axes) if isinstance(axes, str) else 3) and array.shape[-1] == 1:
         array = array[..., 0]
     order = _order(axes, array, UNNAMED_NIFTI, name)
-    letters = tuple(axis for axis in order if axis not in "tc")
-    sizes = dict(zip(order, map(float, image.header.get_zooms()), strict=False))
-    unit = {"mm": "millimeter", "micron": "micrometer", "meter": "meter"}
-    units = (unit.get(image.header.get_xyzt_units()[0]),) * len(letters)
-    scale = tuple(sizes.get(axis, 1.0) for axis in letters)
-    space = Space(letters, scale, (0.0,) * len(letters), units)
+    if axes is None and order == "xyzt" and given["timepoint"] is None:
+        raise ValueError(
+            f"timepoint: {name} has {array.shape[3]}, say which: 0 to {array.shape[3] - 1}; or "
+            "axes='xyzc' if these are channels"
+        )
+    space, elsewhere = _space_of_nifti(image, order, array.shape)
     slope, intercept = proxy.slope, proxy.inter
-    if (slope, intercept) == (1, 0):
-        return Source(array, name=name, order=order, space=space, **given)
 
     def value(stored: NDArray[Any]) -> NDArray[Any]:
         scaled: NDArray[Any] = np.asarray(stored, np.float64) * slope + intercept
         return scaled
 
-    floats = np.dtype(np.float64 if array.dtype.itemsize > 4 else np.float32)
-    return Source(array, name=name, order=order, space=space, value=value, dtype=floats, **given)
+    if (slope, intercept) != (1, 0):
+        floats = np.dtype(np.float64 if array.dtype.itemsize > 4 else np.float32)
+        given = given | {"value": value, "dtype": floats}
+    source = Source(array, name=name, order=order, space=space, **given)
+    source.elsewhere = elsewhere
+    return source
+
+
+def _space_of_nifti(image: Any, order: str, shape: Sequence[int]) -> tuple[Space, str | None]:
+    """Where the voxels lie, and why not there, if it is so.
+
+    OME-Zarr has sizes of voxels and a place along each axis of the array, and no turns.
+    """
+    at = [k for k, axis in enumerate(order[:3]) if axis not in "tc"]
+    letters = tuple(order[k] for k in at)
+    unit = {"mm": "millimeter", "micron": "micrometer", "meter": "meter"}
+    units = (unit.get(image.header.get_xyzt_units()[0]),) * len(at)
+    affine = np.asarray(image.affine, np.float64)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    placed = bool(int(image.header["sform_code"]) or int(image.header["qform_code"]))
+    # By how much voxels lie beside the places that sizes and origin alone give them.
+    beside = np.abs(affine[:3, :3] - np.diag(sizes))[:, at] @ [shape[k] - 1 for k in at]
+    straight = bool((beside <= 0.01 * sizes.min()).all())
+    origin = tuple(float(affine[k, 3]) if placed and straight else 0.0 for k in at)
+    space = Space(letters, tuple(float(sizes[k]) for k in at), origin, units)
+    if straight or not placed:
+        return space, None
+    return space, "its affine turns or mirrors axes, which OME-Zarr has no word for"
 
 
 def plain_slices(argument: str, key: Any, shape: Sequence[int]) -> Slices:
