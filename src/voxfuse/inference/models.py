@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import math
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from voxfuse._files import sha256_of
+from voxfuse.scale.manifest import digest_of_model
 from voxfuse.training.predict import device_of, first_output
 
 #: Why a file needs the user's word.
@@ -99,21 +99,6 @@ def is_network(name: str) -> bool:
 def digest_of_file(path: Path) -> str:
     """SHA-256 of a file."""
     return f"sha256:{sha256_of(path)}"
-
-
-def digest_of_state(network: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of parameters and buffers."""
-    found = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if not isinstance(value, Tensor):
-            found.update(repr((name, value)).encode())
-            continue
-        found.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        plain = value.detach().cpu().contiguous()
-        found.update(
-            plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-        )
-    return f"sha256:{found.hexdigest()}"
 
 
 # --- Exported programs ----------------------------------------------------------------------------
@@ -219,7 +204,7 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
         raise ValueError(f"--model: {name}() returned {type(found).__name__}, expected a network")
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False).to(device)
-        return Network(found, device, "module", identity or digest_of_state(found))
+        return Network(found, device, "module", identity or f"sha256:{digest_of_model(found)}")
     if identity is None:
         raise ValueError(
             f"--model: {name}() returned {type(found).__name__}, which has no state to take a "

@@ -198,13 +198,7 @@ def _of_network(request: Request) -> Job:
     _check_output(request)
     studies = find_studies(request.input, data.mask)
     targets, to_folder = _targets(request, studies, [])
-    network = load_network(
-        request.model,
-        request.device,
-        trust=request.trust_model,
-        identity=request.model_id,
-        head=request.head,
-    )
+    network = network_of(request)
     patch = patch_of(request.patch, network)
     prediction = dataclasses.replace(prediction, batch=batch_of(request.batch, network))
     channels = _channels(studies)
@@ -300,6 +294,17 @@ def _three(name: str, given: Sequence[Any]) -> list[Any]:
     if len(given) not in (1, 3):
         raise ValueError(f"--{name}: got {len(given)} numbers, expected 1 or 3")
     return list(given) * (3 // len(given))
+
+
+def network_of(request: Request) -> Network:
+    """The network that ``--model`` names."""
+    return load_network(
+        request.model,
+        request.device,
+        trust=request.trust_model,
+        identity=request.model_id,
+        head=request.head,
+    )
 
 
 def patch_of(given: Sequence[int] | None, network: Network) -> tuple[int, ...]:

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from voxfuse._files import make_folder
-from voxfuse.inference.models import Network, is_network, load_network
+from voxfuse.inference.models import Network, is_network
 from voxfuse.inference.reading import header_of
 from voxfuse.inference.request import (
     Request,
     activation_of,
     batch_of,
     classes_of,
+    network_of,
     patch_of,
     prediction_of,
 )
@@ -92,13 +93,7 @@ def open_volume(
     _check_output(request.output, folder)
     prediction = prediction_of(request, PredictionOptions(batch=1))
     source = _source(request.input[0])
-    network = load_network(
-        request.model,
-        request.device,
-        trust=request.trust_model,
-        identity=request.model_id,
-        head=request.head,
-    )
+    network = network_of(request)
     patch = patch_of(request.patch, network)
     batch = batch_of(request.batch, network)
     spatial = tuple(int(n) for n in source.shape[-3:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -23,6 +24,9 @@ from voxfuse.fusion.region import Box
 #: What this version reads and writes.
 FORMAT = "voxfuse boxes 1"
 MANIFEST = "manifest.json"
+
+#: Voxels along each axis of a sample of a volume.
+_SAMPLE = 8
 _AGAIN = "remove it, and prepare the job again: boxes that are done stay done"
 
 
@@ -48,6 +52,24 @@ def digest_of(array: Any) -> str:
     described = hashlib.sha256(f"{kind} {tuple(array.shape)} ".encode())
     described.update(values.tobytes())
     return described.hexdigest()
+
+
+def fingerprint_of(volume: Any, *described: Any) -> str:
+    """What tells a volume from another: shape, dtype, and samples of the values from all over it.
+
+    It does not depend on where the volume lies, and it is no proof.
+
+    Args:
+        volume: what can be sliced.
+        described: what it is besides.
+    """
+    shape = tuple(int(size) for size in volume.shape)
+    corners = [sorted({0, n // 3, 2 * n // 3, n - _SAMPLE}) if n > _SAMPLE else [0] for n in shape]
+    samples = []
+    for corner in itertools.islice(itertools.product(*corners), None, None, 5):
+        key = tuple(slice(low, min(low + _SAMPLE, n)) for low, n in zip(corner, shape, strict=True))
+        samples.append(digest_of(np.asarray(volume[key])))
+    return digest([shape, str(np.dtype(volume.dtype)), *described, samples])
 
 
 def digest_of_model(model: Any) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import itertools
-import json
 import shutil
 import tempfile
 import warnings
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 
 from voxfuse.scale._optional import require
 from voxfuse.scale.chunk_cache import ChunkCache, Slices, box_bytes, edges_of
+from voxfuse.scale.manifest import fingerprint_of
 from voxfuse.scale.ome_zarr import Multiscale, Space, multiscale_of
 from voxfuse.scale.stores import DamagedError, decoded, insisting, local_path, reading
 
@@ -140,16 +138,7 @@ class Source:
 
         It does not depend on where the volume lies, and it is no proof: it tells volumes apart.
         """
-        digest = hashlib.sha256()
-        described = [self.shape, self.dtype.str, list(self._channels), self._fixed["t"]]
-        digest.update(json.dumps(described).encode())
-        corners = [sorted({0, n // 3, 2 * n // 3, max(n - 8, 0)}) for n in self.shape[1:]]
-        for corner in itertools.islice(itertools.product(*corners), None, None, 5):
-            place = (
-                slice(low, min(low + 8, n)) for low, n in zip(corner, self.shape[1:], strict=True)
-            )
-            digest.update(np.ascontiguousarray(self[(slice(0, self.shape[0]), *place)]).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of(self, list(self._channels), self._fixed["t"])
 
     def __len__(self) -> int:
         return self.shape[0]
