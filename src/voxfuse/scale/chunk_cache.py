@@ -117,18 +117,10 @@ class ChunkCache:
         )
 
     def _keep(self, values: NDArray[Any], first: Index, last: Index) -> None:
-        corner = [edges[low] for edges, low in zip(self._edges, first, strict=True)]
-        for index in product(
-            *(range(low, high + 1) for low, high in zip(first, last, strict=True))
-        ):
-            place = self._place(index, index)
+        box = self._place(first, last)
+        for index in _inside(first, last):
             self.decompressed += 1
-            part = values[
-                tuple(
-                    slice(each.start - start, each.stop - start)
-                    for each, start in zip(place, corner, strict=True)
-                )
-            ]
+            part = values[within(self._place(index, index), box)]
             if part.nbytes > self.limit:
                 continue
             while self.bytes + part.nbytes > self.limit:
@@ -144,6 +136,26 @@ class ChunkCache:
         axis, edges = self._axis, self._edges[self._axis]
         for index in [i for i in self._chunks if edges[i[axis] + 1] <= key[axis].start]:
             self.bytes -= self._chunks.pop(index).nbytes
+
+
+def blocks(place: Slices, unit: Sequence[int], shape: Sequence[int]) -> Iterator[Slices]:
+    """The blocks of an array of ``shape`` that a place touches, in C order."""
+    starts = [
+        range(s.start // size * size, s.stop, size) for s, size in zip(place, unit, strict=True)
+    ]
+    for corner in product(*starts):
+        yield tuple(
+            slice(low, min(low + size, extent))
+            for low, size, extent in zip(corner, unit, shape, strict=True)
+        )
+
+
+def within(part: Slices, whole: Slices) -> Slices:
+    """A part's slices, counted from where the whole begins."""
+    return tuple(
+        slice(each.start - outer.start, each.stop - outer.start)
+        for each, outer in zip(part, whole, strict=True)
+    )
 
 
 def _touched(edges: Sequence[int], part: slice) -> range:

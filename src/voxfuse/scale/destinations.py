@@ -6,7 +6,6 @@ import errno
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from voxfuse._files import unfinished
 from voxfuse.metrics._arrays import as_probabilities
 from voxfuse.scale._optional import zarr
-from voxfuse.scale.chunk_cache import Slices
+from voxfuse.scale.chunk_cache import Slices, blocks, within
 from voxfuse.scale.layout import KINDS, Layout, synced
 from voxfuse.scale.ome_zarr import Space
 from voxfuse.scale.sources import Source, plain_slices
@@ -79,11 +78,7 @@ class ZarrDestination:
         if self._writer is None:
             raise PermissionError(errno.EROFS, f"{self.where}: is opened read-only")
         for shard in self.shards(place):
-            inside = tuple(
-                slice(each.start - first.start, each.stop - first.start)
-                for each, first in zip(shard, place, strict=True)
-            )
-            self._write(shard, array[inside])
+            self._write(shard, array[within(shard, place)])
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         """What has been written, and the fill value elsewhere; checksums are compared.
@@ -104,15 +99,7 @@ class ZarrDestination:
     def shards(self, place: Slices | None = None) -> Iterator[Slices]:
         """The shards of a place, or of the whole array, in C order."""
         place = tuple(slice(0, n) for n in self.shape) if place is None else place
-        starts = [
-            range(each.start // unit * unit, each.stop, unit)
-            for each, unit in zip(place, self.unit, strict=True)
-        ]
-        for corner in product(*starts):
-            yield tuple(
-                slice(low, min(low + unit, extent))
-                for low, unit, extent in zip(corner, self.unit, self.shape, strict=True)
-            )
+        return blocks(place, self.unit, self.shape)
 
     def written(self, shard: Slices) -> bool:
         """Whether a shard is there; one of nothing but the fill value is written too."""

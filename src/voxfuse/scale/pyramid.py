@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from voxfuse.scale.chunk_cache import Slices
+from voxfuse.scale.chunk_cache import blocks, within
 from voxfuse.scale.destinations import ZarrDestination, blocks_of
 from voxfuse.scale.layout import Layout, synced
 from voxfuse.scale.ome_zarr import Multiscale
@@ -273,27 +273,14 @@ def _fill(
         if target.written(shard):
             continue
         result = np.empty([each.stop - each.start for each in shard], target.dtype)
-        for chunk in _chunks(shard, target.array.chunks):
+        for chunk in blocks(shard, target.array.chunks, target.shape):
             fine = tuple(
                 slice(each.start * f, min(each.stop * f, extent))
                 for each, f, extent in zip(chunk, step, finer.shape, strict=True)
             )
             finer.check_written(fine)
-            inside = tuple(
-                slice(each.start - whole.start, each.stop - whole.start)
-                for each, whole in zip(chunk, shard, strict=True)
-            )
-            result[inside] = reduce(finer[fine], step)
+            result[within(chunk, shard)] = reduce(finer[fine], step)
         target[shard] = result
-
-
-def _chunks(shard: Slices, extents: Sequence[int]) -> Iterator[Slices]:
-    starts = [range(s.start, s.stop, extent) for s, extent in zip(shard, extents, strict=True)]
-    for corner in product(*starts):
-        yield tuple(
-            slice(low, min(low + extent, whole.stop))
-            for low, extent, whole in zip(corner, extents, shard, strict=True)
-        )
 
 
 def _ceiling(extents: Sequence[int], step: Sequence[int]) -> tuple[int, ...]:
