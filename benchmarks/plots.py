@@ -485,11 +485,11 @@ def draw_tutorial(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     """Lines: two losses' trainings over the steps; bars: memory of a step and of its loss."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     names = {"monai": "MONAI", "voxfuse": "voxfuse"}
-    for (key, name), width in zip(names.items(), (4.5, 1.2), strict=True):
+    for (key, name), (width, line) in zip(names.items(), ((5, "-"), (2, "--")), strict=True):
         curve = results["curves"][key]
         epochs = [sum(curve[k : k + 4]) / 4 for k in range(0, len(curve), 4)]
         steps = [4 * (k + 1) for k in range(len(epochs))]
-        left.plot(steps, epochs, color=COLOURS[key], linewidth=width, label=name)
+        left.plot(steps, epochs, line, color=COLOURS[key], linewidth=width, label=name)
     left.set_xlabel("step")
     left.set_title("DiceCELoss, mean over the four patches", fontsize="medium")
     left.legend(frameon=False)
@@ -510,6 +510,7 @@ def draw_tutorial(results: dict[str, Any], path: Path | io.BytesIO) -> None:
     right.set_ylabel("MiB")
     right.set_title("Memory: step; loss beside logits and gradient", fontsize="medium")
     right.legend(frameon=False, loc="upper left")
+    right.margins(y=0.12)
     for axis in (left, right):
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -24,10 +24,11 @@ def test_the_table_of_the_readme_is_that_of_the_files():
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in report.RESULTS.glob("*.json")))
 def test_every_committed_measurement_is_on_a_page(file):
-    """As a table that the site makes, or by its name beside the figures."""
+    """As a table or a picture that the site makes, or by its name beside the figures."""
     text = "\n".join(page.read_text() for page in PAGES)
     tables = re.findall(r"^```\{measured\} (\S+)$", text, re.MULTILINE)
     shown = {report.TABLES[table][0] for table in tables}
+    shown.update(re.findall(r"^```\{measured-plot\} (\S+)$", text, re.MULTILINE))
     assert file in shown or f"`benchmarks/results/cpu/{file}.json`" in text
 
 
