@@ -119,19 +119,19 @@ LESIONS = (
     _statement(
         "M1", "Dice loss beats cross-entropy on Dice", SALEHI, "lesions",
         "Train with Dice on small lesions.",
-        "Tune the threshold, and cross-entropy does as well on these patients; at 0.5 take Dice.",
+        "At 0.5 take Dice; at tuned thresholds it was not shown.",
         "No reason for Dice loss alone on small lesions.",
     ),
     _statement(
         "M2", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "lesions",
         "Beta is a knob for recall that a threshold does not replace.",
-        "Beta moves recall at 0.5 only: a threshold tuned for Dice takes it back.",
+        "Beta moves recall at 0.5; at a threshold tuned for Dice it was not shown.",
         "Do not expect more recall from beta.",
     ),
     _statement(
         "M3", "The best F2 is off one half", HASHEMI, "lesions",
         "Where a missed lesion costs more, take beta 0.7.",
-        "Dice loss and a threshold tuned for F2 do what beta 0.7 does.",
+        "Where a missed lesion costs more, take beta 0.7 at 0.5; tuned, it was not shown.",
         "Leave beta at one half: tune the threshold for F2.",
     ),
 )  # fmt: skip
@@ -139,27 +139,27 @@ LESIONS = (
 _WINDOWS = {
     "F1": (
         "Weigh patches by a window that falls off to their faces.",
-        "A window matters at 0.5; a tuned threshold makes up for the uniform one.",
+        "Weigh patches by such a window at 0.5; tuned, it was not shown.",
         "Uniform voting does no worse than a window.",
     ),
     "F2": (
         "Let patches overlap by half.",
-        "Overlap matters at 0.5; a tuned threshold makes up for it.",
+        "Let patches overlap by half at 0.5; tuned, it was not shown.",
         "Overlap is no gain in Dice.",
     ),
     "F3": (
         "Prefer a spline to the Gaussian of its width.",
-        "Prefer a spline to the Gaussian of its width, at 0.5.",
+        "Prefer a spline to the Gaussian of its width at 0.5; tuned, it was not shown.",
         "Choose the width, not the shape.",
     ),
     "F4": (
         "Do not trust a patch's outer voxels: that is what windows are for.",
-        "A patch's outer voxels are off at 0.5, less so at their own threshold.",
+        "Do not trust a patch's outer voxels at 0.5; tuned, it was not shown.",
         "A patch's outer voxels are no worse than its inner ones.",
     ),
     "F5": (
         "Predict with an overlap of 0.75 if eight times the work is worth it.",
-        "An overlap of 0.75 matters at 0.5 only.",
+        "Overlap by 0.75 at 0.5 if eight times the work is worth it; tuned, it was not shown.",
         "An overlap of a half is enough.",
     ),
     "F6": (
@@ -412,7 +412,7 @@ def page(results: Path) -> str:
         "when all of its seeds are done. This page is made from the rows: "
         "`voxfuse experiment NAME --page`.",
         markdown(head, table),
-        f"Verdicts: *{SHOWN}*, at tuned thresholds; *{ONLY}*, and tuning takes it away; *{NOT}*; "
+        f"Verdicts: *{SHOWN}*, at tuned thresholds; *{ONLY}*, and not at tuned ones; *{NOT}*; "
         f"*{FEW}*, where an interval over six patients has both signs; *{WAITING}*.",
     ]  # fmt: skip
     return "\n\n".join(text) + "\n"

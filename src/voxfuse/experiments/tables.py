@@ -101,7 +101,8 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         |---|---|
         | dice | 0.9 |
     """
-    every = [list(head), ["---"] * len(head), *map(list, lines)]
+    words = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    every = [words[0], ["---"] * len(head), *words[1:]]
     rows = ["|" + "|".join(line) + "|" if line is every[1] else f"| {' | '.join(line)} |"
             for line in every]  # fmt: skip
     return "\n".join(rows)
