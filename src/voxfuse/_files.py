@@ -32,6 +32,8 @@ def write_whole(
             _link(beside, path)
         else:
             os.replace(beside, path)
+    except OSError as error:
+        raise _named(error, path) from None
     finally:
         beside.unlink(missing_ok=True)
     _to_disk(path.parent)  # the name too is on the disk
@@ -72,8 +74,17 @@ def _to_disk(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise _named(error, folder) from None
     finally:
         os.close(descriptor)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error, with the file that a full disk's lacks."""
+    if error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -263,6 +263,35 @@ def test_what_a_destination_or_source_raises_leaves_no_marker(tmp_path):
     assert np.array_equal(out.array, expected._out)
 
 
+def test_a_disk_that_is_full_at_any_moment_loses_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("zarr", reason="zarr is not installed")
+    expected, fsync = np.zeros((32, 8), np.uint8), os.fsync
+    small(out=expected).prepare(tmp_path / "whole")
+    small(out=expected).run(tmp_path / "whole")
+    # Files and names of four shards and four markers, and of their six folders.
+    for moment in range(4 * 2 + 4 * 2 + 6):
+        place, calls = tmp_path / str(moment), itertools.count(1)
+
+        def full(file, calls=calls, moment=moment):
+            if next(calls) > moment:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(file)
+
+        create_destination(place / "labels", (32, 8), np.uint8, chunks=8, shards=8)
+        each = small(out=open_destination(place / "labels"))
+        each.prepare(place / "job")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left") as failed:
+                each.run(place / "job")
+        assert failed.value.errno == errno.ENOSPC
+        assert str(place) in str(failed.value)
+        left = len(each.remaining(place / "job"))
+        assert each.run(place / "job") == left
+        each._out.check()
+        assert np.array_equal(each._out[0:32, 0:8], expected)
+
+
 def test_a_box_is_on_the_disk_before_its_marker(tmp_path):
     events = []
 
@@ -350,7 +379,16 @@ def test_a_function_that_has_changed_in_the_same_process_is_noticed(tmp_path):
         ({"out": [1]}, TypeError, "out: got list, expected an array that boxes can be assigned"),
         ({"out": np.zeros((32, 9))}, ValueError, r"out: got shape \(32, 9\), expected \(32, 8\)"),
         ({"source": np.zeros((1, 1, 32, 8))}, ValueError, "source: got shape .* expected 2 spat"),
-        ({"process_fn": len}, TypeError, "process_fn: is no option of a job, expected overlap"),
+        ({"outputs": "mask"}, TypeError, "outputs: is no option of a job: expected overlap"),
+        ({"process_fn": len}, TypeError, "process_fn: is no option of a job: what it makes of"),
+        ({"resample_to": (9, 9)}, TypeError, "resample_to: .* have the volume's own voxels"),
+        ({"skip": len}, TypeError, "skip: is no option of a job: it is an argument of prepare"),
+        ({"roi_weight_map": torch.rand(2, 8, 8)}, ValueError, r"roi_weight_map: got shape \(2, 8"),
+        (
+            {"source": np.zeros((8,) * 4), "out": np.zeros((8,) * 4), "roi_size": (4,) * 4},
+            ValueError,
+            "roi_size: got 4 spatial axes, expected 1 to 3",
+        ),
         ({"normalisation": "robust"}, ValueError, "normalisation: got 'robust', expected None"),
         ({"normalisation": ([1, 2], [1, 2])}, ValueError, "expected 1 means and as many standard"),
         ({"box": (8,)}, ValueError, r"box: got \(8,\), expected 2 integers >= 1"),
@@ -366,7 +404,7 @@ def test_a_function_that_has_changed_in_the_same_process_is_noticed(tmp_path):
         ({"models": {"n": 3}}, TypeError, "models: got int, expected a module, a path of a file"),
         # What the first box would find.
         ({"out": np.zeros((5, 32, 8), "u1")}, ValueError, r"out: got shape \(5, 32, 8\), expected"),
-        ({"out": np.zeros((32, 8), "f4")}, TypeError, "out: got .*float32.* expected uint8"),
+        ({"out": np.zeros((32, 8), "f4")}, TypeError, r"out: got float32 of shape \(32, 8\), exp"),
         (
             {"predictor": lambda x: x[..., ::2, ::2]},
             ValueError,

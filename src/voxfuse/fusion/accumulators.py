@@ -255,17 +255,17 @@ def accumulator(
         changing: whether the weights may be others at the next call.
     """
     origins = placement.origins
-    composed = (
-        changing
-        or len(placement.patch) > 3
-        or importance.factors[0].ndim > len(placement.patch)
-        or (torch.is_grad_enabled() and prediction.requires_grad)
-        or len(torch.unique(origins, dim=0)) != len(origins)
-    )
+    reasons = {
+        "process_fn": changing,
+        "four spatial axes": len(placement.patch) > 3,
+        "weights that differ by channel": importance.factors[0].ndim > len(placement.patch),
+        "a gradient": torch.is_grad_enabled() and prediction.requires_grad,
+        "patches at one place": len(torch.unique(origins, dim=0)) != len(origins),
+    }
+    composed = [reason for reason, holds in reasons.items() if holds]
     if composed and placement.box is not None:
         raise ValueError(
-            "region: got one with four spatial axes, weights that differ by channel, process_fn or "
-            "a gradient, of which only the whole volume is fused"
+            f"region: got one with {' and '.join(composed)}, where only the whole volume is fused"
         )
     kind = Composed if composed else Streamed
     return kind(options, placement, importance, prediction.device, results)

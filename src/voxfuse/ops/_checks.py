@@ -50,9 +50,10 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def describe(tensor: Tensor) -> str:
-    """Shape, dtype and device of a tensor, for error messages."""
+    """Shape, dtype and device of a tensor, for error messages; of what is planned no device."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+    where = "" if tensor.is_meta else f" on {tensor.device}"
+    return f"{dtype} of shape {tuple(tensor.shape)}{where}"
 
 
 def given(value: object) -> str:

@@ -65,7 +65,8 @@ class Plan:
             sum(self.patches[k] for k in self.shard(i, self.shards)) for i in range(self.shards)
         ]
         lines = [
-            f"{len(self)} boxes of at most {' x '.join(map(str, largest))} voxels",
+            f"{len(self)} box{'es' * (len(self) > 1)} of at most "
+            f"{' x '.join(map(str, largest))} voxels",
             f"{sum(self.patches)} patches, {self.extra:.1%} more than the {self.whole} of the "
             "whole volume",
             f"{readable_bytes(self.memory)} a process beside the network, "

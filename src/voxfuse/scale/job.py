@@ -40,9 +40,16 @@ from voxfuse.scale.manifest import (
 )
 from voxfuse.scale.written import Remembered, is_there
 
-#: Options of a sliding window that are not of a job: they change what is predicted from call to
-#: call, or need more than a box.
-_REFUSED = ("process_fn", "resample_to")
+#: Options of a sliding window that are not of a job.
+_REFUSED = ("process_fn", "resample_to", "resample_order", "regions")
+#: Why not.
+_WHY = {
+    "process_fn": "what it makes of weights from call to call no box can know",
+    **dict.fromkeys(_REFUSED[1:], "results have the volume's own voxels"),
+    **dict.fromkeys(("skip", "skip_origin"), "it is an argument of prepare()"),
+    **dict.fromkeys(("region", "buffer_steps"), "a job is cut into boxes, see box="),
+    **dict.fromkeys(("pad_batches", "progress"), "batches are always full; progress is of run()"),
+}
 
 
 class Job:
@@ -106,7 +113,8 @@ class Job:
         allowed = [field.name for field in fields(Settings) if field.name not in _REFUSED]
         for name in options:
             if name not in allowed:
-                raise TypeError(f"{name}: is no option of a job, expected {', '.join(allowed)}")
+                why = _WHY.get(name, f"expected {', '.join(allowed)}")
+                raise TypeError(f"{name}: is no option of a job: {why}")
         if isinstance(source, Tensor):
             source = source.detach().to("cpu")
             source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -118,7 +126,8 @@ class Job:
         self._out: Any = out.numpy() if isinstance(out, Tensor) else out
         if not isinstance(self._out, Assignable):
             raise TypeError(
-                f"out: got {type(out).__name__}, expected an array that boxes can be assigned to"
+                f"out: got {type(out).__name__}, expected an array that boxes can be assigned to; "
+                "voxfuse.scale.create_destination makes one at a path or URL"
             )
         axes = _axes(roi_size, tuple(source.shape), tuple(self._out.shape))
         self._lifted = Lifted(source, axes, normalisation)
@@ -134,6 +143,14 @@ class Job:
         check_apart(self._out, source=source)
         _refuse_reference(self._settings, self._network.device)
         _refuse_training(predictor)
+        if axes > 3:
+            raise ValueError(f"roi_size: got {axes} spatial axes, expected 1 to 3")
+        if self._weights.factors[0].ndim > axes:
+            shape = tuple(self._weights.factors[0].shape)
+            raise ValueError(
+                f"roi_weight_map: got shape {shape}, weights that differ by channel, expected "
+                f"those of a patch, {self._volume.roi}"
+            )
         shape, spatial = tuple(self._out.shape), self._volume.spatial
         if shape[-axes:] != spatial or len(shape) - axes not in (0, 1):
             raise ValueError(f"out: got shape {shape}, expected {spatial}, or (C, *{spatial})")
