@@ -26,13 +26,15 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(voxfuse.__path__, "voxfuse.")
     if not re.match(r"voxfuse\.(triton_kernels|_host|libvoxfuse)", module.name)
 )
-OPTIONAL = {"monai", "nnunetv2", "torchio", "segmentation_models_pytorch", "tqdm"}
+OPTIONAL = {
+    "distributed", "monai", "nnunetv2", "torchio", "segmentation_models_pytorch", "tqdm",
+}  # fmt: skip
 
 
 def _import(name):
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name and error.name.split(".")[0] in OPTIONAL:
             pytest.skip(f"{name} needs the package {error.name}")
         raise

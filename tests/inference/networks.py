@@ -118,3 +118,10 @@ number = 3
 
 def raising() -> nn.Module:
     raise RuntimeError("no weights here")
+
+
+def slow() -> nn.Module:
+    """Has a kernel, so that patches matter, and takes 10 ms a call."""
+    network = Sleeping()
+    network.inner, Sleeping.seconds = Positional(), 0.01
+    return network

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # Imported where the command runs: no other command needs them.
     from voxfuse.inference.night import Night, Outcome
     from voxfuse.inference.request import Job, Request
+    from voxfuse.inference.volumes import Cost
 
 DESCRIPTION = """\
 Segment scans with a model that `voxfuse train` made, a program that torch.export saved, or a
@@ -171,6 +172,18 @@ def _add_boxes(parser: argparse.ArgumentParser) -> None:
         help="of a prepared volume: predict the I-th of N parts, counted from 0; again what died",
     )  # fmt: skip
     parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="of a volume: predict its boxes in N processes of one thread each, which may die",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS",
+        help="of a volume: predict its boxes on the workers of this scheduler of Dask, tls://...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without-tls", action="store_true",
+        help="whoever reaches the scheduler runs code on its workers; nobody else reaches this one",
+    )  # fmt: skip
+    parser.add_argument(
         "--foreground", metavar="LEVEL|VOLUME",
         help="of a Zarr volume: leave out patches without a voxel above LEVEL, or 0 in VOLUME",
     )  # fmt: skip
@@ -183,7 +196,7 @@ def _predict(options: argparse.Namespace) -> int:
         print("voxfuse predict: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (
-        ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError,
+        ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError,
     ) as error:  # fmt: skip
         print(f"voxfuse predict: {error}", file=sys.stderr)
         return 1
@@ -201,10 +214,11 @@ def _run(options: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(Request)}
     request = Request(**{k: v for k, v in vars(options).items() if k in names})
     if is_volume(request):
-        return _volume(options, request)
-    for name in ("prepare", "shard", "foreground"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name}: is for a volume in boxes, of Zarr")
+        return _volume(options, request, limit)
+    for name in ("prepare", "shard", "foreground", "workers", "scheduler", "without_tls"):
+        if getattr(options, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: is for a volume in boxes, of Zarr")
     job = prepare(request)
     wanted = options.dry_run or options.memory_limit
     planned = plan_of(job, job.probe() if wanted else job.first)
@@ -255,45 +269,118 @@ def _check_place(folder: Path) -> None:
         raise OSError(f"--output: nothing can be written to {folder}: {error}") from None
 
 
-def _volume(options: argparse.Namespace, request: Request) -> int:
-    """A volume in boxes: prepare it, predict a shard of it, or both."""
+def _volume(options: argparse.Namespace, request: Request, limit: int) -> int:
+    """A volume in boxes: prepare it, predict a shard of it, or both, here or on a cluster."""
     from voxfuse.inference.volumes import open_volume, parse_shard
 
     shard = parse_shard(options.shard) if options.shard else (0, 1)
-    for name in ("skip_existing", "overwrite", "timeout", "memory_limit"):
+    _check_boxes(options)
+    shown = _Boxes(options.quiet)
+    if options.scheduler:
+        return _on_scheduler(options, request, shown)
+    if options.shard:
+        if not request.output.exists():
+            raise FileNotFoundError(f"--shard: there is no {request.output}; --prepare makes it")
+        volume = open_volume(request)
+        volume.cost(volume.job.plan(volume.folder)).check(limit)
+        volume.job.run(volume.folder, shard, progress=shown)
+        return 0
+    if options.workers:
+        from voxfuse.inference.cluster import one_thread
+
+        with one_thread():
+            return _not_a_shard(options, request, limit, shown)
+    return _not_a_shard(options, request, limit, shown)
+
+
+def _not_a_shard(options: argparse.Namespace, request: Request, limit: int, shown: _Boxes) -> int:
+    """Plan a volume, prepare it, or all of it."""
+    from voxfuse.inference.volumes import open_volume, settle
+
+    workers = options.workers
+    shards = options.prepare or workers or 1
+    if options.dry_run:
+        volume = open_volume(request, options.foreground, shards=shards)
+        cost = volume.cost(volume.job.plan(), measured=True)
+        print("\n".join(cost.lines(limit, workers or 1)))
+        cost.check(limit, workers)
+        return 0
+
+    def check(cost: Cost) -> None:
+        cost.check(limit, workers)
+
+    volume, cost = settle(request, check, options.foreground, shards, bool(options.prepare))
+    if not options.quiet:
+        print(cost.plan)
+    if options.prepare:
+        return 0
+    if not workers:
+        volume.job.run(volume.folder, progress=shown)
+        return 0
+    from voxfuse.inference.cluster import Cluster, local_cluster
+
+    with local_cluster(workers, sum(cost.memory.values()), options.quiet) as client:
+        Cluster(client, request, threads=1).predict(shown)
+    return 0
+
+
+def _on_scheduler(options: argparse.Namespace, request: Request, shown: _Boxes) -> int:
+    """The same on workers that load the model, which this process does not."""
+    from voxfuse.inference.cluster import Cluster, client_of
+
+    if options.dry_run or options.memory_limit:
+        name = "dry-run" if options.dry_run else "memory-limit"
+        raise ValueError(f"--{name}: is for what is predicted here, without --scheduler")
+    with client_of(options.scheduler, options.without_tls) as client:
+        cluster = Cluster(client, request)
+        if not (cluster.memory() or options.quiet):
+            print("voxfuse predict: waiting for a worker", file=sys.stderr)
+        client.wait_for_workers(1)
+        cost = cluster.settle(
+            foreground=options.foreground,
+            shards=options.prepare or len(cluster.memory()),
+            again=options.prepare is not None,
+        )
+        if not options.quiet:
+            print(cost.plan)
+        if not options.prepare:
+            cluster.predict(shown)
+    return 0
+
+
+def _check_boxes(options: argparse.Namespace) -> None:
+    """Raise for options that do not go together."""
+    for name in ("skip_existing", "overwrite", "timeout"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')}: is for studies")
-    if options.prepare is not None and options.prepare < 1:
-        raise ValueError(f"--prepare: got {options.prepare}, expected a number of shards >= 1")
+    for name in ("prepare", "workers"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            what = "shards" if name == "prepare" else "processes"
+            raise ValueError(f"--{name}: got {number}, expected a number of {what} >= 1")
     if options.prepare and options.shard:
         raise ValueError("--prepare: is done once and before; --shard predicts, expected one")
     if options.foreground and options.shard:
         raise ValueError("--foreground: is said to --prepare, which shards read")
-    if options.shard and not request.output.exists():
-        raise FileNotFoundError(f"--shard: there is no {request.output}; --prepare makes it")
-    volume = open_volume(
-        request, options.foreground, create=not options.dry_run, shards=options.prepare or 1
-    )
-    if not options.shard:
-        if options.dry_run:
-            plan = volume.job.plan()
-        elif options.prepare or options.foreground or not volume.is_prepared:
-            plan = volume.prepare()
-        else:
-            plan = volume.job.plan(volume.folder)
-        if not options.quiet:
-            print(plan)
-    if options.prepare or options.dry_run:
-        return 0
-    begun = time.monotonic()
+    engines = [f"--{name}" for name in ("shard", "workers", "scheduler") if getattr(options, name)]
+    if len(engines) > 1:
+        raise ValueError(f"{engines[0]}: got {' and '.join(engines)}, expected one of them")
+    if options.without_tls and not options.scheduler:
+        raise ValueError("--without-tls: is for --scheduler")
 
-    def progress(done: int, count: int) -> None:
-        if not options.quiet:
-            left = (time.monotonic() - begun) / done * (count - done)
+
+class _Boxes:
+    """A line whenever a box is done."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._begun = quiet, time.monotonic()
+
+    def __call__(self, done: int, count: int) -> None:
+        from voxfuse.inference.plan import duration
+
+        if not self._quiet:
+            left = (time.monotonic() - self._begun) / done * (count - done)
             print(f"{done}/{count} boxes; {duration(left)} left", flush=True)
-
-    volume.job.run(volume.folder, shard, progress=progress)
-    return 0
 
 
 class _Progress:
@@ -308,6 +395,8 @@ class _Progress:
 
     def calls(self, study: Any, volume: Any, calls: int) -> None:
         """Called after every call of the network."""
+        from voxfuse.inference.plan import duration
+
         now = time.monotonic()
         if not self._live or (calls > 1 and now - self._last < 0.2):
             return
@@ -323,6 +412,8 @@ class _Progress:
 
     def outcome(self, outcome: Outcome) -> None:
         """Called when a study is done."""
+        from voxfuse.inference.plan import duration
+
         self._seen += 1
         self._worked += outcome.state != "kept"
         if self._live:
@@ -344,17 +435,10 @@ class _Progress:
         print(f"{self._seen}/{self._count} {outcome.name}: {what}{left}", flush=True)
 
 
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def _ending(outcomes: list[Outcome], night: Night, quiet: bool) -> int:
     """Name what failed; the exit status."""
+    from voxfuse.inference.plan import duration
+
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if len(outcomes) == 1 and failed:
         print(f"voxfuse predict: {failed[0].error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,16 +54,14 @@ class Plan:
         model = segmenter.about["model"]
         size = " x ".join(map(str, segmenter.patch))
         times = f" x {segmenter.members} orientations" if segmenter.members > 1 else ""
-        parts = ", ".join(f"{name} {_bytes(n)}" for name, n in self.memory.items())
         shown = [
             f"model    {model['kind']} {model['digest']}",
             f"studies  {len(job.studies)}"
             + (f", {len(self.unreadable)} of which cannot be read" if self.unreadable else ""),
             f"patches  {patches} of {size}, in {self.calls} calls of {segmenter.batch}{times}",
-            f"memory   {_bytes(self.peak)} of {_bytes(limit)}: {parts}",
-            f"output   {_bytes(self.output)} before compression",
-            f"time     {_duration(self.seconds)} in the network, at "
-            f"{self.seconds_a_call:.2g} s a call (measured)",
+            f"memory   {bytes_of(self.peak)} of {bytes_of(limit)}: {parts_of(self.memory)}",
+            f"output   {bytes_of(self.output)} before compression",
+            f"time     {time_of(self.calls, self.seconds_a_call)}",
         ]
         shown += [f"         {study.name}: {why}" for study, why in self.unreadable]
         return shown
@@ -76,11 +74,11 @@ class Plan:
         """
         if self.peak <= limit:
             return
-        parts = ", ".join(f"{name} {_bytes(n)}" for name, n in self.memory.items())
         largest = max(self.extents, key=lambda extent: math.prod(extent.shape) + extent.own)
         raise MemoryError(
-            f"--memory-limit: {_bytes(self.peak)} would not fit {_bytes(limit)} ({parts}; the "
-            f"largest study is {largest.study.name}); {self._advice(job, largest)}"
+            f"--memory-limit: {bytes_of(self.peak)} would not fit {bytes_of(limit)} "
+            f"({parts_of(self.memory)}; the largest study is {largest.study.name}); "
+            f"{self._advice(job, largest)}"
         )
 
     def _advice(self, job: Job, largest: Extent) -> str:
@@ -242,7 +240,8 @@ def memory_of_machine(root: Path = Path("/")) -> int:
     return min(limits, default=1 << 62)
 
 
-def _bytes(count: int) -> str:
+def bytes_of(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -250,8 +249,22 @@ def _bytes(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 1.6 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def time_of(calls: float, seconds_a_call: float) -> str:
+    """What calls take, as plans say it."""
+    return (
+        f"{duration(calls * seconds_a_call)} in the network, at {seconds_a_call:.2g} s a call "
+        "(measured)"
+    )
+
+
+def parts_of(memory: Mapping[str, int]) -> str:
+    """Memory by part, as plans say it."""
+    return ", ".join(f"{name} {bytes_of(count)}" for name, count in memory.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 
 from voxfuse._files import make_folder
 from voxfuse.inference.models import Network, is_network
+from voxfuse.inference.plan import bytes_of, parts_of, time_of
 from voxfuse.inference.reading import header_of
 from voxfuse.inference.request import (
+    Probe,
     Request,
     activation_of,
     batch_of,
@@ -22,50 +24,151 @@ from voxfuse.inference.request import (
     network_of,
     patch_of,
     prediction_of,
+    probed,
 )
+from voxfuse.inference.segmenters import MEMBERS
 from voxfuse.scale import Job, Plan, Source, create_destination, open_destination, open_source
+from voxfuse.scale.destinations import blocks_of
 from voxfuse.scale.manifest import MANIFEST
 from voxfuse.training.config import PredictionOptions
 
 #: Label image of an output.
 NAME = "segmentation"
+_SMALLER = "take a smaller --batch or --patch"
 #: Options of studies, which volumes in boxes do not have.
 _REFUSED = ("orientation", "spacing", "clip", "mask", "probabilities", "regions", "format")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of a volume in boxes."""
+
+    plan: Plan
+    memory: dict[str, int]  #: bytes of a process by part
+    batch: int  #: patches a call
+    calls: int  #: of the network
+    seconds: float  #: of one
+
+    def lines(self, limit: int, workers: int = 1) -> list[str]:
+        """For people."""
+        taken = f"{bytes_of(sum(self.memory.values()))} of {bytes_of(limit)}"
+        each = f", for each of {workers} processes" if workers > 1 else ""
+        alone = f", with a core for each of {workers} processes" if workers > 1 else ""
+        return [
+            str(self.plan),
+            f"memory   {taken}{each}: {parts_of(self.memory)}",
+            f"calls    {self.calls} of {self.batch} patches",
+            f"time     {time_of(self.calls / workers, self.seconds)}{alone}",
+        ]
+
+    def check(self, limit: int, workers: int | None = None) -> None:
+        """Raise where a machine has too little memory for one process, or for so many workers.
+
+        Raises:
+            MemoryError: the message has the parts, and the option to change.
+        """
+        each = sum(self.memory.values())
+        # The process that started workers has a network too.
+        whole = each if workers is None else workers * each + each - self.plan.memory
+        if whole > limit:
+            several = "" if workers is None else f"{workers} workers of "
+            fewer = "" if workers is None else "take fewer --workers, or "
+            raise MemoryError(
+                f"--memory-limit: {bytes_of(whole)} would not fit {bytes_of(limit)} ({several}"
+                f"{parts_of(self.memory)}); {fewer}{_SMALLER}"
+            )
+
+    def check_worker(self, limit: int) -> None:
+        """The same of a worker that was started by another program.
+
+        Raises:
+            MemoryError: as before.
+        """
+        each = sum(self.memory.values())
+        if each > limit:
+            raise MemoryError(
+                f"--scheduler: {bytes_of(each)} ({parts_of(self.memory)}) would not fit a worker, "
+                f"which has {bytes_of(limit)}; {_SMALLER}, or workers with more memory"
+            )
+
+
+@dataclass(frozen=True)
 class VolumeJob:
-    """A job of :mod:`voxfuse.scale`, and the folder that its processes share."""
+    """A job of :mod:`voxfuse.scale`, and the folder that its processes share.
+
+    Until :meth:`create` its result may be an array of nothing, to plan with.
+    """
 
     job: Job
     folder: Path
     skip_origin: Callable[[tuple[int, ...]], bool] | None
+    batch: int  #: patches a call
+    members: int  #: predictions of a patch
+    first: Probe  #: the call that looked at the network
+    probe: Callable[[], Probe]
+    _output: Path
+    _like: Any
+    _make: Callable[[Any], Job]
 
     @property
     def is_prepared(self) -> bool:
         """Whether there is a manifest."""
         return (self.folder / MANIFEST).is_file()
 
+    def create(self) -> VolumeJob:
+        """The job with its output, which is made where it is not there."""
+        if self._output.exists():
+            return self
+        make_folder(self.folder)  # before the output, which is thereby known to be of this command
+        out = create_destination(
+            str(self._output),
+            self._like.shape,
+            self._like.dtype,
+            kind="labels",
+            name=NAME,
+            like=self._like.source,
+            shards=self._like.unit,
+        )
+        return replace(self, job=self._make(out))
+
     def prepare(self) -> Plan:
         """Write the manifest, once; every process reads it."""
         return self.job.prepare(self.folder, skip_origin=self.skip_origin)
 
+    def cost(self, plan: Plan, measured: bool = False) -> Cost:
+        """What the boxes of a plan take; ``measured``: in seconds as well, by another call."""
+        return Cost(
+            plan,
+            {"process": self.first.process, "network": self.first.network, "box": plan.memory},
+            self.batch,
+            sum(-(-patches // self.batch) for patches in plan.patches) * self.members,
+            self.probe().seconds if measured else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Stands for an output that is not made yet."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    unit: tuple[int, ...]
+    source: Any
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("the output is not made yet")
+
 
 def open_volume(
-    request: Request,
-    foreground: str | None = None,
-    memory: int = 1 << 30,
-    create: bool = True,
-    shards: int = 1,
+    request: Request, foreground: str | None = None, memory: int = 1 << 30, shards: int = 1
 ) -> VolumeJob:
-    """The job of ``--input`` and ``--output``; the output is made where it is not there.
+    """The job of ``--input`` and ``--output``, of what is there already.
 
     Args:
         request: see :class:`voxfuse.inference.request.Request`.
         foreground: a number, above which a patch has to have a voxel to be predicted; or a volume
             of the same extent with a voxel above 0 there.
         memory: bytes that a box may take beside the network.
-        create: make the output where it is not there; else it is an array in memory, to plan with.
         shards: how many processes the plan reckons with.
 
     Raises:
@@ -98,35 +201,88 @@ def open_volume(
     batch = batch_of(request.batch, network)
     spatial = tuple(int(n) for n in source.shape[-3:])
     channels = int(source.shape[0]) if len(source.shape) == 4 else 1
-    classes, _ = classes_of(network, torch.zeros(batch, channels, *patch))
+    patches = torch.zeros(batch, channels, *patch)
+    classes, first = classes_of(network, patches)
     activation = activation_of(request, classes)
     mask = classes == 1
     skip = None if foreground is None else _background(foreground, source, patch, spatial)
-    if create:  # before the output, which is thereby known to be one of this command
-        make_folder(folder)
-    out = _destination(request.output, spatial, classes, source, create)
-    job = Job(
-        source,
-        out,
-        patch,
-        _finite(network),
+
+    def make(out: Any) -> Job:
+        return Job(
+            source,
+            out,
+            patch,
+            _finite(network),
+            batch,
+            models={"network": network.digest},
+            normalisation="zscore" if request.normalize == "zscore" else None,
+            memory=memory,
+            shards=shards,
+            output="mask" if mask else "labels",
+            activation=activation,
+            threshold=prediction.threshold if mask else None,
+            overlap=prediction.overlap,
+            window=prediction.window,
+            grid=prediction.grid,
+            tta=None if prediction.orientations == "none" else prediction.orientations,
+            head=network.head,
+            sw_device=network.device,
+            device=network.device,
+        )
+
+    dtype = np.dtype(np.uint8 if classes <= 256 else np.uint16)
+    planned = _Planned(spatial, dtype, _unit(spatial, shards), source)
+    there = request.output.exists()
+    return VolumeJob(
+        make(open_destination(str(request.output), labels=NAME) if there else planned),
+        folder,
+        skip,
         batch,
-        models={"network": network.digest},
-        normalisation="zscore" if request.normalize == "zscore" else None,
-        memory=memory,
-        shards=shards,
-        output="mask" if mask else "labels",
-        activation=activation,
-        threshold=prediction.threshold if mask else None,
-        overlap=prediction.overlap,
-        window=prediction.window,
-        grid=prediction.grid,
-        tta=None if prediction.orientations == "none" else prediction.orientations,
-        head=network.head,
-        sw_device=network.device,
-        device=network.device,
+        MEMBERS[prediction.orientations],
+        first,
+        lambda: probed(network, patches)[1],
+        request.output,
+        planned,
+        make,
     )
-    return VolumeJob(job, folder, skip)
+
+
+def settle(
+    request: Request,
+    check: Callable[[Cost], object],
+    foreground: str | None = None,
+    shards: int = 1,
+    again: bool = False,
+) -> tuple[VolumeJob, Cost]:
+    """The job with its output and its plan, made where they are not there.
+
+    Args:
+        request, foreground, shards: see :func:`open_volume`.
+        check: raises for what is too much, before anything is made.
+        again: compare with the plan that is there as if it were made now.
+    """
+    volume = open_volume(request, foreground, shards=shards)
+    done = volume.is_prepared and not again and foreground is None
+    cost = volume.cost(volume.job.plan(volume.folder if done else None))
+    check(cost)
+    if not done:
+        volume = volume.create()
+        cost = volume.cost(volume.prepare())
+        check(cost)
+    return volume, cost
+
+
+def _unit(shape: Sequence[int], shards: int) -> tuple[int, ...]:
+    """Extents of the files of an output: boxes are whole ones, of which there have to be enough."""
+    chunk, unit = blocks_of(None, None, shape)
+    while shards > 1 and math.prod(-(-n // u) for n, u in zip(shape, unit, strict=True)) < (
+        2 * shards
+    ):
+        smaller = [max(u // c // 2, 1) * c for u, c in zip(unit, chunk, strict=True)]
+        if tuple(smaller) == unit:
+            break
+        unit = tuple(smaller)
+    return unit
 
 
 def _check_output(output: Path, folder: Path) -> None:
@@ -159,17 +315,6 @@ def _finite(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
         return result
 
     return predicted
-
-
-def _destination(
-    path: Path, shape: tuple[int, ...], classes: int, source: Any, create: bool
-) -> Any:
-    dtype = np.uint8 if classes <= 256 else np.uint16
-    if not path.exists() and create:
-        return create_destination(str(path), shape, dtype, kind="labels", name=NAME, like=source)
-    if path.exists():
-        return open_destination(str(path), labels=NAME)
-    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _background(

@@ -553,9 +553,15 @@ def _refuse(place: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Raise ManifestError if two descriptions differ, with how."""
     changes = list(differences(before, now))
     if changes:
+        why = ""
+        if len(changes) == 1 and changes[0].startswith("probe: "):
+            why = (
+                " (the first batch has other bits here: another number of threads, processor or "
+                "library, or a model that is not in the manifest)"
+            )
         raise ManifestError(
-            f"{place.path}: was prepared for another job: {'; '.join(changes)}; prepare this one "
-            "in another folder"
+            f"{place.path}: was prepared for another job: {'; '.join(changes)}{why}; prepare this "
+            "one in another folder"
         )
 
 

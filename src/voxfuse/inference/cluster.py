@@ -1,0 +1,260 @@
+"""Boxes of a volume on Dask distributed: workers that may die, and the bits of one process.
+
+Boxes are cut before, by :mod:`voxfuse.scale`, and submitted one by one: there is no graph of
+arrays, whose scheduler would hold intermediate chunks. A worker has nothing that another one needs,
+so that one that dies loses a box. Importing this module needs the extra ``voxfuse[cluster]``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxfuse.inference.request import Request
+from voxfuse.inference.volumes import Cost, VolumeJob, open_volume, settle
+from voxfuse.scale import Plan
+from voxfuse.scale._optional import require
+
+distributed: Any = require("distributed", "--workers, --scheduler", '"voxfuse[cluster]"')
+
+#: How many workers of ``--workers`` may die with a box before the run ends with an error. Another
+#: scheduler has a number of its own.
+ALLOWED_FAILURES = 5
+#: A worker is ended, and started again, beyond this times the memory of the plan.
+SLACK = 1.5
+_PLUGIN = "voxfuse"
+
+
+class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
+    """On a worker: its model and its job, made once, by the first that needs them."""
+
+    name = _PLUGIN
+
+    def __init__(self, request: Request, threads: int | None) -> None:
+        self.request, self.threads = request, threads
+
+    def setup(self, worker: Any) -> None:
+        """When a worker begins; what takes long would hold up its messages here."""
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thing after the other, also on a worker of several threads."""
+        with self.lock:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            yield
+
+    @cached_property
+    def volume(self) -> VolumeJob:
+        """The prepared job."""
+        return open_volume(self.request)
+
+
+def _plugin() -> Prepared:
+    return distributed.get_worker().plugins[_PLUGIN]  # type: ignore[no-any-return]
+
+
+def _settle(least: int, **options: Any) -> Cost:
+    """On a worker: prepare the job."""
+    plugin = _plugin()
+    with plugin.alone():
+        plugin.volume, cost = settle(
+            plugin.request, lambda cost: cost.check_worker(least), **options
+        )
+    return cost
+
+
+def _look() -> tuple[Plan, list[int]]:
+    """On a worker: the boxes, and those that are not done."""
+    plugin = _plugin()
+    with plugin.alone():
+        job, folder = plugin.volume.job, plugin.volume.folder
+        return job.plan(folder), job.remaining(folder)
+
+
+def _predict(shard: tuple[int, int]) -> None:
+    """On a worker: what is not done of a shard."""
+    plugin = _plugin()
+    with plugin.alone():
+        plugin.volume.job.run(plugin.volume.folder, shard)
+
+
+class Cluster:
+    """Workers that know a volume: they load the model, this process does not.
+
+    Args:
+        client: of the scheduler.
+        request: what is asked for. Its paths are the same on every worker.
+        threads: of PyTorch's, on a worker; None: as they are.
+    """
+
+    def __init__(self, client: Any, request: Request, threads: int | None = None) -> None:
+        self._client = client
+        client.register_plugin(Prepared(_absolute(request), threads))
+
+    def memory(self) -> list[int]:
+        """Bytes that each worker may take; 0: as many as it wants."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        return [each["memory_limit"] or 0 for each in workers.values()]
+
+    def settle(self, **options: Any) -> Cost:
+        """Prepare the job on a worker, on which bits are those of the others.
+
+        Args:
+            options: of :func:`voxfuse.inference.volumes.settle`, but ``request`` and ``check``.
+
+        Raises:
+            MemoryError: a box would not fit a worker.
+        """
+        least = min((limit for limit in self.memory() if limit), default=1 << 62)
+        return self._one(_settle, least, **options)  # type: ignore[no-any-return]
+
+    def predict(self, progress: Callable[[int, int], object] = lambda done, count: None) -> None:
+        """Predict what is not done of the prepared volume.
+
+        A box is done again where its worker died; one that two workers do is written twice with the
+        same bytes.
+
+        Args:
+            progress: called with the boxes that are done, and the number of all that were missing.
+
+        Raises:
+            RuntimeError: more workers died with a box than the scheduler allows.
+            Exception: what a box raised.
+        """
+        plan, missing = self._one(_look)
+        count, done = len(plan), 0
+        futures = {}
+        for k in range(count):
+            boxes = set(missing).intersection(plan.shard(k, count))
+            if boxes:
+                futures[self._client.submit(_predict, (k, count), pure=False)] = len(boxes)
+        try:
+            for future in distributed.as_completed(futures, loop=self._client.loop):
+                _result(future)
+                done += futures[future]
+                progress(done, len(missing))
+        finally:
+            self._client.cancel(list(futures))
+
+    def _one(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return _result(self._client.submit(function, *arguments, pure=False, **options))
+
+
+def _result(future: Any) -> Any:
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        raise RuntimeError(
+            f"{error.allowed_failures + 1} workers died with the same box, which is more than the "
+            "scheduler allows; their logs say why. Where it is for memory, take a smaller --batch "
+            "or --patch. The same command goes on with what is missing"
+        ) from None
+
+
+def _absolute(request: Request) -> Request:
+    """The request for processes that were started in another folder."""
+
+    def whole(name: str) -> str:
+        path, colon, attribute = name.rpartition(":")
+        if name.endswith((".pt2", ".npz")):
+            return str(Path(name).absolute())
+        return f"{Path(path).absolute()}:{attribute}" if colon and path.endswith(".py") else name
+
+    return replace(
+        request,
+        model=whole(request.model),
+        head=None if request.head is None else whole(request.head),
+        input=[path.absolute() for path in request.input],
+        output=request.output.absolute(),
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch with the number of threads that workers have, on which bits may depend."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def local_cluster(workers: int, memory: int, quiet: bool = False) -> Iterator[Any]:
+    """A client of a cluster of this machine, which listens on 127.0.0.1 alone.
+
+    Args:
+        workers: how many processes, of one thread each.
+        memory: bytes that one of them takes by the plan.
+        quiet: whether its warnings are kept back.
+    """
+    import dask
+
+    settings = {
+        "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
+        # There is nothing to spill, and who waits for memory that is PyTorch's waits for ever.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": 1.0,
+    }
+    with (
+        dask.config.set(settings),
+        distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=round(SLACK * memory),
+            silence_logs=logging.ERROR if quiet else logging.WARNING,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def client_of(address: str, without_tls: bool = False) -> Iterator[Any]:
+    """A client of a scheduler that runs already; certificates are those of Dask's configuration.
+
+    Args:
+        address: such as tls://host:8786. It runs pickles of all who reach it.
+        without_tls: whether an address of another machine may be without TLS.
+
+    Raises:
+        ValueError: the address is of another machine, and not ``tls://``.
+        OSError: there is no scheduler.
+    """
+    if not (without_tls or address.startswith("tls://") or _is_here(address)):
+        raise ValueError(
+            f"--scheduler: got {address}, expected tls://HOST:PORT: a scheduler runs the code of "
+            "whoever reaches it. --without-tls says that nobody else reaches this one"
+        )
+    try:
+        client = distributed.Client(address, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError) as error:
+        raise OSError(f"--scheduler: {address}: {error or 'does not answer'}") from None
+    with client:
+        yield client
+
+
+def _is_here(address: str) -> bool:
+    """Whether a scheduler is one of this machine, which listens to it alone."""
+    protocol, _, place = address.rpartition("://")
+    host = place.rpartition(":")[0].strip("[]")
+    try:
+        return protocol in ("", "tcp") and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return protocol == "inproc" or (protocol in ("", "tcp") and host == "localhost")
