@@ -288,7 +288,7 @@ def test_sources_of_any_dtype_and_byte_order(dtype):
             ValueError,
             r"process_fn: got one with full batches \(pad_b",
         ),
-        ({"roi_weight_map": torch.rand(1, 3, 4, 4)}, ValueError, "region: .* weights that differ by ch"),
+        ({"roi_weight_map": torch.rand(1, 3, 4, 4)}, ValueError, "region: .* differ by channel"),
         ({"predictor": lambda x: x[..., ::2, ::2]}, ValueError, "region: got one, but the pred"),
         ({"out": {}}, TypeError, "another array that boxes can be assigned to"),
         (

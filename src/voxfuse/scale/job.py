@@ -383,8 +383,8 @@ class Job:
     def _probe(self, size: int, kept: NDArray[np.bool_] | None) -> Probe:
         """What the network makes of a batch of patches from all over the volume."""
         grid, counts = self._volume.grid, [len(starts) for starts in self._volume.grid.starts]
-        numbers = np.arange(len(grid)) if kept is None else kept.nonzero()[0]
-        chosen = numbers[apart(len(numbers), size)]
+        numbers = range(len(grid)) if kept is None else kept.nonzero()[0]
+        chosen = [int(numbers[k]) for k in apart(len(numbers), size)]
         places = [
             (0, [starts[k] for starts, k in zip(grid.starts, index, strict=True)])
             for index in zip(*np.unravel_index(chosen, counts), strict=True)
