@@ -474,6 +474,8 @@ def test_bad_shards(tmp_path):
     for shard in [(2, 2), (-1, 2), (0, 0), (0, 1, 2), (0.0, 2), 1]:
         with pytest.raises(ValueError, match=r"shard: got .* expected \(i, n\) with 0 <= i < n"):
             each.run(tmp_path, shard)
+    with pytest.raises(TypeError, match="skip: got int, expected a function"):
+        each.prepare(tmp_path / "other", skip=3)
     with pytest.raises(ValueError, match="skip: is true for every patch"):
         each.prepare(tmp_path / "other", skip=lambda patch: True)
 

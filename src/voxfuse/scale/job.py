@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from voxfuse import _backends, _library
 from voxfuse.fusion.arrays import Assignable, Part, Sliceable, flush, torch_dtype, unit_of
 from voxfuse.fusion.batches import Batches, Probe, apart, warn_of
+from voxfuse.fusion.grids import Grid
 from voxfuse.fusion.network import Predictor
 from voxfuse.fusion.padded_volume import PaddedVolume
 from voxfuse.fusion.region import Box
@@ -159,8 +160,8 @@ class Job:
         self._unit = unit if self._bare else unit[1:]
 
     @property
-    def grid(self) -> Any:
-        """The patches of the whole volume, a :class:`voxfuse.fusion.grids.Grid`."""
+    def grid(self) -> Grid:
+        """The patches of the whole volume."""
         return self._volume.grid
 
     def plan(self, folder: Any = None) -> Plan:
@@ -360,6 +361,9 @@ class Job:
         skip_origin: Callable[[tuple[int, ...]], bool] | None,
     ) -> NDArray[np.bool_] | None:
         """Which patches are predicted, in the grid's order; None: all."""
+        for name, each in (("skip", skip), ("skip_origin", skip_origin)):
+            if each is not None and not callable(each):
+                raise TypeError(f"{name}: got {type(each).__name__}, expected a function")
         if skip is None and skip_origin is None:
             return None
         grid, volume = self._volume.grid, self._volume
