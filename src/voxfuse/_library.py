@@ -7,9 +7,12 @@ import functools
 import json
 import os
 import re
+import shlex
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 
@@ -120,7 +123,19 @@ def remedy() -> str:
         return "conda install --channel conda-forge libstdcxx"
     if too_old:
         return f"{again} --no-binary voxfuse voxfuse  (which compiles it here)"
-    return f"VOXFUSE_BUILD=1 {again} voxfuse"
+    return f"VOXFUSE_BUILD=1 {again} {_installed_from() or 'voxfuse'}"
+
+
+def _installed_from() -> str | None:
+    """The folder from which pip installed the package, where that was no index."""
+    try:
+        noted = metadata.distribution("voxfuse").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    found = json.loads(noted or "{}")
+    if "dir_info" not in found:
+        return None
+    return f"--no-build-isolation {shlex.quote(unquote(urlsplit(found['url']).path))}"
 
 
 def cpu_error() -> str | None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,7 +160,15 @@ def test_the_warning_names_the_command_that_helps(monkeypatch, tmp_path):
     package = tmp_path / "src" / "voxfuse"
     package.mkdir(parents=True)
     monkeypatch.setattr(_library, "_DIRECTORY", package)
-    assert _library.remedy().startswith("VOXFUSE_BUILD=1 pip install")
+    again = "VOXFUSE_BUILD=1 pip install --force-reinstall --no-deps --no-cache-dir"
+    for noted, where in (
+        (None, "voxfuse"),
+        ('{"url": "file:///a.whl", "archive_info": {}}', "voxfuse"),
+        ('{"url": "file:///a%20clone", "dir_info": {}}', "--no-build-isolation '/a clone'"),
+    ):
+        installed = SimpleNamespace(read_text=lambda name, noted=noted: noted)
+        monkeypatch.setattr(_library.metadata, "distribution", lambda _, found=installed: found)
+        assert _library.remedy() == f"{again} {where}"
     (tmp_path / "CMakeLists.txt").touch()
     assert _library.remedy() == f"make -C {tmp_path} build"
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")

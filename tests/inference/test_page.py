@@ -1,4 +1,4 @@
-"""The commands of docs/predict.md run in a clone, at a spacing at which they take seconds."""
+"""The commands of docs/predict.md, and README's one, run in a clone, at a spacing of seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import pytest
 from voxfuse import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"^```console\n(.*?)^```", (ROOT / "docs/predict.md").read_text(), re.M | re.S)
+PAGE, README = ((ROOT / page).read_text() for page in ("docs/predict.md", "README.md"))
+BLOCKS = {
+    "README": re.findall(r"^(\$ voxfuse predict --model examples/.*?)^```", README, re.M | re.S),
+    "page": re.findall(r"^```console\n(.*?)^```", PAGE, re.M | re.S),
+}
 
 
 def coarse(line):
@@ -21,15 +25,17 @@ def coarse(line):
     )
 
 
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+def test_the_commands_of_the_page_run(blocks, tmp_path, monkeypatch, capsys):
     pytest.importorskip("nibabel", reason="the page reads NIfTI files")
     pytest.importorskip("distributed", reason="the page starts workers")
     pytest.importorskip("zarr", reason="the page has a Zarr volume")
     for name in ("examples", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    for block in BLOCKS:
-        lines = block.splitlines()
+    assert blocks
+    for block in blocks:
+        lines = block.replace("\\\n", "").splitlines()
         for number, line in enumerate(lines):
             if not line.startswith("$ "):
                 continue
