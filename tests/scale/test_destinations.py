@@ -240,6 +240,24 @@ def test_a_place_that_does_not_fit_is_an_error(tmp_path):
         ((new, SHAPE, "f4"), dict(kind="labels"), TypeError, "got float32, expected integers"),
         ((new, SHAPE, "f4"), dict(probabilities=True), TypeError, "expected uint8"),
         ((new, SHAPE, "c8"), {}, TypeError, "got complex64, expected booleans or real"),
+        (
+            (new, SHAPE, "u1"),
+            dict(fill=0.5),
+            ValueError,
+            "fill: got 0.5, expected a value that uint8",
+        ),
+        (
+            (new, SHAPE, "u1"),
+            dict(fill=-1),
+            ValueError,
+            "fill: got -1, expected a value that uint8",
+        ),
+        (
+            (tmp_path / "new.zip", SHAPE, "u1"),
+            {},
+            ValueError,
+            "where: got .*new.zip, expected a fol",
+        ),
         ((new, (0, 3), "u1"), {}, ValueError, r"shape: got \(0, 3\)"),
         (
             (new, SHAPE, "u1"),

@@ -233,6 +233,9 @@ def create_destination(
         raise TypeError(f"dtype: got {stored}, expected {expected}")
     if probabilities and stored != np.uint8:
         raise TypeError(f"dtype: got {stored} for probabilities, expected uint8")
+    with np.errstate(invalid="ignore"):
+        if stored.kind != "f" and np.asarray(fill).astype(stored) != fill:
+            raise ValueError(f"fill: got {fill!r}, expected a value that {stored} has")
     if colors is not None and kind != "labels":
         raise ValueError(f"colors: got some for kind {kind!r}, expected kind 'labels'")
     for label, color in (colors or {}).items():

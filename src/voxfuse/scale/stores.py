@@ -137,6 +137,11 @@ def writing(where: Any, storage_options: Mapping[str, Any] | None) -> Any:
     package = zarr(f"Writing {where}")
     path = local_path(where)
     if path is not None:
+        if path.suffix == ".zip":
+            raise ValueError(
+                f"where: got {path}, expected a folder or URL: what is in a zip file cannot be "
+                "replaced; pack the folder when it is done"
+            )
         from voxfuse.scale._synced_store import SyncedStore
 
         return SyncedStore(path)
