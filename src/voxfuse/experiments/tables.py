@@ -17,9 +17,9 @@ from voxfuse.metrics.report.charts import HEIGHT, LEFT, PALETTE, WIDTH, Series, 
 
 Floats = NDArray[np.float64]
 
-#: Of a chart that stands alone.
+#: Of a chart that stands alone, which on a dark page needs its own ground.
 STYLE = (
-    "text{font:12px sans-serif} .grid{stroke:#ddd} .axis{stroke:#444} "
+    "svg{background:#fff} text{font:12px sans-serif} .grid{stroke:#ddd} .axis{stroke:#444} "
     ".line{fill:none;stroke-width:2}"
 )
 
