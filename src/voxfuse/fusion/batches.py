@@ -16,17 +16,6 @@ from voxfuse.fusion.padded_volume import PaddedVolume
 Place = tuple[int, list[int]]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a network makes of one full batch, by members and outputs.
-
-    ``steady``: a patch's bits are the same wherever in a batch it is, whatever is there beside it.
-    """
-
-    outputs: list[list[Tensor]]
-    steady: bool
-
-
 class Batches:
     """The patches of a volume through a network, at most ``size`` at a time.
 
@@ -65,22 +54,10 @@ class Batches:
         return members, weights
 
     def probe(self, places: Sequence[Place]) -> Probe:
-        """Try the network with at most ``size`` patches; see :func:`apart`.
-
-        Two of them also fill batches of their own, so that what depends on the place in a batch
-        shows, and what depends on the other patches in it, the largest value among them, say.
-        """
+        """Try the network with a full batch of at most ``size`` patches; see :func:`apart`."""
         full = self._full(places)
         outputs = [[t.clone() for t in m.outputs] for m in self.predict(full)[0]]
-        steady = all(
-            same_bits(once[k : k + 1], again)
-            for k in sorted({0, len(places) // 2})
-            for member, repeated in zip(
-                outputs, self.predict([full[k]] * self.size)[0], strict=True
-            )
-            for once, again in zip(member, repeated.outputs, strict=True)
-        )
-        return Probe(outputs, steady)
+        return Probe(self, full, len(places), outputs)
 
     def settle(self, places: Sequence[Place]) -> None:
         """Turn to batches of one, with a warning, if bits depend on what a batch is made of.
@@ -89,12 +66,42 @@ class Batches:
         """
         if not self.padded or self.size == 1 or not places:
             return
-        if not self.probe([places[k] for k in apart(len(places), self.size)]).steady:
+        if not self.probe([places[k] for k in apart(len(places), self.size)]).steady():
             warn_of(self.size, 4)
             self.size = 1
 
     def _full(self, places: Sequence[Place]) -> list[Place]:
         return [*places, *[places[-1]] * (self.size - len(places))]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a network makes of one full batch, of which the first ``count`` patches differ.
+
+    ``outputs`` are its predictions, by members and outputs.
+    """
+
+    batches: Batches
+    places: Sequence[Place]
+    count: int
+    outputs: list[list[Tensor]]
+
+    def steady(self) -> bool:
+        """Whether a patch's bits are the same wherever in a batch it is, whatever is beside it.
+
+        Two patches fill batches of their own, so that what depends on the place in a batch shows,
+        and what depends on the other patches in it, the largest value among them, say.
+        """
+        return all(
+            same_bits(once[k : k + 1], again)
+            for k in sorted({0, self.count // 2})
+            for outputs, repeated in zip(self.outputs, self._filled_with(k), strict=True)
+            for once, again in zip(outputs, repeated, strict=True)
+        )
+
+    def _filled_with(self, k: int) -> list[list[Tensor]]:
+        members, _ = self.batches.predict([self.places[k]] * len(self.places))
+        return [member.outputs for member in members]
 
 
 def apart(count: int, size: int) -> list[int]:

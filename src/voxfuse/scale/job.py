@@ -158,6 +158,7 @@ class Job:
         self._bare = len(shape) == axes
         unit = unit_of(self._out)
         self._unit = unit if self._bare else unit[1:]
+        self._steady: dict[str, bool] = {}
 
     @property
     def grid(self) -> Grid:
@@ -203,10 +204,12 @@ class Job:
         kept = self._kept(skip, skip_origin)
         size, probe = self._size, self._probe(self._size, kept)
         channels = self._channels(probe.outputs[0])
-        if not probe.steady and size > 1:
+        steady = self._is_steady(probe)
+        if not steady and size > 1:
             warn_of(size, 2)
             size, probe = 1, self._probe(1, kept)
-        if not probe.steady:
+            steady = self._is_steady(probe)
+        if not steady:
             raise ValueError(
                 "predictor: gives one patch other bits each time, with which no box could be done "
                 "again"
@@ -259,7 +262,7 @@ class Job:
         # The digest of the predictions of a few patches finds out what no version number tells.
         probe = self._probe(size, kept)
         _refuse(place, {"probe": manifest["probe"]}, {"probe": _digest_of(probe)})
-        if not probe.steady:
+        if not self._is_steady(probe):
             raise ManifestError(
                 f"{place.path}: the predictor gives a patch other bits at another place of a batch "
                 f"of {size}, or beside other patches, which it did not where the job was prepared"
@@ -396,6 +399,14 @@ class Job:
         _start(self._source, None)
         with torch.no_grad():
             return self._batches(size).probe(places)
+
+    def _is_steady(self, probe: Probe) -> bool:
+        """Whether bits depend on nothing but a patch; tried once for each network's bits."""
+        bits = _digest_of(probe)
+        if bits not in self._steady:
+            with torch.no_grad():
+                self._steady[bits] = probe.steady()
+        return self._steady[bits]
 
     def _batches(self, size: int) -> Batches:
         return Batches(self._volume, self._network, self._weights, size, padded=True)
