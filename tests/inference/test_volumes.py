@@ -37,7 +37,7 @@ def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys)
     path, truth = volume
     assert predict("three_classes", path, tmp_path / "one.zarr", *OPTIONS) == 0
     assert np.array_equal(result(tmp_path / "one.zarr"), truth)
-    assert re.search(r"\d+ boxes of at most .* voxels", capsys.readouterr().out)
+    assert re.search(r"1 box of at most .* voxels", capsys.readouterr().out)
     out = tmp_path / "several.zarr"
     assert predict("three_classes", path, out, *OPTIONS, "--prepare", 3, "--foreground", "0") == 0
     plan = capsys.readouterr().out

@@ -140,9 +140,10 @@ class Cluster:
             if boxes:
                 futures[self._client.submit(_predict, (k, count), pure=False)] = len(boxes)
         try:
-            for future in distributed.as_completed(futures, loop=self._client.loop):
+            for future in distributed.as_completed(list(futures), loop=self._client.loop):
                 _result(future)
-                done += futures[future]
+                done += futures.pop(future)
+                future.release()  # else it is done again where its worker dies later
                 progress(done, len(missing))
         finally:
             self._client.cancel(list(futures))
