@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import shlex
 import urllib.parse
 from pathlib import Path
 
 import pytest
 
 import voxfuse
+from tests.build.test_installed import BUNDLE
 from voxfuse import cli
 from voxfuse.losses import options
+from voxfuse.training.augmentation import steps_of
+from voxfuse.training.config import load
 
+FENCED = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -61,7 +67,7 @@ def test_public_names_have_a_docstring_with_an_example(name):
 
 def _python_blocks(page):
     text = (ROOT / page).read_text()
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", text, FENCED)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -77,6 +83,27 @@ def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
         if "import torchio" in block:
             pytest.importorskip("torchio", reason="the example fills an aggregator of TorchIO's")
         exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_have_options_that_exist(page):
+    """Those of predict.md and of the tutorial are run, too, by tests of their own."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    for command in re.findall(r"^(?:\$|   ) voxfuse (.*)$", text, re.MULTILINE):
+        arguments = shlex.split(command, comments=True)
+        if arguments[0] != "nnunet-predict":  # whose options are nnU-Net's
+            cli.parser().parse_args(arguments)
+
+
+def test_settings_on_a_page_are_read(tmp_path):
+    """The blocks that are neither Python nor commands."""
+    training, monai = ((ROOT / f"docs/{page}.md").read_text() for page in ("training", "monai"))
+    (settings,) = re.findall(r"^```toml\n(.*?)^```", training, FENCED)
+    (tmp_path / "voxfuse.toml").write_text(settings)
+    pytest.importorskip("monai", reason="the transforms are MONAI's")
+    assert steps_of(load(tmp_path / "voxfuse.toml").augmentation)
+    (entry,) = re.findall(r"^```json\n(.*?)^```", monai, FENCED)
+    assert json.loads(f"{{{entry}}}")["loss"] == BUNDLE["loss"]
 
 
 def test_readme_has_examples_of_loss_and_inference():
