@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from tests.inference.test_studies import intensities, predict, read, write
 from voxfuse.inference.night import nameless
+from voxfuse.inference.plan import plan_of
 from voxfuse.inference.reading import find_studies
+from voxfuse.inference.request import Request, prepare
 from voxfuse.training import checkpoints
 from voxfuse.training.dataset import Subject
 from voxfuse.training.networks import make_network
@@ -147,16 +150,16 @@ def test_a_mask_is_of_one_study(tmp_path):
     assert find_studies([tmp_path], "brain")[0].mask == tmp_path / "brain.nii.gz"
 
 
-def save_run(folder, name="unet"):
-    """A run's model of one modality, as it is before it is trained."""
+def save_run(folder, name="unet", images=("flair",)):
+    """A run's model, as it is before it is trained."""
     options = {"features": [4, 8]}
     content = {
         "kind": "patches",
         "config": {"network": {"name": name, **options}, "sampling": {"patch": [16, 16, 16]}},
-        "images": ["flair"],
+        "images": list(images),
         "labels": {"background": 0, "lesions": 1},
         "step": 3,
-        "network": make_network(name, 1, 2, options).state_dict(),
+        "network": make_network(name, len(images), 2, options).state_dict(),
     }
     checkpoints.save(folder / "model.pt", content)
 
@@ -173,6 +176,20 @@ def test_a_run_that_names_code_is_trusted_or_refused(tmp_path, capsys):
     checkpoints.save(tmp_path / "model.pt", {"kind": "patches", "step": 1})
     with pytest.raises(ValueError, match="is no model: it has no config, images, labels, network"):
         load_model(tmp_path)
+
+
+def test_a_case_that_lacks_a_modality_stops_no_other(tmp_path, capsys):
+    save_run(tmp_path, images=["flair", "t1"])
+    for name in ("a_0000", "a_0001", "b_0000", "c_0000", "c_0001"):
+        write(tmp_path / f"in/{name}.nii.gz", intensities(levels=3))
+    model, out = str(tmp_path / "model.pt"), tmp_path / "out"
+    assert predict(model, tmp_path / "in", out) == 3
+    assert re.search(r"1 of 3 failed:\n  b: .*b_0001.nii.gz", capsys.readouterr().err)
+    assert sorted(path.name for path in out.glob("*.gz")) == ["a.nii.gz", "c.nii.gz"]
+    # What is compared with the machine's memory has the network in it.
+    job = prepare(Request(model, [tmp_path / "in"], tmp_path / "other"))
+    assert job.first.seconds > 0
+    assert plan_of(job, job.first).memory["network"] == job.first.network
 
 
 def test_a_name_is_taken_out_as_a_word():

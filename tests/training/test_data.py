@@ -398,6 +398,13 @@ def test_a_prediction_takes_the_channels_that_were_trained_on(heads, tmp_path):
     (images / "b_0001.nii.gz").rename(images / "b_0002.nii.gz")
     pattern = r"^b: .*imagesTr has 0000, 0002 of it, expected 0000 \(FLAIR\), 0001 \(T1\)"
     for channels in ((0, 1), ()):
+        found = find_inputs([images], ["FLAIR", "T1"], DataOptions(), channels)
+        assert [s.name for s in found if not all(p.exists() for p in s.images)] == ["b"]
+        assert found[1].images[1] == images / "b_0001.nii.gz"  # which reading it will name
+    for name in "ac":
+        for path in images.glob(f"{name}_*"):
+            path.unlink()
+    for channels in ((0, 1), ()):
         with pytest.raises(ValueError, match=pattern):
             find_inputs([images], ["FLAIR", "T1"], DataOptions(), channels)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import ENDINGS, Scan, load_scan
-from voxfuse.training.dataset import Subject, file_named, name_of
+from voxfuse.training.dataset import Subject, file_named, name_of, numbered
 
 
 def read_scan(path: Path) -> Scan:
@@ -46,7 +46,7 @@ def find_studies(channels: Sequence[Path], mask: str = "all") -> list[Subject]:
             raise FileNotFoundError(f"--input: there is no {path}")
     folders = [path for path in channels if path.is_dir() and not is_series(path)]
     if not folders:
-        name, number = _numbered(channels[0])
+        name, number = numbered(channels[0])
         return [_study(name_of(channels[0]) if number else name, channels, mask)]
     if len(folders) < len(channels):
         other = next(path for path in channels if path not in folders)
@@ -82,14 +82,6 @@ def _study(name: str, images: Sequence[Path], mask: str) -> Subject:
     return Subject(name, tuple(images), None, outline)
 
 
-def _numbered(path: Path) -> tuple[str, int | None]:
-    """A file's study, and its channel where nnU-Net's name says it."""
-    name, underscore, number = name_of(path).rpartition("_")
-    if underscore and name and len(number) == 4 and number.isdigit():
-        return name, int(number)
-    return name_of(path), None
-
-
 def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
     """The files of every study in a folder, in the channels' order."""
     paths = []
@@ -98,11 +90,11 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
         image = path.is_file() and path.name.endswith(ENDINGS)
         if not hidden and (image or is_series(path)):
             paths.append(path)
-    numbers = {number for _, number in map(_numbered, paths) if number is not None}
+    numbers = {number for _, number in map(numbered, paths) if number is not None}
     channels = numbers == set(range(len(numbers)))  # else years, or numbers of patients
     found: dict[str, dict[int, Path]] = {}
     for path in paths:
-        name, number = _numbered(path) if channels else (name_of(path), None)
+        name, number = numbered(path) if channels else (name_of(path), None)
         other = found.setdefault(name, {}).setdefault(number or 0, path)
         if other != path:
             raise ValueError(f"--input: {other.name} and {path.name} in {folder} are both {name}")

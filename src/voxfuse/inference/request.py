@@ -111,7 +111,7 @@ class Job:
     targets: list[Target]
     to_folder: bool
     probabilities: bool
-    first: Probe  #: the call that looked at the network; of a run there was none
+    first: Probe  #: the call that looked at the network
     probe: Callable[[], Probe]
 
     def calls(self, shape: tuple[int, ...]) -> int:
@@ -170,8 +170,7 @@ def _of_run(request: Request) -> Job:
         patches = torch.zeros(options.batch, len(model.images), *segmenter.patch, device=device)
         return probed(model.network, patches)[1]
 
-    none = Probe(0.0, _resident("VmRSS"), 0)
-    return Job(segmenter, studies, targets, to_folder, request.probabilities, none, probe)
+    return Job(segmenter, studies, targets, to_folder, request.probabilities, probe(), probe)
 
 
 def _has_series(folder: Path) -> bool:
@@ -386,11 +385,8 @@ def classes_of(network: Network, patches: torch.Tensor) -> tuple[int, Probe]:
     """Channels of a prediction, by one call."""
     try:
         result, probe = probed(network, patches)
-    except torch.cuda.OutOfMemoryError as error:
-        raise RuntimeError(
-            f"one call of the network does not fit the GPU: {str(error).splitlines()[0]}; smaller "
-            "--batch or --patch"
-        ) from None
+    except MemoryError:
+        raise
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise RuntimeError(
@@ -438,15 +434,25 @@ def _check_last(network: Network, patches: torch.Tensor) -> None:
 
 
 def probed(network: Callable[[torch.Tensor], Any], patches: torch.Tensor) -> tuple[Any, Probe]:
-    """What a call returns, and its time and memory."""
+    """What a call returns, and its time and memory.
+
+    Raises:
+        MemoryError: it does not fit the GPU.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is no network's
     resting = _resident("VmRSS")
     begun = time.perf_counter()
-    with torch.no_grad():
-        result = network(patches)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    try:
+        with torch.no_grad():
+            result = network(patches)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(
+            f"one call of the network does not fit the GPU: {str(error).splitlines()[0]}; smaller "
+            "--batch or --patch"
+        ) from None
     seconds = time.perf_counter() - begun
     return result, Probe(seconds, resting, max(_resident("VmHWM") - resting, 0))
 

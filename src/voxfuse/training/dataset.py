@@ -79,6 +79,14 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
+def numbered(path: Path) -> tuple[str, int | None]:
+    """A file's subject, and its modality's number where it is named ``NAME_0000`` as nnU-Net's."""
+    name, underscore, number = name_of(path).rpartition("_")
+    if underscore and name and len(number) == 4 and number.isdigit():
+        return name, int(number)
+    return name_of(path), None
+
+
 def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
     """The subjects of a folder: one a subfolder, or as a ``dataset.json`` says.
 
@@ -381,6 +389,9 @@ def find_inputs(
         options: the section ``[data]``.
         channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
 
+    Of nnU-Net's cases one that lacks a modality, beside whole ones, has the path where it was
+    looked for, so that reading it names it.
+
     Raises:
         FileNotFoundError: no such path, or nothing there.
         ValueError: not as many files as modalities, or of other numbers.
@@ -414,21 +425,28 @@ def find_inputs(
     )
     cases: dict[str, dict[int, Path]] = {}
     for path in files:
-        name, underscore, number = name_of(path).rpartition("_")
-        if underscore and len(number) == 4 and number.isdigit():
-            cases.setdefault(name, {})[int(number)] = path
+        name, number = numbered(path)
+        if number is not None:
+            cases.setdefault(name, {})[number] = path
     if cases:
         wanted = list(channels or range(len(images)))
+        whole = any(set(wanted) <= set(found) for found in cases.values())
         for name, found in cases.items():
             # Numbers that a dataset.json gave may leave some out; else there are no others.
-            if not set(wanted) <= set(found) or not (channels or len(found) == len(wanted)):
+            more = not channels and len(found) > len(wanted)
+            if more or not (whole or set(wanted) <= set(found)):
                 has = ", ".join(f"{k:04d}" for k in sorted(found))
                 expected = ", ".join(
                     f"{k:04d} ({image})" for k, image in zip(wanted, images, strict=True)
                 )
                 raise ValueError(f"{name}: {folder} has {has} of it, expected {expected}")
         return [
-            Subject(name, tuple(found[k] for k in wanted), None) for name, found in cases.items()
+            Subject(
+                name,
+                tuple(found.get(k, folder / f"{name}_{k:04d}.nii.gz") for k in wanted),
+                None,
+            )
+            for name, found in cases.items()
         ]
     named = {name_of(path).lower(): path.name for path in files}
     near = [named[image.lower()] for image in images if image.lower() in named]
