@@ -164,6 +164,13 @@ def test_what_dicom_is_not_written_for(tmp_path, capsys):
 def test_a_run_predicts_a_folder_of_series(tmp_path):
     for name in ("first", "second"):
         write_series(tmp_path / "in" / name, intensities((20, 17, 8), levels=3))
+    contents = pydicom.dataset.FileMetaDataset()  # of a medium: it is no slice
+    contents.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    contents.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+    contents.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    table = pydicom.Dataset()
+    table.file_meta = contents
+    table.save_as(tmp_path / "in/DICOMDIR", enforce_file_format=True)
     save_run(tmp_path)
     out = tmp_path / "out"
     assert predict(tmp_path / "model.pt", tmp_path / "in", out) == 0

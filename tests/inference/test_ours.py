@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.test_studies import intensities, predict, read, write
+from voxfuse.inference.models import load_network
 from voxfuse.inference.night import nameless
 from voxfuse.inference.plan import plan_of
 from voxfuse.inference.reading import find_studies
@@ -190,6 +191,14 @@ def test_a_case_that_lacks_a_modality_stops_no_other(tmp_path, capsys):
     job = prepare(Request(model, [tmp_path / "in"], tmp_path / "other"))
     assert job.first.seconds > 0
     assert plan_of(job, job.first).memory["network"] == job.first.network
+
+
+def test_code_of_a_model_imports_what_lies_beside_it_and_replaces_nothing(tmp_path):
+    (tmp_path / "beside.py").write_text("import torch\nnetwork = torch.nn.Conv3d(1, 1, 1)\n")
+    lazy = "def network():\n    import beside\n    return beside.network\n"
+    (tmp_path / "json.py").write_text(lazy)
+    assert load_network(f"{tmp_path / 'json.py'}:network", "cpu").kind == "module"
+    assert sys.modules["json"] is json
 
 
 def test_a_name_is_taken_out_as_a_word():

@@ -20,6 +20,8 @@ _NEEDED = (
     "Rows", "Columns", "BitsAllocated", "PixelSpacing", "ImageOrientationPatient",
     "ImagePositionPatient", "SeriesInstanceUID", "PhotometricInterpretation",
 )  # fmt: skip
+#: What a table of contents is, in its first lines (MediaStorageSOPClassUID).
+_DIRECTORY = b"1.2.840.10008.1.3.10"
 #: Files of a folder that are looked at before it is taken for no series.
 _LOOKED_AT = 64
 #: Positions, in mm, and direction cosines that differ by no more are the same.
@@ -47,8 +49,10 @@ def is_series(path: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
+    """Whether a file is of DICOM, but no medium's table of contents (DICOMDIR)."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        head = file.read(512)
+    return head[128:132] == b"DICM" and _DIRECTORY not in head
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
                 "function without arguments that returns one"
             )
         try:
-            found = found()
+            with _importing(_folder_of(source)):  # it may import what lies beside it
+                found = found()
         except Exception as error:
             raise ValueError(f"--model: {name}() raised {_said(error)}") from error
     if not callable(found):
@@ -218,18 +219,19 @@ def _module(source: str) -> Any:
     if source.endswith(".py"):
         if not path.is_file():
             raise FileNotFoundError(f"--model: there is no file {path}")
-        with _importing(path.parent.resolve()):
-            specification = importlib.util.spec_from_file_location(path.stem, path)
+        name = f"voxfuse_model_{path.stem}"  # monai.py would replace MONAI
+        with _importing(_folder_of(source)):
+            specification = importlib.util.spec_from_file_location(name, path)
             assert specification is not None
             assert specification.loader is not None
             module = importlib.util.module_from_spec(specification)
-            sys.modules[path.stem] = module
+            sys.modules[name] = module
             try:
                 specification.loader.exec_module(module)
             except Exception as error:
                 raise ValueError(f"--model: {path} raised {_said(error)}") from error
             return module
-    with _importing(Path.cwd()):
+    with _importing(_folder_of(source)):
         try:
             return importlib.import_module(source)
         except ModuleNotFoundError as error:
@@ -240,6 +242,11 @@ def _module(source: str) -> Any:
             ) from None
         except Exception as error:
             raise ValueError(f"--model: {source} raised {_said(error)}") from error
+
+
+def _folder_of(source: str) -> Path:
+    """Where a model's code looks for other modules."""
+    return Path(source).parent.resolve() if source.endswith(".py") else Path.cwd()
 
 
 @contextmanager
