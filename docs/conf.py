@@ -88,7 +88,7 @@ def on_the_site(text: str, folder: Path, page: Path) -> str:
         if not path or ":" in path:
             return link[0]
         path = posixpath.normpath((folder / path).relative_to(ROOT).as_posix())
-        if path.startswith("examples/") and path.endswith(".py"):
+        if path.startswith("examples/") and path.endswith((".py", ".toml")):
             path, anchor = "docs/examples.md", "#" + path.replace("/", "").replace(".", "")
         if label.endswith(".md"):
             label = ""  # becomes the page's title
