@@ -95,6 +95,11 @@ TABLE = {
     "another format": (
         ":above_half", "scan.nii.gz", ["out.mgz"], "--output: got .*out.mgz, expected a folder or",
     ),
+    "capitals": (
+        ":above_half", "scan.nii.gz", ["out.NII.GZ"], "--output: got .*out.NII.GZ, expected a fo",
+    ),
+    "a picture": (":above_half", "scan.nii.gz", ["out.tif"], "--output: got .*out.tif, expected a"),
+    "a script": (":exiting", "scan.nii.gz", [], r"exiting\(\) raised SystemExit: 3"),
     "over the scan": (
         ":above_half", "scan.nii.gz", ["scan.nii.gz"], "--output: .* is an image, mask or label",
     ),
@@ -127,7 +132,7 @@ def test_bad_options_and_files_are_told_apart(files, name, capsys, monkeypatch):
     monkeypatch.chdir(files)
     model = model[1:] if model.startswith(":") else model
     output, patch = "out.nii.gz", PATCH
-    if options and options[0].endswith(("gz", "mgz")):
+    if options and options[0].startswith(("out.", "scan.")):
         output, options = options[0], []
     if options and options[0] in ("no patch", "--patch"):
         patch, options = [], options if options[0] == "--patch" else []

@@ -12,7 +12,7 @@ from tests.inference.test_studies import intensities, predict
 
 zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
 
-from voxfuse.scale import create_destination, open_destination  # noqa: E402
+from voxfuse.scale import create_destination, open_destination, open_source  # noqa: E402
 
 OPTIONS = ["--patch", 16, "--batch", 2]
 
@@ -48,6 +48,32 @@ def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys)
         assert predict("three_classes", path, out, *OPTIONS, "--shard", f"{k}/3", "--quiet") == 0
     assert np.array_equal(result(out), truth)
     assert predict("three_classes", path, out, *OPTIONS) == 0  # and what is left, which is nothing
+
+
+@pytest.mark.parametrize("name", ["three_classes", "two_regions"])
+def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path, capsys):
+    path, truth = volume
+    out, options = tmp_path / "out.zarr", [*OPTIONS, "--probabilities"]
+    expected = truth
+    logits = np.stack([8 * truth - 4, 16 * truth - 16])
+    probabilities = np.exp(logits) / (1 + np.exp(logits).sum(0))
+    if name == "two_regions":  # the second is where the first is 2
+        options += ["--regions", 5, 3]
+        expected = np.array([0, 5, 3])[truth.astype(int)]
+        probabilities = 1 / (1 + np.exp(-np.stack([8 * truth - 4, 8 * truth - 12])))
+    assert predict(name, path, out, *options, "--prepare", 2) == 0
+    assert "203 KiB to write" in capsys.readouterr().out  # three bytes a voxel
+    for k in (1, 0, 0):
+        assert predict(name, path, out, *options, "--shard", f"{k}/2", "--quiet") == 0
+    assert np.array_equal(result(out), expected)
+    image = open_destination(str(out)).array
+    assert image.shape == probabilities.shape
+    assert image.dtype == np.uint8
+    assert np.abs(np.asarray(image[...]) / 255 - probabilities).max() <= 0.5 / 255 + 1e-6
+    assert open_source(str(out)).shape == image.shape  # of an OME-Zarr image
+    if name == "two_regions":
+        assert predict(name, path, out, *options, "--threshold", 0.4, "--shard", "0/2") == 1
+        assert "models.labels: was " in capsys.readouterr().err
 
 
 def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):

@@ -10,6 +10,7 @@ module           owns
 ``segmenters``   a study's arrays to a segmentation on its own grid: a run, or any network
 ``plan``         patches, memory, output and time before anything begins
 ``volumes``      Zarr volumes in boxes, by voxfuse.scale
+``results``      what these boxes become on the disk
 ``cluster``      those boxes on Dask distributed
 ``night``        one study after the other, none of which stops the others; statuses
 ===============  ==============================================================================

@@ -199,7 +199,7 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
         try:
             with _importing(_folder_of(source)):  # it may import what lies beside it
                 found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"--model: {name}() raised {_said(error)}") from error
     if not callable(found):
         raise ValueError(f"--model: {name}() returned {type(found).__name__}, expected a network")
@@ -228,7 +228,7 @@ def _module(source: str) -> Any:
             sys.modules[name] = module
             try:
                 specification.loader.exec_module(module)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a script without a main guard
                 raise ValueError(f"--model: {path} raised {_said(error)}") from error
             return module
     with _importing(_folder_of(source)):
@@ -240,7 +240,7 @@ def _module(source: str) -> Any:
             raise ValueError(
                 f"--model: there is no module {source} in this folder or where Python looks"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"--model: {source} raised {_said(error)}") from error
 
 
@@ -260,7 +260,7 @@ def _importing(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 

@@ -34,7 +34,10 @@ from voxfuse.training.predict import load_model
 from voxfuse.training.volumes import Placement, save_like
 
 #: What a user may take for a format that is written; without this it would become a folder.
-_NOT_WRITTEN = (".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz")
+_NOT_WRITTEN = (
+    ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".img", ".hdr", ".gz", ".nii", ".dcm", ".tif",
+    ".tiff", ".png", ".npz",
+)  # fmt: skip
 _ENDINGS = (".nii", ".nii.gz")
 #: What is read in parts.
 _SOURCES = (".zarr", ".zarr.zip", ".npy")
@@ -186,14 +189,8 @@ def _has_series(folder: Path) -> bool:
 def _of_network(request: Request) -> Job:
     prediction = prediction_of(request, PredictionOptions(batch=1))
     data, intensities = _data(request)
-    activation, regions = request.activation, request.regions
-    if activation not in (None, "softmax", "sigmoid", "identity", "none"):
-        raise ValueError(
-            f"--activation: got {activation!r}, expected softmax, sigmoid, identity (predictions "
-            "are probabilities) or none (labels by the greatest)"
-        )
-    if regions is not None and (request.labels or min(regions) < 1):
-        raise ValueError(f"--regions: got {list(regions)}, expected values >= 1, without --labels")
+    regions = request.regions
+    check_decision(request)
     _check_output(request)
     studies = find_studies(request.input, data.mask)
     targets, to_folder = _targets(request, studies, [])
@@ -330,6 +327,18 @@ def batch_of(given: int | None, network: Network) -> int:
     if most is not None and given > most:
         raise ValueError(f"--batch: got {given}, but the export takes {most} at most")
     return given
+
+
+def check_decision(request: Request) -> None:
+    """Raise for ``--activation`` and ``--regions`` that no network has."""
+    activation, regions = request.activation, request.regions
+    if activation not in (None, "softmax", "sigmoid", "identity", "none"):
+        raise ValueError(
+            f"--activation: got {activation!r}, expected softmax, sigmoid, identity (predictions "
+            "are probabilities) or none (labels by the greatest)"
+        )
+    if regions is not None and (request.labels or min(regions) < 1):
+        raise ValueError(f"--regions: got {list(regions)}, expected values >= 1, without --labels")
 
 
 def activation_of(request: Request, classes: int) -> str:
@@ -479,7 +488,7 @@ def _check_output(request: Request) -> None:
         if kind == "nifti" or output.name.endswith(_ENDINGS):
             raise ValueError(f"--format: got {kind}, but --output {output}")
         return
-    if output.name.endswith(_NOT_WRITTEN) and not output.name.endswith(_ENDINGS):
+    if output.name.lower().endswith(_NOT_WRITTEN) and not output.name.endswith(_ENDINGS):
         raise ValueError(f"--output: got {output}, expected a folder or a file .nii.gz or .nii")
 
 

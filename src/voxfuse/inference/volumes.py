@@ -20,23 +20,22 @@ from voxfuse.inference.request import (
     Request,
     activation_of,
     batch_of,
+    check_decision,
     classes_of,
     network_of,
     patch_of,
     prediction_of,
     probed,
 )
+from voxfuse.inference.results import Form, unit_for
 from voxfuse.inference.segmenters import MEMBERS
-from voxfuse.scale import Job, Plan, Source, create_destination, open_destination, open_source
-from voxfuse.scale.destinations import blocks_of
+from voxfuse.scale import Job, Plan, Source, open_source
 from voxfuse.scale.manifest import MANIFEST
 from voxfuse.training.config import PredictionOptions
 
-#: Label image of an output.
-NAME = "segmentation"
 _SMALLER = "take a smaller --batch or --patch"
 #: Options of studies, which volumes in boxes do not have.
-_REFUSED = ("orientation", "spacing", "clip", "mask", "probabilities", "regions", "format")
+_REFUSED = ("orientation", "spacing", "clip", "mask", "format")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class VolumeJob:
     first: Probe  #: the call that looked at the network
     probe: Callable[[], Probe]
     _output: Path
-    _like: Any
+    _form: Form
     _make: Callable[[Any], Job]
 
     @property
@@ -120,16 +119,7 @@ class VolumeJob:
         if self._output.exists():
             return self
         make_folder(self.folder)  # before the output, which is thereby known to be of this command
-        out = create_destination(
-            str(self._output),
-            self._like.shape,
-            self._like.dtype,
-            kind="labels",
-            name=NAME,
-            like=self._like.source,
-            shards=self._like.unit,
-        )
-        return replace(self, job=self._make(out))
+        return replace(self, job=self._make(self._form.create(self._output)))
 
     def prepare(self) -> Plan:
         """Write the manifest, once; every process reads it."""
@@ -138,25 +128,12 @@ class VolumeJob:
     def cost(self, plan: Plan, measured: bool = False) -> Cost:
         """What the boxes of a plan take; ``measured``: in seconds as well, by another call."""
         return Cost(
-            plan,
+            replace(plan, written=self._form.written),
             {"process": self.first.process, "network": self.first.network, "box": plan.memory},
             self.batch,
             sum(-(-patches // self.batch) for patches in plan.patches) * self.members,
             self.probe().seconds if measured else 0.0,
         )
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """Stands for an output that is not made yet."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    unit: tuple[int, ...]
-    source: Any
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("the output is not made yet")
 
 
 def open_volume(
@@ -195,6 +172,7 @@ def open_volume(
     folder = request.output.with_name(f"{request.output.name}.job")
     _check_output(request.output, folder)
     prediction = prediction_of(request, PredictionOptions(batch=1))
+    check_decision(request)
     source = _source(request.input[0])
     network = network_of(request)
     patch = patch_of(request.patch, network)
@@ -204,7 +182,18 @@ def open_volume(
     patches = torch.zeros(batch, channels, *patch)
     classes, first = classes_of(network, patches)
     activation = activation_of(request, classes)
-    mask = classes == 1
+    regions = None if request.regions is None else tuple(request.regions)
+    form = Form(
+        source,
+        spatial,
+        unit_for(spatial, shards),
+        classes,
+        regions,
+        prediction.threshold,
+        request.probabilities,
+    )
+    mask = classes == 1 and not form.decides
+    decided = {"labels": form.said()} if form.decides else {}
     skip = None if foreground is None else _background(foreground, source, patch, spatial)
 
     def make(out: Any) -> Job:
@@ -214,11 +203,11 @@ def open_volume(
             patch,
             _finite(network),
             batch,
-            models={"network": network.digest},
+            models={"network": network.digest, **decided},
             normalisation="zscore" if request.normalize == "zscore" else None,
             memory=memory,
             shards=shards,
-            output="mask" if mask else "labels",
+            output="probabilities" if form.decides else "mask" if mask else "labels",
             activation=activation,
             threshold=prediction.threshold if mask else None,
             overlap=prediction.overlap,
@@ -230,11 +219,9 @@ def open_volume(
             device=network.device,
         )
 
-    dtype = np.dtype(np.uint8 if classes <= 256 else np.uint16)
-    planned = _Planned(spatial, dtype, _unit(spatial, shards), source)
     there = request.output.exists()
     return VolumeJob(
-        make(open_destination(str(request.output), labels=NAME) if there else planned),
+        make(form.open(request.output) if there else form.planned()),
         folder,
         skip,
         batch,
@@ -242,7 +229,7 @@ def open_volume(
         first,
         lambda: probed(network, patches)[1],
         request.output,
-        planned,
+        form,
         make,
     )
 
@@ -270,19 +257,6 @@ def settle(
         cost = volume.cost(volume.prepare())
         check(cost)
     return volume, cost
-
-
-def _unit(shape: Sequence[int], shards: int) -> tuple[int, ...]:
-    """Extents of the files of an output: boxes are whole ones, of which there have to be enough."""
-    chunk, unit = blocks_of(None, None, shape)
-    while shards > 1 and math.prod(-(-n // u) for n, u in zip(shape, unit, strict=True)) < (
-        2 * shards
-    ):
-        smaller = [max(u // c // 2, 1) * c for u, c in zip(unit, chunk, strict=True)]
-        if tuple(smaller) == unit:
-            break
-        unit = tuple(smaller)
-    return unit
 
 
 def _check_output(output: Path, folder: Path) -> None:
