@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
 
 COLOURS = {
     "voxfuse": "#0b6e4f",
@@ -65,6 +69,7 @@ def draw(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         "nnunet": draw_nnunet,
         "training": draw_training,
         "tutorial": draw_tutorial,
+        "slice": draw_slice,
     }
     drawings[results["benchmark"]](results, path)
 
@@ -479,6 +484,30 @@ def draw_training(results: dict[str, Any], path: Path | io.BytesIO) -> None:
         *right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
     _finish(figure, results, path)
+
+
+def draw_slice(results: dict[str, Any], path: Path | io.BytesIO) -> None:
+    """A slice of an image, and on it what a prediction has found, missed and made up."""
+    image, masks = (
+        np.frombuffer(zlib.decompress(base64.b64decode(results[name])), np.uint8)
+        .reshape(results["shape"])
+        .T[::-1]
+        for name in ("image", "masks")
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4.9), constrained_layout=True)
+    for axis in axes:
+        axis.imshow(image, cmap="gray")
+        axis.set_axis_off()
+    kinds = {"found": (3, "voxfuse"), "missed": (1, "compiled"), "false": (2, "nnunet")}
+    for name, (value, colour) in kinds.items():
+        shown = np.ma.masked_where(masks != value, masks)
+        axes[1].imshow(shown, cmap=ListedColormap([COLOURS[colour]]), interpolation="nearest")
+        axes[1].plot([], [], "s", color=COLOURS[colour], label=name)
+    axes[0].set_title(f"{results['subject']}, slice {results['slice']}", fontsize="medium")
+    axes[1].legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, handletextpad=0
+    )
+    _save(figure, path)
 
 
 def draw_tutorial(results: dict[str, Any], path: Path | io.BytesIO) -> None:
