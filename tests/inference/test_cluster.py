@@ -100,6 +100,8 @@ def test_workers_that_are_killed_leave_the_bits_of_one_process(
     assert np.array_equal(result(out), expected)
     assert predict("slow", path, out, *given, "--quiet") == 0  # all of it is done
     assert capsys.readouterr().out == ""
+    left = dask_cluster.scheduler.worker_plugins  # Dask has some of its own
+    assert not [name for name in left if name.startswith("voxfuse")]
     # What a worker raises is the command's error.
     assert predict("slow", path, out, "--patch", 14, "--batch", 4, "--scheduler", address) == 1
     assert "was prepared for another job: " in capsys.readouterr().err

@@ -76,6 +76,20 @@ def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path
         assert "models.labels: was " in capsys.readouterr().err
 
 
+def test_a_dry_run_of_a_volume_measures_and_makes_nothing(volume, tmp_path, capsys):
+    path, _ = volume
+    options = [*OPTIONS, "--tta", "mirror", "--workers", 2, "--dry-run", "--memory-limit", "64G"]
+    assert predict("three_classes", path, tmp_path / "out.zarr", *options) == 0
+    printed = capsys.readouterr().out
+    patches = int(re.search(r"^(\d+) patches", printed, re.M)[1])
+    calls = int(re.search(r"calls    (\d+) of 2 patches", printed)[1])
+    assert calls == 8 * -(-patches // 2)  # of one box
+    assert re.search(r"memory   .* of 64 GB, for each of 2 processes: process .*, box ", printed)
+    assert re.search(r"time     [0-9.]+ m?i?n?s? in .* \(measured\), with a core for each", printed)
+    assert not (tmp_path / "out.zarr").exists()
+    assert not (tmp_path / "out.zarr.job").exists()
+
+
 def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):
     path, _ = volume
     for options, expected in (

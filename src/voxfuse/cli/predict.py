@@ -320,8 +320,12 @@ def _not_a_shard(options: argparse.Namespace, request: Request, limit: int, show
         return 0
     from voxfuse.inference.cluster import Cluster, local_cluster
 
-    with local_cluster(workers, sum(cost.memory.values()), options.quiet) as client:
-        Cluster(client, request, threads=1).predict(shown)
+    memory = sum(cost.memory.values())
+    with (
+        local_cluster(workers, memory, options.quiet) as client,
+        Cluster(client, request, threads=1) as cluster,
+    ):
+        cluster.predict(shown)
     return 0
 
 
@@ -332,8 +336,10 @@ def _on_scheduler(options: argparse.Namespace, request: Request, shown: _Boxes) 
     if options.dry_run or options.memory_limit:
         name = "dry-run" if options.dry_run else "memory-limit"
         raise ValueError(f"--{name}: is for what is predicted here, without --scheduler")
-    with client_of(options.scheduler, options.without_tls) as client:
-        cluster = Cluster(client, request)
+    with (
+        client_of(options.scheduler, options.without_tls) as client,
+        Cluster(client, request) as cluster,
+    ):
         if not (cluster.memory() or options.quiet):
             print("voxfuse predict: waiting for a worker", file=sys.stderr)
         client.wait_for_workers(1)

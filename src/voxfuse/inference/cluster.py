@@ -7,9 +7,11 @@ so that one that dies loses a box. Importing this module needs the extra ``voxfu
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,16 +33,13 @@ distributed: Any = require("distributed", "--workers, --scheduler", '"voxfuse[cl
 ALLOWED_FAILURES = 5
 #: A worker is ended, and started again, beyond this times the memory of the plan.
 SLACK = 1.5
-_PLUGIN = "voxfuse"
 
 
 class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
     """On a worker: its model and its job, made once, by the first that needs them."""
 
-    name = _PLUGIN
-
-    def __init__(self, request: Request, threads: int | None) -> None:
-        self.request, self.threads = request, threads
+    def __init__(self, name: str, request: Request, threads: int | None) -> None:
+        self.name, self.request, self.threads = name, request, threads
 
     def setup(self, worker: Any) -> None:
         """When a worker begins; what takes long would hold up its messages here."""
@@ -60,13 +59,13 @@ class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
         return open_volume(self.request)
 
 
-def _plugin() -> Prepared:
-    return distributed.get_worker().plugins[_PLUGIN]  # type: ignore[no-any-return]
+def _plugin(name: str) -> Prepared:
+    return distributed.get_worker().plugins[name]  # type: ignore[no-any-return]
 
 
-def _settle(least: int, **options: Any) -> Cost:
+def _settle(name: str, least: int, **options: Any) -> Cost:
     """On a worker: prepare the job."""
-    plugin = _plugin()
+    plugin = _plugin(name)
     with plugin.alone():
         plugin.volume, cost = settle(
             plugin.request, lambda cost: cost.check_worker(least), **options
@@ -74,23 +73,25 @@ def _settle(least: int, **options: Any) -> Cost:
     return cost
 
 
-def _look() -> tuple[Plan, list[int]]:
+def _look(name: str) -> tuple[Plan, list[int]]:
     """On a worker: the boxes, and those that are not done."""
-    plugin = _plugin()
+    plugin = _plugin(name)
     with plugin.alone():
         job, folder = plugin.volume.job, plugin.volume.folder
         return job.plan(folder), job.remaining(folder)
 
 
-def _predict(shard: tuple[int, int]) -> None:
+def _predict(name: str, shard: tuple[int, int]) -> None:
     """On a worker: what is not done of a shard."""
-    plugin = _plugin()
+    plugin = _plugin(name)
     with plugin.alone():
         plugin.volume.job.run(plugin.volume.folder, shard)
 
 
 class Cluster:
     """Workers that know a volume: they load the model, this process does not.
+
+    A context, at whose end they forget it. A scheduler may have several at once.
 
     Args:
         client: of the scheduler.
@@ -99,8 +100,15 @@ class Cluster:
     """
 
     def __init__(self, client: Any, request: Request, threads: int | None = None) -> None:
-        self._client = client
-        client.register_plugin(Prepared(_absolute(request), threads))
+        self._client, self._name = client, f"voxfuse-{uuid.uuid4().hex}"
+        client.register_plugin(Prepared(self._name, _absolute(request), threads))
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # of a scheduler that is gone
+            self._client.unregister_worker_plugin(self._name)
 
     def memory(self) -> list[int]:
         """Bytes that each worker may take; 0: as many as it wants."""
@@ -138,7 +146,9 @@ class Cluster:
         for k in range(count):
             boxes = set(missing).intersection(plan.shard(k, count))
             if boxes:
-                futures[self._client.submit(_predict, (k, count), pure=False)] = len(boxes)
+                futures[self._client.submit(_predict, self._name, (k, count), pure=False)] = len(
+                    boxes
+                )
         try:
             for future in distributed.as_completed(list(futures), loop=self._client.loop):
                 _result(future)
@@ -149,7 +159,7 @@ class Cluster:
             self._client.cancel(list(futures))
 
     def _one(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return _result(self._client.submit(function, *arguments, pure=False, **options))
+        return _result(self._client.submit(function, self._name, *arguments, pure=False, **options))
 
 
 def _result(future: Any) -> Any:
