@@ -462,6 +462,15 @@ def figures() -> Iterator[tuple[str, str, str]]:
     yield page, "simulated_head", f"Training took {head['seconds']:.0f} s with one thread"
     dice = [f"{score['dice']:.3f}" for score in head["scores"].values()]
     yield page, "simulated_head", "is {} and {}".format(*dice)
+    page, runs = "docs/predict.md", load("cluster")["runs"]
+    for words in (
+        f"{_range((r['two']['seconds']['boxes'] for r in runs), '.1f')} s for what one took "
+        f"{_range((r['one']['seconds']['boxes'] for r in runs), '.1f')} s",
+        f"{_range((r['times']['boxes'] for r in runs), '.2f')} times",
+        f"{_range((r['times']['whole'] for r in runs), '.2f')} times",
+    ):
+        yield page, "cluster", words
+    page = "docs/training.md"
     yield page, "training", f"the log take {load('training')['share']:.1%}".replace("%", " %")
 
 
