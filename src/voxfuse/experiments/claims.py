@@ -15,6 +15,7 @@ from voxfuse.experiments import bounds, fusion_page
 from voxfuse.experiments.results import read_rows
 from voxfuse.experiments.statistics import (
     MARGIN,
+    FewPatients,
     bootstrap_means,
     crossed_bootstrap,
     few_patients,
@@ -56,14 +57,15 @@ class Line:
     statement: Statement
     measured: str
     verdict: str
+    tuned: FewPatients | None = None  #: the primary endpoint, of few patients
 
     @property
     def advice(self) -> str:
         """What a practitioner should take from it."""
-        otherwise = {
-            FEW: "Nothing: six patients cannot tell.",
-            WAITING: "Nothing yet.",
-        }
+        few = "Nothing: six patients cannot tell"
+        if self.tuned and self.tuned.positive in (0, self.tuned.patients):
+            few += f", though all are {'above' if self.tuned.positive else 'below'} 0"
+        otherwise = {FEW: f"{few}.", WAITING: "Nothing yet."}
         return self.statement.advice.get(self.verdict) or otherwise[self.verdict]
 
 
@@ -119,19 +121,19 @@ LESIONS = (
     _statement(
         "M1", "Dice loss beats cross-entropy on Dice", SALEHI, "lesions",
         "Train with Dice on small lesions.",
-        "At 0.5 take Dice; at tuned thresholds it was not shown.",
+        "Take Dice for the threshold 0.5; at tuned ones the gain is not sure.",
         "No reason for Dice loss alone on small lesions.",
     ),
     _statement(
         "M2", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "lesions",
         "Beta is a knob for recall that a threshold does not replace.",
-        "Beta moves recall at 0.5; at a threshold tuned for Dice it was not shown.",
+        "Beta moves recall at the threshold 0.5; at one tuned for Dice that is not sure.",
         "Do not expect more recall from beta.",
     ),
     _statement(
         "M3", "The best F2 is off one half", HASHEMI, "lesions",
         "Where a missed lesion costs more, take beta 0.7.",
-        "Where a missed lesion costs more, take beta 0.7 at 0.5; tuned, it was not shown.",
+        "Take beta 0.7 for F2 at the threshold 0.5; at tuned ones the gain is not sure.",
         "Leave beta at one half: tune the threshold for F2.",
     ),
 )  # fmt: skip
@@ -139,27 +141,27 @@ LESIONS = (
 _WINDOWS = {
     "F1": (
         "Weigh patches by a window that falls off to their faces.",
-        "Weigh patches by such a window at 0.5; tuned, it was not shown.",
+        "Weigh patches so for the threshold 0.5; at tuned ones the gain is not sure.",
         "Uniform voting does no worse than a window.",
     ),
     "F2": (
         "Let patches overlap by half.",
-        "Let patches overlap by half at 0.5; tuned, it was not shown.",
+        "Let patches overlap by half for the threshold 0.5; at tuned ones the gain is not sure.",
         "Overlap is no gain in Dice.",
     ),
     "F3": (
         "Prefer a spline to the Gaussian of its width.",
-        "Prefer a spline to the Gaussian of its width at 0.5; tuned, it was not shown.",
+        "Prefer the spline for the threshold 0.5; at tuned ones the gain is not sure.",
         "Choose the width, not the shape.",
     ),
     "F4": (
-        "Do not trust a patch's outer voxels: that is what windows are for.",
-        "Do not trust a patch's outer voxels at 0.5; tuned, it was not shown.",
+        "Expect a patch's outer voxels to be worse; whether a window helps is F1.",
+        "Expect worse outer voxels at the threshold 0.5; at tuned ones that is not sure.",
         "A patch's outer voxels are no worse than its inner ones.",
     ),
     "F5": (
         "Predict with an overlap of 0.75 if eight times the work is worth it.",
-        "Overlap by 0.75 at 0.5 if eight times the work is worth it; tuned, it was not shown.",
+        "A gain at the threshold 0.5, for eight times the work; at tuned ones that is not sure.",
         "An overlap of a half is enough.",
     ),
     "F6": (
@@ -313,7 +315,7 @@ def of_lesions(rows: Rows) -> list[Line]:
             few_patients(scores.difference(loss, other, choice, score)) for choice in (way, "0.5")
         )
         measured = f"{score}, tuned: {tuned}; at 0.5: {half}"
-        lines.append(Line(statement, measured, of_few(tuned, half)))
+        lines.append(Line(statement, measured, of_few(tuned, half), tuned))
     return lines
 
 
@@ -322,7 +324,7 @@ def of_fusion(rows: Rows) -> list[Line]:
     found = fusion_page.Rows(rows)
     lines = []
     for claim in fusion_page.CLAIMS:
-        verdict = fusion_page.verdict_of(found, claim)
+        verdict, tuned = fusion_page.verdict_of(found, claim), None
         if verdict == WAITING:
             measured = f"{len(found.seeds)} of {len(fusion_page.SEEDS)} seeds so far"
         else:
@@ -331,7 +333,7 @@ def of_fusion(rows: Rows) -> list[Line]:
             measured = f"{claim.score}, tuned: {tuned}; at 0.5: {half}; AP: {precision}"
             if claim.score == "seam":
                 measured = f"{claim.score}: {tuned}"
-        lines.append(Line(FUSION[claim.name], measured, verdict))
+        lines.append(Line(FUSION[claim.name], measured, verdict, tuned))
     return lines
 
 

@@ -386,7 +386,8 @@ def pages(finished: Finished) -> dict[str, str]:
         tuned, half = intervals(rows, claim)
         verdict = verdict_of(rows, claim)
         precision = str(few_patients(rows.difference(claim, "0.5", "ap")))
-        lines.append([f"{claim.name} {claim.text}", str(tuned), str(half), precision, verdict])
+        at_half = "" if claim.score == "seam" else str(half)  # a seam has no threshold
+        lines.append([f"{claim.name} {claim.text}", str(tuned), at_half, precision, verdict])
     text += [
         "## Results",
         done(finished, "voxfuse experiment fusion")
