@@ -71,9 +71,23 @@ def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path
     assert image.dtype == np.uint8
     assert np.abs(np.asarray(image[...]) / 255 - probabilities).max() <= 0.5 / 255 + 1e-6
     assert open_source(str(out)).shape == image.shape  # of an OME-Zarr image
+    # A shard that is gone, of labels or of probabilities, is one that is not done.
+    shards = [file for file in out.rglob("c/**/*") if file.is_file()]
+    for shard in (next(f for f in shards if "labels" in f.parts), shards[0], shards[-1]):
+        content = shard.read_bytes()
+        shard.unlink()
+        assert predict(name, path, out, *options, "--quiet") == 0
+        assert shard.read_bytes() == content
     if name == "two_regions":
         assert predict(name, path, out, *options, "--threshold", 0.4, "--shard", "0/2") == 1
         assert "models.labels: was " in capsys.readouterr().err
+
+
+def test_logits_are_no_probabilities(volume, tmp_path, capsys):
+    path, _ = volume
+    options = [*OPTIONS, "--probabilities", "--activation", "identity"]
+    assert predict("three_classes", path, tmp_path / "out.zarr", *options) == 1
+    assert re.search(r"values from -4 .* expected probabilities in", capsys.readouterr().err)
 
 
 def test_a_dry_run_of_a_volume_measures_and_makes_nothing(volume, tmp_path, capsys):

@@ -37,10 +37,10 @@ class Sliceable(Protocol):
 class Assignable(Protocol):
     r"""What results are written to, shape (C, \*spatial), or (\*spatial) for one channel.
 
-    Keys are as those of :class:`Sliceable`, and cover whole units along the streaming axis. Two
+    Keys are as those of :class:`Sliceable`, and cover whole units along the streaming axis. Three
     attributes are looked for: ``unit``, the extents that are best written whole (else those of
-    Zarr's ``shards`` or ``chunks``, else single slices), and ``flush()``, after which everything
-    is on the disk.
+    Zarr's ``shards`` or ``chunks``, else single slices); ``flush()``, after which everything is on
+    the disk; and ``written(key)``, whether a box of whole units is still there.
     """
 
     @property

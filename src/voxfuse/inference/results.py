@@ -122,13 +122,19 @@ class Decided:
         self.behind[key[1:]] = self.form.labels(probabilities)
         if self.image is not None:
             above = probabilities[self.form.background :]
-            # Means of many that are 1 lie beside it by rounding.
-            self.image[(slice(0, len(above)), *key[1:])] = np.clip(above, 0, 1)
+            self.image[(slice(0, len(above)), *key[1:])] = above
 
     def __getitem__(self, key: tuple[slice, ...]) -> NDArray[Any]:
         """What is there, for a comparison with what was written: labels, whatever the channel."""
         found: NDArray[Any] = np.asarray(self.behind[key[1:]])[None]
         return found
+
+    def written(self, place: tuple[slice, ...]) -> bool:
+        """Whether every shard of a place is there, of labels and of probabilities."""
+        image, spatial = self.image, place[1:]
+        return bool(self.behind.written(spatial)) and (
+            image is None or bool(image.written((slice(0, image.shape[0]), *spatial)))
+        )
 
     def flush(self) -> None:
         """Have everything on the disk."""

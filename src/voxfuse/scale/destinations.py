@@ -101,9 +101,9 @@ class ZarrDestination:
         place = tuple(slice(0, n) for n in self.shape) if place is None else place
         return blocks(place, self.unit, self.shape)
 
-    def written(self, shard: Slices) -> bool:
-        """Whether a shard is there; one of nothing but the fill value is written too."""
-        return bool(self._size(shard))
+    def written(self, place: Slices) -> bool:
+        """Whether every shard of a place is there; those of nothing but the fill value are too."""
+        return all(map(self._size, self.shards(place)))
 
     def check(self, key: Any = None) -> None:
         """Read every shard of a place (None: all), and compare the checksums.

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from voxfuse.fusion.arrays import Assignable, Part
-from voxfuse.scale.destinations import ZarrDestination
 from voxfuse.scale.manifest import digest_of
 from voxfuse.scale.stores import DamagedError
 
@@ -45,7 +44,8 @@ class Remembered(Part):
 def is_there(out: Any, place: tuple[slice, ...], sample: dict[str, Any] | None) -> bool:
     """Whether a result still has what was written to a place: every shard, and the sample."""
     try:
-        if isinstance(out, ZarrDestination) and not all(map(out.written, out.shards(place))):
+        written = getattr(out, "written", None)
+        if callable(written) and not written(place):
             return False
         if sample is None or not hasattr(out, "__getitem__"):
             return True
