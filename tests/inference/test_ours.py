@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.inference.test_studies import intensities, predict, read, write
 from voxfuse.inference.models import load_network
@@ -199,6 +200,29 @@ def test_code_of_a_model_imports_what_lies_beside_it_and_replaces_nothing(tmp_pa
     (tmp_path / "json.py").write_text(lazy)
     assert load_network(f"{tmp_path / 'json.py'}:network", "cpu").kind == "module"
     assert sys.modules["json"] is json
+
+
+def test_a_process_that_goes_on_loads_code_as_it_is_now(tmp_path):
+    """As a worker of Dask does, for one command after the other."""
+    model = "import torch, pack.values\nclass Scaled(torch.nn.Module):\n"
+    model += "    def forward(self, x):\n        return x * pack.values.SCALE\n"
+    model += "def network(): return Scaled()\n"
+    digests = []
+    for folder, scale, with_init in (("a", 1, False), ("b", 20, False), ("b", 300, True)):
+        pack = tmp_path / folder / "pack"
+        pack.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "model.py").write_text(model)
+        (pack / "values.py").write_text(f"SCALE = {scale}\n")
+        if with_init:
+            (pack / "__init__.py").touch()
+        loaded = load_network(f"{tmp_path / folder / 'model.py'}:network", "cpu")
+        assert float(loaded(torch.ones(1, 1, 2, 2, 2)).max()) == scale
+        digests.append(loaded.digest)
+    assert len(set(digests)) == 3  # though they have the same weights, none
+    again = load_network(f"{tmp_path / 'b/model.py'}:network", "cpu")
+    assert again.digest == digests[-1]
+    named = load_network(f"{tmp_path / 'b/model.py'}:network", "cpu", identity="mine")
+    assert named.digest == "mine"
 
 
 def test_a_name_is_taken_out_as_a_word():

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from voxfuse._files import sha256_of
-from voxfuse.scale.manifest import digest_of_model
+from voxfuse.scale.manifest import digest, digest_of_model
 from voxfuse.training.predict import device_of, first_output
 
 #: Why a file needs the user's word.
@@ -28,6 +29,10 @@ _WHY = (
 )
 
 Head = tuple[Tensor, Tensor]
+
+_loading = threading.Lock()
+#: Modules that FILE.py imported from beside it; see :func:`_importing`.
+_beside: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Network:
     call: Callable[[Tensor], Any]
     device: torch.device
     kind: str  #: "export" or "module"
-    digest: str  #: of the file or the state, or what the user calls it
+    digest: str  #: of the file, or the state and the code; or what the user calls it
     batch: tuple[int, int | None] = (1, None)  #: patches a call, at least and at most
     inputs: int | None = None  #: channels of a patch
     patch: tuple[int | None, ...] | None = None  #: extent of a patch, where there is only one
@@ -180,32 +185,15 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise ValueError(f"--model: got {name!r}, expected FILE.pt2, MODULE:ATTR or a run's folder")
-    found: Any = _module(source)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"--model: {source} has no {attribute}")
-        found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            raise ValueError(
-                f"--model: {name} is a class, whose networks have random weights, expected a "
-                "network, or a function without arguments that returns one with its weights"
-            )
-        if not callable(found):
-            raise ValueError(
-                f"--model: {name} is of type {type(found).__name__}, expected a network, or a "
-                "function without arguments that returns one"
-            )
-        try:
-            with _importing(_folder_of(source)):  # it may import what lies beside it
-                found = found()
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"--model: {name}() raised {_said(error)}") from error
+    with _importing(source) as code:
+        found = _found(name, source, attribute)
     if not callable(found):
         raise ValueError(f"--model: {name}() returned {type(found).__name__}, expected a network")
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False).to(device)
-        return Network(found, device, "module", identity or f"sha256:{digest_of_model(found)}")
+        state = digest_of_model(found)
+        whole = digest([state, code]) if code else state
+        return Network(found, device, "module", f"sha256:{whole}")
     if identity is None:
         raise ValueError(
             f"--model: {name}() returned {type(found).__name__}, which has no state to take a "
@@ -214,50 +202,106 @@ def _attribute(name: str, device: torch.device, identity: str | None) -> Network
     return Network(found, device, "module", identity)
 
 
+def _found(name: str, source: str, attribute: str) -> Any:
+    """The network, or what the function returns."""
+    found: Any = _module(source)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--model: {source} has no {attribute}")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module):
+        return found
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        raise ValueError(
+            f"--model: {name} is a class, whose networks have random weights, expected a "
+            "network, or a function without arguments that returns one with its weights"
+        )
+    if not callable(found):
+        raise ValueError(
+            f"--model: {name} is of type {type(found).__name__}, expected a network, or a "
+            "function without arguments that returns one"
+        )
+    try:
+        return found()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--model: {name}() raised {_said(error)}") from error
+
+
 def _module(source: str) -> Any:
     path = Path(source)
     if source.endswith(".py"):
         if not path.is_file():
             raise FileNotFoundError(f"--model: there is no file {path}")
         name = f"voxfuse_model_{path.stem}"  # monai.py would replace MONAI
-        with _importing(_folder_of(source)):
-            specification = importlib.util.spec_from_file_location(name, path)
-            assert specification is not None
-            assert specification.loader is not None
-            module = importlib.util.module_from_spec(specification)
-            sys.modules[name] = module
-            try:
-                specification.loader.exec_module(module)
-            except (Exception, SystemExit) as error:  # a script without a main guard
-                raise ValueError(f"--model: {path} raised {_said(error)}") from error
-            return module
-    with _importing(_folder_of(source)):
+        specification = importlib.util.spec_from_file_location(name, path)
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[name] = module
         try:
-            return importlib.import_module(source)
-        except ModuleNotFoundError as error:
-            if error.name != source.partition(".")[0] and error.name != source:
-                raise
-            raise ValueError(
-                f"--model: there is no module {source} in this folder or where Python looks"
-            ) from None
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"--model: {source} raised {_said(error)}") from error
-
-
-def _folder_of(source: str) -> Path:
-    """Where a model's code looks for other modules."""
-    return Path(source).parent.resolve() if source.endswith(".py") else Path.cwd()
+            specification.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # a script without a main guard
+            raise ValueError(f"--model: {path} raised {_said(error)}") from error
+        return module
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name != source.partition(".")[0] and error.name != source:
+            raise
+        raise ValueError(
+            f"--model: there is no module {source} in this folder or where Python looks"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--model: {source} raised {_said(error)}") from error
 
 
 @contextmanager
-def _importing(folder: Path) -> Iterator[None]:
-    """Modules in ``folder`` are found too, as with ``python -m``."""
-    sys.path.insert(0, str(folder))
+def _importing(source: str) -> Iterator[dict[str, str]]:
+    """Modules beside FILE.py, or in this folder, are found too, as with ``python -m``.
+
+    Those beside FILE.py are imported anew: a process that loads several models, a worker of Dask,
+    would take one of an earlier file or another folder. Until then they stay, as code that runs
+    later may look for them.
+
+    Yields:
+        After it, SHA-256 by name of FILE.py and of what it imported from beside it.
+    """
+    of_file = source.endswith(".py")
+    folder = Path(source).parent.resolve() if of_file else Path.cwd()
+    code: dict[str, str] = {}
+    with _loading:
+        for name in _beside:
+            sys.modules.pop(name, None)
+        _beside.clear()
+        importlib.invalidate_caches()
+        # Not what the process has for itself, as this package if it lies in that folder.
+        before = {name.partition(".")[0] for name in sys.modules}
+        sys.path.insert(0, str(folder))
+        try:
+            yield code
+        finally:
+            if str(folder) in sys.path:
+                sys.path.remove(str(folder))
+            if of_file:
+                for name, module in list(sys.modules.items()):
+                    first = name.partition(".")[0]
+                    place = _place_of(module, folder)
+                    if place and first not in before and place.parts[0] in (first, f"{first}.py"):
+                        _beside.append(name)
+                        if place.suffix == ".py":
+                            code[place.as_posix()] = sha256_of(folder / place)
+        if of_file:
+            code[Path(source).name] = sha256_of(Path(source))
+
+
+def _place_of(module: Any, folder: Path) -> Path | None:
+    """Of a module of Python in a folder, or a package of such, as seen from there."""
     try:
-        yield
-    finally:
-        if str(folder) in sys.path:
-            sys.path.remove(str(folder))
+        place = Path(getattr(module, "__file__", None) or next(iter(module.__path__)))
+        place = place.relative_to(folder)
+    except (AttributeError, TypeError, ValueError, StopIteration):
+        return None
+    return place if place.suffix in ("", ".py") and place.parts else None
 
 
 def _said(error: BaseException) -> str:
