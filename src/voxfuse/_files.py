@@ -60,6 +60,18 @@ def make_folder(folder: Path) -> None:
     _to_disk(folder.parent)
 
 
+def move_folder(folder: Path, path: Path) -> bool:
+    """Give a folder that is whole its name; False: another process's has it already."""
+    try:
+        os.rename(folder, path)
+    except OSError:
+        if not path.exists():
+            raise
+        return False
+    _to_disk(path.parent)
+    return True
+
+
 def unfinished(folder: Path, name: str = "") -> list[Path]:
     """Files, or those of one name, that :func:`write_whole` was writing when its process died."""
     return list(folder.glob(f".{glob.escape(name)}.*.part" if name else ".*.part"))

@@ -8,10 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.inference.test_studies import intensities, predict
+from tests.inference.test_studies import NETWORKS, intensities, predict
+from voxfuse.inference.request import Request
 
 zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
 
+from voxfuse.inference import results  # noqa: E402
+from voxfuse.inference.volumes import open_volume, settle  # noqa: E402
 from voxfuse.scale import create_destination, open_destination, open_source  # noqa: E402
 
 OPTIONS = ["--patch", 16, "--batch", 2]
@@ -131,6 +134,44 @@ def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):
     assert predict("three_classes", path, out, *OPTIONS, "--prepare") == 0
     assert predict("three_classes", path, out, "--patch", 14, "--shard", "0/1") == 1
     assert "was prepared for another job" in capsys.readouterr().err
+
+
+def test_of_two_at_once_and_of_one_that_is_killed_the_output_is_whole(
+    volume, tmp_path, capsys, monkeypatch
+):
+    path, truth = volume
+    out, make = tmp_path / "out.zarr", results.create_destination
+    more = [*OPTIONS, "--probabilities"]
+
+    def killed(*given, **options):
+        if options["kind"] == "labels":
+            raise KeyboardInterrupt
+        return make(*given, **options)
+
+    with monkeypatch.context() as patch:  # after the image, before the labels
+        patch.setattr(results, "create_destination", killed)
+        assert predict("three_classes", path, out, *more) == 130
+    assert not out.exists()
+
+    def overtaken(*given, **options):
+        if options["kind"] == "image":
+            monkeypatch.undo()
+            assert predict("three_classes", path, out, *more, "--prepare") == 0
+        return make(*given, **options)
+
+    monkeypatch.setattr(results, "create_destination", overtaken)
+    assert predict("three_classes", path, out, *more) == 0
+    assert np.array_equal(result(out), truth)
+    request = Request(f"{NETWORKS}:three_classes", [path], tmp_path / "two.zarr", patch=[16])
+    slower, _ = open_volume(request), settle(request, lambda cost: None)
+    slower = slower.create()
+    slower.prepare()
+    slower.job.run(slower.folder)
+    assert np.array_equal(result(tmp_path / "two.zarr"), truth)
+    capsys.readouterr()
+    assert predict("three_classes", path, tmp_path / "two.zarr", "--patch", 16, *more[-1:]) == 1
+    assert "--probabilities: " in (error := capsys.readouterr().err)
+    assert "two.zarr was prepared without" in error
 
 
 def test_labels_of_others_stay_and_boxes_that_are_gone_are_not_done(volume, tmp_path, capsys):

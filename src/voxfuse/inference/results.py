@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxfuse._files import move_folder
 from voxfuse.scale import Source, create_destination, open_destination
 from voxfuse.scale.destinations import blocks_of
 
@@ -64,11 +66,20 @@ class Form:
         """Stands for a result that is not made yet."""
         return self._of(_Nothing(self.shape, self.dtype, self.unit), None)
 
-    def create(self, path: Path) -> Any:
-        """Make the result."""
-        image = None
+    def create(self, path: Path, beside: Path) -> None:
+        """Make the result, in one moment: what is at ``path`` is whole, and the first that was.
+
+        Args:
+            path: of the group.
+            beside: a folder of the same file system, to make it in.
+        """
+        with tempfile.TemporaryDirectory(prefix="making-", dir=beside) as made:
+            self._create(Path(made) / path.name)
+            move_folder(Path(made) / path.name, path)
+
+    def _create(self, path: Path) -> None:
         if self.probabilities:
-            image = create_destination(
+            create_destination(
                 str(path),
                 (self.classes - self.background, *self.shape),
                 np.uint8,
@@ -78,7 +89,7 @@ class Form:
                 shards=self.unit,
                 probabilities=True,
             )
-        labels = create_destination(
+        create_destination(
             str(path),
             self.shape,
             self.dtype,
@@ -87,12 +98,29 @@ class Form:
             like=self.source,
             shards=self.unit,
         )
-        return self._of(labels, image)
 
     def open(self, path: Path) -> Any:
-        """The result that is there."""
-        labels = open_destination(str(path), labels=NAME)
-        return self._of(labels, open_destination(str(path)) if self.probabilities else None)
+        """The result that is there.
+
+        Raises:
+            FileNotFoundError: it is another one, without labels or without probabilities.
+        """
+        try:
+            labels = open_destination(str(path), labels=NAME)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"--output: {path} has no labels/{NAME} of a volume in boxes; expected another "
+                f"place, or remove it and {path}.job to begin anew"
+            ) from None
+        if not self.probabilities:
+            return self._of(labels, None)
+        try:
+            return self._of(labels, open_destination(str(path)))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"--probabilities: {path} was prepared without; leave it out to go on, or take "
+                "another --output"
+            ) from None
 
     def _of(self, labels: Any, image: Any) -> Any:
         return Decided(self, labels, image) if self.decides else labels

@@ -106,6 +106,7 @@ class VolumeJob:
     first: Probe  #: the call that looked at the network
     probe: Callable[[], Probe]
     _output: Path
+    _there: bool  #: whether the job has it
     _form: Form
     _make: Callable[[Any], Job]
 
@@ -116,10 +117,12 @@ class VolumeJob:
 
     def create(self) -> VolumeJob:
         """The job with its output, which is made where it is not there."""
-        if self._output.exists():
+        if self._there:
             return self
         make_folder(self.folder)  # before the output, which is thereby known to be of this command
-        return replace(self, job=self._make(self._form.create(self._output)))
+        if not self._output.exists():  # as another process may have made it since
+            self._form.create(self._output, self.folder)
+        return replace(self, job=self._make(self._form.open(self._output)), _there=True)
 
     def prepare(self) -> Plan:
         """Write the manifest, once; every process reads it."""
@@ -229,6 +232,7 @@ def open_volume(
         first,
         lambda: probed(network, patches)[1],
         request.output,
+        there,
         form,
         make,
     )
