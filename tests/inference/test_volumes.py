@@ -51,6 +51,11 @@ def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys)
         assert predict("three_classes", path, out, *OPTIONS, "--shard", f"{k}/3", "--quiet") == 0
     assert np.array_equal(result(out), truth)
     assert predict("three_classes", path, out, *OPTIONS) == 0  # and what is left, which is nothing
+    # The same command goes on whatever number of processes there are now.
+    same = ["three_classes", path, out, *OPTIONS, "--foreground"]
+    assert predict(*same, "0.0") == 0
+    assert predict(*same, "0.5") == 1
+    assert re.search(r"--foreground: got 0.5, .* was prepared with 0\.0;", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["three_classes", "two_regions"])

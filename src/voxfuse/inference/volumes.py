@@ -30,7 +30,7 @@ from voxfuse.inference.request import (
 from voxfuse.inference.results import Form, unit_for
 from voxfuse.inference.segmenters import MEMBERS
 from voxfuse.scale import Job, Plan, Source, open_source
-from voxfuse.scale.manifest import MANIFEST
+from voxfuse.scale.manifest import MANIFEST, Folder
 from voxfuse.training.config import PredictionOptions
 
 _SMALLER = "take a smaller --batch or --patch"
@@ -101,6 +101,7 @@ class VolumeJob:
     job: Job
     folder: Path
     skip_origin: Callable[[tuple[int, ...]], bool] | None
+    skipping: str | None  #: which patches that are, where --foreground is given
     batch: int  #: patches a call
     members: int  #: predictions of a patch
     first: Probe  #: the call that looked at the network
@@ -126,7 +127,20 @@ class VolumeJob:
 
     def prepare(self) -> Plan:
         """Write the manifest, once; every process reads it."""
-        return self.job.prepare(self.folder, skip_origin=self.skip_origin)
+        return self.job.prepare(self.folder, skip_origin=self.skip_origin, skipping=self.skipping)
+
+    def check_foreground(self) -> None:
+        """Raise where the manifest was made with another ``--foreground`` than the one given.
+
+        Raises:
+            ValueError: with both.
+        """
+        before = (Folder(self.folder).read() or {}).get("skipping")
+        if self.skipping not in (None, before):
+            raise ValueError(
+                f"--foreground: got {self.skipping}, but {self.folder} was prepared with "
+                f"{before or 'none'}; leave it out to go on, or take another --output"
+            )
 
     def cost(self, plan: Plan, measured: bool = False) -> Cost:
         """What the boxes of a plan take; ``measured``: in seconds as well, by another call."""
@@ -197,7 +211,9 @@ def open_volume(
     )
     mask = classes == 1 and not form.decides
     decided = {"labels": form.said()} if form.decides else {}
-    skip = None if foreground is None else _background(foreground, source, patch, spatial)
+    skipping, skip = None, None
+    if foreground is not None:
+        skipping, skip = _background(foreground, source, patch, spatial)
 
     def make(out: Any) -> Job:
         return Job(
@@ -227,6 +243,7 @@ def open_volume(
         make(form.open(request.output) if there else form.planned()),
         folder,
         skip,
+        skipping,
         batch,
         MEMBERS[prediction.orientations],
         first,
@@ -250,10 +267,13 @@ def settle(
     Args:
         request, foreground, shards: see :func:`open_volume`.
         check: raises for what is too much, before anything is made.
-        again: compare with the plan that is there as if it were made now.
+        again: compare with the plan that is there as if it were made now; else it is taken as it
+            is, for whatever number of processes it was made.
     """
     volume = open_volume(request, foreground, shards=shards)
-    done = volume.is_prepared and not again and foreground is None
+    done = volume.is_prepared and not again
+    if done:
+        volume.check_foreground()
     cost = volume.cost(volume.job.plan(volume.folder if done else None))
     check(cost)
     if not done:
@@ -297,10 +317,11 @@ def _finite(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _background(
     foreground: str, source: Any, patch: tuple[int, ...], shape: Sequence[int]
-) -> Callable[[tuple[int, ...]], bool]:
-    """Whether a patch has nothing to predict, by its origin."""
+) -> tuple[str, Callable[[tuple[int, ...]], bool]]:
+    """Which patches have nothing to predict, in words, and whether one has, by its origin."""
     try:
         level, looked_at = float(foreground), source
+        said = str(level)
         if not math.isfinite(level):
             raise ValueError
     except ValueError:
@@ -309,6 +330,7 @@ def _background(
                 f"--foreground: got {foreground!r}, expected a finite number or a volume"
             ) from None
         level, looked_at = 0.0, open_source(foreground)
+        said = f"a volume ({looked_at.fingerprint()[:16]})"
         if tuple(looked_at.shape[-3:]) != tuple(shape):
             raise ValueError(
                 f"--foreground: has extent {tuple(looked_at.shape[-3:])}, expected {tuple(shape)}"
@@ -322,7 +344,7 @@ def _background(
         lead = (slice(None),) * (len(looked_at.shape) - 3)
         return not bool((np.asarray(looked_at[(*lead, *key)]) > level).any())
 
-    return empty
+    return said, empty
 
 
 def parse_shard(text: str) -> tuple[int, int]:

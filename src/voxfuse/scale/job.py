@@ -184,6 +184,7 @@ class Job:
         *,
         skip: Callable[[Tensor], bool] | None = None,
         skip_origin: Callable[[tuple[int, ...]], bool] | None = None,
+        skipping: str | None = None,
     ) -> Plan:
         """Write the manifest of the job, which boxes only read.
 
@@ -194,6 +195,7 @@ class Job:
             folder: a folder that all processes see.
             skip, skip_origin: patches for which they are true are not predicted; as for
                 :func:`voxfuse.sliding_window_inference`.
+            skipping: which patches these are, in words; kept in the manifest.
 
         Raises:
             ManifestError: another job was prepared there; with the differences.
@@ -221,6 +223,7 @@ class Job:
             "probe": _digest_of(probe),
             "skipped": 0 if kept is None else int((~kept).sum()),
             "kept": packed(kept),
+            "skipping": skipping,
             "boxes": [[list(box.low), list(box.high)] for box in plan.boxes],
             "patches": list(plan.patches),
             "memory": plan.memory,
