@@ -121,6 +121,21 @@ def test_predictions_of_a_subject_are_ordered():
     assert bounds.of_predictions([]) == []
 
 
+def test_counts_of_large_volumes_do_not_overflow_and_lesions_are_no_voxels():
+    """Fourth powers of a head's counts do not fit 64 bits."""
+    rows = predicted(
+        [
+            ("lesion", "a", "lesion", "test", 30_000, 7_000_000, 10_000),
+            ("lesion", "a", "lesion", "test", 20_000, 5_000, 20_000),
+            ("lesion", "a", "lesion", "test", 0, 0, 0),
+            ("lesion", "a", "lesions below 10 mm3", "test", 3, 1, 2),
+        ]
+    )
+    for line in bounds.of_predictions(rows):
+        assert line["predictions"] == 2
+        assert line.get("violations", 0) == 0
+
+
 def test_a_quick_run_makes_its_page(tmp_path):
     place = Place(tmp_path, tmp_path / "work", tmp_path / "out", True, lambda line: None)
     carry_out(bounds.EXPERIMENT, place)

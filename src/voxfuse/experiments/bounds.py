@@ -77,6 +77,10 @@ def fractions_of(measure: str, a: int, tp: Integers, fp: Integers, fn: Integers)
     return (10 * tp, 10 * tp + a * fp + (10 - a) * fn), dice
 
 
+#: Of so many voxels, squares of ``q + p`` fit 64 bits: 10 (40 voxels^2)^2 < 2^63.
+EXACT = 4000
+
+
 def violations(measure: str, a: int, tp: Integers, fp: Integers, fn: Integers) -> int:
     """Of counts with TP > 0: how often an inequality of the module's docstring fails.
 
@@ -84,6 +88,8 @@ def violations(measure: str, a: int, tp: Integers, fp: Integers, fn: Integers) -
     since p < q; and at most ``3 - 2 sqrt(2)`` if ``8 q^2 <= (3 q - p)^2``. For Jaccard, 2 - D has
     D's denominator, and ``J = D / (2 - D)`` is an equality of integers.
     """
+    if int(tp.max()) + int(fp.max()) + int(fn.max()) > EXACT:
+        tp, fp, fn = (counts.astype(object) for counts in (tp, fp, fn))
     (top, bottom), (dice_top, dice_bottom) = fractions_of(measure, a, tp, fp, fn)
     p = np.abs(top * dice_bottom - dice_top * bottom)
     q = bottom * dice_bottom
@@ -238,12 +244,15 @@ def of_predictions(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """What :data:`ORDERED` do on the test subjects' predictions.
 
     Pairs are of predictions of one subject and structure, by any two losses, seeds or thresholds.
+    Rows that count lesions in place of voxels are left out, and what is empty on both sides.
     """
     groups: dict[tuple[str, ...], set[Counts]] = {}
     predictions = 0
     for row in rows:
-        if row["split"] == "test":
+        if row["split"] == "test" and not row["structure"].startswith("lesions "):
             counts = int(row["tp"]), int(row["fp"]), int(row["fn"])
+            if not any(counts):
+                continue
             groups.setdefault((row["task"], row["subject"], row["structure"]), set()).add(counts)
             predictions += 1
     tables = [np.array(sorted(counts), np.int64).T for counts in groups.values()]

@@ -329,7 +329,7 @@ def of_fusion(rows: Rows) -> list[Line]:
             measured = f"{len(found.seeds)} of {len(fusion_page.SEEDS)} seeds so far"
         else:
             tuned, half = fusion_page.intervals(found, claim)
-            precision = few_patients(found.difference(claim, "0.5", "ap"))
+            precision = fusion_page.precision_of(found, claim)
             measured = f"{claim.score}, tuned: {tuned}; at 0.5: {half}; AP: {precision}"
             if claim.score == "seam":
                 measured = f"{claim.score}: {tuned}"

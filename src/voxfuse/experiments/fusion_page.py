@@ -253,6 +253,12 @@ def _short(values: Floats) -> str:
     return Interval.__str__(few_patients(values))
 
 
+def precision_of(rows: Rows, claim: Claim) -> str:
+    """The interval of the average precision, which voxels without any lesion do not have."""
+    values = rows.difference(claim, "0.5", "ap")
+    return str(few_patients(values)) if np.isfinite(values).all() else "not defined for all"
+
+
 def _mean(rows: Rows, where: Mapping[str, str], threshold: str, score: str) -> str:
     return f"{np.nanmean(rows.values(where, threshold, score)):.3f}"
 
@@ -385,9 +391,10 @@ def pages(finished: Finished) -> dict[str, str]:
     for claim in CLAIMS:
         tuned, half = intervals(rows, claim)
         verdict = verdict_of(rows, claim)
-        precision = str(few_patients(rows.difference(claim, "0.5", "ap")))
         at_half = "" if claim.score == "seam" else str(half)  # a seam has no threshold
-        lines.append([f"{claim.name} {claim.text}", str(tuned), at_half, precision, verdict])
+        lines.append(
+            [f"{claim.name} {claim.text}", str(tuned), at_half, precision_of(rows, claim), verdict]
+        )
     text += [
         "## Results",
         done(finished, "voxfuse experiment fusion")
