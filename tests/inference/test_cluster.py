@@ -110,6 +110,21 @@ def test_workers_that_are_killed_leave_the_bits_of_one_process(
     assert "was prepared for another job: " in capsys.readouterr().err
 
 
+def test_what_workers_raise_is_the_commands_error(
+    volume, dask_cluster, tmp_path, capsys, monkeypatch
+):
+    """They have another folder and do not know the model's types."""
+    path, _ = volume
+    monkeypatch.chdir(path.parent)
+    given = ["--patch", 16, "--scheduler", dask_cluster.scheduler_address, "--foreground"]
+    assert predict("slow", path, tmp_path / "out.zarr", *given, path.name, "--prepare", 2) == 0
+    assert "2 shards of" in capsys.readouterr().out
+    assert predict("failing", path, tmp_path / "raised.zarr", *given, "0") == 1
+    assert capsys.readouterr().err == "voxfuse predict: the network raised NoSuchLayer: deep\n"
+    assert predict("failing", path, tmp_path / "here.zarr", "--patch", 16) == 1
+    assert capsys.readouterr().err == "voxfuse predict: the network raised NoSuchLayer: deep\n"
+
+
 def test_workers_of_this_machine_listen_to_it_alone(volume, tmp_path, capsys, monkeypatch):
     path, expected = volume
     out, predicts, places = tmp_path / "out.zarr", cluster.Cluster.predict, set()
@@ -146,6 +161,7 @@ def test_what_runs_pickles_is_of_this_machine_or_behind_tls(volume, tmp_path, ca
     assert not list(tmp_path.iterdir())
     for address in ("tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786"):
         assert cluster._is_here(address)
+    assert not cluster._is_here("ucx://127.0.0.1:8786")
     with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}):
         given = ["--scheduler", "tcp://127.0.0.1:9"]
         assert predict("slow", path, tmp_path / "out.zarr", *OPTIONS, *given) == 1

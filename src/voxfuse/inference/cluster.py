@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -33,6 +34,15 @@ distributed: Any = require("distributed", "--workers, --scheduler", '"voxfuse[cl
 ALLOWED_FAILURES = 5
 #: A worker is ended, and started again, beyond this times the memory of the plan.
 SLACK = 1.5
+#: Before a worker of ``--workers`` begins: Ctrl-C reaches it too, but it is this process that ends
+#: it, without more words.
+_WORKER = """
+import logging, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+"""
+#: What the command shows as an error of its own.
+_SHOWN = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)
 
 
 class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
@@ -47,11 +57,23 @@ class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One thing after the other, also on a worker of several threads."""
+        """One thing after the other, also on a worker of several threads.
+
+        Raises:
+            Exception: of a type that is known wherever this package is, not of a model's code.
+        """
         with self.lock:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            yield
+            try:
+                yield
+            except (Exception, SystemExit) as error:
+                kind = type(error)
+                ours = kind.__module__.partition(".")[0] in ("builtins", "voxfuse")
+                if ours and isinstance(error, _SHOWN):
+                    error.__cause__ = None
+                    raise
+                raise RuntimeError(f"{kind.__name__}: {error}".rstrip(": ")) from None
 
     @cached_property
     def volume(self) -> VolumeJob:
@@ -107,8 +129,9 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # of a scheduler that is gone
-            self._client.unregister_worker_plugin(self._name)
+        if self._client.status == "running":  # else it would look for its scheduler first
+            with contextlib.suppress(Exception):
+                self._client.unregister_worker_plugin(self._name)
 
     def memory(self) -> list[int]:
         """Bytes that each worker may take; 0: as many as it wants."""
@@ -124,6 +147,8 @@ class Cluster:
         Raises:
             MemoryError: a box would not fit a worker.
         """
+        if options.get("foreground"):
+            options["foreground"] = _absolute_volume(options["foreground"])
         least = min((limit for limit in self.memory() if limit), default=1 << 62)
         return self._one(_settle, least, **options)  # type: ignore[no-any-return]
 
@@ -156,7 +181,8 @@ class Cluster:
                 future.release()  # else it is done again where its worker dies later
                 progress(done, len(missing))
         finally:
-            self._client.cancel(list(futures))
+            if self._client.status == "running":
+                self._client.cancel(list(futures))
 
     def _one(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return _result(self._client.submit(function, self._name, *arguments, pure=False, **options))
@@ -167,10 +193,23 @@ def _result(future: Any) -> Any:
         return future.result()
     except distributed.KilledWorker as error:
         raise RuntimeError(
-            f"{error.allowed_failures + 1} workers died with the same box, which is more than the "
-            "scheduler allows; their logs say why. Where it is for memory, take a smaller --batch "
-            "or --patch. The same command goes on with what is missing"
+            f"{error.allowed_failures + 1} workers died that had the same box, which is more than "
+            "the scheduler allows; their logs say why. Where it is for memory, take a smaller "
+            "--batch or --patch. The same command goes on with what is missing"
         ) from None
+    except (distributed.CancelledError, distributed.comm.CommClosedError):
+        raise RuntimeError(
+            "the scheduler is gone, or was restarted by another one who uses it; the same command "
+            "goes on with what is missing"
+        ) from None
+
+
+def _absolute_volume(foreground: str) -> str:
+    try:
+        float(foreground)
+    except ValueError:
+        return str(Path(foreground).absolute())
+    return foreground
 
 
 def _absolute(request: Request) -> Request:
@@ -220,6 +259,7 @@ def local_cluster(workers: int, memory: int, quiet: bool = False) -> Iterator[An
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
         "distributed.worker.memory.terminate": 1.0,
+        "distributed.worker.preload": [_WORKER],
     }
     with (
         dask.config.set(settings),
@@ -254,18 +294,29 @@ def client_of(address: str, without_tls: bool = False) -> Iterator[Any]:
             "whoever reaches it. --without-tls says that nobody else reaches this one"
         )
     try:
+        # A client that finds none tells so once more when it is collected.
+        distributed.utils.LoopRunner().run_sync(_reach, address)
         client = distributed.Client(address, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as error:
         raise OSError(f"--scheduler: {address}: {error or 'does not answer'}") from None
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is raised
     with client:
         yield client
+
+
+async def _reach(address: str) -> None:
+    arguments = distributed.Security().get_connection_args("client")
+    comm = await distributed.comm.connect(address, **arguments)
+    await comm.close()
 
 
 def _is_here(address: str) -> bool:
     """Whether a scheduler is one of this machine, which listens to it alone."""
     protocol, _, place = address.rpartition("://")
-    host = place.rpartition(":")[0].strip("[]")
+    if protocol not in ("", "tcp"):
+        return False
     try:
-        return protocol in ("", "tcp") and ipaddress.ip_address(host).is_loopback
+        host = urlsplit(f"//{place}").hostname
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:
-        return protocol == "inproc" or (protocol in ("", "tcp") and host == "localhost")
+        return False

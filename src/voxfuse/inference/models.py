@@ -59,7 +59,13 @@ class Network:
         missing = max(self.batch[0] - count, 0)
         if missing:
             patches = torch.cat([patches, patches[-1:].expand(missing, *patches.shape[1:])])
-        returned = self.call(patches.to(self.device))
+        patches = patches.to(self.device)
+        try:
+            returned = self.call(patches)
+        except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError):
+            raise
+        except Exception as error:  # no traceback is the command's answer to it
+            raise RuntimeError(f"the network raised {_said(error)}") from error
         if isinstance(returned, dict):
             returned = list(returned.values())
         return first_output(returned)[:count]
