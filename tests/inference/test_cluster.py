@@ -125,6 +125,28 @@ def test_what_workers_raise_is_the_commands_error(
     assert capsys.readouterr().err == "voxfuse predict: the network raised NoSuchLayer: deep\n"
 
 
+def test_a_cluster_that_adapts_starts_a_worker(volume, dask_cluster, tmp_path, capsys, monkeypatch):
+    path, _ = volume
+    adaptive = dask_cluster.adapt(minimum=0, maximum=1, interval="20ms", wait_count=1)
+    try:
+        while dask_cluster.scheduler.workers:
+            time.sleep(0.05)
+        monkeypatch.setattr(cluster.Cluster, "threads", lambda self: [4])  # it has one
+        given = ["--prepare", 2, "--scheduler", dask_cluster.scheduler_address]
+        given = ["slow", path, tmp_path / "out.zarr", *OPTIONS, *given]
+        command = threading.Thread(target=predict, args=given, daemon=True)
+        command.start()
+        command.join(60)
+        assert not command.is_alive()
+    finally:
+        adaptive.stop()
+        dask_cluster.scale(2)
+    shown = capsys.readouterr()
+    assert "waiting for a worker" in shown.err
+    assert "--nthreads 1" in shown.err
+    assert shown.out.endswith("2 shards of 96 to 288 patches\nworkers that are there: 1\n")
+
+
 def test_workers_of_this_machine_listen_to_it_alone(volume, tmp_path, capsys, monkeypatch):
     path, expected = volume
     out, predicts, places = tmp_path / "out.zarr", cluster.Cluster.predict, set()

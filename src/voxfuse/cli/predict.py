@@ -342,14 +342,21 @@ def _on_scheduler(options: argparse.Namespace, request: Request, shown: _Boxes) 
     ):
         if not (cluster.memory() or options.quiet):
             print("voxfuse predict: waiting for a worker", file=sys.stderr)
-        client.wait_for_workers(1)
+        cluster.wait()
+        threads = cluster.threads()
+        if max(threads, default=1) > 1 and not options.quiet:
+            print(
+                "voxfuse predict: a worker does one box at a time, whatever threads it has, and "
+                "keeps others waiting; dask worker --nthreads 1 starts one of one thread",
+                file=sys.stderr,
+            )
         cost = cluster.settle(
             foreground=options.foreground,
-            shards=options.prepare or len(cluster.memory()),
+            shards=options.prepare or len(threads),
             again=options.prepare is not None,
         )
         if not options.quiet:
-            print(cost.plan)
+            print(f"{cost.plan}\nworkers that are there: {len(threads)}")
         if not options.prepare:
             cluster.predict(shown)
     return 0

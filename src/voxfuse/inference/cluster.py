@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -85,6 +85,11 @@ def _plugin(name: str) -> Prepared:
     return distributed.get_worker().plugins[name]  # type: ignore[no-any-return]
 
 
+def _begin(name: str) -> None:
+    """On a worker: nothing yet."""
+    _plugin(name)
+
+
 def _settle(name: str, least: int, **options: Any) -> Cost:
     """On a worker: prepare the job."""
     plugin = _plugin(name)
@@ -133,10 +138,20 @@ class Cluster:
             with contextlib.suppress(Exception):
                 self._client.unregister_worker_plugin(self._name)
 
+    def wait(self) -> None:
+        """Until there is a worker.
+
+        It is asked for by a task: a cluster that adapts starts none before there is one.
+        """
+        self._one(_begin)
+
+    def threads(self) -> list[int]:
+        """Of each worker, one of which does a box."""
+        return [each["nthreads"] for each in self._workers()]
+
     def memory(self) -> list[int]:
         """Bytes that each worker may take; 0: as many as it wants."""
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        return [each["memory_limit"] or 0 for each in workers.values()]
+        return [each["memory_limit"] or 0 for each in self._workers()]
 
     def settle(self, **options: Any) -> Cost:
         """Prepare the job on a worker, on which bits are those of the others.
@@ -183,6 +198,9 @@ class Cluster:
         finally:
             if self._client.status == "running":
                 self._client.cancel(list(futures))
+
+    def _workers(self) -> Collection[Any]:
+        return self._client.scheduler_info(n_workers=-1)["workers"].values()  # type: ignore[no-any-return]
 
     def _one(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return _result(self._client.submit(function, self._name, *arguments, pure=False, **options))
