@@ -35,6 +35,11 @@ def three_classes() -> nn.Module:
     return Linear([[0.0], [8.0], [16.0]], [0.0, -4.0, -16.0])
 
 
+def many_classes() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv3d(1, 48, 1)
+
+
 def two_regions() -> nn.Module:
     """Of intensities 0, 1, 2: both regions above their bounds."""
     return Linear([[8.0], [8.0]], [-4.0, -12.0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +112,40 @@ def test_a_dry_run_of_a_volume_measures_and_makes_nothing(volume, tmp_path, caps
     assert re.search(r"time     [0-9.]+ m?i?n?s? in .* \(measured\), with a core for each", printed)
     assert not (tmp_path / "out.zarr").exists()
     assert not (tmp_path / "out.zarr.job").exists()
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from voxfuse.inference.request import Request, _resident
+from voxfuse.inference.volumes import settle
+network, path, out = sys.argv[1:]
+request = Request(network, [Path(path)], Path(out), patch=[32], batch=2, orientations="mirror",
+                  probabilities=True)
+torch.set_num_threads(1)
+volume, cost = settle(request, lambda cost: None)
+volume.job.run(volume.folder)
+print(sum(cost.memory.values()), cost.plan.memory, _resident("VmHWM"))
+"""
+
+
+def test_memory_with_flips_and_probabilities_is_what_is_planned(tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a process's peak is read from /proc")
+    noise = np.random.default_rng(0).standard_normal((192, 64, 64)).astype(np.float32)
+    zarr.create_array(str(tmp_path / "in.zarr"), data=noise, chunks=(48, 48, 48))
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED, f"{NETWORKS}:many_classes", str(tmp_path / "in.zarr"),
+         str(tmp_path / "out.zarr")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    planned, box, taken = (int(x) for x in ran.stdout.split())
+    # Eight predictions of 12 MiB, twice, and the 48 probabilities of a slab: more than the rest.
+    assert box > 2 * 8 * 12 * 2**20
+    # What a library loads when it is first used is not planned.
+    assert taken - planned < 64 * 2**20
 
 
 def test_what_is_no_volume_in_boxes_is_told(volume, tmp_path, capsys):

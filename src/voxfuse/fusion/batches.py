@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,11 +53,23 @@ class Batches:
             members = [Member(m.flip, m.keys, [t[:count] for t in m.outputs]) for m in members]
         return members, weights
 
-    def probe(self, places: Sequence[Place]) -> Probe:
-        """Try the network with a full batch of at most ``size`` patches; see :func:`apart`."""
+    def probe(
+        self, places: Sequence[Place], digest: Callable[[Tensor], str] = lambda output: ""
+    ) -> Probe:
+        """Try the network with a full batch of at most ``size`` patches; see :func:`apart`.
+
+        Args:
+            places: the patches.
+            digest: what is kept of every output.
+        """
         full = self._full(places)
-        outputs = [[t.clone() for t in m.outputs] for m in self.predict(full)[0]]
-        return Probe(self, full, len(places), outputs)
+        members = [member.outputs for member in self.predict(full)[0]]
+        return Probe(
+            self,
+            full,
+            {k: [[t[k : k + 1].clone() for t in m] for m in members] for k in _two_of(len(places))},
+            [[digest(t) for t in m] for m in members],
+        )
 
     def settle(self, places: Sequence[Place]) -> None:
         """Turn to batches of one, with a warning, if bits depend on what a batch is made of.
@@ -76,15 +88,16 @@ class Batches:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a network makes of one full batch, of which the first ``count`` patches differ.
+    """What a network makes of one full batch: of one patch or two, and digests of all of it.
 
-    ``outputs`` are its predictions, by members and outputs.
+    Both are by members and outputs. The whole of it is not kept: it is as large as what the network
+    returns.
     """
 
     batches: Batches
     places: Sequence[Place]
-    count: int
-    outputs: list[list[Tensor]]
+    outputs: dict[int, list[list[Tensor]]]  #: by the number of the patch
+    digests: list[list[str]]
 
     def steady(self) -> bool:
         """Whether a patch's bits are the same wherever in a batch it is, whatever is beside it.
@@ -93,15 +106,25 @@ class Probe:
         and what depends on the other patches in it, the largest value among them, say.
         """
         return all(
-            same_bits(once[k : k + 1], again)
-            for k in sorted({0, self.count // 2})
-            for outputs, repeated in zip(self.outputs, self._filled_with(k), strict=True)
+            same_bits(once, again)
+            for k, members in self.outputs.items()
+            for outputs, repeated in zip(members, self._filled_with(k), strict=True)
             for once, again in zip(outputs, repeated, strict=True)
         )
 
     def _filled_with(self, k: int) -> list[list[Tensor]]:
         members, _ = self.batches.predict([self.places[k]] * len(self.places))
         return [member.outputs for member in members]
+
+
+def _two_of(count: int) -> list[int]:
+    """The numbers of the patches that a probe keeps."""
+    return sorted({0, count // 2})
+
+
+def held_by_probe(size: int) -> int:
+    """Predictions that are in memory at once while a batch of ``size`` is tried."""
+    return size + len(_two_of(size))
 
 
 def apart(count: int, size: int) -> list[int]:

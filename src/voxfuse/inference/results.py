@@ -127,10 +127,11 @@ class Form:
 
     def labels(self, probabilities: NDArray[np.float32]) -> NDArray[Any]:
         """(\\*spatial) of probabilities (C, \\*spatial)."""
-        if self.background:
-            found: NDArray[Any] = probabilities.argmax(0).astype(self.dtype)
-            return found
         labels = np.zeros(probabilities.shape[1:], self.dtype)
+        if self.background:
+            for k in range(len(labels)):  # as argmax copies what it is given
+                labels[k] = probabilities[:, k].argmax(0)
+            return labels
         for value, channel in zip(self.regions or (1,), probabilities, strict=True):
             labels[channel > self.threshold] = value
         return labels

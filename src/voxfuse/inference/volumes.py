@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from voxfuse._files import make_folder
+from voxfuse.fusion.batches import held_by_probe
 from voxfuse.inference.models import Network, is_network
 from voxfuse.inference.plan import bytes_of, parts_of, time_of
 from voxfuse.inference.reading import header_of
@@ -162,7 +163,7 @@ def open_volume(
         request: see :class:`voxfuse.inference.request.Request`.
         foreground: a number, above which a patch has to have a voxel to be predicted; or a volume
             of the same extent with a voxel above 0 there.
-        memory: bytes that a box may take beside the network.
+        memory: bytes that a box may take beside the network and its predictions.
         shards: how many processes the plan reckons with.
 
     Raises:
@@ -211,6 +212,9 @@ def open_volume(
     )
     mask = classes == 1 and not form.decides
     decided = {"labels": form.said()} if form.decides else {}
+    returned = classes if network.head is None else network.head[0].shape[1]
+    members = MEMBERS[prediction.orientations]
+    predictions = 4 * returned * math.prod(patch) * members * held_by_probe(batch)
     skipping, skip = None, None
     if foreground is not None:
         skipping, skip = _background(foreground, source, patch, spatial)
@@ -224,7 +228,7 @@ def open_volume(
             batch,
             models={"network": network.digest, **decided},
             normalisation="zscore" if request.normalize == "zscore" else None,
-            memory=memory,
+            memory=memory + predictions,
             shards=shards,
             output="probabilities" if form.decides else "mask" if mask else "labels",
             activation=activation,
@@ -245,7 +249,7 @@ def open_volume(
         skip,
         skipping,
         batch,
-        MEMBERS[prediction.orientations],
+        members,
         first,
         lambda: probed(network, patches)[1],
         request.output,
@@ -308,7 +312,8 @@ def _finite(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def predicted(patches: torch.Tensor) -> torch.Tensor:
         result = network(patches)
-        if not bool(torch.isfinite(result).all()):
+        # Of two numbers, as isfinite() makes copies.
+        if not bool(torch.isfinite(torch.stack(result.aminmax())).all()):
             raise RuntimeError("the network's predictions are not finite")
         return result
 

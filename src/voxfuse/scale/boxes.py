@@ -27,8 +27,8 @@ class Plan:
     """The boxes of a volume, and what they cost; ``print`` it.
 
     ``patches`` are those that are predicted in each box, ``whole`` those of the volume, ``memory``
-    the bytes of the largest box (sums, weights, finished slices, source and one batch; not the
-    network's own), ``written`` the bytes of the result.
+    the bytes of the largest box (sums, weights, finished slices, source, and a batch with what all
+    members predict of it; not the network's own), ``written`` the bytes of the result.
     """
 
     boxes: tuple[Box, ...]

@@ -383,7 +383,8 @@ def _extents(argument: str, given: int | Sequence[int], shape: Sequence[int]) ->
 
 def _in_255ths(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
     """Probabilities as uint8."""
-    return np.rint(as_probabilities(values, what) * np.float32(255)).astype(np.uint8)
+    scaled = as_probabilities(values, what) * np.float32(255)
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 def _named(place: Slices) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from voxfuse import _backends, _library
 from voxfuse.fusion.arrays import Assignable, Part, Sliceable, flush, torch_dtype, unit_of
-from voxfuse.fusion.batches import Batches, Probe, apart, warn_of
+from voxfuse.fusion.batches import Batches, Probe, apart, held_by_probe, warn_of
 from voxfuse.fusion.grids import Grid
 from voxfuse.fusion.network import Predictor
 from voxfuse.fusion.padded_volume import PaddedVolume
@@ -83,7 +83,8 @@ class Job:
         normalisation: None; "zscore", which brings each channel to mean 0 and standard deviation 1
             over the whole volume (read once, when the job is prepared); or (means, deviations).
         box: extents of a box, rounded up to whole units. None: what ``memory`` allows.
-        memory: bytes that a box may take beside the network, where ``box`` is not given.
+        memory: bytes that a box, with the predictions of a batch, may take beside the network,
+            where ``box`` is not given.
         shards: how many processes the plan reckons with.
         stream_axis, options: of :func:`voxfuse.sliding_window_inference`, but ``out``, ``region``,
             ``pad_batches``, ``process_fn``, ``resample_to``, ``skip`` and ``skip_origin`` (these
@@ -205,7 +206,7 @@ class Job:
         self._lifted.settle(None)
         kept = self._kept(skip, skip_origin)
         size, probe = self._size, self._probe(self._size, kept)
-        channels = self._channels(probe.outputs[0])
+        channels = self._channels(probe.outputs[0][0])
         steady = self._is_steady(probe)
         if not steady and size > 1:
             warn_of(size, 2)
@@ -259,6 +260,22 @@ class Job:
         """
         if not isinstance(shard, Sequence) or len(shard) != 2:
             raise ValueError(f"shard: got {shard!r}, expected (i, n) with 0 <= i < n")
+        run = self.begun(folder)
+        boxes, done = run.plan.shard(*shard), 0
+        for number, index in enumerate(boxes, 1):
+            if not (resume and run.is_done(index)):
+                run.predict(index)
+                done += 1
+            if progress is not None:
+                progress(number, len(boxes))
+        return done
+
+    def begun(self, folder: Any) -> Run:
+        """What :meth:`run` does before its first box, for boxes that are given one by one.
+
+        Raises:
+            ManifestError: as :meth:`run`.
+        """
         place = Folder(folder)
         manifest, plan, kept = self._opened(place)
         size = manifest["batch"]["size"]
@@ -270,15 +287,7 @@ class Job:
                 f"{place.path}: the predictor gives a patch other bits at another place of a batch "
                 f"of {size}, or beside other patches, which it did not where the job was prepared"
             )
-        seal, boxes, done = digest(manifest), plan.shard(*shard), 0
-        for number, index in enumerate(boxes, 1):
-            box = plan.boxes[index]
-            if not (resume and self._is_done(place, index, box, seal)):
-                place.mark(index, box, seal, self._predict(box, kept, size))
-                done += 1
-            if progress is not None:
-                progress(number, len(boxes))
-        return done
+        return Run(self, place, plan, kept, size, digest(manifest))
 
     def remaining(self, folder: Any) -> list[int]:
         """The numbers of the boxes that are not done, or of which the result has nothing."""
@@ -401,7 +410,7 @@ class Job:
         ]
         _start(self._source, None)
         with torch.no_grad():
-            return self._batches(size).probe(places)
+            return self._batches(size).probe(places, digest_of)
 
     def _is_steady(self, probe: Probe) -> bool:
         """Whether bits depend on nothing but a patch; tried once for each network's bits."""
@@ -438,7 +447,8 @@ class Job:
         itemsize = 4 if accumulate is None else accumulate.itemsize
         result = _bytes_of(self._out) // math.prod(volume.spatial)
         image = self._volume.source.shape[1] * self._lifted.itemsize
-        batch = self._size * math.prod(volume.roi) * (2 * image + 4 * channels)
+        predicted = 4 * channels * self._network.members * held_by_probe(self._size)
+        batch = math.prod(volume.roi) * (2 * image * self._size + predicted)
 
         # Weights with a floor need sums along all of the last axis.
         wide = bool(self._weights.floor) and kept is None and axis != len(unit) - 1
@@ -468,6 +478,28 @@ class Job:
             kept=kept,
             uncut=(len(unit) - 1,) if wide else (),
         )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Boxes of a job, by their numbers in ``plan``; made by :meth:`Job.begun`."""
+
+    job: Job
+    place: Folder
+    plan: Plan
+    kept: NDArray[np.bool_] | None
+    size: int  #: of batches
+    seal: str  #: digest of the manifest
+
+    def is_done(self, index: int) -> bool:
+        """Whether a box has a marker, and the result still what was written then."""
+        return self.job._is_done(self.place, index, self.plan.boxes[index], self.seal)
+
+    def predict(self, index: int) -> None:
+        """Do a box, and mark it when it is on the disk."""
+        box = self.plan.boxes[index]
+        sample = self.job._predict(box, self.kept, self.size)
+        self.place.mark(index, box, self.seal, sample)
 
 
 def _axes(roi_size: int | Sequence[int], source: tuple[int, ...], out: tuple[int, ...]) -> int:
@@ -526,7 +558,7 @@ def _refuse_training(predictor: Predictor | Sequence[Predictor]) -> None:
 
 
 def _digest_of(probe: Probe) -> str:
-    return digest([digest_of(outputs[0]) for outputs in probe.outputs])
+    return digest([of_outputs[0] for of_outputs in probe.digests])
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def digest_of(array: Any) -> str:
         values = np.ascontiguousarray(array)
         kind = str(values.dtype)
     described = hashlib.sha256(f"{kind} {tuple(array.shape)} ".encode())
-    described.update(values.tobytes())
+    described.update(values.reshape(-1).view(np.uint8).data)
     return described.hexdigest()
 
 
