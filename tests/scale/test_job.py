@@ -373,6 +373,29 @@ def test_a_function_that_has_changed_in_the_same_process_is_noticed(tmp_path):
         each.run(tmp_path)
 
 
+def test_boxes_that_are_given_one_by_one_cost_no_batch_each(tmp_path):
+    calls = []
+
+    def counted(patches):
+        calls.append(len(patches))
+        return torch.cat([patches, 9 - patches], 1)
+
+    each, whole = small(predictor=counted), small(predictor=counted)
+    plan = each.prepare(tmp_path / "boxes", skipping="none")
+    run = each.begun(tmp_path / "boxes")
+    calls.clear()
+    for index in reversed(range(len(plan))):
+        assert not run.is_done(index)
+        run.predict(index)
+        assert run.is_done(index)
+    assert len(plan) > 1
+    assert len(calls) == sum(-(-patches // calls[0]) for patches in plan.patches)
+    whole.prepare(tmp_path / "whole")
+    whole.run(tmp_path / "whole")
+    assert each._out.any()
+    assert np.array_equal(each._out, whole._out)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -24,8 +24,8 @@ import torch
 
 from voxfuse.inference.request import Request
 from voxfuse.inference.volumes import Cost, VolumeJob, open_volume, settle
-from voxfuse.scale import Plan
 from voxfuse.scale._optional import require
+from voxfuse.scale.job import Run
 
 distributed: Any = require("distributed", "--workers, --scheduler", '"voxfuse[cluster]"')
 
@@ -80,6 +80,11 @@ class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
         """The prepared job."""
         return open_volume(self.request)
 
+    @cached_property
+    def run(self) -> Run:
+        """Its boxes: the manifest is read and the network tried once, not for each."""
+        return self.volume.job.begun(self.volume.folder)
+
 
 def _plugin(name: str) -> Prepared:
     return distributed.get_worker().plugins[name]  # type: ignore[no-any-return]
@@ -100,19 +105,19 @@ def _settle(name: str, least: int, **options: Any) -> Cost:
     return cost
 
 
-def _look(name: str) -> tuple[Plan, list[int]]:
-    """On a worker: the boxes, and those that are not done."""
+def _look(name: str) -> list[int]:
+    """On a worker: the boxes that are not done."""
     plugin = _plugin(name)
     with plugin.alone():
-        job, folder = plugin.volume.job, plugin.volume.folder
-        return job.plan(folder), job.remaining(folder)
+        return plugin.volume.job.remaining(plugin.volume.folder)
 
 
-def _predict(name: str, shard: tuple[int, int]) -> None:
-    """On a worker: what is not done of a shard."""
+def _predict(name: str, index: int) -> None:
+    """On a worker: a box, if it is not done."""
     plugin = _plugin(name)
     with plugin.alone():
-        plugin.volume.job.run(plugin.volume.folder, shard)
+        if not plugin.run.is_done(index):
+            plugin.run.predict(index)
 
 
 class Cluster:
@@ -180,19 +185,15 @@ class Cluster:
             RuntimeError: more workers died with a box than the scheduler allows.
             Exception: what a box raised.
         """
-        plan, missing = self._one(_look)
-        count, done = len(plan), 0
-        futures = {}
-        for k in range(count):
-            boxes = set(missing).intersection(plan.shard(k, count))
-            if boxes:
-                futures[self._client.submit(_predict, self._name, (k, count), pure=False)] = len(
-                    boxes
-                )
+        missing = self._one(_look)
+        futures = {
+            self._client.submit(_predict, self._name, index, pure=False) for index in missing
+        }
         try:
-            for future in distributed.as_completed(list(futures), loop=self._client.loop):
+            ended = distributed.as_completed(list(futures), loop=self._client.loop)
+            for done, future in enumerate(ended, 1):
                 _result(future)
-                done += futures.pop(future)
+                futures.remove(future)
                 future.release()  # else it is done again where its worker dies later
                 progress(done, len(missing))
         finally:
