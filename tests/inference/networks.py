@@ -104,21 +104,31 @@ def interrupted() -> nn.Module:
 
 
 class Failing(nn.Module):
-    """Raises what is known in this file alone, for all but zeros."""
+    """Raises an error for all but zeros."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
     def forward(self, patches: Tensor) -> Tensor:
         if patches.any():
-            raise NoSuchLayer("deep", 3)
+            raise self.error
         return patches - 0.5
 
 
-class NoSuchLayer(LookupError):
+class NoSuchLayer(ValueError):
+    """Is known in this file alone."""
+
     def __init__(self, name: str, number: int) -> None:  # pickles have no number
         super().__init__(name)
 
 
 def failing() -> nn.Module:
-    return Failing()
+    return Failing(NoSuchLayer("deep", 3))
+
+
+def lacking() -> nn.Module:
+    return Failing(KeyError("deep"))
 
 
 def not_finite() -> nn.Module:

@@ -119,10 +119,11 @@ def test_what_workers_raise_is_the_commands_error(
     given = ["--patch", 16, "--scheduler", dask_cluster.scheduler_address, "--foreground"]
     assert predict("slow", path, tmp_path / "out.zarr", *given, path.name, "--prepare", 2) == 0
     assert "2 shards of" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "voxfuse_model_networks")
     assert predict("failing", path, tmp_path / "raised.zarr", *given, "0") == 1
-    assert capsys.readouterr().err == "voxfuse predict: the network raised NoSuchLayer: deep\n"
-    assert predict("failing", path, tmp_path / "here.zarr", "--patch", 16) == 1
-    assert capsys.readouterr().err == "voxfuse predict: the network raised NoSuchLayer: deep\n"
+    assert capsys.readouterr().err == "voxfuse predict: NoSuchLayer: deep\n"
+    assert predict("lacking", path, tmp_path / "here.zarr", "--patch", 16) == 1
+    assert capsys.readouterr().err == "voxfuse predict: the network raised KeyError: 'deep'\n"
 
 
 def test_a_cluster_that_adapts_starts_a_worker(volume, dask_cluster, tmp_path, capsys, monkeypatch):

@@ -57,23 +57,11 @@ class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One thing after the other, also on a worker of several threads.
-
-        Raises:
-            Exception: of a type that is known wherever this package is, not of a model's code.
-        """
+        """One thing after the other, also on a worker of several threads."""
         with self.lock:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            try:
-                yield
-            except (Exception, SystemExit) as error:
-                kind = type(error)
-                ours = kind.__module__.partition(".")[0] in ("builtins", "voxfuse")
-                if ours and isinstance(error, _SHOWN):
-                    error.__cause__ = None
-                    raise
-                raise RuntimeError(f"{kind.__name__}: {error}".rstrip(": ")) from None
+            yield
 
     @cached_property
     def volume(self) -> VolumeJob:
@@ -86,38 +74,48 @@ class Prepared(distributed.WorkerPlugin):  # type: ignore[misc]
         return self.volume.job.begun(self.volume.folder)
 
 
-def _plugin(name: str) -> Prepared:
-    return distributed.get_worker().plugins[name]  # type: ignore[no-any-return]
+def _do(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """On a worker: what one of the functions below does.
+
+    Raises:
+        Exception: of a type that is known wherever this package is, not of a model's code.
+    """
+    plugin: Prepared = distributed.get_worker().plugins[name]
+    try:
+        with plugin.alone():
+            return function(plugin, *arguments, **options)
+    except (Exception, SystemExit) as error:
+        shown = _shown(error)
+    raise shown  # here, where it has no context, which would be pickled with it
 
 
-def _begin(name: str) -> None:
-    """On a worker: nothing yet."""
-    _plugin(name)
+def _shown(error: BaseException) -> BaseException:
+    kind = type(error)
+    if isinstance(error, _SHOWN) and kind.__module__.partition(".")[0] in ("builtins", "voxfuse"):
+        error.__cause__ = error.__context__ = None
+        return error
+    return RuntimeError(f"{kind.__name__}: {error}".rstrip(": "))
 
 
-def _settle(name: str, least: int, **options: Any) -> Cost:
-    """On a worker: prepare the job."""
-    plugin = _plugin(name)
-    with plugin.alone():
-        plugin.volume, cost = settle(
-            plugin.request, lambda cost: cost.check_worker(least), **options
-        )
+def _begin(plugin: Prepared) -> None:
+    """Nothing yet."""
+
+
+def _settle(plugin: Prepared, least: int, **options: Any) -> Cost:
+    """Prepare the job."""
+    plugin.volume, cost = settle(plugin.request, lambda cost: cost.check_worker(least), **options)
     return cost
 
 
-def _look(name: str) -> list[int]:
-    """On a worker: the boxes that are not done."""
-    plugin = _plugin(name)
-    with plugin.alone():
-        return plugin.volume.job.remaining(plugin.volume.folder)
+def _look(plugin: Prepared) -> list[int]:
+    """The boxes that are not done."""
+    return plugin.volume.job.remaining(plugin.volume.folder)
 
 
-def _predict(name: str, index: int) -> None:
-    """On a worker: a box, if it is not done."""
-    plugin = _plugin(name)
-    with plugin.alone():
-        if not plugin.run.is_done(index):
-            plugin.run.predict(index)
+def _predict(plugin: Prepared, index: int) -> None:
+    """A box, if it is not done."""
+    if not plugin.run.is_done(index):
+        plugin.run.predict(index)
 
 
 class Cluster:
@@ -186,9 +184,7 @@ class Cluster:
             Exception: what a box raised.
         """
         missing = self._one(_look)
-        futures = {
-            self._client.submit(_predict, self._name, index, pure=False) for index in missing
-        }
+        futures = {self._submit(_predict, index) for index in missing}
         try:
             ended = distributed.as_completed(list(futures), loop=self._client.loop)
             for done, future in enumerate(ended, 1):
@@ -204,7 +200,10 @@ class Cluster:
         return self._client.scheduler_info(n_workers=-1)["workers"].values()  # type: ignore[no-any-return]
 
     def _one(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return _result(self._client.submit(function, self._name, *arguments, pure=False, **options))
+        return _result(self._submit(function, *arguments, **options))
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self._client.submit(_do, self._name, function, *arguments, pure=False, **options)
 
 
 def _result(future: Any) -> Any:
