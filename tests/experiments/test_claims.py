@@ -89,7 +89,14 @@ def test_verdicts_on_losses():
     assert set(verdicts(few).values()) == {WAITING}
     assert few[0].measured == "4 of 5 seeds so far"
     assert set(verdicts(claims.of_losses([])).values()) == {WAITING}
-    assert claims.of_losses(rows)[0].advice.startswith("Tune the threshold")
+    lines = claims.of_losses(rows)
+    assert lines[0].advice.startswith("Tune the threshold")
+    assert "hardly worth" not in lines[0].advice + lines[1].advice
+    tiny = table(lambda task, loss, way, score: -0.005 * (loss == "cross-entropy"))
+    line = claims.of_losses(tiny)[0]
+    assert line.verdict == SHOWN
+    assert line.advice.endswith("a gain of less than 0.01 is hardly worth a change.")
+    assert not any("hardly" in line.advice for line in claims.of_losses(table(opposite)))
     assert few[0].advice == "Nothing yet."
 
 

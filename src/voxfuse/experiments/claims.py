@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Line:
     measured: str
     verdict: str
     tuned: FewPatients | None = None  #: the primary endpoint, of few patients
+    small: bool = False  #: whether what was found is a difference that nobody would act on
 
     @property
     def advice(self) -> str:
@@ -66,7 +67,9 @@ class Line:
         if self.tuned and self.tuned.positive in (0, self.tuned.patients):
             few += f", though all are {'above' if self.tuned.positive else 'below'} 0"
         otherwise = {FEW: f"{few}.", WAITING: "Nothing yet."}
-        return self.statement.advice.get(self.verdict) or otherwise[self.verdict]
+        advice = self.statement.advice.get(self.verdict) or otherwise[self.verdict]
+        less = f" But a gain of less than {MARGIN} is hardly worth a change."
+        return advice + less * self.small
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Evidence:
     text: str
     p: float
     holds: bool = True  #: the effect has the claim's direction
+    small: bool = False  #: the interval lies inside +- :data:`MARGIN`
 
 
 def _statement(name: str, text: str, source: str, experiment: str, *advice: str) -> Statement:
@@ -215,7 +219,8 @@ def _missing(scores: Scores, losses: Sequence[str], experiment: str) -> str:
 
 def _difference(scores: Scores, loss: str, other: str, way: str, score: str) -> Evidence:
     interval = crossed_bootstrap(scores.difference(loss, other, way, score))
-    return Evidence(f"{score} {interval}", interval.p, interval.mean > 0)
+    small = interval.low > -MARGIN and interval.high < MARGIN
+    return Evidence(f"{score} {interval}", interval.p, interval.mean > 0, small)
 
 
 def _trend(scores: Scores, way: str) -> Evidence:
@@ -232,7 +237,7 @@ def _best_beta(scores: Scores, validation: Scores, way: str) -> Evidence:
     if best == "dice":
         return Evidence("best at one half", 1.0, False)
     found = _difference(scores, best, "dice", way, "f2")
-    return Evidence(f"{best}: {found.text}", found.p, found.holds)
+    return replace(found, text=f"{best}: {found.text}")
 
 
 def _alike(scores: Scores, way: str) -> Evidence:
@@ -291,7 +296,9 @@ def of_losses(rows: Rows) -> list[Line]:
         name = statement.name
         if name in verdicts:
             measured = f"tuned: {tuned[name].text}; at 0.5: {half[name].text}"
-            lines.append(Line(statement, measured, verdicts[name]))
+            found = {SHOWN: tuned, ONLY: half}.get(verdicts[name], {})
+            small = name in found and found[name].small
+            lines.append(Line(statement, measured, verdicts[name], small=small))
         else:
             lines.append(Line(statement, str(endpoints[name]), WAITING))
     return lines

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from voxfuse.experiments.experiment import Finished
 from voxfuse.experiments.scores import CHOICES, SCORES
 from voxfuse.experiments.statistics import Interval, crossed_bootstrap
-from voxfuse.experiments.trained import BETAS
+from voxfuse.experiments.trained import BETAS, LOSSES
 from voxfuse.metrics.report.charts import HEIGHT, LEFT, PALETTE, WIDTH, Series, xy_chart
 
 Floats = NDArray[np.float64]
@@ -61,7 +61,8 @@ class Scores:
             way: {cell: np.mean(values, 0) for cell, values in of.items()}
             for way, of in found.items()
         }
-        self.losses = list(dict.fromkeys(loss for loss, _ in self.found))
+        there = {loss for loss, _ in self.found}
+        self.losses = [loss for loss in LOSSES if loss in there]  # as declared, not as done
 
     def seeds(self, *losses: str) -> list[int]:
         """Seeds that all of these losses have, with every fold of theirs."""
