@@ -470,6 +470,14 @@ def figures() -> Iterator[tuple[str, str, str]]:
         f"{_range((r['times']['whole'] for r in runs), '.2f')} times",
     ):
         yield page, "cluster", words
+    night = load("night")
+    yield page, "night", f"of {night['studies']} studies of about {night['edge']}^3 voxels"
+    yield page, "night", f"{100 * night['share']:.0f} % of the time was the network's"
+    runs = load("volumes")["runs"]
+    peaks = "{}, {} and {}".format(*(f"{run['peak_bytes'] / 2**20:,.0f}" for run in runs))
+    beside = (f"{100 * run['share_beside_network_and_reading']:.1f}" for run in runs)
+    yield "docs/volumes.md", "volumes", f"the peak above the model is {peaks} MiB"
+    yield "docs/volumes.md", "volumes", "take {}, {} and {} % of the time".format(*beside)
     page = "docs/training.md"
     yield page, "training", f"the log take {load('training')['share']:.1%}".replace("%", " %")
 
