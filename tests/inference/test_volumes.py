@@ -72,7 +72,7 @@ def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path
         expected = np.array([0, 5, 3])[truth.astype(int)]
         probabilities = 1 / (1 + np.exp(-np.stack([8 * truth - 4, 8 * truth - 12])))
     assert predict(name, path, out, *options, "--prepare", 2) == 0
-    assert "203 KiB to write" in capsys.readouterr().out  # three bytes a voxel
+    assert "208 kB to write" in capsys.readouterr().out  # three bytes a voxel
     for k in (1, 0, 0):
         assert predict(name, path, out, *options, "--shard", f"{k}/2", "--quiet") == 0
     assert np.array_equal(result(out), expected)

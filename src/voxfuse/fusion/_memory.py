@@ -78,9 +78,15 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def readable_bytes(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+    """Bytes for people, in powers of 1000.
+
+    Example:
+        >>> from voxfuse.fusion._memory import readable_bytes
+        >>> readable_bytes(64e9), readable_bytes(999_499), readable_bytes(999_700)
+        ('64 GB', '999 kB', '1 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:  # three digits would round to 1e+03
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

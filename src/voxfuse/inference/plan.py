@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxfuse import PatchFuser
+from voxfuse.fusion._memory import readable_bytes
 from voxfuse.inference.night import said
 from voxfuse.inference.reading import Header, header_of
 from voxfuse.inference.request import Job, Probe
@@ -59,8 +60,9 @@ class Plan:
             f"studies  {len(job.studies)}"
             + (f", {len(self.unreadable)} of which cannot be read" if self.unreadable else ""),
             f"patches  {patches} of {size}, in {self.calls} calls of {segmenter.batch}{times}",
-            f"memory   {bytes_of(self.peak)} of {bytes_of(limit)}: {parts_of(self.memory)}",
-            f"output   {bytes_of(self.output)} before compression",
+            f"memory   {readable_bytes(self.peak)} of {readable_bytes(limit)}: "
+            f"{parts_of(self.memory)}",
+            f"output   {readable_bytes(self.output)} before compression",
             f"time     {time_of(self.calls, self.seconds_a_call)}",
         ]
         shown += [f"         {study.name}: {why}" for study, why in self.unreadable]
@@ -76,7 +78,7 @@ class Plan:
             return
         largest = max(self.extents, key=lambda extent: math.prod(extent.shape) + extent.own)
         raise MemoryError(
-            f"--memory-limit: {bytes_of(self.peak)} would not fit {bytes_of(limit)} "
+            f"--memory-limit: {readable_bytes(self.peak)} would not fit {readable_bytes(limit)} "
             f"({parts_of(self.memory)}; the largest study is {largest.study.name}); "
             f"{self._advice(job, largest)}"
         )
@@ -240,15 +242,6 @@ def memory_of_machine(root: Path = Path("/")) -> int:
     return min(limits, default=1 << 62)
 
 
-def bytes_of(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.3g} TB"
-
-
 def duration(seconds: float) -> str:
     """A time for people."""
     for size, unit in ((3600, "h"), (60, "min")):
@@ -267,4 +260,4 @@ def time_of(calls: float, seconds_a_call: float) -> str:
 
 def parts_of(memory: Mapping[str, int]) -> str:
     """Memory by part, as plans say it."""
-    return ", ".join(f"{name} {bytes_of(count)}" for name, count in memory.items())
+    return ", ".join(f"{name} {readable_bytes(count)}" for name, count in memory.items())

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from voxfuse._files import make_folder
+from voxfuse.fusion._memory import readable_bytes
 from voxfuse.fusion.batches import held_by_probe
 from voxfuse.inference.models import Network, is_network
-from voxfuse.inference.plan import bytes_of, parts_of, time_of
+from voxfuse.inference.plan import parts_of, time_of
 from voxfuse.inference.reading import header_of
 from voxfuse.inference.request import (
     Probe,
@@ -51,7 +52,7 @@ class Cost:
 
     def lines(self, limit: int, workers: int = 1) -> list[str]:
         """For people."""
-        taken = f"{bytes_of(sum(self.memory.values()))} of {bytes_of(limit)}"
+        taken = f"{readable_bytes(sum(self.memory.values()))} of {readable_bytes(limit)}"
         each = f", for each of {workers} processes" if workers > 1 else ""
         alone = f", with a core for each of {workers} processes" if workers > 1 else ""
         return [
@@ -74,8 +75,8 @@ class Cost:
             several = "" if workers is None else f"{workers} workers of "
             fewer = "" if workers is None else "take fewer --workers, or "
             raise MemoryError(
-                f"--memory-limit: {bytes_of(whole)} would not fit {bytes_of(limit)} ({several}"
-                f"{parts_of(self.memory)}); {fewer}{_SMALLER}"
+                f"--memory-limit: {readable_bytes(whole)} would not fit {readable_bytes(limit)} "
+                f"({several}{parts_of(self.memory)}); {fewer}{_SMALLER}"
             )
 
     def check_worker(self, limit: int) -> None:
@@ -87,8 +88,9 @@ class Cost:
         each = sum(self.memory.values())
         if each > limit:
             raise MemoryError(
-                f"--scheduler: {bytes_of(each)} ({parts_of(self.memory)}) would not fit a worker, "
-                f"which has {bytes_of(limit)}; {_SMALLER}, or workers with more memory"
+                f"--scheduler: {readable_bytes(each)} ({parts_of(self.memory)}) would not fit "
+                f"a worker, which has {readable_bytes(limit)}; {_SMALLER}, "
+                "or workers with more memory"
             )
 
 
