@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxfuse import resample_argmax, sliding_window_inference
+from voxfuse import resample_argmax
 from voxfuse.fusion.grids import plan_grid
 from voxfuse.inference.models import Network, digest_of_file
 from voxfuse.inference.reading import read_scan
 from voxfuse.scale.manifest import digest_of
 from voxfuse.training.config import DataOptions, PredictionOptions
 from voxfuse.training.dataset import Subject
-from voxfuse.training.predict import MODEL, Model
+from voxfuse.training.predict import MODEL, Model, fuse_in_mask
 from voxfuse.training.volumes import Volume, load_volume, on_own_grid, turn_back
 
 Array = NDArray[Any]
@@ -258,14 +258,10 @@ class NetworkSegmenter:
     ) -> Tensor:
         """(C or 1, \\*spatial) on the network's grid, or decided at ``shape``."""
         options, wanted = self.options, self.options.prediction
-        masked = not volume.mask.all()
-        image = volume.image
-        if masked:  # the mask travels as one channel more, so that it is cut as the image is
-            image = np.concatenate([image, volume.mask[None]], dtype=np.float32)
 
         def predicted(patches: Tensor) -> Tensor:
             with watch.call():
-                result = self.network(patches[:, :-1] if masked else patches)
+                result = self.network(patches)
                 if not bool(torch.isfinite(result).all()):  # waits for a GPU too
                     raise RuntimeError("the network's predictions are not finite")
                 if self._bounded:  # logits are not, by the first call
@@ -279,26 +275,21 @@ class NetworkSegmenter:
         if activation == "none" and output != "labels":
             activation = "identity"
         device = self.network.device
-        fused: Tensor = sliding_window_inference(
-            torch.from_numpy(image)[None],
-            options.patch,
-            wanted.batch,
+        fused = fuse_in_mask(
             predicted,
-            overlap=wanted.overlap,
-            window=wanted.window,
-            grid=wanted.grid,
-            tta=None if wanted.orientations == "none" else wanted.orientations,
+            volume,
+            options.patch,
+            wanted,
             output=output,
             activation=activation,
             head=self.network.head,
             threshold=wanted.threshold if output in ("mask", "regions") else None,
             regions=options.regions if output == "regions" else None,
             resample_to=shape if shape is not None and shape != volume.mask.shape else None,
-            skip=(lambda patches: not bool(patches[:, -1].any())) if masked else None,
             sw_device=device,
             device=device,
         )
-        return fused[0].cpu()
+        return fused.cpu()
 
     def _decided(self, probabilities: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Labels of fused probabilities at ``shape``, as the fusion itself decides."""

@@ -50,6 +50,46 @@ def first_output(outputs: Any) -> Tensor:
     return outputs
 
 
+def fuse_in_mask(
+    predict: Callable[[Tensor], Tensor],
+    volume: Volume,
+    patch: tuple[int, ...],
+    options: PredictionOptions,
+    **fusion: Any,
+) -> Tensor:
+    """(C or 1, \\*spatial): fused predictions of the patches that have a voxel of the mask.
+
+    Args:
+        predict: takes (B, channels of the image, \\*patch).
+        volume: see :func:`voxfuse.training.volumes.load_volume`.
+        patch: extent of a patch.
+        options: the section ``[prediction]``.
+        fusion: further arguments of :func:`voxfuse.sliding_window_inference`.
+    """
+    image, skip = volume.image, None
+    channels = len(image)
+    if not volume.mask.all():
+        # The mask travels as one channel more, so that it is cut and padded as the image is.
+        image = np.concatenate([image, volume.mask[None]], dtype=np.float32)
+
+        def skip(patches: Tensor) -> bool:
+            return not bool(patches[:, channels:].any())
+
+    fused: Tensor = sliding_window_inference(
+        torch.from_numpy(image)[None],
+        patch,
+        options.batch,
+        lambda patches: predict(patches[:, :channels]),
+        overlap=options.overlap,
+        window=options.window,
+        grid=options.grid,
+        tta=None if options.orientations == "none" else options.orientations,
+        skip=skip,
+        **fusion,
+    )
+    return fused[0]
+
+
 def foreground_probabilities(
     network: nn.Module,
     volume: Volume,
@@ -75,27 +115,15 @@ def foreground_probabilities(
         RuntimeError: a probability is not finite.
     """
     device = next(network.parameters()).device
-    # The mask travels as one channel more, so that it is cut and padded as the image is.
-    inputs = np.concatenate([volume.image, volume.mask[None]], dtype=np.float32)
 
     def predicted(patches: Tensor) -> Tensor:
-        images = patches[:, :-1].to(device, memory_format=torch.channels_last_3d)
+        images = patches.to(device, memory_format=torch.channels_last_3d)
         return first_output(network(images)).float().to(patches.device)
 
-    fused: Tensor = sliding_window_inference(
-        torch.from_numpy(inputs)[None],
-        patch,
-        options.batch,
-        predicted,
-        overlap=options.overlap,
-        window=options.window,
-        grid=options.grid,
-        tta=None if options.orientations == "none" else options.orientations,
-        output="probabilities",
-        activation=activation,
-        skip=lambda patches: not bool(patches[:, -1].any()),
+    fused = fuse_in_mask(
+        predicted, volume, patch, options, output="probabilities", activation=activation
     )
-    result: NDArray[np.float32] = fused[0, 1:].numpy()
+    result: NDArray[np.float32] = fused[1:].numpy()
     if not np.isfinite(result).all():
         raise RuntimeError(f"{volume.name}: the network's probabilities are not finite")
     result[:, ~volume.mask] = 0
