@@ -65,6 +65,10 @@ def test_thresholds_are_tuned_without_the_subject():
     assert level["b", "tuned-f2"] == pytest.approx(0.2)
     # c's other scan is the same patient: between a and b, as near to 0.5, the lower one.
     assert level["c", "tuned-dice"] == level["c2", "tuned-dice"]
+    # A patient with three scans counts as one.
+    scans = [peaked(0.2)] * 3 + [peaked(0.6)]
+    assert tuned_threshold(scans, patients=["a", "a", "a", "b"]) == pytest.approx(0.6)
+    assert tuned_threshold(scans) == pytest.approx(0.2)
     with pytest.raises(ValueError, match="curves: got none"):
         leave_one_out({"c": peaked(0.2), "c2": peaked(0.3)}, patients)
     with pytest.raises(ValueError, match="different thresholds"):

@@ -41,7 +41,7 @@ OWN = ("lesjak07", "lesjak19", "lesjak26")
 TUNING = tuple(f"lesjak{k:02d}" for k in range(4, 31, 4))
 #: Of the patches' voxels, that are lesion: inverse weights of the weighted cross-entropy.
 SHARE = 0.03
-#: Thresholds tuned on the training heads with transplanted lesions.
+#: Thresholds tuned on lesions that were transplanted into the training heads.
 SEMIREAL = {"semireal-dice": "dice", "semireal-f2": "f2"}
 
 
@@ -157,7 +157,11 @@ def rows(run: Run, place: Place) -> list[Row]:
     scans = [name for name, patient in patients.items() if patient in tested]
     # Its table is of heads: a subject is no patient of its own there, and nobody is split.
     heads = _volumes(heads_at, replace(config, data=replace(config.data, groups="")), None)
-    return _scored(run, model, _volumes(place.data / "ms_lesions", config, scans), patients, heads)
+    hosts = [head.name.rsplit("-sim", 1)[0] for head in heads]
+    own = _volumes(place.data / "ms_lesions", config, hosts)
+    # The network was trained on a host's own lesions: they count neither way.
+    added = [(head, ~_lesions(host)) for head, host in zip(heads, own, strict=True)]
+    return _scored(run, model, _volumes(place.data / "ms_lesions", config, scans), patients, added)
 
 
 def _volumes(folder: Path, config: Config, names: list[str] | None) -> list[Volume]:
@@ -172,13 +176,15 @@ def _scored(
     model: Model,
     scans: list[Volume],
     patients: Mapping[str, str],
-    heads: list[Volume],
+    heads: list[tuple[Volume, NDArray[np.bool_]]],
 ) -> list[Row]:
     """Rows of the lesion voxels, and of the lesions found and missed by size."""
     probabilities = {volume.name: predicted(model, volume)[0] for volume in scans}
     truths = {volume.name: _lesions(volume) for volume in scans}
     curves = {name: curve(probabilities[name], truths[name]) for name in probabilities}
-    on_heads = [curve(predicted(model, volume)[0], _lesions(volume)) for volume in heads]
+    on_heads = [
+        curve(predicted(model, volume)[0], _lesions(volume), counted) for volume, counted in heads
+    ]
     scored = leave_one_out(curves, patients)
     for way, score in SEMIREAL.items():
         level = tuned(on_heads, score)

@@ -95,11 +95,18 @@ def curve_of_counts(counts: ScoreCounts, *, at: Sequence[float] | None = None) -
     return Curve(levels, tp, fp, fn, voxels, counts.average_precision())
 
 
-def tuned_threshold(curves: Iterable[Curve], score: str = "dice") -> float:
-    """The threshold at which the mean score of these subjects is greatest.
+def tuned_threshold(
+    curves: Iterable[Curve], score: str = "dice", patients: Sequence[str] | None = None
+) -> float:
+    """The threshold at which the mean score of these patients is greatest.
 
     Of several, the one nearest to 0.5. Give it the subjects of validation, or the other patients of
     the test; never the subject that is then judged.
+
+    Args:
+        curves: of the subjects.
+        score: of :data:`SCORES`.
+        patients: of every subject, whose subjects (scans) are averaged first; None is one each.
 
     Raises:
         ValueError: no subject, or other thresholds than the first one's.
@@ -110,7 +117,11 @@ def tuned_threshold(curves: Iterable[Curve], score: str = "dice") -> float:
     levels = curves[0].thresholds
     if any(not np.array_equal(other.thresholds, levels) for other in curves):
         raise ValueError("curves: got different thresholds, expected the same of every subject")
-    means = np.mean([found.scores(score) for found in curves], 0)
+    groups: Sequence[str | int] = range(len(curves)) if patients is None else patients
+    of_patients: dict[str | int, list[NDArray[np.float64]]] = {}
+    for patient, found in zip(groups, curves, strict=True):
+        of_patients.setdefault(patient, []).append(found.scores(score))
+    means = np.mean([np.mean(scores, 0) for scores in of_patients.values()], 0)
     best = np.flatnonzero(means == means.max())
     return float(levels[best[np.argmin(np.abs(levels[best] - 0.5))]])
 
@@ -131,7 +142,7 @@ def row(found: Curve, threshold: float) -> dict[str, Any]:
 def leave_one_out(
     curves: Mapping[str, Curve], groups: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of every subject at 0.5 and at the thresholds tuned on the other patients' subjects.
+    """Rows of every subject at 0.5 and at the thresholds tuned on the other patients.
 
     Args:
         curves: of every subject.
@@ -143,8 +154,10 @@ def leave_one_out(
     patient = {name: name if groups is None else groups[name] for name in curves}
     rows = []
     for name, found in curves.items():
-        others = [curves[other] for other in curves if patient[other] != patient[name]]
-        levels = {"0.5": 0.5, **{way: tuned_threshold(others, TUNED[way]) for way in TUNED}}
+        others = [other for other in curves if patient[other] != patient[name]]
+        known = [curves[other] for other in others], [patient[other] for other in others]
+        levels = {"0.5": 0.5}
+        levels |= {way: tuned_threshold(known[0], TUNED[way], known[1]) for way in TUNED}
         rows += [{"subject": name, "threshold": way, **row(found, levels[way])} for way in CHOICES]
     return rows
 
