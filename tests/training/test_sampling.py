@@ -211,6 +211,42 @@ def test_monais_transforms_by_name():
         steps_of(AugmentationOptions(monai=[{"name": "RandGaussianNoised", "stdd": 1}]))
 
 
+def test_no_transform_writes_into_the_volumes():
+    """Neither where a patch is the volume, nor where it is whole rows of one modality."""
+    pytest.importorskip("monai", reason="MONAI's transforms by name")
+    holes = {"prob": 1.0, "holes": 4, "spatial_size": [6, 6, 6]}
+    transforms = [
+        {"name": "RandCoarseDropoutd", **holes, "fill_value": 0},
+        {"name": "RandCoarseShuffled", **holes},
+        {"name": "RandStdShiftIntensityd", "prob": 1.0, "factors": [1, 2]},
+        {"name": "NormalizeIntensityd"},
+        {"name": "KeepLargestConnectedComponentd", "keys": ["label"]},
+        {"name": "KeepLargestConnectedComponentd", "keys": ["mask"]},
+        {"name": "FillHolesd", "keys": ["label"]},
+    ]
+    boxes = [((2, 2, 2), (5, 5, 5)), ((10, 10, 10), (2, 2, 2)), ((4, 4, 4), (1, 1, 1))]
+    for shape in ((14, 15, 13), (40, 16, 16)):
+        given = volume(shape=shape, boxes=boxes)
+        given.label[given.label == 2] = 1
+        given.label[4, 4, 4] = 0
+        given.mask[0, 0, 0] = True
+        one = Volume("a", given.image[:1].copy(), given.mask, given.label, None)
+        sampler = Sampler({"a": one}, options())
+        kept = sampler.volumes["a"]
+        before = [array.copy() for array in (kept.image, kept.label, kept.mask)]
+        changed = set()
+        for step in steps_of(AugmentationOptions("none", 0, 0, transforms)):
+            for _, patch in sampler.patches(0):
+                made = step(patch, generator(0, 0, 1))
+                pairs = zip(vars(made).items(), vars(patch).values(), strict=True)
+                changed |= {name for (name, one), two in pairs if not np.array_equal(one, two)}
+            for array, was in zip((kept.image, kept.label, kept.mask), before, strict=True):
+                np.testing.assert_array_equal(array, was)
+        assert changed == {"image", "label", "mask"}
+        with pytest.raises(ValueError, match="read-only"):
+            patch.image[:] = 0
+
+
 def test_monais_transforms_move_the_mask_and_invent_no_class():
     pytest.importorskip("monai", reason="MONAI's transforms by name")
     values = np.random.default_rng(0).standard_normal((8, 8, 8)).astype(np.float32)

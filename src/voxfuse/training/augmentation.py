@@ -135,10 +135,11 @@ class MonaiTransform:
         seed = int(random.integers(2**31))
         if hasattr(self.transform, "set_random_state"):
             self.transform.set_random_state(seed=seed)
+        # Copies: some of MONAI's write into what they are given, which is a view of the volume.
         given = {
-            "image": torch.from_numpy(np.ascontiguousarray(patch.image)),
-            "label": torch.from_numpy(np.ascontiguousarray(patch.label))[None],
-            "mask": torch.from_numpy(np.ascontiguousarray(patch.mask)).to(torch.uint8)[None],
+            "image": torch.from_numpy(patch.image.copy()),
+            "label": torch.from_numpy(patch.label.copy())[None],
+            "mask": torch.from_numpy(patch.mask.astype(np.uint8, order="C"))[None],
         }
         try:
             made = self.transform(given)

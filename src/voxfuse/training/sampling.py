@@ -170,11 +170,14 @@ class Sampler:
         return Place(name, best, most < least)
 
     def cut(self, place: Place) -> Patch:
-        """The patch at a place: views of the volume."""
+        """The patch at a place: views of the volume, that cannot be written to."""
         volume = self.volumes[place.subject]
         assert volume.label is not None
         part = tuple(slice(o, o + n) for o, n in zip(place.origin, self.patch, strict=True))
-        return Patch(volume.image[(slice(None), *part)], volume.label[part], volume.mask[part])
+        patch = Patch(volume.image[(slice(None), *part)], volume.label[part], volume.mask[part])
+        for array in (patch.image, patch.label, patch.mask):
+            array.flags.writeable = False
+        return patch
 
     def patches(self, step: int) -> Iterator[tuple[Place, Patch]]:
         """The patches of a step, and where they lie."""
