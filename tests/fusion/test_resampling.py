@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -104,6 +105,43 @@ def test_regions_need_no_other_resolution(volume):
         volume, PATCH, 3, logits, output="regions", regions=(1, 2), **options
     )
     assert torch.equal(got[:, 0], torch.where(mask[:, 1] > 0, 2, mask[:, 0]))
+
+
+@pytest.mark.parametrize("weights", [None, torch.ones(1, 2, *PATCH)])  # the latter by PyTorch
+@pytest.mark.parametrize("voting", ["soft", "logit"])
+def test_what_no_patch_covers_is_background(volume, voting, weights):
+    logits, features, head = network(2)
+    kept = torch.zeros(SHAPE)
+    kept[:, :9] = 1
+    left = {"skip_origin": lambda origin: origin[1] > 0}
+    common = {"overlap": 0, "activation": "sigmoid", "threshold": 0.3, "voting": voting}
+    for output, regions in ("mask", None), ("regions", (1, 2)):
+        run = functools.partial(
+            voxfuse.sliding_window_inference,
+            volume,
+            PATCH,
+            3,
+            output=output,
+            regions=regions,
+            roi_weight_map=weights,
+            **common,
+        )
+        whole = run(logits)
+        assert whole[..., 9:, :].any()
+        assert torch.equal(run(logits, **left), whole * kept.to(torch.uint8))
+        for target in UP, MIXED:
+            share = torch.nn.functional.interpolate(kept[None, None], target, mode="trilinear")
+            share = share[0, 0]
+            got = run(logits, resample_to=target, **left)[0]
+            assert got.any()
+            assert torch.equal(
+                got[:, share == 1], run(logits, resample_to=target)[0][:, share == 1]
+            )
+            assert not got[:, share == 0].any()
+            if voting == "logit":
+                assert not got[:, share < 0.99].any()
+        if voting == "logit" and weights is None:
+            assert not run(features, head=head, **left)[..., 9:, :].any()
 
 
 @pytest.mark.parametrize("extent", [(30,), (25, 12)])

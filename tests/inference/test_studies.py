@@ -194,6 +194,32 @@ def test_the_last_layer_apart_changes_labels_by_rounding_alone(tmp_path):
     assert np.mean(whole != apart) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("positional", []),
+        ("positional", ["--activation", "sigmoid"]),
+        ("two_regions", ["--regions", 5, 2, "--threshold", 0.2]),
+        ("above_half", ["--threshold", 0.2]),
+    ],
+)
+def test_probabilities_behind_the_last_layer_change_no_label(tmp_path, model, options):
+    truth = intensities((20, 27, 31), levels=9) * (1 if model == "positional" else 0.25)
+    scan = write(tmp_path / "scan.nii.gz", truth)
+    inside = np.zeros(truth.shape, np.uint8)
+    inside[4:10, 3:, 5:] = 1  # leaves patches out
+    write(tmp_path / "outline.nii.gz", inside)
+    options = ["--patch", 4, "--mask", "outline", "--head", "last", "--spacing", 1.5, *options]
+    assert predict(model, scan, tmp_path / "labels.nii.gz", *options) == 0
+    assert predict(model, scan, tmp_path / "both.nii.gz", *options, "--probabilities") == 0
+    labels = read(tmp_path / "labels.nii.gz")
+    assert len(np.unique(labels)) > 1
+    assert np.array_equal(read(tmp_path / "both.nii.gz"), labels)
+    probabilities = read(tmp_path / "both_probabilities.nii.gz")
+    assert 0 < probabilities[inside == 1].max() <= 1
+    assert not probabilities[inside == 0].any()
+
+
 def test_folders_are_studies_and_numbers_are_channels(tmp_path):
     truth = {name: intensities(seed=k) for k, name in enumerate("xyz")}
     for name, array in truth.items():

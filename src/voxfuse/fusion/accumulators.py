@@ -219,7 +219,7 @@ class Composed(_Accumulator):
                 bias=None if bias is None else bias.to(sums),
                 total=(~uncovered).flatten().double(),
                 threshold=options.bound,
-                fill=options.fill,
+                fill=options.finished_fill,
                 backend=options.backend,
             )
         slab.copy_(mean.reshape(slab.shape))

@@ -99,6 +99,7 @@ class PatchFuser:
             left out. It is asked once, here. The weights are then summed and divided by, whichever
             patches it leaves.
         fill: the result where no patch lies; labels and masks take integers that their dtype holds.
+            0 with ``resample_to`` and "regions".
         stream_axis: "auto" or an axis.
         out: where the result goes: a tensor on any device, a NumPy array such as a memmap, any
             other array that boxes can be assigned to (:class:`voxfuse.fusion.arrays.Assignable`: a
@@ -120,6 +121,9 @@ class PatchFuser:
         resample_to: extent of the result, where labels, a mask or regions are wanted at another
             resolution: that of :func:`voxfuse.resample_argmax` of all fused predictions (logits
             where these are averaged, and probabilities where patches are activated), bit for bit.
+            Voxels under no patch have probability 0; where a mask or regions are decided by
+            averaged logits, the logit -10000, so that the result is background wherever these have
+            a share of more than a thousandth or so.
             Slices are resampled as soon as they are final; ``out`` and its ``start`` and ``stop``
             are those of the result. With ``out`` a view of a larger array, a crop is put back and
             its axes are turned in the same pass.

@@ -26,6 +26,9 @@ OUTPUTS = {
 #: Of these, what can be decided at another resolution than the predictions'.
 RESAMPLED = ("labels", "mask", "regions")
 VOTINGS = {"soft": 0, "logit": 1}
+#: The logit of voxels under no patch, where logits are interpolated before they are activated: its
+#: sigmoid is 0, but a weight of a rounding error leaves a voxel beside them what it is.
+ABSENT_LOGIT = -1e4
 #: What ``accumulate=`` accepts beside None.
 ACCUMULATORS = (torch.float16, torch.bfloat16)
 
@@ -126,8 +129,8 @@ class FusionOptions:
             raise ValueError("finite: given without resample_to")
         if self.resamples and self.fill != 0:
             raise ValueError(
-                f"fill: got {self.fill} with resample_to or regions, expected 0, which all "
-                "channels have where no patch lies"
+                f"fill: got {self.fill} with resample_to or regions, expected 0, the background, "
+                "which voxels under no patch are"
             )
         late = self.activation == "softmax" and self.voting == "logit"
         if self.resamples and late and self.output != "labels":
@@ -181,6 +184,12 @@ class FusionOptions:
             return None, None
         late = self.activates and self.voting == "logit"
         return self.activation if late else "none", self.bound
+
+    @property
+    def finished_fill(self) -> float:
+        """What the finalisation of slices makes of voxels under no patch."""
+        late = self.resamples and self.decided_by[0] == "sigmoid"
+        return ABSENT_LOGIT if late else self.fill
 
     @property
     def activates(self) -> bool:

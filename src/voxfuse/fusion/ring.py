@@ -128,7 +128,7 @@ class Ring:
             bias=bias,
             total=total,
             threshold=options.bound,
-            fill=options.fill,
+            fill=options.finished_fill,
             clear=True,
             backend=options.backend,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from voxfuse import resample_argmax
 from voxfuse.fusion.grids import plan_grid
+from voxfuse.fusion.options import ABSENT_LOGIT
 from voxfuse.inference.models import Network, digest_of_file
 from voxfuse.inference.reading import read_scan
 from voxfuse.scale.manifest import digest_of
@@ -228,8 +229,15 @@ class NetworkSegmenter:
         options, placement = self.options, volume.placement
         fused, self._bounded = None, options.activation in ("softmax", "sigmoid")
         if options.probabilities:
-            fused = self._fused(volume, watch, "probabilities", None)
-            decided = self._decided(fused, placement.turned_shape)
+            # What is averaged decides, as without them: logits behind a head. A mask on the
+            # network's grid is one of probabilities in any case.
+            late = self.network.head is not None and options.activation in ("softmax", "sigmoid")
+            if options.regions is None and options.classes == 1:
+                late &= placement.turned_shape != volume.mask.shape
+            fused = self._fused(volume, watch, "logits" if late else "probabilities", None)
+            decided = self._decided(fused, placement.turned_shape, late)
+            if late:
+                _activate(fused, options.activation)
         elif options.regions is not None:
             decided = self._fused(volume, watch, "regions", placement.turned_shape)
         else:
@@ -271,10 +279,16 @@ class NetworkSegmenter:
                     )
             return result
 
-        activation = options.activation
+        activation, fill, out = options.activation, 0.0, None
         if activation == "none" and output != "labels":
             activation = "identity"
         device = self.network.device
+        if output == "logits":
+            activation = "none"
+            fill = ABSENT_LOGIT if self._decides_by_threshold else 0.0
+            # As where labels alone are decided, not rounded to the features' dtype.
+            whole = (1, options.classes, *volume.mask.shape)
+            out = torch.empty(whole, dtype=torch.float32, device=device)
         fused = fuse_in_mask(
             predicted,
             volume,
@@ -286,26 +300,35 @@ class NetworkSegmenter:
             threshold=wanted.threshold if output in ("mask", "regions") else None,
             regions=options.regions if output == "regions" else None,
             resample_to=shape if shape is not None and shape != volume.mask.shape else None,
+            fill=fill,
+            out=out,
             sw_device=device,
             device=device,
         )
         return fused.cpu()
 
-    def _decided(self, probabilities: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Labels of fused probabilities at ``shape``, as the fusion itself decides."""
+    @property
+    def _decides_by_threshold(self) -> bool:
+        return self.options.regions is not None or self.options.classes == 1
+
+    def _decided(self, fused: Tensor, shape: tuple[int, ...], logits: bool) -> Tensor:
+        """Labels of fused probabilities or logits at ``shape``, as the fusion itself decides."""
         options = self.options
-        threshold = options.prediction.threshold
-        if options.regions is not None:
-            return resample_argmax(
-                probabilities,
-                shape,
-                mode="regions",
-                activation="none",
-                threshold=threshold,
-                regions=options.regions,
-            )[None]
-        if options.classes == 1:
-            return resample_argmax(
-                probabilities, shape, mode="mask", activation="none", threshold=threshold
-            )
-        return resample_argmax(probabilities, shape)[None]
+        if not self._decides_by_threshold:
+            return resample_argmax(fused, shape)[None]
+        labels = resample_argmax(
+            fused,
+            shape,
+            mode="mask" if options.regions is None else "regions",
+            activation="sigmoid" if logits else "none",
+            threshold=options.prediction.threshold,
+            regions=options.regions,
+        )
+        return labels if options.regions is None else labels[None]
+
+
+def _activate(logits: Tensor, activation: str) -> None:
+    """Turn logits (C, \\*spatial) into probabilities where they are, slice by slice."""
+    for place in range(logits.shape[1]):
+        values = logits[:, place]
+        values.copy_(values.softmax(0) if activation == "softmax" else values.sigmoid())
