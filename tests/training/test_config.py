@@ -23,6 +23,11 @@ from voxfuse.training.objective import LOSSES, Objective
         ({"data": {"images": "flair"}}, "data.images: got 'flair', expected a list of strings"),
         ({"data": {"labels": {"lesion": 1}}}, "data.labels: .* expected a background of 0"),
         ({"data": {"labels": {"a": 0, "b": 0}}}, "data.labels: .* expected each value once"),
+        (
+            {"data": {"labels": {"background": 0, "ignore": 3, "enhancing": 4, "core": 1}}},
+            "data.labels: got the order background, enhancing, core, expected ascending values: "
+            "background, core, enhancing; weights",
+        ),
         ({"data": {"orientation": "RAL"}}, "data.orientation: got 'RAL'"),
         ({"data": {"clip": [99, 1]}}, "data.clip: .* the lower first"),
         ({"sampling": {"method": "lesion"}}, r"expected one of balanced, lesions, uniform; did yo"),
@@ -41,7 +46,7 @@ def test_what_is_wrong_is_named(sections, message):
 def test_what_is_written_is_read_back(tmp_path):
     config = parse(
         {
-            "data": {"labels": {"background": 0, 'a "b" c': 2}, "images": ["flair"]},
+            "data": {"labels": {"background": 0, "ignore": 9, 'a "b" c': 2}, "images": ["flair"]},
             "network": {"name": "unet", "features": [4, 8], "norm": "batch"},
             "loss": {"name": "TverskyLoss", "alpha": 0.3, "beta": 0.7, "batch": True},
             "augmentation": {"monai": [{"name": "RandGaussianNoised", "prob": 0.1}]},

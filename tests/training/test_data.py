@@ -23,7 +23,7 @@ from voxfuse.training.dataset import (
     split_dataset,
 )
 from voxfuse.training.initial import initial_config
-from voxfuse.training.predict import load_model
+from voxfuse.training.predict import decided, load_model
 from voxfuse.training.sampling import Sampler
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 
@@ -385,6 +385,26 @@ def test_voxels_that_nobody_judged_are_in_no_patch_loss_or_score(heads, tmp_path
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"labels: got 'whole': \[1, 2\], .* regions are not trai"):
         find_dataset(tmp_path, DataOptions())
+
+
+def test_classes_are_in_the_order_of_their_values_and_255_at_most(heads, tmp_path):
+    def labels_of(**labels):
+        case = {"image": ["a/f.nii.gz", "a/t1.nii.gz"], "label": "a/seg.nii.gz"}
+        return json_of(tmp_path, labels=labels, training=[case]).labels
+
+    shuffled = {"b": 4, "ignore": 3, "background": 0, "a": 1}
+    assert list(labels_of(**shuffled).items()) == [("background", 0), ("a", 1), ("b", 4)]
+    most = {f"v{k}": k for k in range(255)}
+    assert len(labels_of(**most, ignore=400)) == 255
+    with pytest.raises(DataError, match="data.labels: got 256 classes, expected 255 at most"):
+        labels_of(**most, v255=255)
+    subject = find_dataset(heads, options()).subjects["a"]
+    with pytest.raises(DataError, match="got 400 classes"):
+        load_volume(subject, options(), {f"v{k}": k for k in range(400)})
+    probabilities = np.zeros((300, 1, 1, 2), np.float32)
+    probabilities[[255, 299], 0, 0, [0, 1]] = 1
+    classes = decided(probabilities, 0.5, np.ones((1, 1, 2), bool))
+    assert classes.ravel().tolist() == [256, 300]
 
 
 def test_a_prediction_takes_the_channels_that_were_trained_on(heads, tmp_path):

@@ -22,6 +22,10 @@ else:
     import tomli as tomllib
 
 
+#: Name of the label whose voxels nobody has judged: nnU-Net's.
+IGNORE = "ignore"
+
+
 class ConfigError(ValueError):
     """A configuration asks for what there is not; the message names the key."""
 
@@ -53,8 +57,9 @@ class DataOptions:
     label: str = _key("", "File of the labels, without the ending; a dataset.json has its own.")
     labels: dict[str, int] = _key(
         {},
-        "Names and values of the labels, the background first; {} with a dataset.json: its own. "
-        "Voxels of the one named 'ignore' count nowhere.",
+        "Names and values of the labels, the background first, with ascending values: classes, and "
+        "weights of classes, are in this order. {} with a dataset.json: its own. Voxels of the one "
+        "named 'ignore' count nowhere.",
     )
     mask: str = _key(
         "positive",
@@ -465,6 +470,13 @@ def _check_together(config: Config) -> None:
         )
     if len(set(data.labels.values())) != len(data.labels):
         raise ConfigError(f"data.labels: got {data.labels}, expected each value once")
+    classes = [name for name in data.labels if name != IGNORE]
+    ordered = sorted(classes, key=lambda name: data.labels[name])
+    if classes != ordered:
+        raise ConfigError(
+            f"data.labels: got the order {', '.join(classes)}, expected ascending values: "
+            f"{', '.join(ordered)}; weights of classes are in this order too"
+        )
     window = config.prediction.window
     if window not in NAMES:
         raise ConfigError(

@@ -13,10 +13,10 @@ import numpy as np
 
 from voxfuse.losses.declared import did_you_mean
 from voxfuse.metrics.files import ENDINGS
-from voxfuse.training.config import DataOptions
+from voxfuse.training.config import IGNORE, DataOptions
 
-#: Name of the label whose voxels nobody has judged (nnU-Net's), and what they are in a volume.
-IGNORE, IGNORED = "ignore", 255
+#: What the voxels of the label "ignore" are in a volume; classes lie below it.
+IGNORED = 255
 
 
 class DataError(ValueError):
@@ -41,7 +41,7 @@ class Dataset:
     folder: Path
     subjects: dict[str, Subject]
     images: tuple[str, ...]
-    labels: dict[str, int]  #: name and value, the background first, without "ignore"
+    labels: dict[str, int]  #: name and value, ascending from the background's, without "ignore"
     given: dict[str, list[str]] = field(default_factory=dict)  #: a dataset.json's own split
     channels: tuple[int, ...] = ()  #: of a dataset.json: the place of each modality in it
     ignored: int | None = None  #: value of the label "ignore"
@@ -87,6 +87,19 @@ def numbered(path: Path) -> tuple[str, int | None]:
     return name_of(path), None
 
 
+def check_classes(labels: Mapping[str, int]) -> None:
+    """Raise for more classes than a volume's label can hold.
+
+    Raises:
+        DataError: there are more than 255, with the background.
+    """
+    if len(labels) > IGNORED:
+        raise DataError(
+            f"data.labels: got {len(labels)} classes, expected {IGNORED} at most, the background "
+            "among them"
+        )
+
+
 def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
     """The subjects of a folder: one a subfolder, or as a ``dataset.json`` says.
 
@@ -101,7 +114,8 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it.
-        DataError: a ``dataset.json`` that cannot be read, a table of patients that lacks a subject.
+        DataError: a ``dataset.json`` that cannot be read, more than 255 classes, a table of
+            patients that lacks a subject.
         ValueError: ``images`` or ``labels`` are not said, or not in the ``dataset.json``.
     """
     folder = Path(folder)
@@ -116,6 +130,7 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
     if IGNORE in found.labels:
         labels = {name: value for name, value in found.labels.items() if name != IGNORE}
         found = replace(found, labels=labels, ignored=found.labels[IGNORE])
+    check_classes(found.labels)
     if options.groups:
         groups = _groups(folder / options.groups, found.subjects)
         found = replace(

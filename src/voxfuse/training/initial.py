@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from voxfuse.metrics.files import ENDINGS, load_scan
-from voxfuse.training.config import Config, DataOptions
+from voxfuse.training.config import IGNORE, Config, DataOptions
 from voxfuse.training.dataset import (
-    IGNORE,
     DataError,
     file_of,
     find_dataset,

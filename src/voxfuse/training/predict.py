@@ -132,7 +132,7 @@ def foreground_probabilities(
 
 def decided(
     probabilities: NDArray[np.float32], threshold: float, mask: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
+) -> NDArray[np.unsignedinteger[Any]]:
     """Classes of foreground probabilities (C - 1, \\*spatial): 0, the background, outside the mask.
 
     One foreground: 1 where ``p >= threshold``. More: the greatest of all, the background's being
@@ -142,8 +142,10 @@ def decided(
         one: NDArray[np.uint8] = ((probabilities[0] >= threshold) & mask).astype(np.uint8)
         return one
     background = 1 - probabilities.sum(0, keepdims=True)
-    classes = np.concatenate([background, probabilities]).argmax(0).astype(np.uint8)
-    several: NDArray[np.uint8] = classes * mask
+    classes = np.concatenate([background, probabilities]).argmax(0)
+    several: NDArray[np.unsignedinteger[Any]] = (
+        classes.astype(np.min_scalar_type(len(probabilities))) * mask
+    )
     return several
 
 

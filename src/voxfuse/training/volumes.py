@@ -18,7 +18,7 @@ from voxfuse._files import write_whole
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import Scan, load_scan
 from voxfuse.training.config import DataOptions
-from voxfuse.training.dataset import IGNORED, DataError, Subject
+from voxfuse.training.dataset import IGNORED, DataError, Subject, check_classes
 
 Array = NDArray[Any]
 
@@ -72,8 +72,8 @@ def load_volume(
         DataError: a file is missing or cannot be read; shapes or affines differ within the subject;
             NaN or infinity in an image; a label of unknown value; a mask without a voxel; a
             modality that is constant inside the mask; a label that lies outside the mask, all of it
-            (a part of 1 % or more is a warning); one that is ignored in the whole mask. An empty
-            label is allowed.
+            (a part of 1 % or more is a warning); one that is ignored in the whole mask; more than
+            255 classes. An empty label is allowed.
         ModuleNotFoundError: nibabel is not installed.
     """
     images, placement = _images(subject, read)
@@ -81,6 +81,7 @@ def load_volume(
     mask = _mask(subject, images, options, placement, read)
     label = None
     if labels is not None:
+        check_classes(labels)
         if subject.label is None:
             raise DataError(f"{subject.name}: has no label file beside {subject.images[0]}")
         scan = _read(subject, subject.label, placement, read)
