@@ -13,6 +13,7 @@ from voxfuse.experiments.registry import EXPERIMENTS, write_pages
 from voxfuse.experiments.results import read_rows
 from voxfuse.experiments.scores import CHOICES
 from voxfuse.experiments.statistics import FewPatients
+from voxfuse.experiments.tables import lost
 from voxfuse.experiments.verdicts import FEW, NOT, ONLY, SHOWN, WAITING, of_few
 
 RESULTS = Path(__file__).parents[2] / "docs" / "experiments"
@@ -90,7 +91,7 @@ def test_verdicts_on_losses():
     assert few[0].measured == "4 of 5 seeds so far"
     assert set(verdicts(claims.of_losses([])).values()) == {WAITING}
     lines = claims.of_losses(rows)
-    assert lines[0].advice.startswith("Tune the threshold")
+    assert lines[0].advice.startswith("Take Dice for the threshold 0.5; at tuned ones no gain")
     assert "hardly worth" not in lines[0].advice + lines[1].advice
     tiny = table(lambda task, loss, way, score: -0.005 * (loss == "cross-entropy"))
     line = claims.of_losses(tiny)[0]
@@ -125,8 +126,52 @@ def test_verdicts_on_six_patients():
     found = verdicts(claims.of_lesions(rows))
     assert found["M1"] == SHOWN
     assert set(found.values()) <= {SHOWN, FEW, NOT, ONLY}
+    assert not any(line.small for line in claims.of_lesions(rows))
     one_fold = [row for row in rows if row["subject"] in ("s00", "s01", "s02")]
     assert set(verdicts(claims.of_lesions(one_fold)).values()) == {WAITING}
+
+
+def of_six(effect):
+    """Dice loss less cross-entropy in every one of six patients, at tuned thresholds and at 0.5."""
+    rows = table(
+        lambda task, loss, way, score: effect(way) * (loss == "dice"),
+        seeds=3,
+        subjects=6,
+        tasks=("lesion",),
+    )
+    return claims.of_lesions(rows)[0]
+
+
+def test_what_six_patients_advise():
+    tiny = of_six(lambda way: 0.005)
+    assert tiny.verdict == SHOWN
+    assert tiny.advice.endswith("hardly worth a change.")
+    assert "folds +0.006" in tiny.measured
+    both = of_six(lambda way: 0.05 if way == "0.5" else -0.05)
+    assert both.verdict == ONLY
+    assert both.advice.endswith("At tuned thresholds it is a loss.")
+    assert of_six(lambda way: -0.05).advice == "Dice loss was worse on MS lesions."
+    nothing = claims.Line(claims.LESIONS[0], "", FEW, FewPatients(0.0, 0.0, 0.0, patients=6))
+    assert nothing.advice == "Nothing: six patients cannot tell."
+
+
+def test_a_network_that_finds_nothing_at_one_half_is_named():
+    rows = table(lambda task, loss, way, score: -0.01 * (loss == "dice" and score == "ap"))
+    for row in rows:
+        failed = (row["task"], row["loss"], row["seed"]) == ("two-class", "cross-entropy", "3")
+        if failed and row["threshold"] == "0.5":
+            row["recall"] = row["dice"] = "0.0"
+    assert lost(rows, "two-class") == {("cross-entropy", "s"): [3]}
+    assert lost(rows, "binary") == {}
+    first, second = claims.of_losses(rows)[:2]
+    assert "at 0.5 cross-entropy finds nothing of the s in 1 seed;" in second.measured
+    assert "finds nothing" not in first.measured
+    assert "AP -0.010" in first.measured
+    better = table(lambda task, loss, way, score: 0.05 * (loss == "dice" and score != "ap"))
+    assert "average precision" not in claims.of_losses(better)[0].advice
+    dear = table(lambda task, loss, way, score: 0.05 * (-1) ** (score == "ap") * (loss == "dice"))
+    expected = "The average precision of dice is lower than that of cross-entropy."
+    assert claims.of_losses(dear)[0].advice.endswith(expected)
 
 
 def test_verdicts_on_bounds():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from voxfuse.experiments import trained
 from voxfuse.experiments.scores import (
     CHOICES,
     Curve,
@@ -14,6 +15,7 @@ from voxfuse.experiments.scores import (
     tuned_threshold,
 )
 from voxfuse.training.evaluation import rows_of, thresholds
+from voxfuse.training.volumes import Volume
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,33 @@ def test_lesions_by_size():
         "size": "< 10", "lesions": 2, "found": 1, "predicted": 3, "false": 1
     }  # fmt: skip
     assert (strata["50 to 500"]["lesions"], strata["50 to 500"]["found"]) == (1, 1)
+
+
+def test_the_greatest_probability_decides_where_no_threshold_does(monkeypatch):
+    """0.5 of three probabilities may be nobody's."""
+    label = np.zeros((2, 2, 2), np.uint8)
+    label[0, 0], label[0, 1] = 1, 2
+    chances = np.full((2, 2, 2, 2), 0.1, np.float32)
+    chances[0, 0, 0] = 0.46  # more than the 0.1 of the second and the 0.44 of the background
+    chances[1, 0, 1] = 0.9
+    volume = Volume("a", label[None].astype(np.float32), label < 9, label, None)
+    monkeypatch.setattr(trained, "predicted", lambda model, volume: chances)
+    run = {"task": "two-class", "loss": "dice", "seed": 0, "fold": 0}
+    volumes = {"validation": [volume, volume], "test": [volume]}
+    rows = trained.scored(run, ("one", "two"), volumes, None)
+    recall = {
+        (row["structure"], row["threshold"]): row["recall"]
+        for row in rows
+        if row["split"] == "test"
+    }
+    assert recall["one", "0.5"] == 0
+    assert recall["one", "argmax"] == recall["two", "argmax"] == recall["two", "0.5"] == 1
+    (mean,) = (
+        row
+        for row in rows
+        if (row["split"], row["structure"], row["threshold"]) == ("validation", "two", "argmax")
+    )
+    assert (mean["tp"], mean["level"], mean["dice"]) == (4, None, 1)
+    assert all(set(row) == set(trained.COLUMNS) for row in rows)
+    one = trained.scored(run, ("one",), volumes, None)
+    assert {row["threshold"] for row in one} == set(CHOICES)

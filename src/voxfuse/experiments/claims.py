@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from voxfuse._files import write_text
 from voxfuse.experiments import bounds, fusion_page
 from voxfuse.experiments.results import read_rows
+from voxfuse.experiments.scores import ARGMAX
 from voxfuse.experiments.statistics import (
     MARGIN,
     FewPatients,
+    Interval,
     bootstrap_means,
     crossed_bootstrap,
     few_patients,
@@ -23,13 +25,13 @@ from voxfuse.experiments.statistics import (
     over_seeds,
     rising,
 )
-from voxfuse.experiments.tables import Scores, markdown
+from voxfuse.experiments.tables import Scores, lost, markdown
 from voxfuse.experiments.verdicts import FEW, NOT, ONLY, SHOWN, WAITING, of_few
 
 Floats = NDArray[np.float64]
 Rows = Sequence[Mapping[str, str]]
 
-#: Chance of any false claim among those of `losses`.
+#: Chance of any false claim among those of `losses`, at tuned thresholds and again at 0.5.
 LEVEL = 0.05
 #: Seeds and test subjects (patients) that a verdict needs: those of the protocol.
 SEEDS = {"losses": 5, "lesions": 3}
@@ -59,17 +61,21 @@ class Line:
     verdict: str
     tuned: FewPatients | None = None  #: the primary endpoint, of few patients
     small: bool = False  #: whether what was found is a difference that nobody would act on
+    aside: str = ""  #: what it costs
 
     @property
     def advice(self) -> str:
         """What a practitioner should take from it."""
         few = "Nothing: six patients cannot tell"
-        if self.tuned and self.tuned.positive in (0, self.tuned.patients):
+        if self.tuned and self.tuned.patients in (self.tuned.positive, self.tuned.negative):
             few += f", though all are {'above' if self.tuned.positive else 'below'} 0"
         otherwise = {FEW: f"{few}.", WAITING: "Nothing yet."}
         advice = self.statement.advice.get(self.verdict) or otherwise[self.verdict]
+        worse = self.verdict == ONLY and self.tuned is not None and self.tuned.sign < 0
         less = f" But a gain of less than {MARGIN} is hardly worth a change."
-        return advice + less * self.small
+        return (
+            advice + " At tuned thresholds it is a loss." * worse + less * self.small + self.aside
+        )
 
 
 @dataclass(frozen=True)
@@ -93,27 +99,28 @@ EELBODE, SALEHI, HASHEMI = "Eelbode et al. 2020", "Salehi et al. 2017", "Hashemi
 LOSSES = (
     _statement(
         "L1", "Dice loss beats cross-entropy on Dice", f"{EELBODE}, {SALEHI}", "losses",
-        "Train with Dice where Dice is what counts, whatever the threshold.",
-        "Tune the threshold, and cross-entropy does as well; at a fixed 0.5 take Dice.",
-        "No reason to give up cross-entropy on structures that are not small.",
+        "Train with Dice where Dice is what counts.",
+        "Take Dice for the threshold 0.5; at tuned ones no gain was shown.",
+        "Dice loss was not shown to be better.",
     ),
     _statement(
         "L2", "... with several classes too", EELBODE, "losses",
-        "The same with several classes.",
-        "With several classes too, the threshold is what makes the difference.",
-        "No reason to give up cross-entropy, with several classes either.",
+        "Train several classes with Dice where Dice is what counts.",
+        "Take Dice for several classes at the threshold 0.5; at tuned ones no gain was shown.",
+        "For several classes, Dice loss was not shown to be better.",
     ),
     _statement(
         "L3", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "losses",
-        "Beta is a knob for recall that a threshold does not replace.",
-        "Beta moves recall at 0.5 only: a threshold tuned for Dice takes it back.",
-        "Do not expect more recall from beta.",
+        "Expect more recall of more beta, at the threshold best for Dice too. Whether a lower "
+        "threshold does the same was not asked.",
+        "Beta moves recall at the threshold 0.5; at one tuned for Dice no trend was shown.",
+        "Recall was not shown to rise with beta.",
     ),
     _statement(
         "L4", "The best F2 is off one half", f"{SALEHI}, {HASHEMI}", "losses",
         "Where a missed voxel costs more, choose beta by validation F2, and tune the threshold.",
-        "Dice loss and a threshold tuned for F2 do what beta does.",
-        "Leave beta at one half: tune the threshold for F2.",
+        "Choose beta by validation F2 for the threshold 0.5; at tuned ones no gain was shown.",
+        "Leave beta at one half, and tune the threshold for F2.",
     ),
     _statement(
         "L5", "Dice and Jaccard losses are alike", EELBODE, "losses",
@@ -124,49 +131,50 @@ LOSSES = (
 LESIONS = (
     _statement(
         "M1", "Dice loss beats cross-entropy on Dice", SALEHI, "lesions",
-        "Train with Dice on small lesions.",
-        "Take Dice for the threshold 0.5; at tuned ones the gain is not sure.",
-        "No reason for Dice loss alone on small lesions.",
+        "Train with Dice on MS lesions.",
+        "Take Dice for the threshold 0.5; at tuned ones a gain was not shown.",
+        "Dice loss was worse on MS lesions.",
     ),
     _statement(
         "M2", "Recall rises with beta", f"{SALEHI}, {HASHEMI}", "lesions",
-        "Beta is a knob for recall that a threshold does not replace.",
-        "Beta moves recall at the threshold 0.5; at one tuned for Dice that is not sure.",
-        "Do not expect more recall from beta.",
+        "Expect more recall of more beta, at the threshold best for Dice too. Whether a lower "
+        "threshold does the same was not asked.",
+        "Beta moves recall at the threshold 0.5; at one tuned for Dice that was not shown.",
+        "More beta gave less recall.",
     ),
     _statement(
         "M3", "The best F2 is off one half", HASHEMI, "lesions",
         "Where a missed lesion costs more, take beta 0.7.",
-        "Take beta 0.7 for F2 at the threshold 0.5; at tuned ones the gain is not sure.",
-        "Leave beta at one half: tune the threshold for F2.",
+        "Take beta 0.7 for F2 at the threshold 0.5; at tuned ones a gain was not shown.",
+        "Leave beta at one half: 0.7 was worse.",
     ),
 )  # fmt: skip
 
 _WINDOWS = {
     "F1": (
         "Weigh patches by a window that falls off to their faces.",
-        "Weigh patches so for the threshold 0.5; at tuned ones the gain is not sure.",
-        "Uniform voting does no worse than a window.",
+        "Weigh patches so for the threshold 0.5; at tuned ones a gain was not shown.",
+        "Uniform voting was better than the window.",
     ),
     "F2": (
         "Let patches overlap by half.",
-        "Let patches overlap by half for the threshold 0.5; at tuned ones the gain is not sure.",
-        "Overlap is no gain in Dice.",
+        "Let patches overlap by half for the threshold 0.5; at tuned ones a gain was not shown.",
+        "Overlap was a loss in Dice.",
     ),
     "F3": (
         "Prefer a spline to the Gaussian of its width.",
-        "Prefer the spline for the threshold 0.5; at tuned ones the gain is not sure.",
-        "Choose the width, not the shape.",
+        "Prefer the spline for the threshold 0.5; at tuned ones a gain was not shown.",
+        "Prefer a Gaussian to the spline of its width.",
     ),
     "F4": (
         "Expect a patch's outer voxels to be worse; whether a window helps is F1.",
-        "Expect worse outer voxels at the threshold 0.5; at tuned ones that is not sure.",
-        "A patch's outer voxels are no worse than its inner ones.",
+        "Expect worse outer voxels at the threshold 0.5; at tuned ones that was not shown.",
+        "A patch's outer voxels were better than its inner ones.",
     ),
     "F5": (
         "Predict with an overlap of 0.75 if eight times the work is worth it.",
-        "A gain at the threshold 0.5, for eight times the work; at tuned ones that is not sure.",
-        "An overlap of a half is enough.",
+        "A gain at the threshold 0.5, for eight times the work; at tuned ones none was shown.",
+        "An overlap of a half was better.",
     ),
     "F6": (
         "Expect steps at patches' faces from uniform voting, none from a spline.",
@@ -219,8 +227,12 @@ def _missing(scores: Scores, losses: Sequence[str], experiment: str) -> str:
 
 def _difference(scores: Scores, loss: str, other: str, way: str, score: str) -> Evidence:
     interval = crossed_bootstrap(scores.difference(loss, other, way, score))
-    small = interval.low > -MARGIN and interval.high < MARGIN
-    return Evidence(f"{score} {interval}", interval.p, interval.mean > 0, small)
+    return Evidence(f"{score} {interval}", interval.p, interval.mean > 0, _small(interval))
+
+
+def _small(interval: Interval) -> bool:
+    """Whether it lies where nobody would act."""
+    return bool(interval.low > -MARGIN and interval.high < MARGIN)
 
 
 def _trend(scores: Scores, way: str) -> Evidence:
@@ -228,7 +240,8 @@ def _trend(scores: Scores, way: str) -> Evidence:
     table = np.stack([scores.values(loss, way, "recall", seeds) for loss in BY_BETA])
     trend = rising(over_seeds(table))
     ends = [f"{table[k].mean():.3f}" for k in (0, -1)]
-    return Evidence(f"recall {' to '.join(ends)}, {trend.rising} of {trend.blocks} seeds", trend.p)
+    text = f"recall {' to '.join(ends)}, rising at every step in {trend.rising} of {trend.blocks}"
+    return Evidence(f"{text} seeds", trend.p)
 
 
 def _best_beta(scores: Scores, validation: Scores, way: str) -> Evidence:
@@ -240,6 +253,30 @@ def _best_beta(scores: Scores, validation: Scores, way: str) -> Evidence:
     return replace(found, text=f"{best}: {found.text}")
 
 
+def _beside(
+    scores: Scores, loss: str, other: str, at: Callable[[str], Evidence], more: str = ""
+) -> Endpoint:
+    """An endpoint with the same difference where no threshold decides, which is exploratory."""
+    precision = crossed_bootstrap(scores.difference(loss, other, "0.5", "ap"))
+    text = f"{more}; AP {precision}"
+    if (other, ARGMAX) in scores.found:
+        by_class = crossed_bootstrap(scores.difference(loss, other, ARGMAX, "dice"))
+        text = f"{more}; by argmax: dice {by_class}; AP {precision}"
+    lower = f" The average precision of {loss} is lower than that of {other}."
+    aside = lower if precision.sign < 0 else ""
+    return Endpoint(at, text, aside)
+
+
+def _lost(rows: Rows, losses: Sequence[str]) -> str:
+    """Networks whose 0.5 is of no use, which a mean over seeds does not say."""
+    return "".join(
+        f"; at 0.5 {loss} finds nothing of the {structure} in {len(seeds)} seed"
+        f"{'s' * (len(seeds) > 1)}"
+        for (loss, structure), seeds in lost(rows, "two-class").items()
+        if loss in losses
+    )
+
+
 def _alike(scores: Scores, way: str) -> Evidence:
     values = scores.difference("jaccard", "dice", way, "dice")
     means = bootstrap_means(values)
@@ -248,27 +285,42 @@ def _alike(scores: Scores, way: str) -> Evidence:
     return Evidence(f"Dice {interval}, 90 %", (beyond + 1) / (means.size + 1))
 
 
-def _endpoints(rows: Rows) -> dict[str, Callable[[str], Evidence] | str]:
-    """Of every claim of `losses`: evidence at thresholds of a kind, or what is not there yet."""
+@dataclass(frozen=True)
+class Endpoint:
+    """A claim's primary endpoint, by the way of choosing thresholds, and what is told besides."""
+
+    at: Callable[[str], Evidence]
+    besides: str = ""
+    aside: str = ""  #: to what is advised where it holds
+
+
+def _endpoints(rows: Rows) -> dict[str, Endpoint | str]:
+    """Of every claim of `losses`, or what is not there yet."""
     binary, classes = (_scores(rows, task) for task in ("binary", "two-class"))
     validation = _scores(rows, "binary", "validation")
+    compared = ("dice", "cross-entropy")
 
-    def of(
-        scores: Scores, losses: Sequence[str], found: Callable[[str], Evidence]
-    ) -> Callable[[str], Evidence] | str:
-        return _missing(scores, losses, "losses") or found
+    def of(scores: Scores, losses: Sequence[str], found: Callable[[], Endpoint]) -> Endpoint | str:
+        return _missing(scores, losses, "losses") or found()
 
-    pair = ("dice", "cross-entropy")
+    def pair(scores: Scores, more: str = "") -> Endpoint:
+        return _beside(
+            scores, *compared, lambda way: _difference(scores, *compared, way, "dice"), more
+        )
+
+    def f2(way: str) -> Evidence:
+        return _best_beta(binary, validation, "tuned-f2" if way != "0.5" else way)
+
     return {
-        "L1": of(binary, pair, lambda way: _difference(binary, *pair, way, "dice")),
-        "L2": of(classes, pair, lambda way: _difference(classes, *pair, way, "dice")),
-        "L3": of(binary, BY_BETA, lambda way: _trend(binary, way)),
-        "L4": of(
-            binary,
-            BY_BETA,
-            lambda way: _best_beta(binary, validation, "tuned-f2" if way != "0.5" else way),
+        "L1": of(binary, compared, lambda: pair(binary)),
+        "L2": of(classes, compared, lambda: pair(classes, _lost(rows, compared))),
+        "L3": of(binary, BY_BETA, lambda: Endpoint(lambda way: _trend(binary, way))),
+        "L4": of(binary, BY_BETA, lambda: Endpoint(f2)),
+        "L5": of(
+            classes,
+            ("dice", "jaccard"),
+            lambda: _beside(classes, "jaccard", "dice", lambda way: _alike(classes, way)),
         ),
-        "L5": of(classes, ("dice", "jaccard"), lambda way: _alike(classes, way)),
     }
 
 
@@ -288,17 +340,18 @@ def of_losses(rows: Rows) -> list[Line]:
     """The claims L1 to L5."""
     endpoints = _endpoints(rows)
     ready = {name: found for name, found in endpoints.items() if not isinstance(found, str)}
-    tuned = {name: found("tuned-dice") for name, found in ready.items()}
-    half = {name: found("0.5") for name, found in ready.items()}
+    tuned = {name: found.at("tuned-dice") for name, found in ready.items()}
+    half = {name: found.at("0.5") for name, found in ready.items()}
     verdicts = judged(tuned, half)
     lines = []
     for statement in LOSSES:
         name = statement.name
         if name in verdicts:
-            measured = f"tuned: {tuned[name].text}; at 0.5: {half[name].text}"
+            measured = f"tuned: {tuned[name].text}; at 0.5: {half[name].text}{ready[name].besides}"
             found = {SHOWN: tuned, ONLY: half}.get(verdicts[name], {})
             small = name in found and found[name].small
-            lines.append(Line(statement, measured, verdicts[name], small=small))
+            aside = ready[name].aside * (verdicts[name] in (SHOWN, ONLY))
+            lines.append(Line(statement, measured, verdicts[name], small=small, aside=aside))
         else:
             lines.append(Line(statement, str(endpoints[name]), WAITING))
     return lines
@@ -321,9 +374,30 @@ def of_lesions(rows: Rows) -> list[Line]:
         tuned, half = (
             few_patients(scores.difference(loss, other, choice, score)) for choice in (way, "0.5")
         )
-        measured = f"{score}, tuned: {tuned}; at 0.5: {half}"
-        lines.append(Line(statement, measured, of_few(tuned, half), tuned))
+        precision = few_patients(scores.difference(loss, other, "0.5", "ap"))
+        measured = (
+            f"{score}, tuned: {tuned}, {_by_fold(rows, scores, (loss, other, way, score))}; "
+            f"at 0.5: {half}; AP: {precision}"
+        )
+        lines.append(_few(statement, measured, tuned, half))
     return lines
+
+
+def _by_fold(rows: Rows, scores: Scores, compared: tuple[str, str, str, str]) -> str:
+    """The difference in each fold, whose patients share their networks."""
+    means = scores.difference(*compared).mean(0)
+    tested = [row for row in rows if (row["task"], row["split"]) == ("lesion", "test")]
+    folds = {row["subject"].rsplit("-", 1)[0]: row["fold"] for row in tested}
+    parts: dict[str, list[float]] = {}
+    for patient, value in zip(sorted(folds), means, strict=True):
+        parts.setdefault(folds[patient], []).append(float(value))
+    return "folds " + " and ".join(f"{np.mean(parts[fold]):+.3f}" for fold in sorted(parts))
+
+
+def _few(statement: Statement, measured: str, tuned: FewPatients, half: FewPatients) -> Line:
+    verdict = of_few(tuned, half)
+    found = {SHOWN: tuned, ONLY: half}.get(verdict)
+    return Line(statement, measured, verdict, tuned, found is not None and _small(found))
 
 
 def of_fusion(rows: Rows) -> list[Line]:
@@ -331,16 +405,16 @@ def of_fusion(rows: Rows) -> list[Line]:
     found = fusion_page.Rows(rows)
     lines = []
     for claim in fusion_page.CLAIMS:
-        verdict, tuned = fusion_page.verdict_of(found, claim), None
-        if verdict == WAITING:
+        if fusion_page.verdict_of(found, claim) == WAITING:
             measured = f"{len(found.seeds)} of {len(fusion_page.SEEDS)} seeds so far"
-        else:
-            tuned, half = fusion_page.intervals(found, claim)
-            precision = fusion_page.precision_of(found, claim)
-            measured = f"{claim.score}, tuned: {tuned}; at 0.5: {half}; AP: {precision}"
-            if claim.score == "seam":
-                measured = f"{claim.score}: {tuned}"
-        lines.append(Line(FUSION[claim.name], measured, verdict, tuned))
+            lines.append(Line(FUSION[claim.name], measured, WAITING))
+            continue
+        tuned, half = fusion_page.intervals(found, claim)
+        precision = fusion_page.precision_of(found, claim)
+        measured = f"{claim.score}, tuned: {tuned}; at 0.5: {half}; AP: {precision}"
+        if claim.score == "seam":
+            measured = f"{claim.score}: {tuned}"
+        lines.append(_few(FUSION[claim.name], measured, tuned, half))
     return lines
 
 
@@ -422,7 +496,13 @@ def page(results: Path) -> str:
         "`voxfuse experiment NAME --page`.",
         markdown(head, table),
         f"Verdicts: *{SHOWN}*, at tuned thresholds; *{ONLY}*, and not at tuned ones; *{NOT}*; "
-        f"*{FEW}*, where an interval over six patients has both signs; *{WAITING}*.",
+        f"*{FEW}*; *{WAITING}*. Of L the primary endpoints decide after Holm over all five, at 5 % "
+        "(two-sided; of L3 Page's trend over the seeds, one-sided; of L5 a 90 % interval inside "
+        f"+-{MARGIN}), once at tuned thresholds and once at 0.5; *{NOT}* says no more than that. "
+        "Of M and F Student's interval over six patients decides: on one side of 0, without a "
+        f"correction for several claims, *{NOT}* where that is the other side, *{FEW}* where it "
+        "has both signs. Patients of a fold share their networks, so that it covers less than 95 % "
+        "where these differ. What is told beside tuned and 0.5 decides nothing.",
     ]  # fmt: skip
     return "\n\n".join(text) + "\n"
 

@@ -18,6 +18,8 @@ SCORES = ("recall", "precision", "dice", "f2")
 #: How the threshold of a row was chosen: 0.5, or where the tuning subjects' mean score is greatest.
 TUNED = {"tuned-dice": "dice", "tuned-f2": "f2"}
 CHOICES = ("0.5", *TUNED)
+#: Of several structures: a voxel is of the class of greatest probability, or of the background.
+ARGMAX = "argmax"
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,21 @@ def tuned_threshold(
 
 def row(found: Curve, threshold: float) -> dict[str, Any]:
     """The columns level, tp, fp, fn, recall, precision, dice, f2 and ap of a subject."""
-    counts = found.counts(threshold)
+    return _row(found.counts(threshold), threshold, found)
+
+
+def row_of_mask(
+    found: Curve, called: NDArray[np.bool_], truth: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The same where no threshold decides."""
+    tp = int((called & truth).sum())
+    fp, fn = int(called.sum()) - tp, int(truth.sum()) - tp
+    return _row(VoxelCounts(tp, fp, fn, truth.size - tp - fp - fn), None, found)
+
+
+def _row(counts: VoxelCounts, level: float | None, found: Curve) -> dict[str, Any]:
     return {
-        "level": threshold,
+        "level": level,
         "tp": counts.true_positive,
         "fp": counts.false_positive,
         "fn": counts.false_negative,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.experiments.experiment import Finished
-from voxfuse.experiments.scores import CHOICES, SCORES
+from voxfuse.experiments.scores import ARGMAX, CHOICES, SCORES
 from voxfuse.experiments.statistics import Interval, crossed_bootstrap
 from voxfuse.experiments.trained import BETAS, LOSSES
 from voxfuse.metrics.report.charts import HEIGHT, LEFT, PALETTE, WIDTH, Series, xy_chart
@@ -21,6 +21,16 @@ Floats = NDArray[np.float64]
 STYLE = (
     "svg{background:#fff} text{font:12px sans-serif} .grid{stroke:#ddd} .axis{stroke:#444} "
     ".line{fill:none;stroke-width:2}"
+)
+
+
+#: What the tables' words mean.
+GLOSSARY = (
+    '"tuned-dice" and "tuned-f2" are the thresholds at which the mean Dice, or F2, of the tuning '
+    "subjects is greatest; AP is the average precision, which has no threshold. dice-ce is Dice "
+    "loss + cross-entropy, tversky-B the Tversky loss with beta = B and alpha = 1 - B. Primary "
+    "endpoints are named in the protocol; all other differences are exploratory, and no interval "
+    "is corrected for their number."
 )
 
 
@@ -120,9 +130,34 @@ def means(scores: Scores, ways: Sequence[str] = CHOICES) -> str:
         seeds = scores.seeds(loss)
         if seeds:
             every = [scores.values(loss, way, name) for name, way in [*columns, ("ap", "0.5")]]
-            lines.append([loss, str(len(seeds)), *(f"{np.nanmean(x):.3f}" for x in every)])
+            lines.append([loss, str(len(seeds)), *map(_mean, every)])
     head = [f"{name}, {way}" for name, way in columns]
     return markdown(["loss", "seeds", *head, "AP"], lines)
+
+
+def _mean(values: Floats) -> str:
+    """... and of how many, where some are undefined (the precision of nothing)."""
+    there = int(np.isfinite(values).sum())
+    if there == values.size:
+        return f"{values.mean():.3f}"
+    return f"{np.nanmean(values):.3f} ({there} of {values.size})" if there else "-"
+
+
+def lost(rows: Iterable[Mapping[str, str]], task: str) -> dict[tuple[str, str], list[int]]:
+    """Seeds whose network finds nothing of a structure at 0.5, in any test subject.
+
+    By loss and structure.
+    """
+    found: dict[tuple[str, str, int], bool] = {}
+    for row in rows:
+        if (row["task"], row["split"], row["threshold"]) == (task, "test", "0.5"):
+            cell = row["loss"], row["structure"], int(row["seed"])
+            found[cell] = found.get(cell, False) or float(row["recall"] or 0) > 0
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for (loss, structure, seed), any_found in sorted(found.items()):
+        if not any_found:
+            seeds.setdefault((loss, structure), []).append(seed)
+    return seeds
 
 
 def differences(
@@ -134,8 +169,10 @@ def differences(
 
     Empty where no other loss is done.
     """
-    wanted = [("0.5", "dice"), ("tuned-dice", "dice"), ("0.5", "f2"), ("tuned-f2", "f2"),
-              ("0.5", "ap")]  # fmt: skip
+    wanted = [("0.5", "dice"), ("tuned-dice", "dice"), ("tuned-dice", "recall"), ("0.5", "f2"),
+              ("tuned-f2", "f2"), ("0.5", "ap")]  # fmt: skip
+    if (against, ARGMAX) in scores.found:
+        wanted.insert(1, (ARGMAX, "dice"))
     lines = []
     for loss in scores.losses:
         if loss == against or not scores.seeds(loss, against):
@@ -150,24 +187,25 @@ def done(finished: Finished, command: str) -> str:
     """What a page is made from, and what it took."""
     return (
         f"{len(finished.runs)} of {len(finished.declared)} runs are done, in {finished.hours:.1f} "
-        f"hours of one core: `{command}`. Of a run that was interrupted, that is the last part."
+        f"hours of one core: `{command}`. A run that was interrupted counts from where it went on."
     )
 
 
 def beta_chart(scores: Scores) -> str:
     """Recall and precision over beta, at 0.5 and at the threshold tuned for Dice, as SVG.
 
-    Empty where no loss that has a beta is done.
+    Of the seeds that all of them have. Empty where no loss that has a beta is done.
     """
     betas = {0.5: "dice", **{beta: f"tversky-{beta}" for beta in BETAS}}
     there = {beta: loss for beta, loss in betas.items() if scores.seeds(loss)}
-    if not there:
+    seeds = scores.seeds(*there.values()) if there else []
+    if not seeds:
         return ""
     series = [
         Series(
             f"{name}, {way}",
             list(there),
-            [float(np.nanmean(scores.values(loss, way, name))) for loss in there.values()],
+            [float(np.nanmean(scores.values(loss, way, name, seeds))) for loss in there.values()],
             list(there.values()),
             dots=True,
         )

@@ -11,9 +11,18 @@ from numpy.typing import NDArray
 
 from voxfuse.experiments.experiment import Run
 from voxfuse.experiments.results import Row
-from voxfuse.experiments.scores import CHOICES, TUNED, Curve, curve, row, tuned_threshold
+from voxfuse.experiments.scores import (
+    ARGMAX,
+    CHOICES,
+    TUNED,
+    Curve,
+    curve,
+    row,
+    row_of_mask,
+    tuned_threshold,
+)
 from voxfuse.training.config import Config, LossOptions
-from voxfuse.training.predict import Model, foreground_probabilities, load_model
+from voxfuse.training.predict import Model, decided, foreground_probabilities, load_model
 from voxfuse.training.trainer import Trainer
 from voxfuse.training.volumes import Volume
 
@@ -82,33 +91,50 @@ def scored(
 ) -> list[Row]:
     """A row a test subject, structure and threshold: one half, and those tuned on validation.
 
+    Of several structures, the class of greatest probability too.
+
     Args:
         run: its key.
         structures: names of the classes above the background.
         volumes: "validation" and "test".
         model: of the run.
     """
-    curves: dict[str, dict[str, list[tuple[str, Curve]]]] = {}
+    curves: dict[tuple[str, str], list[tuple[str, Curve]]] = {}
+    by_argmax: dict[tuple[str, str], list[Row]] = {}
     for split, those in volumes.items():
-        by_name: dict[str, list[tuple[str, Curve]]] = {name: [] for name in structures}
         for volume in those:
             probabilities = predicted(model, volume)
+            classes = decided(probabilities, 0.5, volume.mask)
             assert volume.label is not None
             for c, structure in enumerate(structures):
-                of_it = curve(probabilities[c], volume.label == c + 1)
-                by_name[structure].append((volume.name, of_it))
-        curves[split] = by_name
+                truth = volume.label == c + 1
+                of_it = curve(probabilities[c], truth)
+                curves.setdefault((split, structure), []).append((volume.name, of_it))
+                decision = row_of_mask(of_it, classes == c + 1, truth)
+                by_argmax.setdefault((split, structure), []).append(decision)
     rows: list[Row] = []
     for structure in structures:
-        validation = [found for _, found in curves["validation"][structure]]
+        validation = [found for _, found in curves["validation", structure]]
         levels = {"0.5": 0.5, **{way: tuned_threshold(validation, TUNED[way]) for way in TUNED}}
-        for way in CHOICES:
+        for way in CHOICES if len(structures) == 1 else (*CHOICES, ARGMAX):
             known = {**run, "beta": beta_of(run["loss"]), "structure": structure, "threshold": way}
-            tuned = [row(found, levels[way]) for found in validation]
-            mean = {name: float(np.mean([scores[name] for scores in tuned])) for name in tuned[0]}
-            counts = {name: sum(scores[name] for scores in tuned) for name in ("tp", "fp", "fn")}
-            rows.append({**known, "split": "validation", "subject": "mean", **mean, **counts})
-            for subject, found in curves["test"][structure]:
-                scores = row(found, levels[way])
-                rows.append({**known, "split": "test", "subject": subject, **scores})
+            for split in ("validation", "test"):
+                named = curves[split, structure]
+                found = by_argmax[split, structure]
+                if way != ARGMAX:
+                    found = [row(of_it, levels[way]) for _, of_it in named]
+                if split == "test":
+                    for (subject, _), line in zip(named, found, strict=True):
+                        rows.append({**known, "split": split, "subject": subject, **line})
+                else:
+                    rows.append({**known, "split": split, "subject": "mean", **_mean(found)})
     return rows
+
+
+def _mean(found: Sequence[Row]) -> Row:
+    """Of subjects: sums of counts, means of scores."""
+    counts = {name: sum(line[name] for line in found) for name in ("tp", "fp", "fn")}
+    level = found[0]["level"]
+    scores = [name for name in found[0] if name not in (*counts, "level")]
+    means = {name: float(np.mean([line[name] for line in found])) for name in scores}
+    return {"level": level, **counts, **means}

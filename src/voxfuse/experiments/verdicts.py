@@ -5,7 +5,7 @@ from __future__ import annotations
 from voxfuse.experiments.statistics import FewPatients
 
 SHOWN, ONLY, NOT = "shown", "only at 0.5", "not shown"
-FEW, WAITING = "too few patients to say", "not yet run"
+FEW, WAITING = "too few patients to say", "not complete yet"
 
 
 def of_few(tuned: FewPatients, at_half: FewPatients) -> str:
