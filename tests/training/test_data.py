@@ -18,6 +18,7 @@ from voxfuse.training.dataset import (
     DataError,
     Dataset,
     Subject,
+    check_order,
     find_dataset,
     find_inputs,
     split_dataset,
@@ -438,6 +439,8 @@ def test_what_a_prediction_may_be_given(heads, tmp_path):
     as_layout(heads, tmp_path / "set", "nnunet")
     cases = find_inputs([tmp_path / "set/imagesTr"], names, plain)
     assert [(s.name, len(s.images)) for s in cases] == [("a", 2), ("b", 2), ("c", 2)]
+    with pytest.raises(ValueError, match="got t1.nii.gz in place of flair, expected the order fl"):
+        find_inputs(files[::-1], names, plain)
     with pytest.raises(ValueError, match="got 3 paths, expected a folder, or 2 files: flair, t1"):
         find_inputs(files[:1] * 3, names, plain)
     flat = tmp_path / "flat"
@@ -451,6 +454,38 @@ def test_what_a_prediction_may_be_given(heads, tmp_path):
     assert [subject.name for subject in found] == ["x"]
     with pytest.raises(FileNotFoundError, match="--input: there is no .*nothing"):
         find_inputs([tmp_path / "nothing"], names, plain)
+
+
+def test_files_that_are_named_as_modalities_are_in_their_order():
+    def check(files, images, *channels):
+        check_order([Path(f"x/{file}.nii.gz") for file in files.split()], images.split(), channels)
+
+    for files, images in {
+        "flair t1": "flair t1",
+        "a_FLAIR a-T1": "flair t1",
+        "flair_to_t1 t1": "flair t1",  # registered to it
+        "flair_to_t1 other": "flair t1",
+        "a_t1 a_t1ce": "t1 t1ce",
+        "a_ce a_t1": "t1_ce t1",
+        "scan_2021 scan_2020": "flair t1",
+        "b a": "flair t1",
+        "t1": "flair t1",  # a file of all modalities
+    }.items():
+        check(files, images)
+    check("a_0003 a_0001", "t1 flair", 3, 1)
+    for files, images, *channels in (
+        ("t1 flair", "flair t1"),
+        ("a.T1 a.FLAIR", "flair t1"),
+        ("t1 scan", "flair t1"),
+        ("t1 flair x", "flair t1 t2"),
+        ("a_t1ce a_t1", "t1 t1ce"),
+        ("a_0001 a_0000", "flair t1"),
+        ("a_0001 a_0003", "t1 flair", 3, 1),
+    ):
+        with pytest.raises(
+            ValueError, match=f"got .* in place of .*, expected the order {images[:2]}"
+        ):
+            check(files, images, *channels)
 
 
 # --- Who is trained on ----------------------------------------------------------------------------

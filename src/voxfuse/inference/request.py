@@ -29,7 +29,7 @@ from voxfuse.inference.segmenters import (
 )
 from voxfuse.metrics.files import ENDINGS
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
-from voxfuse.training.dataset import Subject, file_of, find_inputs
+from voxfuse.training.dataset import Subject, check_order, file_of, find_inputs
 from voxfuse.training.predict import load_model
 from voxfuse.training.volumes import Placement, save_like
 
@@ -160,6 +160,7 @@ def _of_run(request: Request) -> Job:
     options = prediction_of(request, model.config.prediction)
     _check_output(request)
     if all(is_series(path) or _has_series(path) for path in request.input):
+        check_order(request.input, model.images, model.channels)
         studies = find_studies(request.input, model.config.data.mask)
     else:
         studies = find_inputs(request.input, model.images, model.config.data, model.channels)

@@ -388,6 +388,51 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
     return Split(tuple(training), tuple(validation), tuple(test), unused)
 
 
+def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence[int] = ()) -> None:
+    """Raise where files, one a modality, are named as modalities in another order.
+
+    A name says a modality by being it or ending as it (``t1.nii.gz``, ``a_T1.nii.gz``), or by
+    nnU-Net's number. One that says another modality than its place's is an error if it is that
+    modality's name alone, or if the file in the other place says another one as well:
+    ``flair_to_t1.nii.gz`` may be no T1.
+
+    Args:
+        paths: in the order in which they are given.
+        images: the modalities.
+        channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
+
+    Raises:
+        ValueError: another order.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from voxfuse.training.dataset import check_order
+        >>> check_order([Path("a_t1.nii.gz"), Path("a_flair.nii.gz")], ["flair", "t1"])
+        Traceback (most recent call last):
+        ValueError: --input: got a_t1.nii.gz in place of flair, expected the order flair, t1
+    """
+    if len(paths) != len(images):
+        return
+    names = [image.lower() for image in images]
+    numbers = list(channels or range(len(images)))
+    said: list[int | None] = []
+    for path in paths:
+        name, (_, number) = name_of(path).lower(), numbered(path)
+        ends = [x for x in names if name == x or name.endswith((f"_{x}", f"-{x}", f".{x}"))]
+        if ends:
+            said.append(names.index(max(ends, key=len)))
+        else:
+            said.append(numbers.index(number) if number in numbers else None)
+    moved = {k: place for k, place in enumerate(said) if place not in (None, k)}
+    for k, place in moved.items():
+        alone = name_of(paths[k]).lower() in names and said.count(place) == 1
+        if alone or place in moved:
+            raise ValueError(
+                f"--input: got {paths[k].name} in place of {images[k]}, expected the order "
+                f"{', '.join(images)}"
+            )
+
+
 def find_inputs(
     paths: Sequence[Path],
     images: Sequence[str],
@@ -397,9 +442,9 @@ def find_inputs(
     """The subjects that ``voxfuse predict --input`` names; labels are not looked for.
 
     Args:
-        paths: a file a modality, in the network's order; or a folder: of one subject, of a folder a
-            subject, of files ``CASE_0000.nii.gz`` as nnU-Net names them, or, for one modality (or
-            all of them in one file), of a file a subject.
+        paths: a file a modality, in the network's order (see :func:`check_order`); or a folder: of
+            one subject, of a folder a subject, of files ``CASE_0000.nii.gz`` as nnU-Net names them,
+            or, for one modality (or all of them in one file), of a file a subject.
         images: the modalities.
         options: the section ``[data]``.
         channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
@@ -409,7 +454,7 @@ def find_inputs(
 
     Raises:
         FileNotFoundError: no such path, or nothing there.
-        ValueError: not as many files as modalities, or of other numbers.
+        ValueError: not as many files as modalities, in another order, or of other numbers.
     """
     for path in paths:
         if not path.exists():
@@ -420,6 +465,7 @@ def find_inputs(
                 f"--input: got {len(paths)} paths, expected a folder, or {len(images)} files: "
                 f"{', '.join(images)}"
             )
+        check_order(paths, images, channels)
         mask = None
         if options.mask not in ("positive", "all"):
             mask = file_named(paths[0].parent, options.mask)
