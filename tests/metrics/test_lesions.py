@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voxfuse import metrics
+from voxfuse.metrics.study import Options, score_subject
 
 
 def line(text):
@@ -204,6 +205,17 @@ def test_free_response_by_hand():
     curve = metrics.free_response(p, g, [1.0, 1.0], thresholds=[0.2, 0.5, 0.95])
     assert curve.sensitivity.tolist() == [1, 1 / 3, 0]
     assert curve.false_lesions.tolist() == [1.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_free_response_reaches_a_threshold_in_its_own_dtype(dtype):
+    """0.7 in float32 is less than in float64; in float16, 0.9 is."""
+    p = np.zeros((1, 1, 8), dtype)
+    p[0, 0, 1], p[0, 0, 5] = 0.7, 0.9
+    curve = metrics.free_response([p], [p > 0], [1.0], thresholds=[0.7, 0.9])
+    assert curve.sensitivity.tolist() == [1.0, 0.5]
+    options = Options(threshold=np.float64(0.7))
+    assert score_subject(p, p > 0, 1.0, options).values["dice"] == 1.0
 
 
 def test_minimum_size_is_tuned_on_the_subjects_given():

@@ -172,6 +172,9 @@ def test_reliability_by_hand():
     np.testing.assert_allclose(curve.observed[[0, 1, 9]], [0, 0.5, 1])
     np.testing.assert_allclose(curve.predicted[[0, 1, 9]], [0.05, 0.15, 0.95])
     assert curve.calibration_error == pytest.approx((0.05 + 2 * 0.35 + 2 * 0.05) / 5)
+    # A bin holds its lower bound, though 0.29 * 100 < 29.
+    bounds = metrics.score_counts(np.arange(100) / 100, np.ones(100, bool))
+    assert bounds.reliability(100).voxels.tolist() == [1] * 100
 
 
 def test_average_precision_of_an_empty_truth_is_undefined():

@@ -103,7 +103,8 @@ class ScoreCounts:
         """The reliability curve on ``bins`` intervals of equal width, the last one closed."""
         if bins < 1 or (self.bins is not None and self.bins % bins):
             raise ValueError(f"bins: got {bins}, expected 1 or more, and a divisor of {self.bins}")
-        place = np.minimum((self.thresholds * bins).astype(np.int64), bins - 1)
+        # Compared, as 0.29 * 100 is less than 29.
+        place = np.searchsorted(np.arange(1, bins) / bins, self.thresholds, side="right")
         positives = np.bincount(place, self.positives, bins)
         voxels = positives + np.bincount(place, self.negatives, bins)
         with np.errstate(invalid="ignore", divide="ignore"):

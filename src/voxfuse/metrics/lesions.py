@@ -371,7 +371,8 @@ def free_response(
 ) -> FreeResponse:
     """The free-response curve of several subjects.
 
-    At each threshold t, the prediction is ``p >= t``; its lesions are matched by the rule.
+    At each threshold t, in the dtype of p, the prediction is ``p >= t``; its lesions are matched by
+    the rule.
 
     Args:
         probabilities, truths, spacings: one a subject; they may be generators.
@@ -412,10 +413,11 @@ def free_response_counts(
     """One subject's detected, true and false lesions, a row a threshold."""
     p, g = as_probabilities(probabilities), as_mask("truth", truth)
     same_shape("probabilities", p, g)
-    box = bounding_box(p >= levels.min(), g)
+    reached = levels.astype(p.dtype)  # else 0.7 in float32 would be below a threshold of 0.7
+    box = bounding_box(p >= reached.min(), g)
     p, g = p[box], g[box]
     rows = []
-    for level in levels:
+    for level in reached:
         match = match_lesions(p >= level, g, spacing, rule)
         rows.append((match.detected.sum(), match.detected.size, (~match.matching).sum()))
     return np.asarray(rows, dtype=np.float64)

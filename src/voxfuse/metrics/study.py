@@ -95,7 +95,8 @@ def score_subject(
     scores = None
     if probabilities is not None:
         scores = score_counts(probabilities, truth, bins=options.bins, ignore=ignore)
-        prediction = probabilities >= options.threshold
+        # A NumPy float64 would have float32 probabilities compared in float64.
+        prediction = probabilities >= float(options.threshold)
     prediction, truth = as_pair(prediction, truth, ignore)
     if options.minimum_volume:
         connectivity = options.rules[0].connectivity if options.rules else 18
