@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_probabilities_give_curves(study):
 def test_several_labels_and_channels(tmp_path):
     truth = lesions((2, 2, 2)) + lesions((10, 10, 5), label=2)
     save(tmp_path / "t.nii.gz", truth)
-    channels = np.stack([truth == 0, truth == 1, np.zeros_like(truth)], -1).astype(np.float32)
+    channels = np.stack([truth != 1, truth == 1, np.zeros_like(truth)], -1).astype(np.float32)
     save(tmp_path / "p.nii.gz", channels)
     out = tmp_path / "out"
     arguments = "--probabilities", "--labels", 1, 2, "--out", out
@@ -119,6 +120,114 @@ def test_several_labels_and_channels(tmp_path):
     rows = list(csv.DictReader((out / "subjects.csv").open()))
     assert [(row["label"], row["dice"]) for row in rows] == [("1", "1.0"), ("2", "0.0")]
     assert "Label 2" in (out / "report.html").read_text()
+
+
+LEVELS = np.random.default_rng(0).integers(3, size=(9, 8, 10))
+OF_PREDICT = ("--prediction-pattern", "{}_probabilities.nii.gz")
+
+
+def scored(folder, *arguments):
+    """Dice by label of predictions/ against truth/, by probabilities."""
+    command = folder / "predictions", folder / "truth", "--probabilities", "--surface", "none"
+    assert run(*command, "--out", folder / "scores", *arguments) == 0
+    rows = csv.DictReader((folder / "scores/subjects.csv").open())
+    return {row["label"]: float(row["dice"]) for row in rows}
+
+
+def predicted(folder, values, *model):
+    """What voxfuse predict writes of intensities 0, 1, 2, whose labels are these values."""
+    save(folder / "scans/a.nii.gz", LEVELS.astype(np.float32))
+    save(folder / "truth/a.nii.gz", np.array(values, np.uint8)[LEVELS])
+    files = "--input", folder / "scans", "--output", folder / "predictions"
+    assert cli.main(["predict", "--probabilities", *map(str, (*files, *model))]) == 0
+    return folder / "predictions/a_probabilities.nii.gz"
+
+
+def test_channels_of_a_run_are_its_labels(tmp_path, capsys):
+    """Values with a gap; of files that do not say what their channels are, as well."""
+    from tests.inference.networks import of_a_run
+    from voxfuse.training import checkpoints
+
+    network = {"name": "tests.inference.networks:of_a_run"}
+    data = {"normalisation": "none", "mask": "all"}
+    content = {
+        "kind": "patches", "images": ["flair"], "step": 1, "network": of_a_run(1, 3).state_dict(),
+        "labels": {"background": 0, "lesion": 1, "edema": 4},
+        "config": {"network": network, "sampling": {"patch": [16, 16, 16]}, "data": data},
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    checkpoints.save(tmp_path / "run/model.pt", content)
+    path = predicted(tmp_path, (0, 1, 4), "--model", tmp_path / "run", "--trust-model")
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 1) == {"1": 1.0}
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 4, 1) == {"4": 1.0, "1": 1.0}
+
+    def error(*arguments):
+        command = tmp_path / "predictions", tmp_path / "truth", "--probabilities"
+        assert run(*command, *arguments) == 1
+        return capsys.readouterr().err
+
+    both = "got channels of the labels 1 4, expected "
+    assert both + "one of label 2\n" in error(*OF_PREDICT, "--labels", 2)
+    assert both + "--labels\n" in error(*OF_PREDICT)
+    assert "but --channels says 3: 0 1 4" in error(*OF_PREDICT, "--channels", 0, 1, 4)
+    # The masks, which the folder's own names would take.
+    masks = error("--labels", 1)
+    assert "a.nii.gz: got whole numbers (uint8 without a scale), expected probabilities; " in masks
+    assert "--prediction-pattern '{}_probabilities.nii.gz' takes those" in masks
+    # Without a word in the header.
+    channels = np.asanyarray(nibabel.load(path).dataobj)
+    save(path, channels)
+    for labels in ((), ("--labels", 1), ("--labels", 0, 1, 4)):
+        assert "got 2 channels without a background" in error(*OF_PREDICT, *labels)
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 1, 4) == {"1": 1.0, "4": 1.0}
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 4, "--channels", 1, 4) == {"4": 1.0}
+    save(path, np.concatenate([1 - channels.sum(-1, keepdims=True), channels], -1))
+    for labels in ((), ("--labels", 1), ("--labels", 1, 2, 4)):
+        assert "got 3 channels with a background" in error(*OF_PREDICT, *labels)
+    expected = {"0": 1.0, "1": 1.0, "4": 1.0}
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 0, 1, 4) == expected
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 1, 4) == {"1": 1.0, "4": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("network", "values", "more"),
+    [("three_classes", (0, 1, 2), ()), ("two_regions", (0, 5, 2), ("--regions", 5, 2))],
+)
+def test_channels_of_a_network_are_its_labels_or_regions(network, values, more, tmp_path, capsys):
+    model = f"{Path(__file__).resolve().parents[1] / 'inference/networks.py'}:{network}"
+    predicted(tmp_path, values, "--model", model, "--patch", 16, *more)
+    assert scored(tmp_path, *OF_PREDICT, "--labels", 2) == {"2": 1.0}
+    first = scored(tmp_path, *OF_PREDICT, "--labels", values[1])[str(values[1])]
+    # The region of 5 holds that of 2.
+    assert first == (1.0 if not more else pytest.approx(
+        2 * (LEVELS == 1).sum() / ((LEVELS == 1).sum() + (LEVELS > 0).sum())
+    ))  # fmt: skip
+    assert ("channels are regions: each is scored" in capsys.readouterr().err) == bool(more)
+
+
+def test_scaled_whole_numbers_are_probabilities(study):
+    for path in (study / "probabilities").iterdir():
+        image = nibabel.Nifti1Image(np.rint(nibabel.load(path).get_fdata() * 255), AFFINE)
+        image.set_data_dtype(np.uint8)
+        image.header.set_slope_inter(1 / 255, 0)
+        nibabel.save(image, path)
+    assert run(study / "probabilities", study / "truth", "--probabilities") == 0
+
+
+def test_folders_of_one_file_are_matched_by_name(study, capsys):
+    """Two files are a pair whatever their names; what is found in folders is not."""
+    save(study / "one/patient07.nii.gz", lesions((2, 2, 2)))
+    save(study / "other/patient01.nii.gz", lesions((2, 2, 2)))
+    assert run(study / "one", study / "other") == 1
+    assert "no prediction for 1 of 1 subjects: patient01" in capsys.readouterr().err
+    assert run(study / "one/patient07.nii.gz", study / "other") == 1
+    assert run(study / "one/patient07.nii.gz", study / "other/patient01.nii.gz") == 0
+    same = study / "other", study / "other", "--out", study / "out", "--images"
+    assert run(*same, study / "one") == 1
+    assert "--images: there is none for patient01" in capsys.readouterr().err
+    pattern = study / "one/patient07.nii.gz", study / "other", "--prediction-pattern", "{}.nii.gz"
+    assert run(*pattern) == 1
+    assert "--prediction-pattern: is for folders, but" in capsys.readouterr().err
 
 
 def test_a_label_that_no_truth_has_is_named(study, capsys):
@@ -201,8 +310,34 @@ def test_patterns_find_a_subject_s_file(study, capsys):
             "expected probabilities in [0, 1] without NaN",
         ),
         (lambda f: (f / "ours/p1.nii.gz").write_bytes(b"?"), (), "p1.nii.gz: cannot be read"),
-        (lambda f: None, ("--threshold", "50"), "--threshold: got 50"),
+        (lambda f: None, ("--probabilities", "--threshold", "50"), "--threshold: got 50"),
         (lambda f: None, ("--tune-on", "p9"), "--tune-on: got p9, expected some, not all, of p1"),
+        (lambda f: None, ("--threshold", "0.2"), "--threshold: is for --probabilities"),
+        (lambda f: None, ("--bins", "0"), "--bins: is for --probabilities"),
+        (lambda f: None, ("--channels", "0", "1"), "--channels: is for --probabilities"),
+        (lambda f: None, ("--images", "truth"), "--images: is for --out"),
+        (lambda f: None, ("--image-pattern", "{}.nii"), "--image-pattern: is for --images"),
+        (
+            lambda f: None,
+            ("--tune-on", "p1", "--minimum-volume", "0"),
+            "--minimum-volume: got one beside --tune-on, which chooses it",
+        ),
+        (
+            lambda f: None,
+            ("--surface", "none", "--tolerance", "2"),
+            "--tolerance: got one beside --surface none",
+        ),
+        (
+            lambda f: None,
+            ("--labels", "2", "1", "--ignore-label", "1"),
+            "--ignore-label: got 1, which --labels asks to score",
+        ),
+        (lambda f: None, ("--labels", "1", "1"), "--labels: got 1 1, expected each once"),
+        (
+            lambda f: None,
+            ("--probabilities",),
+            "p1.nii.gz: got whole numbers (uint8 without a scale), expected probabilities\n",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong_and_where(study, capsys, break_it, arguments, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,25 @@ import numpy as np
 
 DESCRIPTION = """\
 Compare predictions with truths: voxels, lesions by the rules of ISBI 2015, MSSEG 2016 and WMH 2017,
-surfaces in mm. Files are matched by name. Without --out the summary is printed; with it, DIR holds
-subjects.csv, pooled.csv, lesions.csv, summary.md, results.json and report.html.
+surfaces in mm. Files are matched by name, unless both are given as files. Without --out the summary
+is printed; with it, DIR holds subjects.csv, pooled.csv, lesions.csv, summary.md, results.json and
+report.html.
 """
+
+#: Of options whose default is None, so that it is seen whether they are given.
+_DEFAULTS = {"threshold": 0.5, "bins": 1000, "tolerance": 1.0, "minimum_volume": 0.0}
+#: Options that have no effect without another.
+_NEEDS = {
+    "threshold": "probabilities",
+    "bins": "probabilities",
+    "channels": "probabilities",
+    "images": "out",
+    "image_pattern": "images",
+}
+_REGIONS = (
+    "channels are regions: each is scored against the voxels of its own label, without those of "
+    "regions on top of it"
+)
 
 
 def add(commands: Any) -> None:
@@ -27,10 +44,17 @@ def add(commands: Any) -> None:
     parser.add_argument("truth", type=Path, help="a file, or a folder of one a subject")
     parser.add_argument(
         "--probabilities", action="store_true",
-        help="predictions are probabilities (x, y, z), or (x, y, z, C) with a channel a label",
+        help="predictions are probabilities, (x, y, z) or (x, y, z, C); files of voxfuse predict "
+        "say which labels their channels are; in others they are those of --labels, in that order, "
+        "after the background's where the sum is 1",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="p >= threshold is predicted (default: 0.5)"
+        "--channels", nargs="+", type=int, metavar="N",
+        help="the label of each channel of probabilities, 0 the background's; goes before what "
+        "files say",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=float, help="p >= threshold is predicted (default: 0.5)"
     )
     parser.add_argument(
         "--rule", nargs="+", default=["isbi"], choices=["isbi", "msseg", "wmh"], metavar="RULE",
@@ -56,7 +80,7 @@ def add(commands: Any) -> None:
         help="bring predictions onto the truth's grid, by the nearest voxel",
     )  # fmt: skip
     parser.add_argument(
-        "--minimum-volume", type=float, default=0.0, metavar="MM3",
+        "--minimum-volume", type=float, metavar="MM3",
         help="remove predicted lesions of so much or less first",
     )  # fmt: skip
     parser.add_argument(
@@ -64,11 +88,7 @@ def add(commands: Any) -> None:
         help="choose the minimum volume on these subjects, and score the others",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1.0,
-        metavar="MM",
-        help="of the surface Dice (default: 1)",
+        "--tolerance", type=float, metavar="MM", help="of the surface Dice (default: 1)"
     )
     parser.add_argument(
         "--surface", choices=["voxels", "areas", "none"], default="voxels",
@@ -79,7 +99,7 @@ def add(commands: Any) -> None:
         help="bounds of the lesion sizes (default: 10 50 500)",
     )  # fmt: skip
     parser.add_argument(
-        "--bins", type=int, default=1000,
+        "--bins", type=int,
         help="probabilities are rounded down to 1/BINS for the curves; 0 is exact (default: 1000)",
     )  # fmt: skip
     for side in ("prediction", "truth", "image"):
@@ -106,6 +126,10 @@ class _Evaluation:
         from voxfuse.metrics import files, report, study
         from voxfuse.metrics.lesions import as_rule
 
+        _refuse_without_effect(options)
+        for name, value in _DEFAULTS.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
         if not 0 <= options.threshold <= 1:
             raise ValueError(f"--threshold: got {options.threshold}, expected 0 to 1")
         if options.bins and (options.bins < 10 or options.bins % 10):
@@ -114,6 +138,14 @@ class _Evaluation:
             raise ValueError("--tolerance, --minimum-volume: expected 0 or more")
         if options.tune_on and options.labels and len(options.labels) > 1:
             raise ValueError("--tune-on: expected one label in --labels")
+        for name in ("labels", "channels"):
+            given = getattr(options, name) or []
+            if len(set(given)) < len(given):
+                raise ValueError(f"--{name}: got {_listed(given)}, expected each once")
+        if options.ignore_label is not None and options.ignore_label in (options.labels or []):
+            raise ValueError(
+                f"--ignore-label: got {options.ignore_label}, which --labels asks to score"
+            )
         if options.out is not None and options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out: {options.out} is a file, expected a folder")
         self.files, self.study, self.report = files, study, report
@@ -141,6 +173,9 @@ class _Evaluation:
 
     def _pairs(self, predictions: Path) -> dict[str, tuple[Path, Path]]:
         found = self.files.find_scans(predictions, self.options.prediction_pattern)
+        if predictions.is_file() and self.options.truth.is_file():  # whatever their names
+            ((subject, truth),) = self.truths.items()
+            return {subject: (predictions, truth)}
         pairs, extra = self.files.pair_scans(found, self.truths)
         if extra:
             names = ", ".join(extra[:5]) + (", ..." if extra[5:] else "")
@@ -211,7 +246,46 @@ class _Evaluation:
         if true.array.ndim != 3:
             raise ValueError(f"{truth}: got shape {true.array.shape}, expected a mask (x, y, z)")
         predicted = self.files.load_scan(prediction)
+        if self.options.probabilities:
+            predicted = replace(predicted, channels=self._channels(predicted))
         return self.files.on_grid_of(predicted, true, self.options.resample), true
+
+    def _channels(self, scan: Any) -> tuple[int, ...] | None:
+        """The label of each channel of probabilities; None for one volume that does not say."""
+        array, labels = scan.array, self.options.labels or []
+        if array.dtype.kind in "bui":  # scaled ones are read as floating-point numbers
+            raise ValueError(
+                f"{scan.path}: got whole numbers ({array.dtype} without a scale), expected "
+                f"probabilities{_beside(scan.path)}"
+            )
+        count = array.shape[3] if array.ndim == 4 else 1
+        known = tuple(self.options.channels or scan.channels or ())
+        if known and len(known) != count:
+            who = "--channels" if self.options.channels else "its header"
+            raise ValueError(
+                f"{scan.path}: got {count} channels, but {who} says {len(known)}: {_listed(known)}"
+            )
+        if scan.regions and count > 1 and _REGIONS not in self.notes:
+            self._note(_REGIONS)
+        if known or count == 1:
+            return known or None
+        # That a file has the background's channel is seen, not taken for granted: voxfuse predict
+        # leaves it out, and every label would be scored by its neighbour's channel.
+        sums = array.sum(axis=3, dtype=np.float32)
+        low, high = float(sums.min()), float(sums.max())
+        background = 0.95 <= low <= high <= 1.05
+        if background and not labels and count == 2:
+            return 0, 1
+        expected = (0, *labels) if background and 0 not in labels else tuple(labels)
+        if len(expected) == count:
+            return expected
+        with_it = "with" if background else "without"
+        asked = f"--labels {_listed(labels)}" if labels else "no --labels"
+        raise ValueError(
+            f"{scan.path}: got {count} channels {with_it} a background (their sum is {low:.3g} to "
+            f"{high:.3g}) and {asked}, expected a channel a label; --channels says which label "
+            "each is, 0 the background"
+        )
 
     def _masks(self, prediction: Path, truth: Path) -> Any:
         """Label, prediction, truth and what to ignore, of each label; and the truth's scan."""
@@ -245,15 +319,20 @@ class _Evaluation:
                     f"{scan.path}: got numbers that are no labels; --probabilities takes those"
                 )
             return whole == label if label is not None else whole > 0
-        if array.ndim == 4:
-            channel = 1 if label is None else label
-            if label is None and array.shape[3] != 2:
-                raise ValueError(f"{scan.path}: got {array.shape[3]} channels, expected --labels")
-            if channel >= array.shape[3]:
-                raise ValueError(f"{scan.path}: got {array.shape[3]} channels, no label {label}")
-            array = array[..., channel]
-        elif self.options.labels and len(self.options.labels) > 1:
+        if scan.channels is None and len(self.options.labels or []) > 1:
             raise ValueError(f"{scan.path}: got one volume, expected a channel for each label")
+        if scan.channels is not None:
+            places = [
+                place
+                for place, value in enumerate(scan.channels)
+                if (value != 0 if label is None else value == label)
+            ]
+            if len(places) != 1:
+                raise ValueError(
+                    f"{scan.path}: got channels of the labels {_listed(scan.channels)}, expected "
+                    + ("--labels" if label is None else f"one of label {label}")
+                )
+            array = array[..., places[0]] if array.ndim == 4 else array
         return as_probabilities(np.asarray(array, np.float32), str(scan.path))
 
     def _subject(self, subject: str, prediction: Path, truth: Path, with_misses: bool) -> Any:
@@ -281,7 +360,8 @@ class _Evaluation:
     def _image(self, subject: str, truth: Any) -> Any:
         if not self.images:
             return None
-        if subject not in self.images and len(self.images) + len(self.truths) > 2:
+        both_files = self.options.images.is_file() and self.options.truth.is_file()
+        if subject not in self.images and not both_files:
             raise FileNotFoundError(
                 f"--images: there is none for {subject}; --image-pattern says where they lie, "
                 "such as '{}/t1.nii.gz'"
@@ -317,6 +397,42 @@ class _Evaluation:
         for pairs in (self.pairs, self.other):
             for subject in subjects:
                 pairs.pop(subject, None)
+
+
+def _refuse_without_effect(options: argparse.Namespace) -> None:
+    """Raise for an option that others leave without effect."""
+    given = vars(options)
+    for name, needed in _NEEDS.items():
+        if given[name] is not None and not given[needed]:
+            raise ValueError(f"--{name.replace('_', '-')}: is for --{needed}")
+    if options.tune_on and options.minimum_volume is not None:
+        raise ValueError("--minimum-volume: got one beside --tune-on, which chooses it")
+    if options.tolerance is not None and options.surface == "none":
+        raise ValueError("--tolerance: got one beside --surface none, which has no surface Dice")
+    sides = {
+        "prediction": (options.predictions, options.compare),
+        "truth": (options.truth,),
+        "image": (options.images,),
+    }
+    for side, paths in sides.items():
+        if given[f"{side}_pattern"] is not None and all(p is None or p.is_file() for p in paths):
+            raise ValueError(f"--{side}-pattern: is for folders, but {paths[0]} is a file")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _beside(path: Path) -> str:
+    """Where the probabilities of a mask lie, if voxfuse predict wrote them there."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    probabilities = path.with_name(f"{stem}_probabilities.nii.gz")
+    if not probabilities.is_file():
+        return ""
+    return (
+        f"; beside it lies {probabilities.name}: of folders, "
+        "--prediction-pattern '{}_probabilities.nii.gz' takes those"
+    )
 
 
 def _names(predictions: Path, other: Path | None) -> tuple[str, str]:

@@ -74,7 +74,8 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--probabilities", action="store_true",
-        help="write STUDY_probabilities.nii.gz besides: float32, (x, y, z), or a channel a label; "
+        help="write STUDY_probabilities.nii.gz besides: float32, (x, y, z), or (x, y, z, C) with a "
+        "channel a label above 0, or a region; the header says which, to voxfuse evaluate; "
         "of a Zarr volume an OME-Zarr image, uint8 in steps of 1/255",
     )  # fmt: skip
     parser.add_argument(

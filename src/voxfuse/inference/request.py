@@ -27,7 +27,7 @@ from voxfuse.inference.segmenters import (
     Segmentation,
     Segmenter,
 )
-from voxfuse.metrics.files import ENDINGS
+from voxfuse.metrics.files import ENDINGS, channels_comment
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
 from voxfuse.training.dataset import Subject, check_order, file_of, find_inputs
 from voxfuse.training.predict import load_model
@@ -116,6 +116,7 @@ class Job:
     probabilities: bool
     first: Probe  #: the call that looked at the network
     probe: Callable[[], Probe]
+    regions: tuple[int, ...] | None = None  #: the value of each channel, if they are regions
 
     def calls(self, shape: tuple[int, ...]) -> int:
         """Calls of the network for a volume of this extent, at most."""
@@ -132,7 +133,8 @@ class Job:
         if target.beside is not None and segmentation.probabilities is not None:
             channels = np.moveaxis(segmentation.probabilities, 0, -1)
             channels = channels[..., 0] if channels.shape[-1] == 1 else channels
-            save_like(channels, placement, target.beside)
+            said = channels_comment(self.regions or self.segmenter.values, bool(self.regions))
+            save_like(channels, placement, target.beside, said)
         save_like(segmentation.labels, placement, target.path)
 
 
@@ -238,6 +240,7 @@ def _of_network(request: Request) -> Job:
         request.probabilities,
         first,
         lambda: probed(network, patches)[1],
+        options.regions,
     )
 
 

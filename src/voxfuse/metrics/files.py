@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 from voxfuse.metrics._arrays import Floats, optional
 
+#: NIfTI's code of an extension that is a comment.
+COMMENT = 6
 #: Endings of the files that are looked for in folders; nibabel reads them.
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
 
@@ -29,6 +33,8 @@ class Scan:
     array: NDArray[Any]
     affine: Floats
     path: Path
+    channels: tuple[int, ...] | None = None  #: the label of each, 0 the background; None: unknown
+    regions: bool = False  #: channels hold voxels of later ones too
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +66,31 @@ def load_scan(path: str | Path) -> Scan:
     array = array.reshape(array.shape[:3] + tuple(n for n in array.shape[3:] if n != 1))
     if array.ndim > 4:
         raise ValueError(f"{path}: got shape {array.shape}, expected (x, y, z) or (x, y, z, C)")
-    return Scan(array, np.asarray(image.affine, dtype=np.float64), Path(path))
+    affine = np.asarray(image.affine, dtype=np.float64)
+    return Scan(array, affine, Path(path), *_channels_said(image.header))
+
+
+def channels_comment(channels: Sequence[int], regions: bool = False) -> str:
+    """What a NIfTI comment says of the channels of probabilities; :func:`load_scan` reads it.
+
+    Args:
+        channels: the label of each, 0 for the background.
+        regions: they are decided one by one, later ones on top.
+    """
+    return json.dumps({"voxfuse": {"channels": list(channels), "regions": regions}})
+
+
+def _channels_said(header: Any) -> tuple[tuple[int, ...] | None, bool]:
+    for extension in getattr(header, "extensions", ()):
+        content = extension.get_content()
+        if extension.get_code() != COMMENT or not isinstance(content, bytes):
+            continue
+        try:
+            said = json.loads(content.rstrip(b"\0"))["voxfuse"]
+            return tuple(int(label) for label in said["channels"]), bool(said["regions"])
+        except (ValueError, TypeError, KeyError):  # somebody else's comment
+            continue
+    return None, False
 
 
 def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
@@ -113,7 +143,7 @@ def _without_ending(name: str) -> str:
 def pair_scans(
     predictions: dict[str, Path], truths: dict[str, Path]
 ) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """Pair files of the same subject; a file on each side is a pair whatever its name.
+    """Pair files of the same subject.
 
     Returns:
         The pairs, and the subjects that have a prediction and no truth.
@@ -122,9 +152,6 @@ def pair_scans(
         FileNotFoundError: subjects without a prediction. Leaving them out would reward a method for
             the subjects on which it failed.
     """
-    if len(predictions) == len(truths) == 1:
-        (subject, truth), prediction = next(iter(truths.items())), next(iter(predictions.values()))
-        return {subject: (prediction, truth)}, []
     missing = [subject for subject in truths if subject not in predictions]
     extra = [subject for subject in predictions if subject not in truths]
     if missing:
@@ -175,7 +202,7 @@ def on_grid_of(scan: Scan, truth: Scan, resample: bool = False) -> Scan:
             inside &= (index >= 0) & (index < extent)
         slab = out[:, :, int(k)]
         slab[inside] = scan.array[tuple(index[inside] for index in place)]
-    return Scan(out, truth.affine, scan.path)
+    return replace(scan, array=out, affine=truth.affine)
 
 
 def _sizes(scan: Scan) -> str:

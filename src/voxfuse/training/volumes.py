@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from voxfuse import resample_argmax
 from voxfuse._files import write_whole
 from voxfuse.metrics._arrays import optional
-from voxfuse.metrics.files import Scan, load_scan
+from voxfuse.metrics.files import COMMENT, Scan, load_scan
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import IGNORED, DataError, Subject, check_classes
 
@@ -351,14 +351,18 @@ def on_own_grid(probabilities: Array, placement: Placement) -> NDArray[np.float3
     )
 
 
-def save_like(array: Array, placement: Placement, path: Path) -> None:
+def save_like(array: Array, placement: Placement, path: Path, comment: str = "") -> None:
     """Write (x, y, z) or (x, y, z, C) as NIfTI where the scan lies, with its affine and codes.
 
-    A file that is there has its old content until the new one is whole.
+    A file that is there has its old content until the new one is whole. A comment becomes an
+    extension of the header.
     """
     nibabel = optional("nibabel", f"Writing {path}")
     source = nibabel.load(placement.path) if placement.path.is_file() else None
     image = nibabel.Nifti1Image(array, placement.affine)
+    if comment:
+        extension = nibabel.nifti1.Nifti1Extension(COMMENT, comment.encode())
+        image.header.extensions.append(extension)
     if isinstance(source, nibabel.Nifti1Pair):
         for form in ("sform", "qform"):
             affine, code = getattr(source, f"get_{form}")(coded=True)
