@@ -333,10 +333,12 @@ def test_the_composed_way_has_every_output(way, output, tta, tmp_path):
     out = np.empty(result.shape[1:], result.numpy().dtype)
     slabs = []
     for place in (out, lambda slab, start, stop: slabs.append((slab, start, stop))):
-        voxfuse.sliding_window_inference(volume, 6, 3, twice, out=place, **options, **COMPOSED[way])
-    assert np.array_equal(out, result[0].numpy())
-    assert [bounds for _, *bounds in slabs] == [[0, 14]]
-    assert torch.equal(slabs[0][0], result[0])
+        voxfuse.sliding_window_inference(
+            volume, 6, 3, twice, out=place, stream_axis=1, **options, **COMPOSED[way]
+        )
+    torch.testing.assert_close(torch.from_numpy(out), result[0])  # added in another order
+    assert [bounds for _, *bounds in slabs] == [[0, 11]]
+    assert np.array_equal(slabs[0][0].numpy(), out)
 
 
 @pytest.mark.parametrize("axes", [2, 4])

@@ -205,6 +205,18 @@ def test_labels_of_locations_are_those_of_the_dense_result(mode):
     assert torch.equal(labels.long(), dense.argmax(0, keepdim=True))
 
 
+@pytest.mark.parametrize("output", ["dense", "labels"])
+def test_locations_that_are_missing_are_named(output):
+    places = grid((20, 17, 14))
+    aggregator = PatchAggregator((20, 17, 14), "hann", output=output, locations=places)
+    fill(aggregator, VOLUME, places[:-1])
+    missing = rf"1 of {len(places)} patches are missing, the first at \({places[-1].index[0]}, "
+    with pytest.raises(RuntimeError, match=missing):
+        aggregator.get_output()
+    fill(aggregator, VOLUME, places[-1:])
+    assert aggregator.get_output().any()
+
+
 def test_a_coarser_prediction_and_several_by_name():
     places = grid((16, 24, 16), step=8)
     volume = torch.rand(2, 16, 24, 16)

@@ -153,13 +153,13 @@ class Composed(_Accumulator):
 
     def add(self, predictions: Predictions, items: range, importance: Importance) -> None:
         """Add the predictions of the patches ``items``, which count on from sample to sample."""
-        options, extent = self.options, self.placement.extent
+        options, extent, axis = self.options, self.placement.extent, self.placement.stream_axis
         weight = self._with_channels(importance)
         for position, item in enumerate(items):
             sample, index = divmod(item, len(self.placement.origins))
             if self._sink is None or self._sums is None:
                 place = self.results.place(sample, options, extent, self.device)
-                self._sink = sink_of(options, extent, 0, place, None)
+                self._sink = sink_of(options, extent, axis, place, None)
                 self._exact = accumulation_dtype(predictions[0][0].dtype)
                 shape = (predictions[0][0].shape[1], *extent)
                 self._sums = zeros(shape, options.accumulate or self._exact, self.device)
@@ -176,7 +176,7 @@ class Composed(_Accumulator):
                 else:
                     self._sums[box] = self._sums[box].to(self._exact) + term / options.members
             if index == len(self.placement.origins) - 1:
-                self._sink.write(0, extent[0], self.device, self._finish)
+                self._sink.write(0, extent[axis], self.device, self._finish)
                 self._sink.flush()
                 self._sink = self._sums = None
 
@@ -197,9 +197,9 @@ class Composed(_Accumulator):
     def _finish(self, slab: Tensor, start: int, stop: int) -> None:
         """Make the result of slices of a sample, which are all final."""
         assert self._sums is not None
-        options = self.options
-        sums = self._sums[:, start:stop].to(self._exact)
-        uncovered = (self._total[:, start:stop] == 0).all(0).to(sums.device)
+        options, part = self.options, (1 + self.placement.stream_axis, start, stop - start)
+        sums = self._sums.narrow(*part).to(self._exact)
+        uncovered = (self._total.narrow(*part) == 0).all(0).to(sums.device)
         if options.output == "logits" and options.head is None:
             # Only this one carries a gradient.
             mean = (sums / options.divisor if options.divisor > 1 else sums).to(slab.dtype)

@@ -206,7 +206,8 @@ class PatchAggregator:
         output: "dense" (C, \*volume), or "labels": the index of the greatest channel, (1, \*volume)
             uint8 (uint16 from 257 channels on), in a memory of a few slices of C channels. Labels
             need ``locations``, and patches in their order.
-        locations: all there will be, a ``GridSampler``'s ``locations``.
+        locations: all there will be, a ``GridSampler``'s ``locations``: a result that lacks some is
+            an error.
 
     Raises:
         ValueError: an unknown mode or output, or labels without ``locations``.
@@ -242,6 +243,7 @@ class PatchAggregator:
         self._scale = tuple(a / b for a, b in pairs)
         self._locations = locations
         self._parts: dict[str | None, _Crops | _Sums | _Labels] = {}
+        self._added: dict[str | None, set[tuple[int, ...]]] = {}
 
     def add_batch(
         self, batch: Tensor | Mapping[str, Tensor], locations: Sequence[Location]
@@ -273,17 +275,25 @@ class PatchAggregator:
                     f"{name}: got {patches.shape[1]} channels, expected {part.channels} as before"
                 )
             part.add(patches, torch.tensor([first for first, _ in places]))
+            self._added.setdefault(key, set()).update(tuple(first) for first, _ in places)
 
     def get_output(self, key: str | None = None) -> Tensor:
         """Return a volume (C, \\*volume), the one of ``key`` where predictions came by name.
 
         Raises:
             KeyError: nothing was added under ``key``.
-            RuntimeError: some of ``locations`` are missing (labels).
+            RuntimeError: some of ``locations`` are missing.
         """
         if key not in self._parts:
             available = [name for name in self._parts if name is not None]
             raise KeyError(f"No output for key {key!r}. Available: {available}")
+        if self._locations is not None:
+            expected = {tuple(first) for first, _ in self._scaled(self._locations)}
+            if missing := expected - self._added[key]:
+                raise RuntimeError(
+                    f"{len(missing)} of {len(expected)} patches are missing, the first at "
+                    f"{min(missing)}"
+                )
         return self._parts[key].result()
 
     def _scaled(self, locations: Sequence[Location]) -> list[tuple[list[int], list[int]]]:
