@@ -93,6 +93,18 @@ def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path
         assert "models.labels: was " in capsys.readouterr().err
 
 
+def test_sigmoids_that_are_all_1_change_no_label(volume, tmp_path):
+    path, truth = volume
+    options = [*OPTIONS, "--activation", "sigmoid", "--head", "last", "--foreground", "0"]
+    for name, more in ("labels", []), ("both", ["--probabilities"]):
+        out = tmp_path / f"{name}.zarr"
+        assert predict("sure_of_three", path, out, *options, *more) == 0
+        assert np.array_equal(result(out), truth)
+    image = np.asarray(open_destination(str(out)).array[...])
+    assert (image[:, truth == 2] == 255).all()
+    assert not image[:, 60:].any()  # under no patch
+
+
 def test_logits_are_no_probabilities(volume, tmp_path, capsys):
     path, _ = volume
     options = [*OPTIONS, "--probabilities", "--activation", "identity"]

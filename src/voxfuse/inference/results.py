@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from voxfuse._files import move_folder
@@ -25,7 +26,7 @@ class Form:
     """Labels under ``labels/segmentation`` of a group, whose image are probabilities, if wanted.
 
     Labels alone are decided by the fusion. With probabilities, and of regions, it gives the
-    probabilities of all classes, by which labels are decided here.
+    probabilities of all classes, or their logits, by which labels are decided here.
     """
 
     source: Source
@@ -35,6 +36,7 @@ class Form:
     regions: tuple[int, ...] | None  #: values, later ones on top
     threshold: float
     probabilities: bool
+    logits: bool = False  #: whether the fusion gives logits, of which a sigmoid is written
 
     @property
     def decides(self) -> bool:
@@ -125,20 +127,20 @@ class Form:
     def _of(self, labels: Any, image: Any) -> Any:
         return Decided(self, labels, image) if self.decides else labels
 
-    def labels(self, probabilities: NDArray[np.float32]) -> NDArray[Any]:
-        """(\\*spatial) of probabilities (C, \\*spatial)."""
-        labels = np.zeros(probabilities.shape[1:], self.dtype)
+    def labels(self, values: NDArray[np.float32]) -> NDArray[Any]:
+        """(\\*spatial) of probabilities or logits (C, \\*spatial)."""
+        labels = np.zeros(values.shape[1:], self.dtype)
         if self.background:
             for k in range(len(labels)):  # as argmax copies what it is given
-                labels[k] = probabilities[:, k].argmax(0)
+                labels[k] = values[:, k].argmax(0)
             return labels
-        for value, channel in zip(self.regions or (1,), probabilities, strict=True):
+        for value, channel in zip(self.regions or (1,), values, strict=True):
             labels[channel > self.threshold] = value
         return labels
 
 
 class Decided:
-    """Takes probabilities (C, \\*spatial), and writes labels of them and, if wanted, them too."""
+    """Takes what labels are made of (C, \\*spatial); writes them and, if wanted, probabilities."""
 
     def __init__(self, form: Form, labels: Any, image: Any) -> None:
         self.form, self.behind, self.image = form, labels, image
@@ -147,10 +149,12 @@ class Decided:
         self.unit = (form.classes, *labels.unit)
 
     def __setitem__(self, key: tuple[slice, ...], values: Any) -> None:
-        probabilities = np.asarray(values)
-        self.behind[key[1:]] = self.form.labels(probabilities)
+        fused = np.asarray(values)
+        self.behind[key[1:]] = self.form.labels(fused)
         if self.image is not None:
-            above = probabilities[self.form.background :]
+            above = fused[self.form.background :]
+            if self.form.logits:
+                above = torch.from_numpy(above).sigmoid().numpy()
             self.image[(slice(0, len(above)), *key[1:])] = above
 
     def __getitem__(self, key: tuple[slice, ...]) -> NDArray[Any]:

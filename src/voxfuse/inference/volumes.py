@@ -14,6 +14,7 @@ import torch
 from voxfuse._files import make_folder
 from voxfuse.fusion._memory import readable_bytes
 from voxfuse.fusion.batches import held_by_probe
+from voxfuse.fusion.options import ABSENT_LOGIT
 from voxfuse.inference.models import Network, is_network
 from voxfuse.inference.plan import parts_of, time_of
 from voxfuse.inference.reading import header_of
@@ -211,8 +212,13 @@ def open_volume(
         regions,
         prediction.threshold,
         request.probabilities,
+        # Sigmoids of large logits are all 1, of which the greatest is none.
+        network.head is not None and classes > 1 and regions is None and activation == "sigmoid",
     )
     mask = classes == 1 and not form.decides
+    output = "mask" if mask else "labels"
+    if form.decides:
+        output = "logits" if form.logits else "probabilities"
     decided = {"labels": form.said()} if form.decides else {}
     returned = classes if network.head is None else network.head[0].shape[1]
     members = MEMBERS[prediction.orientations]
@@ -232,8 +238,9 @@ def open_volume(
             normalisation="zscore" if request.normalize == "zscore" else None,
             memory=memory + predictions,
             shards=shards,
-            output="probabilities" if form.decides else "mask" if mask else "labels",
-            activation=activation,
+            output=output,
+            activation="none" if output == "logits" else activation,
+            fill=ABSENT_LOGIT if output == "logits" else 0.0,
             threshold=prediction.threshold if mask else None,
             overlap=prediction.overlap,
             window=prediction.window,
