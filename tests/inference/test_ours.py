@@ -188,6 +188,11 @@ def test_a_case_that_lacks_a_modality_stops_no_other(tmp_path, capsys):
     assert predict(model, tmp_path / "in", out) == 3
     assert re.search(r"1 of 3 failed:\n  b: .*b_0001.nii.gz", capsys.readouterr().err)
     assert sorted(path.name for path in out.glob("*.gz")) == ["a.nii.gz", "c.nii.gz"]
+    for name in ("p1/flair", "p1/t1", "p2/FLAIR", "p2/T1"):
+        write(tmp_path / f"folders/{name}.nii.gz", intensities(levels=3))
+    assert predict(model, tmp_path / "folders", tmp_path / "of_folders") == 3
+    pattern = r"1 of 2 failed:\n  p2: p2: .*flair.nii.gz is missing; there is one in another spell"
+    assert re.search(pattern, capsys.readouterr().err)
     # What is compared with the machine's memory has the network in it.
     job = prepare(Request(model, [tmp_path / "in"], tmp_path / "other"))
     assert job.first.seconds > 0

@@ -456,6 +456,52 @@ def test_what_a_prediction_may_be_given(heads, tmp_path):
         find_inputs([tmp_path / "nothing"], names, plain)
 
 
+def test_no_subject_is_left_out_without_a_word(heads, tmp_path):
+    def touch(*files):
+        for file in files:
+            path = tmp_path / f"{file}.nii.gz"
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.touch()
+
+    def found(*folders):
+        subjects = find_inputs([tmp_path.joinpath(*folders)], ["flair", "t1"], options())
+        return {s.name: [p.name for p in s.images if p.exists()] for s in subjects}
+
+    whole = ["flair.nii.gz", "t1.nii.gz"]
+    touch("p1/flair", "p1/t1", "p2/p2_FLAIR", "p2/p2_T1", "p3/lesions", "atlas/x", "p4/raw/flair")
+    touch("stray", "p1", "p2_probabilities", "lesions", "p1/before/flair")
+    (tmp_path / "run").mkdir()
+    with pytest.warns(UserWarning, match="left out") as said:
+        assert found() == {"p1": whole, "p2": [], "p3": []}
+    assert [str(warning.message) for warning in said] == [
+        f"{tmp_path}: left out: atlas, p4, with no flair, t1 in them",
+        f"{tmp_path}: left out: stray.nii.gz, beside folders of subjects",
+    ]
+    with pytest.warns(UserWarning, match="left out: before, as the folder itself has flair, t1"):
+        assert found("p1") == {"p1": whole}
+    with pytest.warns(UserWarning, match="left out: atlas, p4, with no flair, t1 in them$"):
+        dataset = find_dataset(tmp_path, options())
+    assert list(dataset.subjects) == ["p1", "p2", "p3"]
+    pattern = r"^p2: .*p2/flair.nii.gz is missing; there is one in another sp.*\np3: .* is missing$"
+    with pytest.raises(DataError, match=pattern):
+        check_subjects(list(dataset.subjects.values())[1:], options(), LABELS, [])
+    touch("others/p2/FLAIR")
+    with pytest.raises(FileNotFoundError, match="has p2/FLAIR.nii.gz, expected flair, t1, in this"):
+        found("others")
+
+    touch("flat/c_0000", "flat/a", "flat/b", "flat/c", "flat/c_probabilities", "flat/lesions")
+    subjects = find_inputs([tmp_path / "flat"], ["t1"], options())
+    expected = {"c": "c_0000.nii.gz", "a": "a.nii.gz", "b": "b.nii.gz"}
+    assert {s.name: s.images[0].name for s in subjects} == expected
+
+    as_layout(heads, tmp_path / "nnunet", "nnunet")
+    (tmp_path / "nnunet/labelsTr/b.nii.gz").unlink()
+    dataset = find_dataset(tmp_path / "nnunet", DataOptions())
+    assert list(dataset.subjects) == ["a", "c", "b"]
+    with pytest.raises(DataError, match="^b: has no label file beside .*b_0000.nii.gz$"):
+        check_subjects(dataset.subjects.values(), DataOptions(), LABELS, [])
+
+
 def test_files_that_are_named_as_modalities_are_in_their_order():
     def check(files, images, *channels):
         check_order([Path(f"x/{file}.nii.gz") for file in files.split()], images.split(), channels)

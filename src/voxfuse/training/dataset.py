@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +80,23 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder itself, but for hidden ones."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(ENDINGS) and not path.name.startswith(".")
+    )
+
+
+def near_files(place: Path, names: Iterable[str]) -> list[Path]:
+    """A folder's files of these names, in whatever case of letters."""
+    wanted = [name.lower() for name in names]
+    begins = place.name.lower()
+    wanted += [f"{begins}{between}{name}" for name in wanted for between in "_-"]
+    return [path for path in images_in(place) if name_of(path).lower() in wanted]
+
+
 def numbered(path: Path) -> tuple[str, int | None]:
     """A file's subject, and its modality's number where it is named ``NAME_0000`` as nnU-Net's."""
     name, underscore, number = name_of(path).rpartition("_")
@@ -146,12 +164,39 @@ def _from_folders(folder: Path, options: DataOptions) -> Dataset:
             f"data.{missing}: is empty, and there is no dataset.json in {folder}; "
             f"voxfuse train --init {folder} writes a configuration for it"
         )
-    subjects = {}
+    subjects = _subjects_in(folder, options.images, options, options.label)
+    named = {subject.name: subject for subject in subjects}
+    return Dataset(folder, named, tuple(options.images), options.labels)
+
+
+def _subjects_in(
+    folder: Path, images: Sequence[str], options: DataOptions, label: str
+) -> list[Subject]:
+    """The subjects of a folder of folders; of others that have images it is said.
+
+    A folder that has a modality in another spelling alone, or the label alone, is a subject too, so
+    that reading it names what it lacks.
+    """
+    subjects: list[Subject] = []
+    others: list[str] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        subject = subject_of_folder(place, options.images, options)
+        subject = subject_of_folder(place, images, options)
+        if subject is None and not place.name.startswith("."):
+            if near_files(place, [*images, *([label] if label else [])]):
+                subject = _subject_at(place, images, options)
+            elif images_in(place) or any(images_in(x) for x in place.iterdir() if x.is_dir()):
+                others.append(place.name)
         if subject is not None:
-            subjects[subject.name] = subject
-    return Dataset(folder, subjects, tuple(options.images), options.labels)
+            subjects.append(subject)
+    if subjects:
+        _say_left_out(folder, others, f"with no {', '.join(images)} in them")
+    return subjects
+
+
+def _say_left_out(folder: Path, names: Sequence[str], why: str) -> None:
+    if names:
+        more = f" and {len(names) - 6} more" if names[6:] else ""
+        warnings.warn(f"{folder}: left out: {', '.join(names[:6])}{more}, {why}", stacklevel=4)
 
 
 def subject_of_folder(place: Path, images: Sequence[str], options: DataOptions) -> Subject | None:
@@ -159,10 +204,11 @@ def subject_of_folder(place: Path, images: Sequence[str], options: DataOptions) 
 
     A missing image is the path where it was looked for, so that an error can name it.
     """
-    found = [file_of(place, name) for name in images]
-    if not any(found):
-        return None
-    paths = [path or place / f"{name}.nii.gz" for path, name in zip(found, images, strict=True)]
+    return _subject_at(place, images, options) if any(file_of(place, x) for x in images) else None
+
+
+def _subject_at(place: Path, images: Sequence[str], options: DataOptions) -> Subject:
+    paths = [file_of(place, name) or place / f"{name}.nii.gz" for name in images]
     mask = None
     if options.mask not in ("positive", "all"):
         mask = file_of(place, options.mask) or place / f"{options.mask}.nii.gz"
@@ -248,6 +294,11 @@ def _cases(
         name = truth.name[: -len(ending)]
         paths = [folder / f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))]
         cases[name] = (paths, truth, name)
+    # Those without a label come last, so that what is drawn of the others stays.
+    for path in sorted((folder / "imagesTr").glob(f"[!.]*_0000{ending}")):
+        name = path.name[: -len(f"_0000{ending}")]
+        paths = [folder / f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))]
+        cases.setdefault(name, (paths, None, name))
     return cases, given
 
 
@@ -449,8 +500,10 @@ def find_inputs(
         options: the section ``[data]``.
         channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
 
-    Of nnU-Net's cases one that lacks a modality, beside whole ones, has the path where it was
-    looked for, so that reading it names it.
+    A subject that lacks a modality, beside whole ones, has the path where it was looked for, so
+    that reading it names it: one of nnU-Net's cases, or a folder with some of the modalities, with
+    others' spelling or with the label. Files without a number beside nnU-Net's are a subject each.
+    What else has images and is left out is a warning.
 
     Raises:
         FileNotFoundError: no such path, or nothing there.
@@ -472,18 +525,23 @@ def find_inputs(
         return [Subject(name_of(paths[0]), tuple(paths), None, mask)]
     folder = paths[0]
     plain = DataOptions(mask=options.mask)
+    several = _subjects_in(folder, images, plain, options.label)
     one = subject_of_folder(folder, images, plain)
     if one is not None:
+        below = [subject.name for subject in several]
+        _say_left_out(folder, below, f"as the folder itself has {', '.join(images)}")
         return [one]
-    places = sorted(path for path in folder.iterdir() if path.is_dir())
-    several = [s for s in (subject_of_folder(place, images, plain) for place in places) if s]
-    if several:
+    files = images_in(folder)
+
+    def besides(names: Iterable[str]) -> list[Path]:
+        """Files that are of no subject of these names, nor what is written of it."""
+        known = {options.label, options.mask, *names}
+        return [path for path in files if name_of(path).removesuffix("_probabilities") not in known]
+
+    if any(path.exists() for subject in several for path in subject.images):
+        left = [path.name for path in besides(subject.name for subject in several)]
+        _say_left_out(folder, left, "beside folders of subjects")
         return several
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith(ENDINGS) and not path.name.startswith(".")
-    )
     cases: dict[str, dict[int, Path]] = {}
     for path in files:
         name, number = numbered(path)
@@ -501,7 +559,7 @@ def find_inputs(
                     f"{k:04d} ({image})" for k, image in zip(wanted, images, strict=True)
                 )
                 raise ValueError(f"{name}: {folder} has {has} of it, expected {expected}")
-        return [
+        subjects = [
             Subject(
                 name,
                 tuple(found.get(k, folder / f"{name}_{k:04d}.nii.gz") for k in wanted),
@@ -509,11 +567,15 @@ def find_inputs(
             )
             for name, found in cases.items()
         ]
-    named = {name_of(path).lower(): path.name for path in files}
-    near = [named[image.lower()] for image in images if image.lower() in named]
+        others = [path for path in besides(cases) if numbered(path)[1] is None]
+        return subjects + [Subject(name_of(path), (path,), None) for path in others]
+    near = near_files(folder, images)
+    if not files:
+        near = [path for s in several for path in near_files(s.images[0].parent, images)]
     if near:
         raise FileNotFoundError(
-            f"--input: {folder} has {near[0]}, expected {', '.join(images)}, in this spelling"
+            f"--input: {folder} has {near[0].relative_to(folder)}, expected {', '.join(images)}, "
+            "in this spelling"
         )
     files = [path for path in files if name_of(path) not in (options.label, options.mask)]
     if not files:

@@ -60,7 +60,8 @@ def initial_config(folder: str | Path) -> Config:
         options.validation_share = 0.2
     config = Config(data=options)
     shapes = []
-    for subject in subjects[:20]:
+    whole = [subject for subject in subjects if subject.images[0].exists()]
+    for subject in (whole or subjects)[:20]:  # what others lack is said when they are read
         scan = load_scan(subject.images[0])
         shapes.append(oriented(placement_of(scan, scan.path), options.orientation).turned_shape)
         # Air in CT, half of a scan of mean 0: "positive" would be no body. A spline's overshoots

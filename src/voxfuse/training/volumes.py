@@ -18,7 +18,14 @@ from voxfuse._files import write_whole
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import COMMENT, Scan, load_scan
 from voxfuse.training.config import DataOptions
-from voxfuse.training.dataset import IGNORED, DataError, Subject, check_classes
+from voxfuse.training.dataset import (
+    IGNORED,
+    DataError,
+    Subject,
+    check_classes,
+    name_of,
+    near_files,
+)
 
 Array = NDArray[Any]
 
@@ -157,7 +164,10 @@ def _read(
     subject: Subject, path: Path, like: Placement | None, read: Callable[[Path], Scan]
 ) -> Scan:
     if not path.exists():
-        raise DataError(f"{subject.name}: {path} is missing")
+        near = near_files(path.parent, [name_of(path)]) if path.parent.is_dir() else []
+        # Not which: a status hides the names of files that were looked for, not of others.
+        spelt = "; there is one in another spelling" if set(near) - {path} else ""
+        raise DataError(f"{subject.name}: {path} is missing{spelt}")
     try:
         scan = read(path)
     except ValueError as error:
