@@ -175,3 +175,16 @@ def test_a_run_predicts_a_folder_of_series(tmp_path):
     out = tmp_path / "out"
     assert predict(tmp_path / "model.pt", tmp_path / "in", out) == 0
     assert sorted(path.name for path in out.glob("*.gz")) == ["first.nii.gz", "second.nii.gz"]
+
+
+def test_folders_named_by_uids_keep_their_whole_names(tmp_path, monkeypatch):
+    names = ["1.3.12.2.1107.5.1", "1.3.12.2.1107.5.2"]
+    for name in names:
+        write_series(tmp_path / "in" / name, intensities((16, 16, 3)))
+    written = [f"{name}.nii.gz" for name in names]
+    assert predict("above_half", tmp_path / "in", tmp_path / "both", *PATCH) == 0
+    assert sorted(path.name for path in (tmp_path / "both").glob("*.gz")) == written
+    for name in names:  # each from within
+        monkeypatch.chdir(tmp_path / "in" / name)
+        assert predict("above_half", ".", tmp_path / "out", *PATCH) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.gz")) == written

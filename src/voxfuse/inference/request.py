@@ -146,6 +146,9 @@ def prepare(request: Request) -> Job:
         ValueError: options do not fit each other, the model or the studies.
         RuntimeError: the network does not take patches as they would be.
     """
+    # A folder "." has no name, which studies get from folders.
+    named = [path.resolve() if path.name in ("", "..") else path for path in request.input]
+    request = dataclasses.replace(request, input=named)
     if is_network(request.model):
         return _of_network(request)
     return _of_run(request)

@@ -73,7 +73,9 @@ def file_of(place: Path, name: str) -> Path | None:
 
 
 def name_of(path: Path) -> str:
-    """The file's name without an image's ending."""
+    """The file's name without an image's ending; a folder's whole one, as UIDs have dots."""
+    if path.is_dir():
+        return path.name
     for ending in ENDINGS:
         if path.name.endswith(ending):
             return path.name[: -len(ending)]
