@@ -580,3 +580,24 @@ def test_patients_of_a_table(tmp_path):
         find_dataset(tmp_path, options(groups="who.csv"))
     with pytest.raises(DataError, match="--init: .*who.csv has columns .* but no row of b$"):
         initial_config(tmp_path)
+    for rows, message in {
+        "a,x\nb,": "got subject 'b' and patient '' in a row, expected both in",  # merged cells
+        "a,x\nb": "got subject 'b' and patient '' in a row",
+        "a,x\n , x": "got subject '' and patient 'x' in a row",
+        "a,x\nb,x\nb,y": "got the patients x and y in rows of b, expected one",
+    }.items():
+        (tmp_path / "who.csv").write_text(f"subject,patient\n{rows}\n")
+        with pytest.raises(DataError, match=f"data.groups: .*who.csv: {message}"):
+            find_dataset(tmp_path, options(groups="who.csv"))
+        with pytest.raises(DataError, match=f"--init: .*who.csv: {message}"):
+            initial_config(tmp_path)
+    (tmp_path / "who.csv").write_text('subject, patient\na, x\nb , "x",\n,\na,x\n')
+    spaced = find_dataset(tmp_path, initial_config(tmp_path).data)
+    assert [subject.group for subject in spaced.subjects.values()] == ["x", "x"]
+    (tmp_path / "who.csv").write_text("Subject;Patient\na;x\nb;x\n")
+    with pytest.warns(UserWarning, match="--init: .*who.csv was not read: got the columns Subj"):
+        assert initial_config(tmp_path).data.groups == ""
+    for patient in (None, " "):
+        case = {"image": "a/flair.nii.gz", "label": "a/lesions.nii.gz", "patient": patient}
+        with pytest.raises(DataError, match=r"training\[0\]: got .* as patient, expected a name"):
+            json_of(tmp_path, channel_names={"0": "FLAIR"}, training=[case])

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from voxfuse.cli import main
 from voxfuse.training.config import DataOptions
-from voxfuse.training.dataset import find_dataset
+from voxfuse.training.dataset import DataError, find_dataset
 from voxfuse.training.simulation import (
     CONTRASTS,
     Host,
@@ -21,6 +21,7 @@ from voxfuse.training.simulation import (
     SimulationOptions,
     simulate,
 )
+from voxfuse.training.simulation.files import _patient, find_hosts
 from voxfuse.training.simulation.placement import grow
 from voxfuse.training.volumes import load_volume
 
@@ -199,6 +200,25 @@ def test_the_command_writes_folders_that_training_reads(tmp_path, capsys):
     )
     assert main(arguments) == 1
     assert "subjects.csv is there already" in capsys.readouterr().err
+
+
+def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):
+    for name in ("p1_b", "p2_a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t1.nii.gz").touch()
+    table = tmp_path / "subjects.csv"
+
+    heads = find_hosts([tmp_path], ["t1"], "lesions")
+    table.write_text("subject,patient\np1_b, p1\np2_a,p2\n", encoding="utf-8-sig")
+    assert [_patient(head.subject) for head in heads] == ["p1", "p2"]
+    table.write_text("subject,patient\np1_b,p1\n")
+    with pytest.raises(DataError, match="^p2_a: --host: .*subjects.csv has no row of it"):
+        _patient(heads[1].subject)
+    table.write_text("subject,patient\np1_b,\n")
+    with pytest.raises(
+        DataError, match="--host: .*subjects.csv: got subject 'p1_b' and patient ''"
+    ):
+        _patient(heads[0].subject)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it.
         DataError: a ``dataset.json`` that cannot be read, more than 255 classes, a table of
-            patients that lacks a subject.
+            patients that lacks a subject (see :func:`patients_of`).
         ValueError: ``images`` or ``labels`` are not said, or not in the ``dataset.json``.
     """
     folder = Path(folder)
@@ -268,20 +268,27 @@ def _cases(
     cases: dict[str, _Case] = {}
     given: dict[str, list[str]] = {}
     if "training" in content and isinstance(content["training"], list):
-        listed: list[tuple[str, list[Path], str, Any]] = []
+        listed: list[tuple[str, list[Path], str, str | None]] = []
         for part in ("training", "validation", "test"):
             for k, item in enumerate(content.get(part) or []):
                 if part == "test" and not (isinstance(item, dict) and "label" in item):
                     continue  # the Decathlon's test images have no labels
                 images, label = _files(folder, f"{part}[{k}]", item, "image")
-                listed.append((part, images, label, item.get("patient")))
+                patient = item.get("patient")
+                patient = None if patient is None else str(patient).strip()
+                if "patient" in item and not patient:
+                    raise DataError(
+                        f"{folder / 'dataset.json'}: {part}[{k}]: got {item['patient']!r} as "
+                        "patient, expected a name"
+                    )
+                listed.append((part, images, label, patient))
         # Where files of several cases have one name, a case is called by its path.
         labels = {Path(label) for _, _, label, _ in listed}
         unique = len({name_of(path) for path in labels}) == len(labels)
         for part, images, label, patient in listed:
             name = name_of(Path(label))
             name = name if unique else (Path(label).parent / name).as_posix()
-            case: _Case = (images, folder / label, name if patient is None else str(patient))
+            case: _Case = (images, folder / label, name if patient is None else patient)
             if cases.setdefault(name, case) != case:
                 raise DataError(f"{folder / 'dataset.json'}: two entries have the label {label}")
             given.setdefault(part, []).append(name)
@@ -340,20 +347,55 @@ def _labels(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file in UTF-8, with or without the mark that Excel begins it with."""
+    """The rows of a CSV file in UTF-8, with or without the mark that Excel begins it with.
+
+    Cells have no space around them; those that a row lacks are empty.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file, restval="", skipinitialspace=True))
+    return [
+        {key.strip(): cell.strip() for key, cell in row.items() if key is not None} for row in rows
+    ]
 
 
-def _groups(path: Path, subjects: Iterable[str]) -> dict[str, str]:
+def patients_of(path: Path, option: str) -> dict[str, str]:
+    """Whose scans the subjects are, by the columns subject and patient of a table.
+
+    Args:
+        path: a CSV file; see :func:`read_table`.
+        option: what names the table, for messages.
+
+    Raises:
+        DataError: it cannot be read or has no such columns; a row with one of the two alone, as of
+            cells that were merged; a subject with two patients.
+    """
     try:
         rows = read_table(path)
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.groups: {path} cannot be read: {reason}") from None
+        raise DataError(f"{option}: {path} cannot be read: {reason}") from None
     if not rows or not {"subject", "patient"} <= set(rows[0]):
-        raise DataError(f"data.groups: {path} has no columns subject and patient")
-    found = {row["subject"]: row["patient"] for row in rows}
+        raise DataError(
+            f"{option}: {path} has no columns subject and patient, with a comma between"
+        )
+    found: dict[str, str] = {}
+    for row in rows:
+        subject, patient = row["subject"], row["patient"]
+        if bool(subject) != bool(patient):
+            raise DataError(
+                f"{option}: {path}: got subject {subject!r} and patient {patient!r} in a row, "
+                "expected both in every row"
+            )
+        if found.setdefault(subject, patient) != patient:
+            raise DataError(
+                f"{option}: {path}: got the patients {found[subject]} and {patient} in rows of "
+                f"{subject}, expected one"
+            )
+    return found
+
+
+def _groups(path: Path, subjects: Iterable[str]) -> dict[str, str]:
+    found = patients_of(path, "data.groups")
     missing = [name for name in subjects if name not in found]
     if missing:
         raise DataError(f"{missing[0]}: data.groups: {path} has no row of it")

@@ -17,6 +17,7 @@ from voxfuse.training.dataset import (
     file_of,
     find_dataset,
     name_of,
+    patients_of,
     read_table,
 )
 from voxfuse.training.volumes import oriented, placement_of
@@ -42,7 +43,7 @@ def initial_config(folder: str | Path) -> Config:
     Raises:
         FileNotFoundError: no such folder, or no images in it.
         DataError: no file is named as labels are, or it has no labels; a table of patients lacks
-            subjects.
+            subjects or patients.
     """
     folder = Path(folder)
     options = DataOptions()
@@ -151,12 +152,19 @@ def _patients(folder: Path, subjects: Sequence[str]) -> str:
         except (ValueError, csv.Error) as error:
             warnings.warn(f"--init: {path} was not read: {error}", stacklevel=4)
             continue
-        if rows and {"subject", "patient"} <= set(rows[0]):
-            missing = sorted(set(subjects) - {row["subject"] for row in rows})
+        columns = set(rows[0]) if rows else set()
+        if {"subject", "patient"} <= columns:
+            missing = sorted(set(subjects) - set(patients_of(path, "--init")))
             if missing:
                 raise DataError(
                     f"--init: {path} has columns subject and patient, but no row of "
                     f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
                 )
             return path.name
+        if all(name in " ".join(columns).lower() for name in ("subject", "patient")):
+            warnings.warn(
+                f"--init: {path} was not read: got the columns {', '.join(rows[0])}, expected "
+                "subject and patient, with a comma between",
+                stacklevel=4,
+            )
     return ""

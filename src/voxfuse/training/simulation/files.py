@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from voxfuse.metrics.files import ENDINGS
 from voxfuse.training.config import DataOptions
-from voxfuse.training.dataset import Subject, file_named, name_of, subject_of_folder
+from voxfuse.training.dataset import (
+    DataError,
+    Subject,
+    file_named,
+    name_of,
+    patients_of,
+    subject_of_folder,
+)
 from voxfuse.training.simulation.hosts import Host
 from voxfuse.training.simulation.placement import SimulationOptions, simulate
 from voxfuse.training.simulation.shapes import Shapes
@@ -80,14 +87,13 @@ def find_hosts(
 
 
 def _patient(subject: Subject) -> str:
-    """Whose head it is, as the table beside its folder says; else its name."""
-    table = subject.images[0].parent.parent / TABLE
-    if table.is_file():
-        with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get("subject") == subject.name and row.get("patient"):
-                    return row["patient"]
-    return subject.name
+    """Whose head it is, as the table beside its folder says; its name where there is none."""
+    folder = subject.images[0].parent
+    table = folder.parent / TABLE
+    found = patients_of(table, "--host") if table.is_file() else {subject.name: subject.name}
+    if subject.name not in found and folder.name == subject.name:
+        raise DataError(f"{subject.name}: --host: {table} has no row of it")
+    return found.get(subject.name, subject.name)
 
 
 def host_of(volume: Volume, images: Sequence[str]) -> Host:
