@@ -197,6 +197,29 @@ def test_a_study_that_takes_too_long_has_failed_and_the_others_are_done(tmp_path
     assert outcomes["t1"].error == "took longer than --timeout allows"
 
 
+def test_names_that_are_one_file_are_one_study(tmp_path):
+    """As A and a are on some file systems; also of processes that began at the same time."""
+    paced = Paced(tmp_path, 3, overwrite=True)
+    paced.targets[1] = replace(paced.targets[0])
+    outcomes = paced.run()
+    assert [o.state for o in outcomes.values()] == ["done", "failed", "done"]
+    assert "t0.nii.gz is another study's of this batch" in outcomes["t1"].error
+
+    (tmp_path / "again").mkdir()
+    late = Paced(tmp_path / "again", 1)
+    late.targets[0] = replace(late.targets[0], status=tmp_path / "again/out/status/t0.json")
+
+    def when_predicted(_):
+        late.targets[0].status.parent.mkdir(parents=True)
+        late.targets[0].path.write_bytes(b"another's")
+        late.targets[0].status.write_text('{"state": "done", "inputs": ["sha256:0"]}')
+
+    late.when_predicted = when_predicted
+    assert late.run()["t0"].refused
+    assert late.targets[0].path.read_bytes() == b"another's"
+    assert json.loads(late.targets[0].status.read_text())["state"] == "done"
+
+
 def test_a_network_that_is_not_finite_fails_the_study(tmp_path, capsys):
     write(tmp_path / "in/a.nii.gz", intensities())
     assert predict("not_finite", tmp_path / "in", tmp_path / "out", *OPTIONS) == 1

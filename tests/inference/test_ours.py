@@ -80,6 +80,41 @@ def test_a_file_is_replaced_only_if_its_status_says_that_it_is_ours(tmp_path, ca
     assert "out/summary.json is not" in refused()
 
 
+def test_another_study_of_the_same_name_replaces_nothing(tmp_path, capsys):
+    """As of patients whose folders have the same names of files."""
+    truths = {name: intensities(seed=k) for k, name in enumerate(("p1", "p2"))}
+    scans = {name: write(tmp_path / name / "FLAIR.nii.gz", x) for name, x in truths.items()}
+    first, out = scans["p1"], tmp_path / "out"
+    label, beside = out / "FLAIR.nii.gz", out / "FLAIR_probabilities.nii.gz"
+
+    def run(scan, *options, model="above_half"):
+        return predict(model, scan, out, *PATCH, *options), capsys.readouterr().err
+
+    def refused(*options):
+        before = {p: p.read_bytes() for p in (label, out / "status/FLAIR.json")}
+        status, error = run(scans["p2"], *options)
+        assert (status, "FLAIR.nii.gz is, by its status, of other images" in error) == (1, True)
+        assert {p: p.read_bytes() for p in before} == before
+
+    assert run(first, "--probabilities") == (0, "")
+    refused()
+    refused("--skip-existing")
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-100])
+    assert run(first)[0] == 1  # as it cannot be read, which takes nothing away
+    refused()
+    first.write_bytes(whole)
+    assert run(first, "--threshold", 0.4) == (0, "")  # the same study
+    assert not beside.exists()  # they would be another threshold's
+    # Of a study of more channels these images are a part.
+    blank = write(tmp_path / "blank.nii.gz", truths["p1"] * 0)
+    assert run([blank, first], model="of_two_channels") == (0, "")
+    assert run(first, "--probabilities") == (0, "")
+    assert run(scans["p2"], "--overwrite") == (0, "")
+    assert (read(label) == truths["p2"]).all()
+    assert not beside.exists()
+
+
 def test_one_file_is_replaced_only_where_that_is_said(tmp_path, capsys):
     scan = write(tmp_path / "a_0000.nii.gz", intensities())
     label = write(tmp_path / "a.nii.gz", intensities() * 5)

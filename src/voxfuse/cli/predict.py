@@ -143,11 +143,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="as PyTorch names it (default: auto)")
     parser.add_argument(
         "--skip-existing", action="store_true",
-        help="leave out studies that are there, but not of another model, options or images",
+        help="leave out studies that are there, but not of another model or other options",
     )  # fmt: skip
     parser.add_argument(
         "--overwrite", action="store_true",
-        help="replace files that are there, even if this command did not write them",
+        help="replace files that are there, even if this command did not write them, or wrote them "
+        "for other images",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of a study; then it has failed"
@@ -250,6 +251,7 @@ def _run(options: argparse.Namespace) -> int:
         job.write,
         timeout=options.timeout,
         skip_existing=options.skip_existing,
+        overwrite=options.overwrite,
         report=report,
         progress=shown.calls,
     )

@@ -27,6 +27,16 @@ from voxfuse.training.volumes import Placement, Volume
 STATUS, SUMMARY = "status", "summary.json"
 
 
+class Refused(FileExistsError):
+    """What is there is another study's, and stays, as does its status."""
+
+
+def probabilities_of(path: Path) -> Path:
+    """The file of a segmentation's probabilities."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.with_name(f"{stem}_probabilities.nii.gz")
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a study's segmentation goes."""
@@ -62,6 +72,15 @@ class Target:
         there = [path for path in self.paths if path.exists()]
         return [path for path in there if path.is_dir() or digest_of_file(path) not in known]
 
+    def is_of_others(self, images: Sequence[str]) -> bool:
+        """Whether what is there is, by its status, of other images than those with these digests.
+
+        Of another model the same study may have fewer images, or more.
+        """
+        there = self.path.exists() or probabilities_of(self.path).exists()
+        before, given = set(self.recorded().get("inputs", ())), set(images)
+        return there and bool(before) and not (given <= before or before <= given)
+
 
 def _digests(status: Mapping[str, Any]) -> list[str]:
     """SHA-256 of the files that are ours by a status."""
@@ -77,6 +96,7 @@ class Outcome:
     state: str  #: "done", "kept" or "failed"
     target: Target
     error: str = ""
+    refused: bool = False  #: whether it failed as what is there is another study's
     note: str = ""  #: what looks wrong
     voxels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -130,6 +150,8 @@ class Night:
             the network is not interrupted, but no further one begins.
         skip_existing: leave out studies whose output is there, unless their status is of another
             model, other options or other images.
+        overwrite: replace what is there even if its status tells of other images; else the study
+            fails, and what is there stays.
         report: called with what became of a study, as soon as that is known.
         progress: called with a study's name and the calls of the network so far.
     """
@@ -141,13 +163,15 @@ class Night:
         *,
         timeout: float | None = None,
         skip_existing: bool = False,
+        overwrite: bool = False,
         report: Callable[[Outcome], object] = lambda outcome: None,
         progress: Callable[[Subject, Volume, int], object] | None = None,
     ) -> None:
         self._segmenter, self._write = segmenter, write
-        self._timeout, self._skip = timeout, skip_existing
+        self._timeout, self._skip, self._overwrite = timeout, skip_existing, overwrite
         self._report, self._progress = report, progress
         self._deciding = threading.Lock()  # whether a study was written in time
+        self._made: set[tuple[int, int]] = set()  # files of this night
         self.outcomes: list[Outcome] = []
         #: Seconds of the whole batch, and of the network's calls in it.
         self.seconds, self.network_seconds = 0.0, 0.0
@@ -169,7 +193,7 @@ class Night:
 
     def _work(self, work: list[tuple[Subject, Target]]) -> None:
         writing: tuple[_Task, Subject, Outcome] | None = None
-        reading = _Task(self._read, work[0][0]) if work else None
+        reading = _Task(self._read, *work[0]) if work else None
         for k, (study, target) in enumerate(work):
             outcome = Outcome(study.name, "failed", target)
             result: tuple[Segmentation, _Read] | None = None
@@ -178,12 +202,12 @@ class Night:
                 current, reading = reading, None
                 read = current.result(self._timeout)
                 if k + 1 < len(work):
-                    reading = _Task(self._read, work[k + 1][0])
+                    reading = _Task(self._read, *work[k + 1])
                 result = self._predict(study, read, outcome), read
             except Exception as error:
-                outcome.error = said(error)
+                outcome.error, outcome.refused = said(error), isinstance(error, Refused)
             if reading is None and k + 1 < len(work):
-                reading = _Task(self._read, work[k + 1][0])
+                reading = _Task(self._read, *work[k + 1])
             if writing is not None:  # one at a time, so that results do not pile up
                 self._written(*writing)
                 writing = None
@@ -194,10 +218,27 @@ class Night:
         if writing is not None:
             self._written(*writing)
 
-    def _read(self, study: Subject) -> _Read:
+    def _read(self, study: Subject, target: Target) -> _Read:
         begun = time.perf_counter()
         volume = self._segmenter.read(study)
-        return _Read(volume, digests_of(study), time.perf_counter() - begun)
+        digests = digests_of(study)
+        self._check_other(study, target, digests)
+        return _Read(volume, digests, time.perf_counter() - begun)
+
+    def _check_other(self, study: Subject, target: Target, digests: Sequence[str]) -> None:
+        """Raise where another study's result would be replaced.
+
+        Raises:
+            Refused: with the file.
+        """
+        if not self._overwrite and target.is_of_others(digests[: len(study.images)]):
+            raise Refused(
+                f"{study.name}: {target.path} is, by its status, of other images than "
+                f"{study.images[0]}; expected another --output, or --overwrite"
+            )
+        # Of names that differ in case alone some file systems make one file.
+        if target.path.exists() and _identity(target.path) in self._made:
+            raise Refused(f"{study.name}: {target.path} is another study's of this batch")
 
     def _predict(self, study: Subject, read: _Read, outcome: Outcome) -> Segmentation:
         deadline = None
@@ -224,9 +265,18 @@ class Night:
         begun = time.perf_counter()
         placement = read.volume.placement
         target = outcome.target
+        self._check_other(study, target, read.digests)  # another process may have written it since
         target.path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = _digests(target.recorded())
-        self._status(study, replace(outcome, state="writing"), {"earlier": earlier})
+        before = target.recorded()
+        earlier = _digests(before)
+        known = {"earlier": earlier, "inputs": read.digests}
+        self._status(study, replace(outcome, state="writing"), known)
+        if target.beside is None and not self._is_same(before, read.digests, "probabilities"):
+            beside = probabilities_of(target.path)  # beside other labels they would be another's
+            if beside.is_file() and (
+                before.get("state") == "writing" or digest_of_file(beside) in earlier
+            ):
+                beside.unlink()
         for path in target.paths:  # of a process that was killed
             for left in unfinished(path.parent, path.name):
                 left.unlink(missing_ok=True)
@@ -254,6 +304,7 @@ class Night:
                 return
             self._status(study, replace(outcome, state="done"), found)
             outcome.state = "done"
+            self._made.add(_identity(target.path))
 
     def _written(self, task: _Task, study: Subject, outcome: Outcome) -> None:
         try:
@@ -261,19 +312,25 @@ class Night:
         except Exception as error:
             with self._deciding:
                 if outcome.state != "done":
-                    outcome.error = said(error)
+                    outcome.error, outcome.refused = said(error), isinstance(error, Refused)
         if outcome.error:
             self._failed(study, outcome)
         else:
             self._done(outcome)
 
     def _failed(self, study: Subject, outcome: Outcome) -> None:
+        if outcome.refused:
+            self._done(outcome)
+            return
         try:
             content = outcome.target.recorded()
             ours = set(_digests(content))
             if content.get("state") == "writing":  # and may have written a part
                 ours |= {digest_of_file(path) for path in outcome.target.paths if path.exists()}
-            self._status(study, outcome, {"earlier": sorted(ours)} if ours else {})
+            known = {"earlier": sorted(ours)} if ours else {}
+            if ours and "inputs" in content:
+                known["inputs"] = content["inputs"]  # of what is there
+            self._status(study, outcome, known)
         except OSError as error:
             outcome.error += f"; its status was not written: {error}"
         self._done(outcome)
@@ -308,19 +365,24 @@ class Night:
             return True
         try:
             content = target.recorded()
-            # As JSON has it: tuples are lists there.
-            about = json.loads(json.dumps(self._segmenter.about))
             written = [content["output"]]
             if target.beside is not None:
                 written.append(content["probabilities"])
-            return (
-                content["state"] == "done"
-                and all(_compared(content[key]) == _compared(about[key]) for key in about)
-                and content["inputs"] == digests_of(study)
-                and written == [digest_of_file(path) for path in target.paths]
-            )
+            return self._is_same(content, digests_of(study)) and written == [
+                digest_of_file(path) for path in target.paths
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def _is_same(self, status: Mapping[str, Any], digests: Sequence[str], *but: str) -> bool:
+        """Whether a status tells of this model, these options, ``but`` for some, and images."""
+        # As JSON has it: tuples are lists there.
+        about = json.loads(json.dumps(self._segmenter.about))
+        return (
+            status.get("state") == "done"
+            and all(_compared(status.get(key), but) == _compared(about[key], but) for key in about)
+            and status.get("inputs") == digests
+        )
 
     def summary(self) -> dict[str, Any]:
         """All outcomes, as they are written beside the segmentations."""
@@ -343,13 +405,17 @@ class Night:
         }
 
 
-def _compared(about: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(about: Any, but: Sequence[str]) -> Any:
     """What a result depends on: not on the patches of a call."""
-    return {
-        key: _compared(value) if isinstance(value, dict) else value
-        for key, value in about.items()
-        if key != "batch"
-    }
+    if not isinstance(about, dict):
+        return about
+    return {key: _compared(value, but) for key, value in about.items() if key not in ("batch", *but)}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What tells a file from another, whatever its name."""
+    about = path.stat()
+    return about.st_dev, about.st_ino
 
 
 def digests_of(study: Subject) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.inference.dicom import is_series, write_segmentation
 from voxfuse.inference.models import Network, is_network, load_network
-from voxfuse.inference.night import STATUS, SUMMARY, Target
+from voxfuse.inference.night import STATUS, SUMMARY, Target, probabilities_of
 from voxfuse.inference.reading import find_studies, header_of
 from voxfuse.inference.segmenters import (
     NetworkOptions,
@@ -567,6 +567,4 @@ def _check_ours(request: Request, targets: Sequence[Target], to_folder: bool) ->
 
 
 def _beside(path: Path, wanted: bool) -> Path | None:
-    """The file of a segmentation's probabilities."""
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    return path.with_name(f"{stem}_probabilities.nii.gz") if wanted else None
+    return probabilities_of(path) if wanted else None
