@@ -188,6 +188,23 @@ def test_strata_hold_their_lower_bound():
     assert strata[">= 500"].f1 == pytest.approx(2 / 3)
 
 
+def test_a_lesion_found_by_one_of_another_stratum_is_found():
+    """A lesion of 64 mm3, predicted with 48; the policy for empty masks is for whole subjects."""
+    truth, prediction = np.zeros((2, 8, 8, 8), bool)
+    truth[2:6, 2:6, 2:6] = prediction[2:6, 2:6, 2:5] = True
+    strata = dict(metrics.match_lesions(prediction, truth).by_size())
+    rates = [
+        [part.sensitivity, part.precision, part.false_discovery_rate, part.f1]
+        for part in strata.values()
+    ]
+    nan = np.nan
+    nothing = [nan] * 4
+    np.testing.assert_equal(rates, [nothing, [nan, 1, 0, nan], [1, nan, nan, nan], nothing])
+    missed = dict(metrics.match_lesions(prediction & False, truth).by_size())["50 to 500"]
+    assert missed.sensitivity == 0
+    np.testing.assert_equal(missed.f1, nan)
+
+
 def test_strata_are_a_partition():
     rng = np.random.default_rng(0)
     prediction, truth = rng.random((2, 20, 20, 20)) < 0.1

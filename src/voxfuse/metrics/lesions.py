@@ -146,12 +146,16 @@ class LesionMatch:
     """The lesions of one subject, or of several, and which of them have a counterpart.
 
     Matches of several subjects add up: ``sum(matches, LesionMatch.none())`` pools their lesions.
+
+    The policy for empty masks is one for whole subjects. In a stratum of :meth:`by_size` a rate
+    without lesions is undefined, and so is F1 without both rates.
     """
 
     truth_volumes: Floats  #: mm3, one a true lesion
     detected: Mask  #: one a true lesion
     prediction_volumes: Floats  #: mm3, one a predicted lesion
     matching: Mask  #: one a predicted lesion: whether it is a true one
+    stratum: bool = field(default=False, repr=False)  #: one of :meth:`by_size`
     truth_numbers: NDArray[np.int32] | None = field(default=None, repr=False)
     prediction_numbers: NDArray[np.int32] | None = field(default=None, repr=False)
 
@@ -166,35 +170,42 @@ class LesionMatch:
             np.concatenate([self.detected, other.detected]),
             np.concatenate([self.prediction_volumes, other.prediction_volumes]),
             np.concatenate([self.matching, other.matching]),
+            self.stratum and other.stratum,
         )
 
-    def _settled(self, name: str, value: float) -> float:
+    def _of_nothing(self, name: str) -> float:
+        """A rate without what it is a share of, by the policy for empty masks."""
+        if self.stratum:  # there, one side alone may be empty though the lesions have counterparts
+            return np.nan
         settled = METRICS[name].value_if_empty(self.detected.size == 0, self.matching.size == 0)
-        return value if settled is None else settled
+        return np.nan if settled is None else settled
 
     @property
     def sensitivity(self) -> float:
         """Detected over true lesions, the LTPR."""
-        hits = self.detected.sum() / max(self.detected.size, 1)
-        return self._settled("lesion_sensitivity", float(hits))
+        if not self.detected.size:
+            return self._of_nothing("lesion_sensitivity")
+        return float(self.detected.mean())
 
     @property
     def precision(self) -> float:
         """Matching over predicted lesions."""
-        hits = self.matching.sum() / max(self.matching.size, 1)
-        return self._settled("lesion_precision", float(hits))
+        if not self.matching.size:
+            return self._of_nothing("lesion_precision")
+        return float(self.matching.mean())
 
     @property
     def false_discovery_rate(self) -> float:
         """False over predicted lesions: what ISBI 2015 calls LFPR."""
-        misses = (~self.matching).sum() / max(self.matching.size, 1)
-        return self._settled("lesion_false_discovery_rate", float(misses))
+        if not self.matching.size:
+            return self._of_nothing("lesion_false_discovery_rate")
+        return float((~self.matching).mean())
 
     @property
     def f1(self) -> float:
         """Harmonic mean of sensitivity and precision."""
-        if self.detected.size == 0 or self.matching.size == 0:
-            return self._settled("lesion_f1", np.nan)
+        if not self.detected.size or not self.matching.size:
+            return self._of_nothing("lesion_f1")
         total = self.sensitivity + self.precision
         return 2 * self.sensitivity * self.precision / total if total else 0.0
 
@@ -239,6 +250,7 @@ class LesionMatch:
                     self.detected[true == stratum],
                     self.prediction_volumes[predicted == stratum],
                     self.matching[predicted == stratum],
+                    stratum=True,
                 ),
             )
             for stratum, name in enumerate(names)
@@ -288,8 +300,8 @@ def match_lesions(
         _found(rows, columns, voxels, sizes[0], sizes[1], rule),
         predicted_volumes,
         _found(columns, rows, voxels, sizes[1], sizes[0], rule),
-        true,
-        predicted,
+        truth_numbers=true,
+        prediction_numbers=predicted,
     )
 
 

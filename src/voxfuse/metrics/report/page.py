@@ -188,7 +188,8 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
                 "rate",
                 "lesion volume [mm³]",
             ),
-            f"True lesions: {counts}.",
+            f"True lesions: {counts}. Sensitivity is of true lesions by their size, precision of "
+            "predicted ones by theirs; – where there are none.",
         )
     subjects = Series(
         "subjects", column("sensitivity"), column("precision"), names, line=False, dots=True
