@@ -266,6 +266,49 @@ def test_minimum_volume_is_tuned_on_subjects_that_are_not_scored(study, capsys):
     assert "2 subjects" in text
 
 
+def with_header(path, array, affine=AFFINE, unit=None, sizes=None):
+    image = nibabel.Nifti1Image(array, affine)
+    if sizes is not None:
+        image.header["pixdim"][1:4] = sizes
+        image.set_sform(affine, 1, update_affine=False)
+    if unit:
+        image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("micron", 1000), ("meter", 0.001), ("mm", 1)])
+def test_sizes_are_in_mm_whatever_the_unit(tmp_path, unit, factor):
+    """And what is written like such a scan lies where it does."""
+    from voxfuse.inference.reading import header_of
+    from voxfuse.metrics.files import load_scan
+    from voxfuse.training.volumes import placement_of, save_like
+
+    affine = np.diag([*AFFINE.diagonal()[:3] * factor, 1])
+    with_header(tmp_path / "a.nii", lesions((2, 2, 2)), affine, unit)
+    scan = load_scan(tmp_path / "a.nii")
+    np.testing.assert_allclose(scan.affine, AFFINE, rtol=1e-6)
+    np.testing.assert_array_equal(header_of(tmp_path / "a.nii").affine, scan.affine)
+    for codes in (1, 0):  # without them, the sizes of voxels alone are in the header
+        image = nibabel.load(tmp_path / "a.nii")
+        for form in ("sform_code", "qform_code"):
+            image.header[form] = codes
+        nibabel.save(nibabel.Nifti1Image(image.dataobj, None, image.header), tmp_path / "b.nii")
+        scan = load_scan(tmp_path / "b.nii")
+        save_like(scan.array, placement_of(scan, scan.path), tmp_path / "c.nii.gz")
+        np.testing.assert_array_equal(load_scan(tmp_path / "c.nii.gz").affine, scan.affine)
+        assert scan.spacing == pytest.approx((1, 1, 2))
+
+
+def test_hidden_files_are_no_subjects(study):
+    from voxfuse.metrics.files import find_scans
+
+    for name in ("._p1.nii.gz", ".old/p9.nii.gz"):
+        save(study / "truth" / name, lesions())
+    assert list(find_scans(study / "truth")) == ["p1", "p2", "p3"]
+    assert list(find_scans(study / "truth", "{}.nii.gz")) == ["p1", "p2", "p3"]
+    assert list(find_scans(study / "truth", ".old/{}.nii.gz")) == ["p9"]
+
+
 def test_resampling_takes_the_nearest_voxel(tmp_path, capsys):
     """The same mask, stored from the other end of two axes, and moved by a voxel."""
     truth = lesions((2, 2, 2), (10, 12, 5))
@@ -310,6 +353,18 @@ def test_patterns_find_a_subject_s_file(study, capsys):
             "expected probabilities in [0, 1] without NaN",
         ),
         (lambda f: (f / "ours/p1.nii.gz").write_bytes(b"?"), (), "p1.nii.gz: cannot be read"),
+        (
+            lambda f: save(f / "ours/p1.nii.gz", np.zeros((20, 24, 10), np.complex64)),
+            (),
+            "p1.nii.gz: got voxels of dtype complex64, expected real numbers",
+        ),
+        (
+            lambda f: save(
+                f / "ours/p1.nii.gz", np.zeros((20, 24, 10), [(c, np.uint8) for c in "RGB"])
+            ),
+            (),
+            "p1.nii.gz: got voxels of dtype [('R', 'u1'), ",
+        ),
         (lambda f: None, ("--probabilities", "--threshold", "50"), "--threshold: got 50"),
         (lambda f: None, ("--tune-on", "p9"), "--tune-on: got p9, expected some, not all, of p1"),
         (lambda f: None, ("--threshold", "0.2"), "--threshold: is for --probabilities"),

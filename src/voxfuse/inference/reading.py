@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
-from voxfuse.metrics.files import ENDINGS, Scan, load_scan
+from voxfuse.metrics.files import ENDINGS, Scan, affine_in_mm, load_scan
 from voxfuse.training.dataset import Subject, file_named, name_of, numbered
 
 
@@ -137,6 +137,6 @@ def header_of(path: Path) -> Header:
     if len(shape) < 3:
         raise ValueError(f"{path}: got {len(shape)} axes, expected three spatial ones")
     extra = [int(n) for n in shape[3:] if n != 1]
-    affine = np.asarray(image.affine, np.float64)
+    affine = affine_in_mm(image)
     channels = extra[0] if extra else 1
     return Header(tuple(int(n) for n in shape[:3]), channels, affine, itemsize, len(shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from voxfuse.metrics._arrays import Floats, optional
 COMMENT = 6
 #: Endings of the files that are looked for in folders; nibabel reads them.
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
+#: NIfTI's codes of a meter and a micron, in mm; a file without a unit is taken for one in mm.
+UNITS = {1: 1000.0, 3: 0.001}
 
 
 class GridError(ValueError):
@@ -52,7 +55,8 @@ def load_scan(path: str | Path) -> Scan:
     """Read a NIfTI or MGH file by nibabel.
 
     Raises:
-        ValueError: the file cannot be read, or has fewer than three axes.
+        ValueError: the file cannot be read, has fewer than three axes, or complex numbers or
+            colours.
         ModuleNotFoundError: nibabel is not installed.
     """
     nibabel = optional("nibabel", f"Reading {path}")
@@ -61,13 +65,37 @@ def load_scan(path: str | Path) -> Scan:
         array = np.asanyarray(image.dataobj)
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{path}: got voxels of dtype {array.dtype}, expected real numbers")
     if array.ndim < 3:
         raise ValueError(f"{path}: got {array.ndim} axes, expected three spatial ones")
     array = array.reshape(array.shape[:3] + tuple(n for n in array.shape[3:] if n != 1))
     if array.ndim > 4:
         raise ValueError(f"{path}: got shape {array.shape}, expected (x, y, z) or (x, y, z, C)")
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = affine_in_mm(image)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    said = np.abs(image.header.get_zooms()[:3]) * unit_in_mm(image)
+    if (np.abs(sizes - said) > 0.01 * sizes).any():
+        warnings.warn(
+            f"{path}: its affine has voxels of {_times(sizes)} mm, which are taken, but its header "
+            f"says {_times(said)} mm",
+            stacklevel=2,
+        )
     return Scan(array, affine, Path(path), *_channels_said(image.header))
+
+
+def unit_in_mm(image: Any) -> float:
+    """How many mm the unit of a nibabel image has, in which its affine and its sizes are."""
+    if not isinstance(image, optional("nibabel", "Reading images").Nifti1Pair):
+        return 1.0
+    return UNITS.get(int(image.header["xyzt_units"]) & 7, 1.0)
+
+
+def affine_in_mm(image: Any) -> Floats:
+    """The affine of a nibabel image, in mm whatever the unit of its header."""
+    affine = np.array(image.affine, dtype=np.float64)
+    affine[:3] *= unit_in_mm(image)
+    return affine
 
 
 def channels_comment(channels: Sequence[int], regions: bool = False) -> str:
@@ -100,7 +128,7 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
         path: a folder, or one file.
         pattern: where a subject's file lies below the folder, ``{}`` standing for the subject:
             ``"{}/lesions.nii.gz"``. Default: every image; the subject is its path without the
-            ending.
+            ending. Hidden files, such as ``._a.nii.gz`` of macOS, are none.
 
     Raises:
         FileNotFoundError: no such path, or no image in it.
@@ -122,7 +150,8 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
             before, after = (re.escape(part) for part in pattern.split("{}"))
             match = re.fullmatch(f"{before}([^/]+){after}", name)
             subject = match[1] if match else None
-        if subject is None or not file.is_file():
+        hidden = subject is not None and any(part.startswith(".") for part in subject.split("/"))
+        if subject is None or hidden or not file.is_file():
             continue
         if subject in found:
             raise ValueError(f"{path}: {found[subject].name} and {file.name} are both {subject}")
@@ -206,7 +235,11 @@ def on_grid_of(scan: Scan, truth: Scan, resample: bool = False) -> Scan:
 
 
 def _sizes(scan: Scan) -> str:
-    return " x ".join(f"{size:.4g}" for size in scan.spacing)
+    return _times(scan.spacing)
+
+
+def _times(sizes: Sequence[float] | Floats) -> str:
+    return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def _corner(scan: Scan) -> str:

@@ -369,15 +369,18 @@ def save_like(array: Array, placement: Placement, path: Path, comment: str = "")
     """
     nibabel = optional("nibabel", f"Writing {path}")
     source = nibabel.load(placement.path) if placement.path.is_file() else None
-    image = nibabel.Nifti1Image(array, placement.affine)
+    if not isinstance(source, nibabel.Nifti1Pair):
+        source = None
+    # The placement's is in mm, the source's in its header's unit.
+    image = nibabel.Nifti1Image(array, source.affine if source else placement.affine)
     if comment:
         extension = nibabel.nifti1.Nifti1Extension(COMMENT, comment.encode())
         image.header.extensions.append(extension)
-    if isinstance(source, nibabel.Nifti1Pair):
+    if source:
         for form in ("sform", "qform"):
             affine, code = getattr(source, f"get_{form}")(coded=True)
             getattr(image, f"set_{form}")(affine, int(code))
-        image.header.set_xyzt_units(*source.header.get_xyzt_units())
+        image.header["xyzt_units"] = source.header["xyzt_units"]
 
     def write(file: BinaryIO) -> None:
         if path.name.endswith(".gz"):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.metrics._arrays import as_mask, as_spacing, bounding_box, optional
-from voxfuse.metrics.files import find_scans
+from voxfuse.metrics.files import find_scans, unit_in_mm
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -312,7 +312,8 @@ class MaskShapes:
                 mask = as_mask("mask", np.asanyarray(image.dataobj))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: {error}") from None
-            templates += templates_of(mask, image.header.get_zooms()[:3])
+            unit = unit_in_mm(image)
+            templates += templates_of(mask, [n * unit for n in image.header.get_zooms()[:3]])
         return cls(tuple(templates), brain_volume)
 
     def draw(
