@@ -95,6 +95,16 @@ def test_comparison_says_who_wins_on_which_subject(study):
     winners = {row["subject"]: row["winner"] for row in rows if row["metric"] == "dice"}
     assert winners == {"p1": "theirs", "p2": "ours", "p3": "tie"}
     assert "ours wins" in (out / "summary.md").read_text()
+    # Differences of volumes are of magnitudes, and are named so.
+    names = [
+        one["column"]
+        for one in json.loads((out / "results.json").read_text())["comparison"]["metrics"]
+    ]
+    for found in ({row["metric"] for row in rows}, set(names)):
+        assert "|volume_difference_ml|" in found
+        assert "volume_difference_ml" not in found
+    assert "| \\|Volume difference\\| [ml] | " in (out / "summary.md").read_text()
+    assert "<td>|Volume difference| [ml]</td>" in (out / "report.html").read_text()
 
 
 def test_probabilities_give_curves(study):
@@ -266,6 +276,49 @@ def test_minimum_volume_is_tuned_on_subjects_that_are_not_scored(study, capsys):
     assert "2 subjects" in text
 
 
+def test_every_method_is_tuned_on_its_own_predictions(study):
+    """The truth itself as the other method: nothing of it is removed for our crumbs."""
+    truth = lesions((5, 5, 5))
+    truth[18, 20, 8] = 1
+    save(study / "truth/p2.nii.gz", truth)
+    crumbs = lesions((2, 2, 2), (10, 12, 5))
+    crumbs[18, 20, 8] = crumbs[0, 20, 0] = 1
+    save(study / "ours/p1.nii.gz", crumbs)
+    out, other = study / "out", study / "truth"
+    assert run(study / "ours", other, "--tune-on", "p1", "--compare", other, "--out", out) == 0
+    found = json.loads((out / "results.json").read_text())
+    rows = csv.DictReader((out / "compare.csv").open())
+    differences = {row["subject"]: row["difference"] for row in rows if row["metric"] == "dice"}
+    assert float(differences["p2"]) == pytest.approx(2 * 24 / (24 + 25) - 1)
+    assert (found["options"]["minimum_volume"], found["comparison"]["minimum_volume"]) == (2, 0)
+    assert "minimum volume of ours 2 mm3" in found["notes"][0]
+    assert "minimum volume of truth 0 mm3" in found["notes"][1]
+    assert "2 mm³ or less removed (of truth: 0 mm³)" in (out / "report.html").read_text()
+
+
+def test_curves_say_whether_small_lesions_are_in_them(study):
+    """The one of 2 mm3 is removed from free response; the others are of voxels."""
+    p = 0.8 * lesions((2, 2, 2), (10, 12, 5)).astype(np.float32)
+    p[18, 20, 8] = 0.8
+    save(study / "probabilities/p1.nii.gz", p)
+    out = study / "out"
+    arguments = "--probabilities", "--minimum-volume", 2, "--out", out
+    assert run(study / "probabilities", study / "truth", *arguments) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["curves"]["foreground"]["isbi.free_response"]["false_lesions"]) == {0}
+    assert "average precision and the curves of voxels over" in found["notes"][0]
+    assert (out / "report.html").read_text().count("Small lesions are not removed here.") == 3
+
+
+def test_masks_as_probabilities_are_named(study, capsys):
+    save(study / "probabilities/p2.nii.gz", lesions((5, 5, 5)).astype(np.float32))
+    assert run(study / "probabilities", study / "truth", "--probabilities") == 0
+    printed = capsys.readouterr()
+    for text in printed:
+        assert "1 files hold 0 and 1 only" in text
+        assert "probabilities/p2.nii.gz" in text
+
+
 def with_header(path, array, affine=AFFINE, unit=None, sizes=None):
     image = nibabel.Nifti1Image(array, affine)
     if sizes is not None:
@@ -297,6 +350,15 @@ def test_sizes_are_in_mm_whatever_the_unit(tmp_path, unit, factor):
         save_like(scan.array, placement_of(scan, scan.path), tmp_path / "c.nii.gz")
         np.testing.assert_array_equal(load_scan(tmp_path / "c.nii.gz").affine, scan.affine)
         assert scan.spacing == pytest.approx((1, 1, 2))
+
+
+def test_contradicting_sizes_are_noted(tmp_path, capsys):
+    with_header(tmp_path / "p.nii", lesions((2, 2, 2)), sizes=(1, 1, 3))
+    save(tmp_path / "t.nii.gz", lesions((2, 2, 2)))
+    assert run(tmp_path / "p.nii", tmp_path / "t.nii.gz") == 0
+    for text in capsys.readouterr():
+        assert "p.nii: its affine has voxels of 1 x 1 x 2 mm, which are taken, but" in text
+        assert "says 1 x 1 x 3 mm" in text
 
 
 def test_hidden_files_are_no_subjects(study):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,8 @@ class _Evaluation:
             bins=options.bins or None,
             minimum_volume=options.minimum_volume,
         )
+        self.others = self.wanted  # of the method that is compared
+        self.names = _names(options.predictions, options.compare)
         self.ignore = options.ignore_label
         if self.ignore is None and options.rule == ["wmh"] and 2 not in (options.labels or []):
             self.ignore = 2
@@ -170,6 +173,7 @@ class _Evaluation:
         )
         self.misses: list[Any] = []
         self.seen: set[int] = set()
+        self.masks: dict[str, None] = {}  # files of probabilities that look like masks
 
     def _pairs(self, predictions: Path) -> dict[str, tuple[Path, Path]]:
         found = self.files.find_scans(predictions, self.options.prediction_pattern)
@@ -195,16 +199,31 @@ class _Evaluation:
             self._tune()
         if self.ignore is not None:
             self.notes.append(f"voxels of label {self.ignore} in the truth count as nothing")
-        studies = self._studies(self.pairs, with_misses=self.options.out is not None)
+        if self.options.probabilities and (
+            self.wanted.minimum_volume or self.others.minimum_volume
+        ):
+            self.notes.append(
+                "average precision and the curves of voxels over thresholds are of all "
+                "probabilities: small lesions are not removed there"
+            )
+        misses = self.options.out is not None
+        studies = self._studies(self.pairs, self.wanted, with_misses=misses)
         unseen = [label for label in self.options.labels or [] if label not in self.seen]
         if unseen:
             self._note(f"no truth has a voxel of label {', '.join(map(str, unseen))}")
-        others = self._studies(self.other) if self.other else []
+        others = self._studies(self.other, self.others) if self.other else []
+        if self.masks:
+            named = ", ".join([*self.masks][:3]) + (", ..." if len(self.masks) > 3 else "")
+            self._note(
+                f"--probabilities: {len(self.masks)} files hold 0 and 1 only, as masks do, so that "
+                f"their curves have one point: {named}"
+            )
         comparisons = {
             ours.label: self.study.compare(ours, theirs)
             for ours, theirs in zip(studies, others, strict=False)
         }
-        name, other = _names(self.options.predictions, self.options.compare)
+        name, other = self.names
+        tuned_apart = bool(self.other) and self.others != self.wanted
         self.misses.sort(key=lambda miss: -miss.volume)
         found = self.report.Report(
             name=name,
@@ -212,6 +231,7 @@ class _Evaluation:
             options=self.wanted,
             size_edges=self.options.size_edges,
             other_name=other,
+            other_minimum_volume=self.others.minimum_volume if tuned_apart else None,
             comparisons=comparisons,
             misses=self.misses[:12],
             notes=self.notes,
@@ -230,24 +250,39 @@ class _Evaluation:
         print(f"wrote {', '.join(path.name for path in [*written, page])} to {folder}")
         return 0
 
-    def _studies(self, pairs: dict[str, tuple[Path, Path]], with_misses: bool = False) -> list[Any]:
+    def _studies(
+        self, pairs: dict[str, tuple[Path, Path]], wanted: Any, with_misses: bool = False
+    ) -> list[Any]:
         by_label: dict[str, list[Any]] = {}
         for done, (subject, (prediction, truth)) in enumerate(pairs.items(), 1):
             if sys.stderr.isatty():
                 print(f"\r{done}/{len(pairs)} {subject}\x1b[K", end="", file=sys.stderr)
-            for label, one in self._subject(subject, prediction, truth, with_misses):
+            for label, one in self._subject(subject, prediction, truth, wanted, with_misses):
                 by_label.setdefault(label, []).append(one)
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         return [self.study.pool(scores) for scores in by_label.values()]
 
+    def _load(self, path: Path) -> Any:
+        """A file's scan; what its header contradicts becomes a note."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            scan = self.files.load_scan(path)
+        for note in (str(one.message) for one in caught):
+            if note not in self.notes:
+                self._note(note)
+        return scan
+
     def _read(self, prediction: Path, truth: Path) -> tuple[Any, Any]:
-        true = self.files.load_scan(truth)
+        true = self._load(truth)
         if true.array.ndim != 3:
             raise ValueError(f"{truth}: got shape {true.array.shape}, expected a mask (x, y, z)")
-        predicted = self.files.load_scan(prediction)
+        predicted = self._load(prediction)
         if self.options.probabilities:
             predicted = replace(predicted, channels=self._channels(predicted))
+            if predicted.array.max() == 1 and np.isin(predicted.array, (0, 1)).all():
+                self.masks[str(prediction)] = None
         return self.files.on_grid_of(predicted, true, self.options.resample), true
 
     def _channels(self, scan: Any) -> tuple[int, ...] | None:
@@ -335,21 +370,23 @@ class _Evaluation:
             array = array[..., places[0]] if array.ndim == 4 else array
         return as_probabilities(np.asarray(array, np.float32), str(scan.path))
 
-    def _subject(self, subject: str, prediction: Path, truth: Path, with_misses: bool) -> Any:
+    def _subject(
+        self, subject: str, prediction: Path, truth: Path, wanted: Any, with_misses: bool
+    ) -> Any:
         from voxfuse.metrics.lesions import remove_small_lesions
 
         for label, p, g, ignore, scan in self._masks(prediction, truth):
             one = self.study.score_subject(
-                p, g, scan.spacing, self.wanted, subject=subject, label=label, ignore=ignore
+                p, g, scan.spacing, wanted, subject=subject, label=label, ignore=ignore
             )
-            if with_misses and self.wanted.rules:
-                rule = self.wanted.rules[0]
-                shown = p >= self.wanted.threshold if p.dtype != np.bool_ else p
+            if with_misses and wanted.rules:
+                rule = wanted.rules[0]
+                shown = p >= wanted.threshold if p.dtype != np.bool_ else p
                 if ignore is not None:
                     shown = shown & ~ignore
-                if self.wanted.minimum_volume:
+                if wanted.minimum_volume:
                     shown = remove_small_lesions(
-                        shown, self.wanted.minimum_volume, scan.spacing, rule.connectivity
+                        shown, wanted.minimum_volume, scan.spacing, rule.connectivity
                     )
                 self.misses += self.report.find_misses(
                     shown, g, one.matches[rule.name], scan.affine, subject=subject, label=label,
@@ -367,14 +404,13 @@ class _Evaluation:
                 "such as '{}/t1.nii.gz'"
             )
         path = self.images.get(subject) or next(iter(self.images.values()))
-        image = self.files.on_grid_of(self.files.load_scan(path), truth, self.options.resample)
+        image = self.files.on_grid_of(self._load(path), truth, self.options.resample)
         if image.array.ndim != 3:
             raise ValueError(f"{path}: got shape {image.array.shape}, expected (x, y, z)")
         return image.array
 
     def _tune(self) -> None:
-        from voxfuse.metrics.lesions import tune_minimum_volume
-
+        """Choose the minimum volume of each method on its own predictions."""
         subjects = self.options.tune_on
         unknown = [subject for subject in subjects if subject not in self.pairs]
         if unknown or len(subjects) >= len(self.pairs):
@@ -382,21 +418,26 @@ class _Evaluation:
                 f"--tune-on: got {', '.join(unknown or subjects)}, expected some, not all, of "
                 f"{', '.join(self.pairs)}"
             )
+        self.wanted = self._tuned(self.pairs, self.names[0])
+        self.others = self._tuned(self.other, self.names[1]) if self.other else self.wanted
+
+    def _tuned(self, pairs: dict[str, tuple[Path, Path]], method: str) -> Any:
+        from voxfuse.metrics.lesions import tune_minimum_volume
+
         masks: list[tuple[Any, Any, Any]] = []
-        for subject in subjects:
-            for _, p, g, ignore, scan in self._masks(*self.pairs[subject]):
+        for subject in dict.fromkeys(self.options.tune_on):
+            for _, p, g, ignore, scan in self._masks(*pairs.pop(subject)):
                 mask = p >= self.wanted.threshold if p.dtype != np.bool_ else p
                 masks.append((mask if ignore is None else mask & ~ignore, g, scan.spacing))
         predictions, truths, spacings = zip(*masks, strict=True)
-        tuned = tune_minimum_volume(predictions, truths, spacings, rule=self.wanted.rules[0])
-        self.wanted = replace(self.wanted, minimum_volume=tuned.volume)
+        rule = self.wanted.rules[0]
+        tuned = tune_minimum_volume(predictions, truths, spacings, rule=rule)
+        of_whom = f" of {method}" if self.other else ""
         self.notes.append(
-            f"minimum volume {tuned.volume:g} mm3, best for lesion F1 "
-            f"({self.wanted.rules[0].name}) on {', '.join(subjects)}, which are not scored"
+            f"minimum volume{of_whom} {tuned.volume:g} mm3, best for lesion F1 ({rule.name}) on "
+            f"{', '.join(self.options.tune_on)}, which are not scored"
         )
-        for pairs in (self.pairs, self.other):
-            for subject in subjects:
-                pairs.pop(subject, None)
+        return replace(self.wanted, minimum_volume=tuned.volume)
 
 
 def _refuse_without_effect(options: argparse.Namespace) -> None:

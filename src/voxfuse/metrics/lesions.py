@@ -421,8 +421,13 @@ def free_response_counts(
     spacing: float | Sequence[float],
     rule: str | LesionRule,
     levels: Floats,
+    minimum_volume: float = 0.0,
+    connectivity: int = 18,
 ) -> Floats:
-    """One subject's detected, true and false lesions, a row a threshold."""
+    """One subject's detected, true and false lesions, a row a threshold.
+
+    Predicted lesions of ``minimum_volume`` mm3 or less, by this connectivity, are removed first.
+    """
     p, g = as_probabilities(probabilities), as_mask("truth", truth)
     same_shape("probabilities", p, g)
     reached = levels.astype(p.dtype)  # else 0.7 in float32 would be below a threshold of 0.7
@@ -430,7 +435,10 @@ def free_response_counts(
     p, g = p[box], g[box]
     rows = []
     for level in reached:
-        match = match_lesions(p >= level, g, spacing, rule)
+        prediction = p >= level
+        if minimum_volume:
+            prediction = remove_small_lesions(prediction, minimum_volume, spacing, connectivity)
+        match = match_lesions(prediction, g, spacing, rule)
         rows.append((match.detected.sum(), match.detected.size, (~match.matching).sum()))
     return np.asarray(rows, dtype=np.float64)
 

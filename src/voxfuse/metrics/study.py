@@ -41,7 +41,9 @@ class Options:
         slice_axis: for WMH 2017's outlines.
         threshold: of probabilities; ``p >= threshold`` is the mask.
         bins: of probabilities' curves; None is exact.
-        minimum_volume: mm3; predicted lesions of so much or less are removed first.
+        minimum_volume: mm3; predicted lesions of so much or less are removed first, at every
+            threshold of the free-response curves, too. Average precision and the other curves
+            are of all voxels.
     """
 
     rules: tuple[LesionRule, ...] = (as_rule("isbi"),)
@@ -98,8 +100,8 @@ def score_subject(
         # A NumPy float64 would have float32 probabilities compared in float64.
         prediction = probabilities >= float(options.threshold)
     prediction, truth = as_pair(prediction, truth, ignore)
+    connectivity = options.rules[0].connectivity if options.rules else 18
     if options.minimum_volume:
-        connectivity = options.rules[0].connectivity if options.rules else 18
         prediction = remove_small_lesions(prediction, options.minimum_volume, spacing, connectivity)
     counts = voxel_counts(prediction, truth, ignore=ignore)
     values = {name: getattr(counts, name) for name in VOXELWISE}
@@ -120,7 +122,9 @@ def score_subject(
         values |= {f"{rule.name}.{name}": value for name, value in match.values.items()}
         if probabilities is not None:
             kept = probabilities if ignore is None else np.where(ignore, 0, probabilities)
-            free[rule.name] = free_response_counts(kept, truth, spacing, rule, LEVELS)
+            free[rule.name] = free_response_counts(
+                kept, truth, spacing, rule, LEVELS, options.minimum_volume, connectivity
+            )
         if rule.name == "wmh" and options.outline is not None:
             slices = surface_distances(
                 prediction, truth, spacing, outline="slices", slice_axis=options.slice_axis

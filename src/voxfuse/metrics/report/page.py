@@ -10,7 +10,14 @@ from voxfuse.metrics.definitions import definition
 from voxfuse.metrics.lesions import free_response_of_counts
 from voxfuse.metrics.report.charts import Series, bar_chart, xy_chart
 from voxfuse.metrics.report.pictures import COLOURS, Miss, data_uri
-from voxfuse.metrics.report.tables import Report, number, policies, short_columns, title
+from voxfuse.metrics.report.tables import (
+    Report,
+    compared_title,
+    number,
+    policies,
+    short_columns,
+    title,
+)
 from voxfuse.metrics.study import LEVELS, Comparison, Study
 
 STYLE = """
@@ -102,8 +109,10 @@ def _scope(report: Report) -> str:
     parts += [f"lesions by {rule}" for rule in report.options.rules]
     if any(study.curves is not None for study in report.studies):
         parts.append(f"probabilities cut at {report.options.threshold:g}")
-    if report.options.minimum_volume:
-        parts.append(f"predicted lesions of {report.options.minimum_volume:g} mm³ or less removed")
+    volume, others = report.options.minimum_volume, report.other_minimum_volume
+    if volume or others:
+        apart = "" if others is None else f" (of {report.other_name}: {others:g} mm³)"
+        parts.append(f"predicted lesions of {volume:g} mm³ or less removed{apart}")
     if report.options.outline is not None:
         parts.append(f"surface Dice at {report.options.tolerance:g} mm")
     return html.escape("; ".join(parts)) + "."
@@ -205,10 +214,12 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
         pooled = Series("all voxels", [0.0, *curve.recall], [curve.precision[0], *curve.precision],
                         steps=True)  # fmt: skip
         area = study.curves.average_precision()
+        whole = " Small lesions are not removed here." if report.options.minimum_volume else ""
         yield _figure(
             "Precision and recall",
             xy_chart([pooled, subjects], "recall (sensitivity)", "precision", x_range=(0, 1)),
-            f"All voxels pooled: average precision {area:.3f}. Points: subjects at the threshold.",
+            f"All voxels pooled: average precision {area:.3f}.{whole} Points: subjects at the "
+            "threshold.",
         )
         series = []
         for beta in (1, 2):
@@ -217,7 +228,7 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
         yield _figure(
             "F over the threshold",
             xy_chart(series, "threshold", "F, pooled", x_range=(0, 1)),
-            _best_thresholds(series),
+            _best_thresholds(series) + whole,
         )
         reliability = study.curves.reliability(10)
         line = Series(
@@ -228,7 +239,7 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
             "Reliability",
             xy_chart([line], "predicted probability", "observed frequency", x_range=(0, 1),
                      diagonal=True),
-            f"Expected calibration error {reliability.calibration_error:.4f}.",
+            f"Expected calibration error {reliability.calibration_error:.4f}.{whole}",
         )  # fmt: skip
     if study.free_response:
         curves = []
@@ -325,7 +336,7 @@ def _comparison(report: Report, study: Study, compared: list[Comparison]) -> lis
         if not math.isnan(one.low) and (one.low > 0 or one.high < 0):
             kind = ' class="won"' if sign * one.difference > 0 else ' class="lost"'
         rows.append(
-            f"<tr><td>{html.escape(title(one.column))}</td>"
+            f"<tr><td>{html.escape(compared_title(one.column))}</td>"
             f"<td{kind}>{number(one.difference, one.column)}</td><td>{interval}</td>"
             f"<td>{one.count('first')}</td><td>{one.count('second')}</td>"
             f"<td>{one.count('tie')}</td></tr>"
@@ -337,12 +348,12 @@ def _comparison(report: Report, study: Study, compared: list[Comparison]) -> lis
         + "</tr>"
         for one in study.scores
     )
-    heads = "".join(f"<th>{html.escape(title(c.column))}</th>" for c in shown)
+    heads = "".join(f"<th>{html.escape(compared_title(c.column))}</th>" for c in shown)
     return [
         f"<h2>{first} against {second}</h2>",
         f'<p class="soft">Mean over subjects of {first} minus {second}, with the 95 % interval of '
         "Student’s t. Coloured where the interval excludes 0: green where "
-        f"{first} is better, orange where {second} is.</p>",
+        f"{first} is better, orange where {second} is. |…|: of magnitudes, as 0 is best.</p>",
         '<div class="scroll"><table><thead><tr><th>Metric</th><th>difference</th>'
         f"<th>95 % interval</th><th>{first} wins</th><th>{second} wins</th><th>ties</th>"
         "</tr></thead>"

@@ -44,6 +44,7 @@ class Report:
     options: Options
     size_edges: Sequence[float] = SIZE_EDGES
     other_name: str = ""
+    other_minimum_volume: float | None = None  #: mm3, where it was tuned for the other method
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -58,6 +59,18 @@ def title(column: str) -> str:
     if metric.name in ("isbi_score", "wmh_hd95"):  # one rule's alone, and named after it
         rule = ""
     return f"{metric.title}{unit}" + (f", {rule}" if rule else "")
+
+
+def compared_title(column: str) -> str:
+    """How a column's differences are headed: of magnitudes, where 0 is best from both sides."""
+    if definition(column).better != "zero":
+        return title(column)
+    return title(column).replace(definition(column).title, f"|{definition(column).title}|")
+
+
+def compared_name(column: str) -> str:
+    """A column's name in compare.csv, beside differences of magnitudes ``|column|``."""
+    return f"|{column}|" if definition(column).better == "zero" else column
 
 
 def short_columns(study: Study) -> list[str]:
@@ -165,7 +178,7 @@ def markdown(report: Report) -> str:
 def _comparison(report: Report, compared: list[Comparison]) -> str:
     rows = [
         (
-            title(one.column),
+            compared_title(one.column),
             number(one.difference, one.column),
             f"{number(one.low, one.column)} to {number(one.high, one.column)}",
             f"{one.count('first')}",
@@ -255,7 +268,7 @@ def _compare_rows(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "metric": one.column,
+            "metric": compared_name(one.column),
             "subject": subject,
             "difference": difference,
             "winner": {"first": report.name, "second": report.other_name}.get(
@@ -281,8 +294,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "curves": {study.label: _curves(study) for study in report.studies},
         "comparison": {
             "other": report.other_name,
+            "minimum_volume": report.other_minimum_volume,
             "metrics": [
-                {"label": label, **asdict(one)}
+                {"label": label, **asdict(one), "column": compared_name(one.column)}
                 for label, compared in report.comparisons.items()
                 for one in compared
             ],
