@@ -409,7 +409,8 @@ def _compared(about: Any, but: Sequence[str]) -> Any:
     """What a result depends on: not on the patches of a call."""
     if not isinstance(about, dict):
         return about
-    return {key: _compared(value, but) for key, value in about.items() if key not in ("batch", *but)}
+    but = ("batch", *but)
+    return {key: _compared(value, but) for key, value in about.items() if key not in but}
 
 
 def _identity(path: Path) -> tuple[int, int]:
