@@ -155,9 +155,9 @@ class LesionMatch:
     detected: Mask  #: one a true lesion
     prediction_volumes: Floats  #: mm3, one a predicted lesion
     matching: Mask  #: one a predicted lesion: whether it is a true one
-    stratum: bool = field(default=False, repr=False)  #: one of :meth:`by_size`
     truth_numbers: NDArray[np.int32] | None = field(default=None, repr=False)
     prediction_numbers: NDArray[np.int32] | None = field(default=None, repr=False)
+    stratum: bool = field(default=False, repr=False)  #: one of :meth:`by_size`
 
     @classmethod
     def none(cls) -> LesionMatch:
@@ -170,7 +170,7 @@ class LesionMatch:
             np.concatenate([self.detected, other.detected]),
             np.concatenate([self.prediction_volumes, other.prediction_volumes]),
             np.concatenate([self.matching, other.matching]),
-            self.stratum and other.stratum,
+            stratum=self.stratum and other.stratum,
         )
 
     def _of_nothing(self, name: str) -> float:
@@ -300,8 +300,8 @@ def match_lesions(
         _found(rows, columns, voxels, sizes[0], sizes[1], rule),
         predicted_volumes,
         _found(columns, rows, voxels, sizes[1], sizes[0], rule),
-        truth_numbers=true,
-        prediction_numbers=predicted,
+        true,
+        predicted,
     )
 
 
