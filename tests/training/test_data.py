@@ -414,8 +414,23 @@ def test_a_prediction_takes_the_channels_that_were_trained_on(heads, tmp_path):
     for chosen in (["T1", "FLAIR"], ["T1"], []):
         data = DataOptions(images=chosen)
         trained = find_dataset(tmp_path, data)
-        given = find_inputs([images], trained.images, data, trained.channels)
-        assert [s.images for s in given] == [s.images for s in trained.subjects.values()]
+        for unused in (trained.unused_channels, None):
+            given = find_inputs([images], trained.images, data, trained.channels, unused)
+            assert [s.images for s in given] == [s.images for s in trained.subjects.values()]
+    for k in range(4):
+        path = tmp_path / f"new/patient_{k:04d}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    def four(*channels):
+        return find_inputs([path.parent], ["FLAIR", "T1"][: len(channels[0])], data, *channels)
+
+    for channels in ([(0,), ()], [(0,), (1,)], [(0, 1), ()], [(0,), (1, 2)]):
+        with pytest.raises(ValueError, match="patient: .* has 0000, 0001, 0002, 0003 of it, expec"):
+            four(*channels)
+    for unused in ((1, 2, 3), None):
+        with pytest.warns(UserWarning, match=r"left out: .*_0001.*_0003.nii.gz, as 0000 \(FLAIR\)"):
+            assert [s.images[0].name for s in four((0,), unused)] == ["patient_0000.nii.gz"]
     (images / "b_0001.nii.gz").rename(images / "b_0002.nii.gz")
     pattern = r"^b: .*imagesTr has 0000, 0002 of it, expected 0000 \(FLAIR\), 0001 \(T1\)"
     for channels in ((0, 1), ()):
@@ -516,9 +531,16 @@ def test_files_that_are_named_as_modalities_are_in_their_order():
         "scan_2021 scan_2020": "flair t1",
         "b a": "flair t1",
         "t1": "flair t1",  # a file of all modalities
+        "T1_to_FLAIR FLAIR_to_T1": "t1 flair",
+        "in_t1 t1": "flair t1",
+        "sub-01_T1w_brain sub-01_T2w_brain": "T1 t2w",
+        "a_0001 a_0002": "flair t1",  # counted from 1, it may be
+        "t1_a t1_b": "t1 flair",  # all of a study that is called so
     }.items():
         check(files, images)
     check("a_0003 a_0001", "t1 flair", 3, 1)
+    check("t1_2021 flair_2022", "t1 flair", 3, 1)
+    check("patient_0007", "t1", 1)
     for files, images, *channels in (
         ("t1 flair", "flair t1"),
         ("a.T1 a.FLAIR", "flair t1"),
@@ -527,10 +549,17 @@ def test_files_that_are_named_as_modalities_are_in_their_order():
         ("a_t1ce a_t1", "t1 t1ce"),
         ("a_0001 a_0000", "flair t1"),
         ("a_0001 a_0003", "t1 flair", 3, 1),
+        ("sub-01_FLAIR sub-01_T1w", "t1 flair"),
+        ("sub-01_T2w sub-01_T1w", "T1 T2"),
+        ("p_t1_brain p_flair_brain", "flair t1"),
+        ("p_t1_brain p_other", "flair t1"),
     ):
         with pytest.raises(
             ValueError, match=f"got .* in place of .*, expected the order {images[:2]}"
         ):
+            check(files, images, *channels)
+    for files, images, *channels in (("a_0000 a_0001", "t1 t2", 0, 2), ("a_0000", "t1", 1)):
+        with pytest.raises(ValueError, match="got a_000.* in place of t., expected 000"):
             check(files, images, *channels)
 
 

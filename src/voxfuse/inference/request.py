@@ -168,7 +168,9 @@ def _of_run(request: Request) -> Job:
         check_order(request.input, model.images, model.channels)
         studies = find_studies(request.input, model.config.data.mask)
     else:
-        studies = find_inputs(request.input, model.images, model.config.data, model.channels)
+        studies = find_inputs(
+            request.input, model.images, model.config.data, model.channels, model.unused_channels
+        )
     label = model.config.data.label
     truths = [file_of(s.images[0].parent, label) if label else None for s in studies]
     targets, to_folder = _targets(request, studies, [path for path in truths if path])

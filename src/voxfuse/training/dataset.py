@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class Dataset:
     labels: dict[str, int]  #: name and value, ascending from the background's, without "ignore"
     given: dict[str, list[str]] = field(default_factory=dict)  #: a dataset.json's own split
     channels: tuple[int, ...] = ()  #: of a dataset.json: the place of each modality in it
+    unused_channels: tuple[int, ...] = ()  #: of a dataset.json: the places of its others
     ignored: int | None = None  #: value of the label "ignore"
 
 
@@ -255,7 +257,8 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
             )
         subjects[name] = Subject(name, tuple(images), label, None, group)
     labels = options.labels or _labels(path, content)
-    return Dataset(folder, subjects, tuple(chosen), labels, given, places)
+    unused = tuple(place for place in range(len(channels)) if place not in places)
+    return Dataset(folder, subjects, tuple(chosen), labels, given, places, unused)
 
 
 _Case = tuple[list[Path], "Path | None", str]
@@ -483,13 +486,34 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
     return Split(tuple(training), tuple(validation), tuple(test), unused)
 
 
+def _listed(numbers: Iterable[int], images: Iterable[str]) -> str:
+    """Modalities with their numbers in files' names: "0000 (flair), 0001 (t1)"."""
+    return ", ".join(f"{k:04d} ({image})" for k, image in zip(numbers, images, strict=True))
+
+
+def _words(name: str) -> str:
+    """The words of a name between underscores: "_sub_01_t1_" of "sub-01_T1w"."""
+    words = (re.sub("^(t1|t2|pd)w$", r"\1", word) for word in re.split(r"[\W_]+", name.lower()))
+    return f"_{'_'.join(filter(None, words))}_"
+
+
+def _modality_in(name: str, images: Sequence[str]) -> int | None:
+    """The place of the only modality among a name's words."""
+    text, found = _words(name), []
+    for image in sorted(images, key=len, reverse=True):  # t1_ce is no t1
+        if _words(image) in text:
+            found.append(images.index(image))
+            text = text.replace(_words(image), "__")
+    return found[0] if len(found) == 1 else None
+
+
 def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence[int] = ()) -> None:
     """Raise where files, one a modality, are named as modalities in another order.
 
-    A name says a modality by being it or ending as it (``t1.nii.gz``, ``a_T1.nii.gz``), or by
-    nnU-Net's number. One that says another modality than its place's is an error if it is that
-    modality's name alone, or if the file in the other place says another one as well:
-    ``flair_to_t1.nii.gz`` may be no T1.
+    A name says a modality by one of its words (``t1.nii.gz``, ``a_T1w_brain.nii.gz``; two different
+    ones say nothing: ``flair_to_t1.nii.gz``), or else by nnU-Net's number. One that says another
+    modality than its place's is an error if no other file says that one by a word, or if the file
+    in the other place says another one as well.
 
     Args:
         paths: in the order in which they are given.
@@ -497,7 +521,7 @@ def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence
         channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
 
     Raises:
-        ValueError: another order.
+        ValueError: another order, or another modality's number than ``channels``.
 
     Example:
         >>> from pathlib import Path
@@ -508,19 +532,23 @@ def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence
     """
     if len(paths) != len(images):
         return
-    names = [image.lower() for image in images]
     numbers = list(channels or range(len(images)))
-    said: list[int | None] = []
-    for path in paths:
-        name, (_, number) = name_of(path).lower(), numbered(path)
-        ends = [x for x in names if name == x or name.endswith((f"_{x}", f"-{x}", f".{x}"))]
-        if ends:
-            said.append(names.index(max(ends, key=len)))
-        else:
-            said.append(numbers.index(number) if number in numbers else None)
+    words = [_modality_in(name_of(path), images) for path in paths]
+    said = list(words)
+    for k, path in enumerate(paths):
+        number = numbered(path)[1] if path.name.endswith(ENDINGS) else None
+        if words[k] is None and number in numbers:
+            said[k] = numbers.index(number)
+        elif words[k] is None and channels and number is not None:
+            if len(paths) == 1 and number > max(channels):
+                continue  # it may be a patient's
+            raise ValueError(
+                f"--input: got {path.name} in place of {images[k]}, expected "
+                f"{_listed(numbers, images)}"
+            )
     moved = {k: place for k, place in enumerate(said) if place not in (None, k)}
     for k, place in moved.items():
-        alone = name_of(paths[k]).lower() in names and said.count(place) == 1
+        alone = words[k] == place and words.count(place) == 1
         if alone or place in moved:
             raise ValueError(
                 f"--input: got {paths[k].name} in place of {images[k]}, expected the order "
@@ -533,6 +561,7 @@ def find_inputs(
     images: Sequence[str],
     options: DataOptions,
     channels: Sequence[int] = (),
+    unused_channels: Sequence[int] | None = None,
 ) -> list[Subject]:
     """The subjects that ``voxfuse predict --input`` names; labels are not looked for.
 
@@ -543,6 +572,8 @@ def find_inputs(
         images: the modalities.
         options: the section ``[data]``.
         channels: the modalities' numbers in names as nnU-Net's; default: 0, 1, ...
+        unused_channels: of a dataset.json that has more of them: the others' numbers. Files with
+            any other number are an error. None: not known with ``channels``, none without.
 
     A subject that lacks a modality, beside whole ones, has the path where it was looked for, so
     that reading it names it: one of nnU-Net's cases, or a folder with some of the modalities, with
@@ -593,16 +624,18 @@ def find_inputs(
             cases.setdefault(name, {})[number] = path
     if cases:
         wanted = list(channels or range(len(images)))
+        expected = _listed(wanted, images)
+        known = not channels or unused_channels is not None
         whole = any(set(wanted) <= set(found) for found in cases.values())
+        skipped: list[str] = []
         for name, found in cases.items():
-            # Numbers that a dataset.json gave may leave some out; else there are no others.
-            more = not channels and len(found) > len(wanted)
+            # What is no modality's number may be a patient's: patient_0000, patient_0001.
+            more = known and len(set(found) - set(unused_channels or ())) > len(wanted)
             if more or not (whole or set(wanted) <= set(found)):
                 has = ", ".join(f"{k:04d}" for k in sorted(found))
-                expected = ", ".join(
-                    f"{k:04d} ({image})" for k, image in zip(wanted, images, strict=True)
-                )
                 raise ValueError(f"{name}: {folder} has {has} of it, expected {expected}")
+            skipped += [found[k].name for k in sorted(found) if k not in wanted]
+        _say_left_out(folder, skipped, f"as {expected} is taken of each subject")
         subjects = [
             Subject(
                 name,

@@ -159,6 +159,7 @@ class Model:
     network: nn.Module
     step: int
     channels: tuple[int, ...] = ()  #: the modalities' numbers in nnU-Net's file names
+    unused_channels: tuple[int, ...] | None = None  #: others' that the dataset.json had, if known
 
     @property
     def values(self) -> list[int]:
@@ -280,4 +281,7 @@ def model_of(content: Mapping[str, Any], device: str = "auto") -> Model:
     network.load_state_dict(content["network"])
     network.eval().to(place, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     channels = tuple(content.get("channels", ()))
-    return Model(config, images, labels, network, content["step"], channels)
+    # Files of older versions have no list of the others; there are none where all are trained on.
+    others = content.get("unused_channels", None if config.data.images else ())
+    unused = None if others is None else tuple(others)
+    return Model(config, images, labels, network, content["step"], channels, unused)

@@ -484,6 +484,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "images": list(self.dataset.images),
             "channels": list(self.dataset.channels),
+            "unused_channels": list(self.dataset.unused_channels),
             "labels": dict(self.dataset.labels),
             "network": self.network.state_dict(),
             "step": self.progress.step,
