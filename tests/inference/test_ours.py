@@ -215,6 +215,23 @@ def test_a_run_that_names_code_is_trusted_or_refused(tmp_path, capsys):
         load_model(tmp_path)
 
 
+def test_models_of_older_versions_load(tmp_path):
+    """Their labels may be in any order, and they do not say which channels they left out."""
+    save_run(tmp_path)
+    content = checkpoints.restore(tmp_path / "model.pt")
+    shuffled = {"core": 4, "lesion": 1, "background": 0}
+    for images, unused in (([], ()), (["flair"], None)):
+        data = {"labels": shuffled, "images": images}
+        old = {**content, "config": {**content["config"], "data": data}, "channels": [0]}
+        old["labels"] = shuffled
+        old["network"] = make_network("unet", 1, 3, {"features": [4, 8]}).state_dict()
+        checkpoints.save(tmp_path / "model.pt", old)
+        model = load_model(tmp_path, "cpu")
+        assert list(model.labels.items()) == [("background", 0), ("lesion", 1), ("core", 4)]
+        assert model.config.data.labels == shuffled
+        assert model.unused_channels == unused
+
+
 def test_a_case_that_lacks_a_modality_stops_no_other(tmp_path, capsys):
     save_run(tmp_path, images=["flair", "t1"])
     for name in ("a_0000", "a_0001", "b_0000", "c_0000", "c_0001"):

@@ -262,7 +262,7 @@ def load_model(run: str | Path, device: str = "auto", *, trust: bool = False) ->
     missing = {"config", "images", "labels", "network", "step"} - set(content)
     if missing:
         raise ValueError(f"{path}: is no model: it has no {', '.join(sorted(missing))}")
-    name = parse(content["config"]).network.name
+    name = _config_of(content).network.name
     if not trust and name not in NETWORKS:
         raise ValueError(
             f"--model: {path} names the network {name!r}, a module that is imported and called, "
@@ -271,10 +271,26 @@ def load_model(run: str | Path, device: str = "auto", *, trust: bool = False) ->
     return model_of(content, device)
 
 
+def _ascending(labels: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(labels.items(), key=lambda label: label[1]))
+
+
+def _config_of(content: Mapping[str, Any]) -> Config:
+    """The configuration that a model was trained with.
+
+    Older versions took labels in any order; their classes were in that of the values as well.
+    """
+    sections = dict(content["config"])
+    data = dict(sections.get("data", {}))
+    if "labels" in data:
+        sections["data"] = {**data, "labels": _ascending(data["labels"])}
+    return parse(sections)
+
+
 def model_of(content: Mapping[str, Any], device: str = "auto") -> Model:
     """The model of a file's content."""
-    config = parse(content["config"])
-    images, labels = tuple(content["images"]), dict(content["labels"])
+    config = _config_of(content)
+    images, labels = tuple(content["images"]), _ascending(content["labels"])
     options = config.network
     place = device_of(device, "device")
     network = make_network(options.name, len(images), len(labels), options.options)
