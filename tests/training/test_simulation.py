@@ -170,6 +170,15 @@ def test_errors_name_what_is_wrong(head):
         Host.of({"t1": t1}, np.ones((3, 3, 3), bool))
     with pytest.raises(ValueError, match="brain: got 0 voxels with t1 > 0|brain: has no voxel"):
         Host.of({"t1": np.zeros((20, 20, 20))})
+    flair = np.where(t1 > 0, 300.0 - t1, 0)  # white matter is darker than the mean, as in FLAIR
+    normalised = {
+        name: np.where(t1 > 0, (image - image[t1 > 0].mean()) / image[t1 > 0].std(), 0)
+        for name, image in (("t1", t1), ("flair", flair))
+    }
+    with pytest.raises(ValueError, match="images: t1 has [34].% of the brain below 0, expected"):
+        Host.of({"t1": normalised["t1"]}, t1 > 0)
+    with pytest.raises(ValueError, match="images: flair has white matter of -1.*, expected the sc"):
+        Host.of({"t1": t1, "flair": normalised["flair"]})
     only = SimulationOptions(contrasts={"flair": CONTRASTS["flair"]})
     with pytest.raises(ValueError, match="contrasts: there is none of t1, only of flair"):
         simulate(head, options=only)
@@ -200,6 +209,14 @@ def test_the_command_writes_folders_that_training_reads(tmp_path, capsys):
     )
     assert main(arguments) == 1
     assert "subjects.csv is there already" in capsys.readouterr().err
+    # With hosts, into the folder of the hosts.
+    head = tmp_path / "heads/a"
+    head.mkdir(parents=True)
+    (head / "t1.nii.gz").symlink_to(HEAD)
+    arguments = ["simulate", "--host", str(head.parent), "--out", str(head.parent), "--with-hosts"]
+    assert main(arguments) == 1
+    assert "heads/a is there already; expected a new folder" in capsys.readouterr().err
+    assert [path.name for path in head.parent.iterdir()] == ["a"]
 
 
 def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):

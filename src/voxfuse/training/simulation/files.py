@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +125,18 @@ def write_simulated(
     Head k of host h, in the order given, has the seed (seed, h, k).
 
     Raises:
-        ValueError: ``out`` has a table already, or a host cannot be read or used.
+        ValueError: ``out`` has a table or one of the heads already, two heads would be one folder,
+            or a host cannot be read or used.
     """
     table = out / TABLE
-    if table.exists():
-        raise ValueError(f"--out: {table} is there already; expected a new folder")
+    names = [name for host in hosts for name in _made_of(host.subject.name, count, seed)]
+    names += [host.subject.name for host in hosts if with_hosts]
+    for path in (table, *(out / name for name in names)):  # a host itself, perhaps
+        if path.exists():
+            raise ValueError(f"--out: {path} is there already; expected a new folder")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"--out: two heads would be written to {out / name}")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     for h, files in enumerate(hosts):
@@ -146,9 +154,8 @@ def write_simulated(
             volumes = {"simulated_ml": 0, "lesion_ml": round(host.lesions.sum() * voxel, 3)}
             rows.append({"subject": name, **about, "seed": "", "lesions": 0, **volumes})
             yield f"{name}: as it is"
-        for k in range(count):
+        for k, name in enumerate(_made_of(files.subject.name, count, seed)):
             made = simulate(host, shapes, (seed, h, k), options)
-            name = f"{files.subject.name}-sim{seed}-{k:03d}"
             arrays = np.stack([made.images[image] for image in files.images])
             _write(out / name, volume, files.images, arrays, made.lesions, label)
             simulated, real = made.simulated.sum() * voxel, host.lesions.sum() * voxel
@@ -165,6 +172,11 @@ def write_simulated(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _made_of(name: str, count: int, seed: int) -> list[str]:
+    """What the simulated heads of a host are called."""
+    return [f"{name}-sim{seed}-{k:03d}" for k in range(count)]
 
 
 def _write(

@@ -17,6 +17,9 @@ Mask = NDArray[np.bool_]
 
 #: T1 is smoothed by so much, in mm, before it is cut at the levels of :func:`find_tissue`.
 SMOOTHING = 0.7
+#: Share of a brain's voxels that may be below 0, by more than this share of white matter's level: a
+#: spline's overshoots are less, z-scores more.
+NEGATIVE, BELOW = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,17 @@ class Host:
         """Look at a head.
 
         Args:
-            images: modalities of one extent (x, y, z), ``t1`` among them. Lesions get the contrasts
-                of :data:`~voxfuse.training.simulation.CONTRASTS`.
+            images: modalities of one extent (x, y, z), ``t1`` among them, in the scanner's
+                intensities: lesions are multiples of white matter's, as
+                :data:`~voxfuse.training.simulation.CONTRASTS` says.
             brain: mask of the brain; default: T1 > 0. Holes in it are filled.
             lesions: mask of the lesions that the head really has; default: none.
             spacing: voxel size in mm.
 
         Raises:
-            ValueError: there is no ``t1``, shapes differ, or the brain has no white matter.
+            ValueError: there is no ``t1``, shapes differ, the brain has no white matter, or a
+                modality is no scanner's: its white matter is not above 0, or much of the brain
+                below.
             ModuleNotFoundError: scipy is not installed.
         """
         ndimage = optional("scipy.ndimage", "Simulation")
@@ -84,6 +90,7 @@ class Host:
         inner, t1 = inside[box], np.asarray(images["t1"][box], np.float32)
         free = inner & ~ndimage.binary_dilation(real[box], np.ones((3, 3, 3)))
         level, deviation = white_mode(t1[free])
+        check_level("t1", level, t1[inner])
         white, wall, to_ventricles = find_tissue(t1, inner, level, deviation, sizes)
         white, wall = white & free, wall & free
         if not white.any():
@@ -92,11 +99,33 @@ class Host:
         for name, image in images.items():
             values = np.asarray(image[box][white], np.float64)
             levels[name] = float(np.median(values))
+            check_level(name, levels[name], image[box][inner])
             deviations[name] = float(values.std())
         return cls(
             dict(images), real, box, sizes, float(inside.sum() * sizes.prod()), levels, deviations,
             white, wall, to_ventricles,
         )  # fmt: skip
+
+
+def check_level(name: str, level: float, brain: Array) -> None:
+    """Raise for intensities of which a lesion's cannot be multiples.
+
+    Args:
+        name: of the modality.
+        level: of white matter.
+        brain: its voxels.
+
+    Raises:
+        ValueError: they are normalised, as it seems.
+    """
+    below = float(np.mean(brain < -BELOW * abs(level)))
+    if level > 0 and below <= NEGATIVE:
+        return
+    found = f"white matter of {level:.3g}" if level <= 0 else f"{below:.0%} of the brain below 0"
+    raise ValueError(
+        f"images: {name} has {found}, expected the scanner's intensities, above 0, and no z-scores "
+        "or the like: lesions are multiples of white matter's"
+    )
 
 
 def white_mode(values: Array) -> tuple[float, float]:
