@@ -157,6 +157,14 @@ def test_probabilities_that_are_taken_for_logits_are_noticed(tmp_path, capsys):
     assert (read(tmp_path / "out0/a.nii.gz") == intensities()).all()
 
 
+def test_no_study_of_a_folder_is_left_out_without_a_word(tmp_path):
+    for name in ("in/all", "in/b", "in/p1/flair", "in/.hidden/x"):
+        write(tmp_path / f"{name}.nii.gz", intensities())
+    with pytest.warns(UserWarning, match=r"in: left out: p1, folders of images beside studies$"):
+        found = find_studies([tmp_path / "in"])
+    assert [study.name for study in found] == ["all", "b"]  # no file is called by --mask all
+
+
 def test_numbers_are_channels_where_they_count_from_0(tmp_path):
     def names(*files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

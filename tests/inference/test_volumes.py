@@ -60,6 +60,20 @@ def test_a_volume_in_shards_is_the_volume_in_one_piece(volume, tmp_path, capsys)
     assert re.search(r"--foreground: got 0.5, .* was prepared with 0\.0;", capsys.readouterr().err)
 
 
+def test_a_foreground_that_was_corrected_is_another(volume, tmp_path, capsys):
+    path, truth = volume
+    mask = zarr.create_array(store=str(tmp_path / "m.zarr"), shape=truth.shape, dtype="uint8")
+    mask[10, 10, 10] = 1
+    same = ["three_classes", path, tmp_path / "out.zarr", *OPTIONS, "--foreground"]
+    before = open_source(str(tmp_path / "m.zarr")).fingerprint()
+    for _ in range(2):
+        assert predict(*same, tmp_path / "m.zarr") == 0
+    mask[38, 30, 28] = 1
+    assert open_source(str(tmp_path / "m.zarr")).fingerprint() == before  # which is of samples
+    assert predict(*same, tmp_path / "m.zarr") == 1
+    assert "--foreground: is above 0 in other patches than when" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["three_classes", "two_regions"])
 def test_probabilities_and_regions_are_written_box_by_box(name, volume, tmp_path, capsys):
     path, truth = volume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import ENDINGS, Scan, affine_in_mm, load_scan
-from voxfuse.training.dataset import Subject, file_named, name_of, numbered
+from voxfuse.training.dataset import Subject, file_named, images_in, name_of, numbered
 
 
 def read_scan(path: Path) -> Scan:
@@ -82,14 +83,30 @@ def _study(name: str, images: Sequence[Path], mask: str) -> Subject:
     return Subject(name, tuple(images), None, outline)
 
 
+def _has_images(folder: Path) -> bool:
+    """Whether a folder has images or series, and is no ``--output``."""
+    if (folder / "status").is_dir():
+        return False
+    return bool(images_in(folder)) or any(map(is_series, folder.iterdir()))
+
+
 def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
-    """The files of every study in a folder, in the channels' order."""
-    paths = []
+    """The files of every study in a folder, in the channels' order; of others it is said."""
+    paths: list[Path] = []
+    others: list[str] = []
     for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".") or name_of(path) == mask
-        image = path.is_file() and path.name.endswith(ENDINGS)
-        if not hidden and (image or is_series(path)):
+        if path.name.startswith(".") or (mask not in ("all", "positive") and name_of(path) == mask):
+            continue
+        if (path.is_file() and path.name.endswith(ENDINGS)) or is_series(path):
             paths.append(path)
+        elif path.is_dir() and _has_images(path):
+            others.append(path.name)
+    if paths and others:
+        more = f" and {len(others) - 6} more" if others[6:] else ""
+        shown = ", ".join(others[:6])
+        warnings.warn(
+            f"{folder}: left out: {shown}{more}, folders of images beside studies", stacklevel=4
+        )
     numbers = {number for _, number in map(numbered, paths) if number is not None}
     channels = numbers == set(range(len(numbers)))  # else years, or numbers of patients
     found: dict[str, dict[int, Path]] = {}

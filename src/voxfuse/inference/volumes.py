@@ -37,6 +37,8 @@ from voxfuse.scale.manifest import MANIFEST, Folder
 from voxfuse.training.config import PredictionOptions
 
 _SMALLER = "take a smaller --batch or --patch"
+#: What a --foreground that is no number is called.
+_VOLUME = "a volume"
 #: Options of studies, which volumes in boxes do not have.
 _REFUSED = ("orientation", "spacing", "clip", "mask", "format")
 
@@ -106,6 +108,7 @@ class VolumeJob:
     folder: Path
     skip_origin: Callable[[tuple[int, ...]], bool] | None
     skipping: str | None  #: which patches that are, where --foreground is given
+    by_volume: bool  #: whether --foreground is a volume, which its name does not tell for sure
     batch: int  #: patches a call
     members: int  #: predictions of a patch
     first: Probe  #: the call that looked at the network
@@ -144,6 +147,12 @@ class VolumeJob:
             raise ValueError(
                 f"--foreground: got {self.skipping}, but {self.folder} was prepared with "
                 f"{before or 'none'}; leave it out to go on, or take another --output"
+            )
+        skip = self.skip_origin if self.by_volume else None
+        if skip is not None and not self.job.leaves_out(self.folder, skip):
+            raise ValueError(
+                f"--foreground: is above 0 in other patches than when {self.folder} was prepared; "
+                "leave it out to go on, or take another --output"
             )
 
     def cost(self, plan: Plan, measured: bool = False) -> Cost:
@@ -257,6 +266,7 @@ def open_volume(
         folder,
         skip,
         skipping,
+        skipping is not None and skipping.startswith(_VOLUME),
         batch,
         members,
         first,
@@ -344,7 +354,7 @@ def _background(
                 f"--foreground: got {foreground!r}, expected a finite number or a volume"
             ) from None
         level, looked_at = 0.0, open_source(foreground)
-        said = f"a volume ({looked_at.fingerprint()[:16]})"
+        said = f"{_VOLUME} ({looked_at.fingerprint()[:16]})"
         if tuple(looked_at.shape[-3:]) != tuple(shape):
             raise ValueError(
                 f"--foreground: has extent {tuple(looked_at.shape[-3:])}, expected {tuple(shape)}"

@@ -289,6 +289,11 @@ class Job:
             )
         return Run(self, place, plan, kept, size, digest(manifest))
 
+    def leaves_out(self, folder: Any, skip_origin: Callable[[tuple[int, ...]], bool]) -> bool:
+        """Whether the patches that a prepared folder leaves out are those of a function."""
+        content = Folder(folder).read() or {}
+        return content.get("kept") == packed(self._kept(None, skip_origin))
+
     def remaining(self, folder: Any) -> list[int]:
         """The numbers of the boxes that are not done, or of which the result has nothing."""
         place = Folder(folder)
