@@ -277,10 +277,14 @@ def simulated_head_sizes() -> str:
     """One row a class of sizes: how many there are, and which share is found, and is right."""
     shares = ("sensitivity", "precision")
     rows = [
-        [row["mm3"], str(row["lesions_truth"]), *(f"{row[name]:.0%}" for name in shares)]
+        [row["mm3"], str(row["lesions_truth"]), *(_share(row[name]) for name in shares)]
         for row in load("simulated_head")["report"]["sizes"]
     ]
     return _table(["mm³", "lesions", "found", "of the predicted ones, true"], rows)
+
+
+def _share(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.0%}"
 
 
 def reference() -> str:

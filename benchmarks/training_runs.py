@@ -79,7 +79,10 @@ def report_of(folder: Path) -> dict[str, Any]:
     with (folder / "lesions.csv").open(newline="", encoding="utf-8") as file:
         sizes = [
             {"mm3": row["volume_mm3"], "lesions_truth": int(row["lesions_truth"])}
-            | {name: float(row[name]) for name in ("sensitivity", "precision")}
+            | {
+                name: float(row[name]) if row[name] else None
+                for name in ("sensitivity", "precision")
+            }
             for row in csv.DictReader(file)
         ]
     return {"commit": harness.commit(), "rule": rule, "subjects": subjects, "sizes": sizes}
