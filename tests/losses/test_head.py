@@ -271,6 +271,87 @@ def test_a_network_that_goes_on_after_its_head_is_refused(after):
     assert fused.model.last(image).shape == (2, CLASSES, 4, 4, 4)
 
 
+class OneHead(nn.Module):
+    """A network that does ``use`` with its head and the features."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.body = nn.Conv3d(1, 6, 3, padding=1)
+        self.head = nn.Conv3d(6, CLASSES, 1)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.head, F.relu(self.body(x)))
+
+
+INSIDE = {
+    "gates by it": lambda head, f: head(f * head(f).sigmoid().sum()),
+    "gates by it and returns it": lambda head, f: (lambda y: [head(f * y.mean()), y])(head(f)),
+    "multiplies with it": lambda head, f: head(torch.mul(f, other=head(f))),
+    "reads its value": lambda head, f: head(f * head(f).max().item()),
+}
+UNCHANGED = {
+    "discards one": lambda head, f: (head(f), head(f.relu()))[1],
+    "casts to what it is": lambda head, f: F.dropout(head(f).float().contiguous(), 0.5, False),
+    "asks": lambda head, f: (lambda y: y.to(f.dtype) if y.is_floating_point() else None)(head(f)),
+}
+
+
+@pytest.mark.parametrize("use", INSIDE)
+def test_a_network_that_uses_its_logits_inside_is_refused(use):
+    fused = voxfuse.fuse_head(OneHead(INSIDE[use]), voxfuse.DiceCELoss())
+    with pytest.raises(ValueError, match="OneHead does something to the output of head before"):
+        fused(torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4))
+
+
+@pytest.mark.parametrize("use", UNCHANGED)
+def test_a_network_may_do_what_changes_nothing(use):
+    assert_fused_equals_unfused(OneHead(UNCHANGED[use]), voxfuse.DiceCELoss(), (6, 5, 4))
+    fused = voxfuse.fuse_head(OneHead(UNCHANGED[use]), voxfuse.DiceCELoss())
+    with torch.inference_mode():
+        value = fused(torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4))
+    assert type(value) is torch.Tensor
+
+
+@pytest.mark.parametrize("after", [lambda y: y / 2, torch.relu, lambda y: [y, y.sigmoid()]])
+def test_a_compiled_network_that_goes_on_after_its_head_is_refused(after):
+    torch._dynamo.reset()
+    network = OneHead(lambda head, f: after(head(f)))
+    step = torch.compile(voxfuse.fuse_head(network, voxfuse.DiceCELoss()), backend="eager")
+    with pytest.raises(ValueError, match="OneHead does something to the output of head before"):
+        step(torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4))
+
+
+def test_targets_of_heads_of_one_resolution_cannot_be_told_apart():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Conv3d(1, CLASSES, 1) for _ in "ab"])
+
+        def forward(self, x):
+            return [head(x) for head in self.heads]
+
+    loss = voxfuse.DeepSupervisionLoss(voxfuse.DiceCELoss(), "same")
+    fused = voxfuse.fuse_head(Network(), loss)
+    image, labels = torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4)
+    expected = loss(fused(image), labels)
+    torch.testing.assert_close(fused(image, labels), expected)
+    torch.testing.assert_close(fused(image, [labels, labels]), expected)
+    with pytest.raises(ValueError, match=r"target: 2 of \[.* have the resolution \(4, 4, 4\)"):
+        fused(image, [labels, labels.flip(2)])
+
+
+def test_another_loss_takes_effect_at_the_next_call():
+    fused = voxfuse.fuse_head(sequential(), voxfuse.DiceLoss())
+    image, labels = torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4)
+    for loss in (voxfuse.CrossEntropyLoss(), voxfuse.DeepSupervisionLoss(voxfuse.BCELoss(), [2])):
+        fused.loss = loss
+        torch.testing.assert_close(fused(image, labels), loss(fused(image), labels))
+    fused.loss = voxfuse.LovaszLoss()
+    with pytest.raises(TypeError, match="made of sums over the voxels"):
+        fused(image, labels)
+
+
 def test_an_error_of_the_network_before_its_head_is_its_own():
     fused = voxfuse.fuse_head(sequential(), voxfuse.DiceCELoss())
     with pytest.raises(RuntimeError, match=r"expected input\[2, 3, 4, 4, 4\] to have 1 channels"):
@@ -426,6 +507,64 @@ def test_state_inside_a_larger_module_and_with_a_weighted_loss():
     del missing["net.0.bias"]
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.bias"):
         outer.load_state_dict(missing)
+
+
+def test_state_under_the_names_of_the_parameters():
+    """As a moving average keeps it; with a network whose own names begin with model. as well."""
+    for wrap in (lambda x: x, lambda x: nn.ModuleDict({"model": x, "loss": nn.PReLU()})):
+        trained, fresh = (wrap(sequential()) for _ in "ab")
+        loss = voxfuse.TverskyLoss(class_weight=[1.0, 2.0, 3.0, 4.0, 5.0])
+        heads = [next(n for n, m in trained.named_modules() if n.endswith("3"))]
+        fused, other = (voxfuse.fuse_head(x, loss, head=heads) for x in (trained, fresh))
+        with torch.no_grad():
+            for parameter in fused.parameters():
+                parameter.normal_()
+        average = {name: x.clone() for name, x in fused.named_parameters()}
+        assert next(iter(average)).startswith("model.")
+        for state in (average, trained.state_dict(), fused.state_dict()):
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.zero_()
+            other.load_state_dict(state)
+            for a, b in zip(other.parameters(), fused.parameters(), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_the_state_holds_what_is_trained_of_a_loss():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, sums):
+            return self.w * (1 - sums.dice().mean())
+
+    fused, other = (voxfuse.fuse_head(sequential(), voxfuse.SumsLoss(Weighted())) for _ in "ab")
+    with torch.no_grad():
+        fused.loss.function.w.fill_(3.0)
+    outer = nn.ModuleDict({"net": other})
+    outer.load_state_dict(nn.ModuleDict({"net": fused}).state_dict())
+    assert other.loss.function.w.item() == 3
+    with pytest.raises(RuntimeError, match=r"Missing key.*loss\.function\.w"):
+        other.load_state_dict(sequential().state_dict())
+
+
+def test_one_call_at_a_time():
+    """Another thread's would get a loss for logits, or have its loss taken away."""
+    image, labels = torch.randn(2, 1, 4, 4, 4), labels_for(4, 4, 4)
+    found = []
+
+    def meanwhile(head, f):
+        for target in (None, labels):
+            if len(found) < 2:
+                with pytest.raises(RuntimeError, match="a call of this network is under way"):
+                    fused(image, target)
+                found.append(target)
+        return head(f)
+
+    fused = voxfuse.fuse_head(OneHead(meanwhile), voxfuse.DiceCELoss())
+    fused(image, labels)
+    assert len(found) == 2
 
 
 def test_a_fused_network_is_copied_and_pickled():

@@ -321,19 +321,72 @@ def find_heads(model: nn.Module) -> list[str]:
     return [last]
 
 
+class _UsedError(Exception):
+    """A network computes with what stands for its logits."""
+
+
+#: What a network, and the hooks around its layers, may ask of a stand-in: nothing of its values or
+#: axes.
+_ASKED = {"device", "dtype", "get_device", "grad_fn", "is_cuda", "is_floating_point", "is_leaf"}
+_ASKED |= {"layout", "register_hook", "requires_grad"}
+
+
+class _StandIn(Tensor):
+    """A head's loss in the hands of the network, which takes it for logits.
+
+    A loss fits every axis: multiplied with features it would be a wrong number without a word. So
+    the network may only hand it on, and do to it what changes nothing.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            before = [_version(x) for x in given]
+            result = func(*args, **kwargs)
+            changed = before != [_version(x) for x in given]
+        of_attribute = func.__name__ == "__get__"
+        name = func.__self__.__name__ if of_attribute else func.__name__
+        if name == "_base":  # sharded layers warn of writing into a view, which is refused anyway
+            return None
+        if name in _ASKED or (not changed and any(result is x for x in given)):
+            return result
+        raise _UsedError(f"{'reads its ' if of_attribute else 'calls '}{name}")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was overwritten, as far as that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Answer(NamedTuple):
-    """What a head gave back in place of logits."""
+    """What a head computed, and what it gave back in place of logits."""
 
     loss: Tensor
     sums: Sums | None
-    version: int = 0
+    given: Tensor
 
 
-def _version(tensor: object) -> int:
-    """How often a tensor was overwritten, as far as that is counted."""
-    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
-        return 0
-    return tensor._version
+def _given_for(loss: Tensor) -> Tensor:
+    """A stand-in where there can be one: not for a compiler, whose graphs know no such class, and
+    not for tensors that are of a class already."""
+    if torch.compiler.is_compiling() or type(loss) is not Tensor:
+        return loss
+    return loss.as_subclass(_StandIn)
+
+
+#: Of fused networks whose loss is none of several resolutions; its own loss is not called.
+_BY_DEFAULT = DeepSupervisionLoss(nn.Identity())
+
+
+def _levels_of(loss: Any) -> tuple[LossModule, DeepSupervisionLoss]:
+    """The loss of one head, and what weighs the heads."""
+    if isinstance(loss, DeepSupervisionLoss):
+        return _of_sums(loss.loss), loss
+    return _of_sums(loss), _BY_DEFAULT
 
 
 class FusedHead(nn.Module):
@@ -349,10 +402,9 @@ class FusedHead(nn.Module):
         super().__init__()
         if callable(loss) and not isinstance(loss, nn.Module):
             loss = SumsLoss(loss)
-        levels = loss if isinstance(loss, DeepSupervisionLoss) else DeepSupervisionLoss(loss)
-        _of_sums(levels.loss)
+        _levels_of(loss)
         if chunk_bytes is None:
-            inner = levels.loss
+            inner = loss.loss if isinstance(loss, DeepSupervisionLoss) else loss
             chunk_bytes = inner.chunk_bytes if isinstance(inner, _OfFeatures) else CHUNK_BYTES
         self.model = model
         self.loss = loss
@@ -367,8 +419,6 @@ class FusedHead(nn.Module):
             if reason is not None:
                 raise ValueError(f"head: {name!r} {reason}")
         self._give_heads(_fusible_class)
-        # Beside the modules: it only holds the weights of the levels.
-        self.__dict__["_levels"] = levels
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
@@ -419,13 +469,18 @@ class FusedHead(nn.Module):
                 counts.
             options: further arguments of the network.
         """
+        heads = [self.model.get_submodule(name) for name in self.heads]
+        if any(getattr(head, "loss_of", None) is not None for head in heads):
+            raise RuntimeError(
+                "a call of this network is under way (in another thread?), in which its head gives "
+                "no logits; one call at a time"
+            )
         if target is None:
             return self.model(input, **options)
-        heads = [self.model.get_submodule(name) for name in self.heads]
         for name, head in zip(self.heads, heads, strict=True):
             if not isinstance(head, _Fusible):
                 raise RuntimeError(f"head: {name!r} was unfused; call fuse_head again")
-        inner = _of_sums(self._levels.loss)
+        inner, levels = _levels_of(self.loss)
         answers: list[_Answer] = []
         asked: list[nn.Module] = []
 
@@ -435,7 +490,7 @@ class FusedHead(nn.Module):
             classes = parameters.shape[0]
             logits = features[:, :1].expand(-1, classes, *features.shape[2:])  # their shape
             own = _target_of_level(target, features)
-            own, own_mask = self._levels.at_level(own, mask, logits)
+            own, own_mask = levels.at_level(own, mask, logits)
             result = head_loss(
                 inner,
                 features,
@@ -447,14 +502,17 @@ class FusedHead(nn.Module):
                 chunk_bytes=self.chunk_bytes,
                 return_sums=return_sums,
             )
-            answer = _Answer(*(result if return_sums else (result, None)))
-            answers.append(answer._replace(version=_version(answer.loss)))
-            return answer.loss
+            value, sums = result if return_sums else (result, None)
+            given = _given_for(value)
+            answers.append(_Answer(value, sums, given))
+            return given
 
         for head in heads:
             head.loss_of = loss_of  # type: ignore[assignment]
         try:
             output = self.model(input, **options)
+        except _UsedError as error:
+            raise ValueError(f"{self._not_last()} (it {error})") from None
         except Exception as error:
             unanswered = len(asked) > len(answers)
             if unanswered or not answers or isinstance(error, torch.OutOfMemoryError):
@@ -466,29 +524,33 @@ class FusedHead(nn.Module):
         outputs = self._untouched(output, answers)
         total: Tensor | None = None
         first: Sums | None = None
-        for factor, term in zip(self._levels.level_weights(len(outputs)), outputs, strict=True):
+        for factor, answer in zip(levels.level_weights(len(outputs)), outputs, strict=True):
             if factor != 0:
-                part = term if factor == 1 else factor * term
-                if total is None and return_sums:
-                    first = next(x.sums for x in answers if x.loss is term)
+                part = answer.loss if factor == 1 else factor * answer.loss
+                if total is None:
+                    first = answer.sums
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("loss: every output has weight 0")
         return (total, first) if return_sums else total
 
-    def _untouched(self, output: Any, answers: list[_Answer]) -> list[Tensor]:
-        """The outputs. The network must return what its heads did, or fusing would be wrong."""
+    def _untouched(self, output: Any, answers: list[_Answer]) -> list[_Answer]:
+        """Those of the outputs, which must be what the heads gave, or fusing would be wrong."""
         if not answers:
             raise ValueError(f"head: {', '.join(self.heads)} did not take part in the forward pass")
         if isinstance(output, Tensor):
             output = [output]
         if not isinstance(output, (list, tuple)):
             raise ValueError(f"{self._not_last()} (it returns a {type(output).__name__})")
-        if not torch.compiler.is_compiling():
-            known = {id(x.loss): x.version for x in answers}
-            if not all(known.get(id(x), -1) == _version(x) for x in output):
+        own = []
+        for term in output:
+            found = [x for x in answers if x.given is term]
+            if not found:
                 raise ValueError(self._not_last())
-        return list(output)
+            # Of what was given, since hooks of sharded layers may wait for its gradient; no view.
+            loss = term.as_subclass(Tensor).clone() if isinstance(term, _StandIn) else term
+            own.append(found[0]._replace(loss=loss))
+        return own
 
     def _not_last(self) -> str:
         return (
@@ -508,28 +570,50 @@ def _target_of_level(target: Tensor | Sequence[Tensor], features: Tensor) -> Ten
     if isinstance(target, Tensor):
         return target
     size = features.shape[2:]
-    for candidate in target:
-        if candidate.shape[candidate.ndim - len(size) :] == size:
-            return candidate
+    fitting = [x for x in target if x.shape[x.ndim - len(size) :] == size]
+    if fitting and all(x is fitting[0] for x in fitting):
+        return fitting[0]
     shapes = [tuple(candidate.shape) for candidate in target]
-    raise ValueError(f"target: none of {shapes} has the resolution {tuple(size)} of a head")
+    if not fitting:
+        raise ValueError(f"target: none of {shapes} has the resolution {tuple(size)} of a head")
+    raise ValueError(
+        f"target: {len(fitting)} of {shapes} have the resolution {tuple(size)} of a head, and a "
+        "target goes to a head by its resolution. Pass one tensor for all heads; heads of one "
+        "resolution with targets of their own cannot be fused"
+    )
 
 
-def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The state of the fused module is that of the network alone, under the same names."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        if key.startswith(prefix + "model."):
-            state[prefix + key[len(prefix) + len("model.") :]] = state.pop(key)
-        elif key.startswith(prefix + "loss."):
+def _trained(loss: nn.Module) -> set[str]:
+    """The names in a state of what is trained of a loss: its options are no state."""
+    return {f"loss.{name}" for name, _ in loss.named_parameters(remove_duplicate=False)}
+
+
+def _without_prefix(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state of the fused module is that of the network alone, under the same names, and what
+    is trained of the loss."""
+    kept = _trained(module.loss)
+    for key in [key for key in state if key.startswith(f"{prefix}loss.")]:
+        if key[len(prefix) :] not in kept:
             del state[key]
+    for key in [key for key in state if key.startswith(f"{prefix}model.")]:
+        state[prefix + key[len(prefix) + len("model.") :]] = state.pop(key)
 
 
-def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
-    assert isinstance(module.loss, nn.Module)
-    for key, value in module.loss.state_dict().items():
-        state[f"{prefix}loss.{key}"] = value
+def _with_prefix(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Names of the network, or of the fused module's own ``named_parameters``."""
+    network = module.model
+    own = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in network.named_buffers(remove_duplicate=False)}
+    trained = _trained(module.loss)
+    given = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+    for key, value in given.items():
+        name = key[len(prefix) :]
+        prefixed = name.startswith("model.") and name[len("model.") :] in own
+        bare = name in own or not (prefixed or name in trained)
+        state[f"{prefix}model.{name}" if bare else key] = value
+    for name, value in module.loss.state_dict().items():
+        if f"loss.{name}" not in trained:
+            state[f"{prefix}loss.{name}"] = value
 
 
 def fuse_head(
@@ -542,14 +626,21 @@ def fuse_head(
     """Join a network's last 1x1x1 convolution and its loss: training never makes the logits.
 
     The returned module computes the loss in training and logits as before without a target. It
-    shares the network's parameters, and its ``state_dict`` is the network's own. The network stays
-    usable by itself: only the class of its last convolution changes (to a subclass), until
+    shares the network's parameters, and its ``state_dict`` is the network's own (with ``loss.`` and
+    the parameters of a loss that is trained itself, a :class:`SumsLoss` of a module). The network
+    stays usable by itself: only the class of its last convolution changes (to a subclass), until
     ``unfuse()`` of what is returned. Saved as a whole, copied or scripted it is as it was.
+
+    ``named_parameters`` begin with ``model.``. ``load_state_dict`` takes both names;
+    ``torch.func.functional_call`` only these, and ignores the others without a word.
 
     Works for networks that return what their last convolution gives: a Sequential, MONAI's
     DynUNet, SegResNet, BasicUNet, UNETR, SwinUNETR and nnU-Net's PlainConvUNet, with deep
     supervision too (DynUNet without: it resamples the logits). MONAI's UNet ends in a 3x3x3
-    convolution and cannot be fused.
+    convolution and cannot be fused. Inside the network the logits must not be used, as by a gate:
+    that is an error, which ``torch.compile`` sees only of what the network returns, so that a first
+    call should be uncompiled. Checkpoint the network's layers before the head, or the fused module
+    as a whole, but not the head inside. One thread at a time.
 
     Args:
         model: the network.
@@ -562,7 +653,7 @@ def fuse_head(
 
     Raises:
         ValueError: the last layer is not a 1x1x1 convolution, or (at the first call) the network
-            does something to the logits before it returns them.
+            uses the logits or does something to them before it returns them.
         TypeError: the loss is not made of sums over the voxels.
 
     Example:
