@@ -631,3 +631,55 @@ def test_a_target_of_any_numbers_is_what_it_is_to_the_peer(name, options):
             numbers,
             dtype=torch.float32,
         )
+
+
+# --- What is learnt ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "options"),
+    [
+        ("DiceCELoss", "lambda_dice", dict(softmax=True)),
+        ("DiceCELoss", "lambda_ce", dict(softmax=True)),
+        ("DiceFocalLoss", "lambda_focal", dict(softmax=True)),
+        ("GeneralizedDiceFocalLoss", "lambda_gdl", dict(softmax=True)),
+        ("TverskyLoss", "alpha", dict(softmax=True)),
+        ("TverskyLoss", "beta", dict(sigmoid=True, batch=True)),
+        ("FocalLoss", "gamma", dict(use_softmax=True)),
+        ("FocalLoss", "alpha", dict()),
+    ],
+)
+def test_a_number_that_is_learnt_has_the_peers_gradient(name, number, options):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
+    results = []
+    for module in (ours, peer):
+        learnt = nn.Parameter(torch.tensor(0.3))
+        input = logits.clone().requires_grad_()
+        loss = getattr(module, name)(to_onehot_y=True, **{number: learnt}, **options)
+        value = loss(input, labels)
+        value.backward()
+        results.append((value.detach(), learnt.grad, input.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MCCLoss", dict(sigmoid=True)),
+        ("MCCLoss", dict(softmax=True, batch=True, include_background=False, smooth_nr=0.1)),
+        ("GeneralizedDiceLoss", dict(sigmoid=True)),
+        ("GeneralizedDiceLoss", dict(softmax=True, w_type="simple", batch=True)),
+    ],
+)
+def test_targets_and_masks_have_the_derivative(name, options):
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.rand(2, 2, 3, 2, 3, 2, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 1, 2, 3, 2, generator=generator, dtype=torch.float64)
+    loss = getattr(ours, name)(**options)
+    volumes = [x.requires_grad_() for x in (logits, target)]
+    assert torch.autograd.gradcheck(loss, volumes)
+    assert torch.autograd.gradcheck(
+        lambda mask: ours.MaskedLoss(loss)(logits.detach(), target.detach(), mask),
+        mask.requires_grad_(),
+    )

@@ -490,3 +490,21 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(call, dtype):
 def test_regions_of_any_numbers_are_what_they_are_to_the_peer():
     logits, target = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert_parity(*built("DC_and_BCE_loss", {}, {}), logits, 255 * (target > 0).float())
+
+
+@pytest.mark.parametrize("name", ["weight_ce", "weight_dice"])
+def test_a_weight_that_is_learnt_has_the_peers_gradient(name):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
+    regions = torch.randint(0, 2, (2, 3, 4, 4, 4))
+    for kind, target in (("DC_and_CE_loss", labels), ("DC_and_BCE_loss", regions)):
+        results = []
+        for make in (getattr(ours, kind), THEIRS[kind]):
+            learnt = torch.nn.Parameter(torch.tensor(0.7))
+            dice = dict(batch_dice=True, smooth=1e-5, do_bg=True, ddp=False)
+            dicts = (dice, {}) if kind == "DC_and_CE_loss" else ({}, dice)
+            input = logits.clone().requires_grad_()
+            value = make(*dicts, **{name: learnt})(input, target)
+            value.backward()
+            results.append((value.detach(), learnt.grad, input.grad))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)

@@ -401,3 +401,15 @@ def test_a_label_that_is_no_integer_is_an_error_in_every_dtype(name, dtype):
 def test_a_target_of_any_numbers_is_what_it_is_to_the_peer(name):
     logits, target = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     check(name, {"mode": "multilabel"}, logits, 255 * (target > 0).float())
+
+
+def test_numbers_that_are_learnt_have_the_peers_gradient_or_are_an_error():
+    with pytest.raises(ValueError, match="alpha: requires grad, but no gradient flows to it"):
+        ours.TverskyLoss("binary", alpha=torch.nn.Parameter(torch.tensor(0.3)))
+    logits, target = torch.linspace(-2, 3, 12).reshape(1, 1, 12), torch.arange(12)[None, None] % 2
+    gradients = []
+    for module in (ours, peer):
+        learnt = torch.nn.Parameter(torch.tensor(0.3))
+        module.FocalLoss("binary", alpha=learnt)(logits, target).backward()
+        gradients.append(learnt.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=0)

@@ -646,3 +646,28 @@ def test_weights_of_the_wrong_length():
         voxfuse.DiceLoss(include_background=False, activation="sigmoid")(
             logits[:, :1], (labels[:, None] > 0).to(torch.uint8)
         )
+
+
+def test_lovasz_goes_back_twice_or_for_several_cotangents_or_raises():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.arange(10).reshape(2, 5) % 3
+    compute = voxfuse.LovaszLoss()
+    loss = compute(logits, labels)
+    (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (batched,) = torch.autograd.grad(
+        compute(logits, labels), logits, torch.tensor([1.0, 2.0]), is_grads_batched=True
+    )
+    torch.testing.assert_close(batched, torch.stack([once, 2 * once]), rtol=1e-6, atol=0)
+    (again,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert torch.equal(again, once)
+    labels.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_lovasz_of_an_empty_batch_is_zero(per_image):
+    logits = torch.zeros(0, 3, 4, requires_grad=True)
+    loss = voxfuse.LovaszLoss(per_image=per_image)(logits, torch.zeros(0, 4, dtype=torch.long))
+    loss.backward()
+    assert loss == 0

@@ -321,3 +321,51 @@ def test_a_wrong_label_says_that_its_type_cannot_hold_the_ignored_one(
         with pytest.raises(ValueError, match="target: label") as caught:
             call(TENSOR, labels, ignore_index=ignore_index)
         assert str(caught.value).endswith(more) == told
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "given"),
+    [
+        (voxfuse.DiceCELoss, "lambda_dice", torch.tensor(0.25)),
+        (voxfuse.TverskyLoss, "alpha", np.array([0.25])),
+        (voxfuse.FocalLoss, "alpha", [0.1, 0.2, 0.7]),
+        (voxfuse.FocalLoss, "alpha", torch.tensor([0.1, 0.2, 0.7])),
+    ],
+)
+def test_a_number_that_is_changed_in_place_is_not_the_losses(make, name, given):
+    logits, labels = batch()
+    loss = make(**{name: given})
+    before = repr(loss), float(loss(logits, labels))
+    if isinstance(given, list):
+        given[0] = 5.0
+    else:
+        given *= 5
+    assert (repr(loss), float(loss(logits, labels))) == before
+    assert "tensor" not in repr(loss)
+    setattr(loss, name, given)
+    assert repr(loss) != before[0]
+    assert float(loss(logits, labels)) != before[1]
+
+
+def test_a_number_that_requires_grad_is_an_error():
+    learnt = torch.nn.Parameter(torch.tensor(0.5))
+    message = r"requires grad, but no gradient flows to it; detach it"
+    for make, name in (
+        (voxfuse.DiceCELoss, "lambda_dice"),
+        (voxfuse.TverskyLoss, "alpha"),
+        (voxfuse.FocalLoss, "gamma"),
+        (voxfuse.FocalLoss, "alpha"),
+        (voxfuse.UnifiedFocalLoss, "delta"),
+        (voxfuse.HeadDiceCELoss, "lambda_ce"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            make(**{name: learnt})
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            setattr(make(), name, learnt)
+    with pytest.raises(ValueError, match=f"alpha: {message}"):
+        voxfuse.FocalLoss(alpha=[0.5, learnt, 0.5])
+    with pytest.raises(ValueError, match=f"lambda_ce: {message}"):
+        voxfuse.functional.dice_ce_loss(TENSOR, TENSOR[:, 0].long(), lambda_ce=learnt)
+    for weights in ([1.0, learnt], torch.ones(2, requires_grad=True)):
+        with pytest.raises(ValueError, match=f"weights: {message}"):
+            voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), weights=weights)

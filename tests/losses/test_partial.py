@@ -183,3 +183,12 @@ def test_options_that_do_not_fit():
         voxfuse.DiceLoss(unlabelled="background")(logits, labels, annotated=~ANNOTATED)
     with pytest.raises(ValueError, match=r"annotated: got shape \(1, 4\)"):
         voxfuse.DiceLoss()(logits, labels, annotated=ANNOTATED[:1])
+
+
+def test_what_is_annotated_does_not_change_before_the_backward_pass():
+    logits, labels = example()
+    annotated = ANNOTATED.clone()
+    loss = voxfuse.DiceCELoss()(logits, labels, annotated=annotated)
+    annotated.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

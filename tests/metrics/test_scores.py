@@ -335,3 +335,22 @@ def ranks_equal_one_process(rank: int, world: int) -> None:
 )
 def test_ranks_score_as_one_process(tmp_path):
     launch(2, tmp_path, (ranks_equal_one_process,))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_what_it_keeps_is_its_own(pooled):
+    scores = SegmentationScores(pooled=pooled)
+    counts = scores.update(*batches(4)[0])
+    total = counts.sum(0)
+    counts.zero_()
+    scores.counts.zero_()
+    assert torch.equal(scores.counts.sum(0), total)
+
+
+def test_a_state_is_of_samples_or_of_their_sum():
+    pooled = scored(4, pooled=True).state_dict()
+    with pytest.raises(ValueError, match="state: got the sum of all samples, but pooled=False"):
+        SegmentationScores().load_state_dict(pooled)
+    for counts in (pooled["counts"].double(), -pooled["counts"]):
+        with pytest.raises(ValueError, match=f"state: got counts in {counts.dtype}"):
+            SegmentationScores(pooled=True).load_state_dict({"counts": counts})

@@ -123,6 +123,11 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is Tensor else _checks.plain(tensor)
 
 
+def requires_grad(*numbers: Any) -> bool:
+    """Whether one of a loss's numbers is learnt: then PyTorch has to compute with it."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in numbers)
+
+
 @with_peers_errors
 def fused_loss(
     voxels: Voxels,

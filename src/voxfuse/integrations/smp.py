@@ -34,10 +34,12 @@ from voxfuse.integrations.lowering import (
     is_binary,
     plain,
     ratio_of,
+    requires_grad,
     sums,
 )
 from voxfuse.losses.declared import Declared, declared
 from voxfuse.losses.functional import lovasz_hinge_loss, lovasz_softmax_loss
+from voxfuse.losses.options import refuse_gradients
 from voxfuse.losses.plan import Likelihood, class_weights
 
 __all__ = ["DiceLoss", "FocalLoss", "JaccardLoss", "LovaszLoss", "TverskyLoss"]
@@ -136,6 +138,11 @@ class _OverlapLoss(_Moded):
     from_logits: bool
     smooth: float
     eps: float
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "gamma":  # which is PyTorch's, after the operator
+            refuse_gradients(name, value)
+        super().__setattr__(name, value)
 
     def set_up(self, *args: Any, **options: Any) -> None:
         super().set_up(**options)
@@ -461,6 +468,7 @@ class FocalLoss(_Moded):
             and self.reduced_threshold is None
             and self.gamma is not None
             and 0 <= self.gamma < math.inf
+            and not requires_grad(self.alpha, self.gamma)
         )
 
     def _likelihood(self, classes: int | None = None) -> Likelihood:

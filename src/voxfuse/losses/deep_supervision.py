@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxfuse.losses.options import refuse_arguments
+from voxfuse.losses.options import held, refuse_arguments
 from voxfuse.losses.pooling import pool_dense, pool_labels, pool_max
 from voxfuse.ops import _checks
 
@@ -147,7 +147,8 @@ class DeepSupervisionLoss(nn.Module):
         if isinstance(weights, str):
             _checks.choice("weights", weights, dict.fromkeys(SCHEMES, 0))
         self.loss = loss
-        self.weights = weights if isinstance(weights, str) else [float(x) for x in weights]
+        given = held("weights", weights, None)
+        self.weights = given if isinstance(weights, str) else [float(x) for x in given]
         self.normalize = normalize
         _checks.choice("downsample", downsample, {"nearest": 0, "max": 1})
         self.downsample = downsample

@@ -296,7 +296,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
         loss, stats, cotangents = _forward(input, target, weight, call)
-        ctx.save_for_backward(input, target, weight, cotangents)
+        ctx.save_for_backward(input, target, weight, cotangents, call.annotated)
         ctx.call = call
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -306,7 +306,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> Any:
         if grad_loss is None:
             return None, None, None, None
-        input, target, weight, cotangents = ctx.saved_tensors
+        input, target, weight, cotangents, annotated = ctx.saved_tensors
         call: Call = ctx.call
         ratio = call.plan.ratio
         with _below_autograd():
@@ -325,7 +325,7 @@ class _Fused(torch.autograd.Function):
                 target,
                 weight,
                 **call.plan.confusion._asdict(),
-                annotated=call.annotated,
+                annotated=annotated,
             )
         return once_differentiable(gradient, input), None, None, None
 

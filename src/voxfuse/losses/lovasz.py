@@ -183,7 +183,7 @@ def _evaluate(
             slopes = slopes.reshape(batch, count)
             gradient[:, c] = torch.where(rising, slopes, -slopes)
     counted = counted.clamp(min=1)
-    loss = (total / counted).mean().to(dtype)
+    loss = ((total / counted).sum() / max(images.number, 1)).to(dtype)
     if gradient is not None:
         scale = (1 / (counted * counted.numel())).to(dtype).reshape(-1, 1, 1)
         if ranks is not None and ranks.average:
@@ -235,6 +235,12 @@ def _log_sum_exp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _batched(cotangent: Tensor) -> bool:
+    """Whether it stands for several, of ``is_grads_batched`` or of ``torch.func.vmap``."""
+    kinds = torch._C._functorch
+    return kinds.is_legacy_batchedtensor(cotangent) or kinds.is_batchedtensor(cotangent)
+
+
 class _Lovasz(torch.autograd.Function):
     """The loss where nothing traces it: the volume of the gradient is used again."""
 
@@ -243,21 +249,24 @@ class _Lovasz(torch.autograd.Function):
         ctx: Any, input: Tensor, rows: _Rows, options: _Options, ranks: Ranks | None
     ) -> Tensor:
         loss, gradient = _evaluate(rows, options, ranks, ctx.needs_input_grad[0])
-        ctx.save_for_backward(input)
+        # What the rows are views of, so that a change in place is PyTorch's error.
+        ctx.save_for_backward(input, rows.target, options.class_weight)
         ctx.call = rows, options, ranks
         ctx.gradient = gradient
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (input,) = ctx.saved_tensors
+        input, *_ = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # a second backward pass through a retained graph
             rows, options, ranks = ctx.call
             _, gradient = _evaluate(rows, options, ranks, True)
             assert gradient is not None
         # Scaled before it is rounded to a half type: a loss scale keeps it from underflowing.
-        if gradient.dtype == input.dtype:
+        if _batched(grad):  # several gradients have no room in the volume of one
+            result = (gradient * grad).to(input.dtype)
+        elif gradient.dtype == input.dtype:
             result = gradient.mul_(grad)
         else:
             result = torch.empty_like(gradient, dtype=input.dtype)

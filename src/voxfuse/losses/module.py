@@ -17,6 +17,7 @@ from voxfuse.losses.options import (
     WEIGHT_NAMES,
     ClassWeights,
     OverlapOptions,
+    held,
     monai_hint,
     refuse_arguments,
     weights_of,
@@ -123,6 +124,8 @@ class Loss(Declared):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHT_NAMES:
             value = weights_of(name, value)
+        elif name in self.defaults:
+            value = held(name, value, self.defaults[name])
         super().__setattr__(name, value)
         if name in self.defaults:
             self.__dict__["_recipe"] = None

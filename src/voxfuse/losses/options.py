@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,6 +173,7 @@ def _balance(
     """One number in [0, 1], or (not for a sigmoid) one >= 0 for every class."""
     if alpha is None:
         return None
+    refuse_gradients("alpha", alpha)
     values = alpha.tolist() if isinstance(alpha, (Tensor, np.ndarray)) else alpha
     if not isinstance(values, Sequence) or isinstance(values, str):
         return number("alpha", values, 0.0, 1.0)
@@ -184,10 +185,30 @@ def _balance(
     return tuple(number("alpha", value) for value in values)
 
 
+def refuse_gradients(name: str, value: object) -> None:
+    """Raise for a number that is to be learnt: it becomes an argument of a kernel."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
+
+
+def held(name: str, value: Any, default: Any) -> Any:
+    """``value`` as a number or a tuple, which no later change of what was given changes."""
+    if isinstance(value, (list, tuple)):
+        return tuple(held(name, item, default) for item in value)
+    refuse_gradients(name, value)
+    if not isinstance(value, (Tensor, np.ndarray)):
+        return value
+    one = isinstance(default, (int, float))
+    if value.ndim == 0 or (one and math.prod(value.shape) == 1):
+        return value.item()
+    return value if one or value.ndim > 1 else tuple(value.tolist())
+
+
 def number(
     name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False
 ) -> float:
     """Return ``value`` as a float in [low, high], or ``above`` low; else raise naming it."""
+    refuse_gradients(name, value)
     try:
         several = isinstance(value, Tensor) and value.numel() != 1
         if several or isinstance(value, (bool, np.bool_)):

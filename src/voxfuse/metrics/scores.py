@@ -131,7 +131,7 @@ class SegmentationScores:
         """
         counts = hard_confusion(input, target, mask=mask, **self.options)
         self._check_classes(counts.shape[1])
-        kept = counts.sum(0, keepdim=True) if self.pooled else counts
+        kept = counts.sum(0, keepdim=True) if self.pooled else counts.clone()
         if self.pooled and self._counts:
             self._counts = [self._counts[0] + kept]
         else:
@@ -160,7 +160,7 @@ class SegmentationScores:
         """(N, C, 4) int64 of this process's N samples, or of all of them, (1, C, 4), if pooled."""
         if self._counts:
             self._counts = [torch.cat(self._counts)]
-            return self._counts[0]
+            return self._counts[0].clone()
         classes = self.options["num_classes"]
         if classes is None:
             raise RuntimeError(
@@ -170,14 +170,17 @@ class SegmentationScores:
         return torch.zeros(int(self.pooled), classes, 4, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts, to go on with later or elsewhere."""
-        return {"counts": self.counts.clone()} if self._counts else {}
+        """The counts, and whether they are pooled, to go on with later or elsewhere."""
+        if not self._counts:
+            return {}
+        return {"counts": self.counts, "pooled": torch.tensor(self.pooled)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the place of what was counted by a :meth:`state_dict`.
 
         Raises:
-            ValueError: it does not hold counts, or those of samples where they are pooled here.
+            ValueError: it does not hold counts, or those of samples where they are pooled here, or
+                their sum where they are not.
         """
         self.reset()
         if not state:
@@ -185,10 +188,14 @@ class SegmentationScores:
         counts = state.get("counts")
         if counts is None or counts.ndim != 3 or counts.shape[-1] != 4:
             raise ValueError(f"state: got {sorted(state)}, expected counts (N, C, 4)")
+        if not self.pooled and bool(state.get("pooled", False)):
+            raise ValueError("state: got the sum of all samples, but pooled=False keeps each")
         if self.pooled and counts.shape[0] != 1:
             raise ValueError(
                 f"state: got counts of {counts.shape[0]} samples, but pooled=True keeps their sum"
             )
+        if counts.dtype != torch.int64 or bool((counts < 0).any()):
+            raise ValueError(f"state: got counts in {counts.dtype}, expected int64 >= 0")
         self._check_classes(counts.shape[1])
         self._counts = [counts.clone()]
 
@@ -225,7 +232,6 @@ class SegmentationScores:
         if self.pooled:
             import torch.distributed
 
-            counts = counts.clone()
             torch.distributed.all_reduce(counts, group=ranks.group)
             return counts
         rows = counts.flatten(1).T

@@ -84,7 +84,8 @@ def ratio_loss(
     Returns:
         the loss: a scalar, or with ``reduction="none"`` (B, C'), (C',) with ``batch``, and without
         the class axis with ``class_pooling``, where C' = C - first_class. Differentiable in
-        ``stats``.
+        ``stats`` as a loss is in its predictions: what is of the target and the mask alone, G in
+        the weights of ``class_pooling`` and every normaliser, counts as constant.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

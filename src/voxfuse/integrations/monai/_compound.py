@@ -11,6 +11,7 @@ from voxfuse.integrations.lowering import (
     Voxels,
     fused_loss,
     plain,
+    requires_grad,
     smoothed_cross_entropy,
     whole_labels,
 )
@@ -93,7 +94,8 @@ class DiceCELoss(FusedLoss):
         check_pair(input, target)
         case = self.dice._case(input, target, mask)
         entropy = self._likelihood(input, target)
-        if case.fused and entropy is not None and self.dice.other_act is None:
+        learnt = requires_grad(self.lambda_dice, self.lambda_ce)
+        if case.fused and entropy is not None and self.dice.other_act is None and not learnt:
             return self.dice._evaluate(case, entropy.scaled(self.lambda_ce), self.lambda_dice)
         if mask is not None:
             input, target = input * mask, target * mask
@@ -151,7 +153,8 @@ class _OverlapFocalLoss(FusedLoss):
         self, overlap: OverlapLoss, case: Case, focal: FocalCase, factors: tuple[float, float]
     ) -> Tensor:
         likelihood = focal.likelihood
-        if likelihood is not None and not focal.by_sample and _shared(overlap, case, focal):
+        together = not focal.by_sample and not requires_grad(*factors)
+        if likelihood is not None and together and _shared(overlap, case, focal):
             return overlap._evaluate(case, likelihood.scaled(factors[1]), factors[0])
         return factors[0] * overlap._evaluate(case) + factors[1] * self.focal._evaluate(focal)
 

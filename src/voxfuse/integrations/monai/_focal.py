@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxfuse.contract import Activation, Normaliser, Sum
-from voxfuse.integrations.lowering import Voxels, fused_loss, is_binary, plain, sums
+from voxfuse.integrations.lowering import (
+    Voxels,
+    fused_loss,
+    is_binary,
+    plain,
+    requires_grad,
+    sums,
+)
 from voxfuse.integrations.monai._common import (
     ClassWeight,
     FusedLoss,
@@ -126,7 +133,7 @@ class FocalLoss(FusedLoss):
             reduction != "none"
             and input.ndim > 2
             and 0 <= self.gamma < math.inf
-            and not target.requires_grad
+            and not requires_grad(target, self.gamma, alpha, class_weight)
             and not (self.use_softmax and kept == 1)
         )
         if fused and not self.use_softmax and not labels and (self.gamma or alpha is not None):
@@ -172,7 +179,7 @@ class FocalLoss(FusedLoss):
                 stacklevel=2,
             )
             return None
-        return float(alpha)
+        return alpha if requires_grad(alpha) else float(alpha)
 
     def _checked_weight(self, classes: int) -> Tensor | None:
         weight = self.class_weight
@@ -298,12 +305,14 @@ class FocalLoss(FusedLoss):
             loss = -((1 - log_p.exp()) ** self.gamma) * log_p * g
             if isinstance(alpha, float):
                 alpha = as_weight([1 - alpha] + [alpha] * (z.shape[1] - 1))
+            elif alpha is not None and not alpha.ndim:
+                alpha = torch.stack([1 - alpha] + [alpha] * (z.shape[1] - 1))
             if alpha is not None:
                 loss = loss * alpha.to(loss).reshape(shape)
         else:
             loss = F.binary_cross_entropy_with_logits(z, g, reduction="none")
             loss = loss * (self.gamma * F.logsigmoid(z * (1 - 2 * g))).exp()
-            if isinstance(alpha, float):
+            if isinstance(alpha, float) or (alpha is not None and not alpha.ndim):
                 loss = loss * (g * alpha + (1 - g) * (1 - alpha))
             elif alpha is not None:
                 loss = loss * torch.where(g == 1, alpha.to(loss).reshape(shape), 1)

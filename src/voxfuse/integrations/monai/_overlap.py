@@ -15,6 +15,7 @@ from voxfuse.integrations.lowering import (
     fused_loss,
     plain,
     ratio_of,
+    requires_grad,
     sums,
 )
 from voxfuse.integrations.monai._common import (
@@ -35,9 +36,8 @@ from voxfuse.integrations.monai._common import (
     warn_ignored,
 )
 from voxfuse.losses.declared import declared
-from voxfuse.losses.engine import loss_of_sums
-from voxfuse.losses.matthews import MatthewsOptions
-from voxfuse.losses.plan import NO_WEIGHTS, Likelihood
+from voxfuse.losses.matthews import ROUNDING, MatthewsOptions
+from voxfuse.losses.plan import Likelihood
 
 
 class Case(NamedTuple):
@@ -334,7 +334,9 @@ class TverskyLoss(OverlapLoss):
         mask = (target.shape[0], 1, *target.shape[2:])
         return input.expand(torch.broadcast_shapes(input.shape, mask))
 
-    def _ratio(self, case: Case) -> RatioOptions:
+    def _ratio(self, case: Case) -> RatioOptions | None:
+        if requires_grad(self.alpha, self.beta):
+            return None
         return ratio_of(
             (1.0,),
             (1.0, float(self.alpha), float(self.beta)),
@@ -463,25 +465,28 @@ class MCCLoss(OverlapLoss):
     batch: bool = False
 
     def _ratio(self, case: Case) -> RatioOptions:
-        return self._options(first_class=case.first_class, batch=self.batch)
-
-    def _options(self, **options: Any) -> MatthewsOptions:
         smoothing = (self.smooth_nr, self.smooth_dr)
-        return MatthewsOptions([], [], *smoothing, ratio_scale=1.0, **options)
+        return MatthewsOptions(
+            [],
+            [],
+            *smoothing,
+            ratio_scale=1.0,
+            first_class=case.first_class,
+            batch=self.batch,
+        )
 
     def _terms(self, counts: Counts, case: Case) -> Tensor:
-        """From counts of whole volumes, by the operator that has them from the pass as well."""
-        tp, fp, fn = counts
-        voxels = case.voxels.input[:, case.first_class :].numel() / max(tp.numel(), 1)
-        columns = {Sum.TP: tp, Sum.FP: fp, Sum.FN: fn, Sum.G2: tp + fn}
-        columns[Sum.W] = torch.full_like(tp, voxels)
-        zero = torch.zeros_like(tp)
-        stats = torch.stack([columns.get(k, zero) for k in Sum], -1).double()
-        options = self._options(reduction=int(Reduction.none))
-        plan = case.voxels.plan(options, None)
-        double = case.voxels.input.dtype == torch.float64
-        loss = loss_of_sums(plan, stats.reshape(1, -1, len(Sum)), NO_WEIGHTS, double)
-        return loss.reshape(tp.shape)
+        """Where the target varies, for whose derivatives the operator has no slopes."""
+        tp, fp, fn = (x.double() for x in counts)
+        others = case.voxels.input[:, case.first_class :].numel() / max(tp.numel(), 1) - (tp + fn)
+        tn = others - fp
+        tn = tn.masked_fill((tn < 0) & (tn > -ROUNDING * others), 0)
+        square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + self.smooth_dr
+        flat = square == 0
+        numerator = (tp * tn - fp * fn + self.smooth_nr).masked_fill(flat, 0)
+        terms = 1 - numerator / square.masked_fill(flat, 1).sqrt()
+        terms = terms.masked_fill((fp == 0) & (fn == 0), 0)
+        return terms.to(torch.promote_types(case.voxels.input.dtype, torch.float32))
 
     def _shaped(self, loss: Tensor, reduction: str, input: Tensor) -> Tensor:
         return loss
@@ -543,13 +548,16 @@ class GeneralizedDiceLoss(OverlapLoss):
     def _terms(self, counts: Counts, case: Case) -> Tensor:
         tp, fp, fn = counts
         axis = 0 if self.batch else 1
-        volume = (tp + fn).detach()
+        volume = tp + fn
+        if not case.voxels.target.requires_grad:
+            volume = volume.detach()
         if self.w_type == Weight.UNIFORM:
-            weight = torch.ones_like(volume)
-        else:
-            weight = 1 / (volume if self.w_type == Weight.SIMPLE else volume * volume)
-        infinite = weight.isinf()
-        largest = weight.masked_fill(infinite, 0).amax(axis, keepdim=True)
+            volume = torch.ones_like(volume)
+        elif self.w_type == Weight.SQUARE:
+            volume = volume * volume
+        infinite = (1 / volume.detach()).isinf()
+        weight = (1 / volume.masked_fill(infinite, 1)).masked_fill(infinite, 0)
+        largest = weight.amax(axis, keepdim=True)
         weight = torch.where(infinite, largest, weight)
         hits = (2 * tp * weight).sum(axis, keepdim=True) + self.smooth_nr
         size = ((2 * tp + fp + fn) * weight).sum(axis, keepdim=True) + self.smooth_dr

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from voxfuse.contract import Activation, Normaliser
-from voxfuse.integrations.lowering import Voxels, fused_loss, plain, ratio_of
+from voxfuse.integrations.lowering import Voxels, fused_loss, plain, ratio_of, requires_grad
 from voxfuse.integrations.monai._common import (
     FusedLoss,
     LossReduction,
@@ -137,7 +137,9 @@ class AsymmetricUnifiedFocalLoss(FusedLoss):
 
     def _voxels(self, p: Tensor, target: Tensor, given: Tensor, labels: bool) -> Voxels | None:
         """What the operators read; None where they cannot."""
-        if p.shape[1] != 2 or not 0 <= self.gamma < 1 or target.requires_grad:
+        if p.shape[1] != 2 or not 0 <= self.gamma < 1:
+            return None
+        if requires_grad(target, self.weight, self.gamma, self.delta):
             return None
         weight, ignore_index, fused = None, None, True
         if self.ignore_index is not None and given.shape[1] == 1 and not labels:

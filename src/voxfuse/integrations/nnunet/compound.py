@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from voxfuse.contract import Activation, Normaliser
-from voxfuse.integrations.lowering import Voxels, fused_loss, plain
+from voxfuse.integrations.lowering import Voxels, fused_loss, plain, requires_grad
 from voxfuse.integrations.nnunet.cross_entropy import (
     RobustCrossEntropyLoss,
     TopKLoss,
@@ -78,9 +78,10 @@ class _Compound(Declared):
         """Both terms from one pass: 1 - Dice, less the 1."""
         ratio = dice._ratio(voxels.input.shape[1])
         assert ratio is not None
-        ratio = ratio._replace(ratio_scale=float(self.weight_dice))
+        scale = float(self.weight_dice)
+        ratio = ratio._replace(ratio_scale=scale)
         likelihood = likelihood.scaled(float(self.weight_ce))
-        return fused_loss(voxels, ratio, likelihood, ranks=dice._ranks()) - self.weight_dice
+        return fused_loss(voxels, ratio, likelihood, ranks=dice._ranks()) - scale
 
 
 class _LabelCompound(_Compound):
@@ -178,6 +179,8 @@ class DC_and_CE_loss(_LabelCompound):
         entropy = self.ce
         if type(entropy) is not RobustCrossEntropyLoss or entropy.reduction == "none":
             return None
+        if requires_grad(self.weight_ce, self.weight_dice):
+            return None
         if self.weight_ce == 0 or self.weight_dice == 0 or input.shape[1] == 1:
             return None
         if target.shape[1:2] != (1,) or not readable_as_voxels(input, target, None):
@@ -254,6 +257,8 @@ class DC_and_BCE_loss(_Compound):
         if type(entropy) is not nn.BCEWithLogitsLoss or entropy.weight is not None:
             return None
         if target.shape != input.shape or input.ndim < 3:
+            return None
+        if requires_grad(self.weight_ce, self.weight_dice):
             return None
         normalisers = {"mean": Normaliser.elements, "sum": Normaliser.one}
         if self.use_ignore_label:
