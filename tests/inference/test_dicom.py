@@ -101,6 +101,10 @@ def set_to(name, value, every=False):
         (set_to("PixelSpacing", None), "IM.*: has no PixelSpacing"),
         (set_to("RescaleSlope", None), "IM.*: has an empty RescaleSlope"),
         (lambda k, one: one.pop("ImagePositionPatient") and None, "has no slices with a position"),
+        (
+            lambda k, one: k == 7 and one.pop("ImagePositionPatient") and None,
+            "IM.*: has no ImagePositionPatient, which other slices have",
+        ),
     ],
 )
 def test_a_series_that_is_no_regular_grid_is_refused(tmp_path, change, pattern):
@@ -187,4 +191,6 @@ def test_folders_named_by_uids_keep_their_whole_names(tmp_path, monkeypatch):
     for name in names:  # each from within
         monkeypatch.chdir(tmp_path / "in" / name)
         assert predict("above_half", ".", tmp_path / "out", *PATCH) == 0
+    (tmp_path / "in" / names[1] / ".DS_Store").touch()  # makes it no other series
+    assert predict("above_half", ".", tmp_path / "out", *PATCH) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.gz")) == written

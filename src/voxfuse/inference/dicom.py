@@ -45,10 +45,10 @@ def is_series(path: Path) -> bool:
     if not path.is_dir():
         return False
     files = [file for file in sorted(path.iterdir()) if file.is_file()]
-    return any(_is_dicom(file) for file in files[:_LOOKED_AT])
+    return any(is_dicom(file) for file in files[:_LOOKED_AT])
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """Whether a file is of DICOM, but no medium's table of contents (DICOMDIR)."""
     with path.open("rb") as file:
         head = file.read(512)
@@ -79,9 +79,10 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
         ModuleNotFoundError: pydicom is not installed.
     """
     pydicom = _pydicom()
-    slices = []
+    slices: list[Any] = []
+    placeless: dict[str, Path] = {}  # an image of each series that lies nowhere
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or not _is_dicom(file):
+        if not file.is_file() or not is_dicom(file):
             continue
         try:
             with warnings.catch_warnings():
@@ -94,11 +95,16 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
             slices.append(found)
         elif int(found.get("NumberOfFrames", 1)) > 1:
             raise ValueError(f"{file}: has several frames, expected a file a slice")
+        elif "Rows" in found:
+            placeless.setdefault(str(found.get("SeriesInstanceUID")), file)
     if not slices:
         raise ValueError(f"{folder}: has no slices with a position (ImagePositionPatient)")
     count = len({str(s.SeriesInstanceUID) for s in slices})
     if count > 1:
         raise ValueError(f"{folder}: has slices of {count} series, expected one a folder")
+    lost = placeless.get(str(slices[0].SeriesInstanceUID))
+    if lost is not None:
+        raise ValueError(f"{lost}: has no ImagePositionPatient, which other slices have")
     return _arranged(folder, slices)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from voxfuse._backends import versions
 from voxfuse._files import unfinished, write_text
+from voxfuse.inference.dicom import is_dicom
 from voxfuse.inference.models import digest_of_file
 from voxfuse.inference.segmenters import Overdue, Segmentation, Segmenter, Watch
 from voxfuse.training.dataset import DataError, Subject
@@ -424,7 +425,11 @@ def digests_of(study: Subject) -> list[str]:
     found = []
     for path in (*study.images, *([study.mask] if study.mask else [])):
         if path.is_dir():
-            files = sorted(digest_of_file(file) for file in path.iterdir() if file.is_file())
+            files = sorted(
+                digest_of_file(file)
+                for file in path.iterdir()
+                if file.is_file() and is_dicom(file)  # and no .DS_Store
+            )
             found.append(f"sha256:{hashlib.sha256(''.join(files).encode()).hexdigest()}")
         else:
             found.append(digest_of_file(path))
