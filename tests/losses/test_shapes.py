@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -414,6 +415,56 @@ def test_max_pooling_of_dense_targets_and_of_one_class():
     pooled, coarse = loss.at_level(indicator, indicator == 0, torch.randn(1, 1, 3))
     assert pooled.tolist() == [[[0, 0, 255]]]
     assert coarse.tolist() == [[[True, True, False]]]
+
+
+IGNORING = {
+    "a head's": lambda: voxfuse.HeadLoss(voxfuse.DiceCELoss(ignore_index=255)),
+    "nnU-Net's": lambda: nnunet.DC_and_CE_loss({"ddp": False}, {}, ignore_label=255),
+    "a partial": lambda: partial(voxfuse.functional.dice_ce_loss, ignore_index=255),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", IGNORING)
+def test_max_pooling_finds_the_label_to_ignore(name, classes):
+    """Beside it the lesion survives; what is left without one keeps it."""
+    loss = voxfuse.DeepSupervisionLoss(IGNORING[name](), downsample="max")
+    labels = torch.tensor([[[0, 1, 1, 255, 255, 255, 0, 0]]])
+    pooled, _ = loss.at_level(labels, None, torch.randn(1, classes, 4))
+    assert pooled.tolist() == [[[1, 1, 255, 0]]]
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_max_pooling_does_not_let_a_label_win_that_nobody_told_it_to_ignore(classes, dtype):
+    def loss(*arguments):
+        return voxfuse.BCELoss(ignore_index=255)(*arguments)
+
+    labels = torch.tensor([[[0, 1, 1, 255, 0, 0]]]).to(dtype)
+    deep = voxfuse.DeepSupervisionLoss(loss, downsample="max")
+    message = r"label 255 is outside \[0, 2\).*finds the label to ignore as the attribute"
+    with pytest.raises(ValueError, match=message):
+        deep.at_level(labels, None, torch.randn(1, classes, 3))
+    loss.ignore_index = 255
+    pooled, _ = deep.at_level(labels, None, torch.randn(1, classes, 3))
+    assert pooled.tolist() == [[[1, 1, 0]]]
+    del loss.ignore_index
+    if classes == 1:  # masked out, it is nobody's
+        pooled, _ = deep.at_level(labels, labels != 255, torch.randn(1, 1, 3))
+        assert pooled.tolist() == [[[1, 1, 0]]]
+
+
+@pytest.mark.parametrize("regions", [1, 2])
+def test_max_pooling_keeps_the_channel_of_what_nnunet_leaves_out(regions):
+    first = [0, 1, 1, 1, 0, 0, 0, 0]
+    left_out = [0, 0, 1, 1, 1, 0, 0, 0]
+    target = torch.tensor([[first, *[[0] * 8] * (regions - 1), left_out]]).bool()
+    deep = voxfuse.DeepSupervisionLoss(
+        nnunet.DC_and_BCE_loss({}, {"ddp": False}, use_ignore_label=True), downsample="max"
+    )
+    pooled, _ = deep.at_level(target, None, torch.randn(1, regions, 4))
+    assert pooled.dtype == torch.bool
+    assert pooled[0, [0, -1]].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_max_pooling_compiles_and_serves_fused_heads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from voxfuse.losses.options import held, refuse_arguments
-from voxfuse.losses.pooling import pool_dense, pool_labels, pool_max
+from voxfuse.losses.pooling import pool_dense, pool_labels, pool_max, pool_one_class, pool_regions
 from voxfuse.ops import _checks
 
 #: The weight of an output by its level, the finest being 0.
@@ -61,6 +62,19 @@ def _reaches(tensor: Tensor, output: Tensor) -> bool:
         and tensor.shape[0] == output.shape[0]
         and all(a >= b for a, b in zip(own, size, strict=True))
     )
+
+
+def _ignored_by(loss: Any) -> int | None:
+    """The label that ``loss`` ignores, by its own name or nnU-Net's, a keyword of a partial
+    function, or that of a loss which it holds as ``loss``."""
+    while loss is not None:
+        partial = isinstance(loss, functools.partial)
+        for name in ("ignore_index", "ignore_label"):
+            own = loss.keywords.get(name) if partial else getattr(loss, name, None)
+            if own is not None:
+                return _checks.ignored_label(own)
+        loss = loss.func if partial else getattr(loss, "loss", None)
+    return None
 
 
 def outputs_of(input: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
@@ -120,8 +134,10 @@ class DeepSupervisionLoss(nn.Module):
         downsample: "nearest"; or "max", in which a lesion of one voxel survives: of the voxels that
             an output's voxel covers (as adaptive max pooling has it) the rarest class wins, the one
             with the fewest voxels in that sample at full resolution, and of two the higher one; it
-            is ignored only if all of them are. Of a dense target the maximum of each channel. Of a
-            mask the maximum too, and voxels of weight 0 do not count as covered.
+            is ignored only if all of them are. The label to ignore is the loss's attribute
+            ``ignore_index`` (or ``ignore_label``), which a function around a loss must be given. Of
+            a dense target the maximum of each channel. Of a mask the maximum too, and voxels of
+            weight 0 do not count as covered.
 
     Example:
         >>> import torch, voxfuse
@@ -176,12 +192,24 @@ class DeepSupervisionLoss(nn.Module):
             )
         if covered is not None and covered.ndim != target.ndim:
             covered = covered[:, 0] if covered.ndim > target.ndim else covered[:, None]
-        ignore_index = _checks.ignored_label(getattr(self.loss, "ignore_index", None))
-        dense = classes == 1 or (target.ndim == output.ndim and target.shape[1] == classes)
-        if dense:
-            target = pool_dense(target, size, ignore_index if classes == 1 else None, covered)
-        else:
-            target = pool_labels(target, size, classes, ignore_index, covered)
+        ignore_index = _ignored_by(self.loss)
+        channels = target.shape[1] if target.ndim == output.ndim else None
+        try:
+            if channels == classes + 1:
+                target = pool_regions(target, size, covered)
+            elif classes == 1:
+                target = pool_one_class(target, size, ignore_index, covered)
+            elif channels == classes:
+                target = pool_dense(target, size, None, covered)
+            else:
+                target = pool_labels(target, size, classes, ignore_index, covered)
+        except ValueError as error:
+            if ignore_index is not None or hasattr(self.loss, "ignore_index"):
+                raise
+            raise ValueError(
+                f"{error}; downsample='max' finds the label to ignore as the attribute "
+                "ignore_index of the loss (or of its attribute loss); a function can be given one"
+            ) from None
         return target, mask if mask is None else pool_max(mask, size)
 
     def level_weights(self, levels: int) -> list[float]:

@@ -83,6 +83,29 @@ def pool_labels(
     return result.to(labels.dtype)
 
 
+def pool_one_class(
+    target: Tensor, size: Sequence[int], ignore_index: int | None, mask: Tensor | None
+) -> Tensor:
+    r"""The maximum of an indicator (B, [1,] \*spatial), which an unknown label would win."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        counted = None if mask is None else mask != 0
+        # Soft values are the loss's to judge.
+        if not target.is_floating_point() or bool((target == target.round()).all()):
+            complaint = label_complaint(target, 2, ignore_index, counted)
+            if complaint is not None:
+                raise ValueError(complaint)
+    return pool_dense(target, size, ignore_index, mask)
+
+
+def pool_regions(target: Tensor, size: Sequence[int], mask: Tensor | None) -> Tensor:
+    r"""nnU-Net's regions (B, C + 1, \*spatial), of which the last channel is 1 where voxels are
+    left out: the maximum of the others over the rest. Left out is what covers none of the rest."""
+    counted = target[:, -1:] != 1
+    within = counted if mask is None else counted & (mask != 0)
+    regions = pool_dense(target[:, :-1], size, None, within)
+    return torch.cat([regions, (~pool_max(counted, size)).to(target.dtype)], 1)
+
+
 def pool_dense(
     target: Tensor, size: Sequence[int], ignore_index: int | None, mask: Tensor | None
 ) -> Tensor:
