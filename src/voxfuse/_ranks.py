@@ -71,6 +71,18 @@ def total_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     return total
 
 
+class _Total(torch.autograd.Function):
+    """The value of the one and the gradient of the other, which may be infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
 def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     """Sum over ranks whose gradient is that of one process holding the whole batch.
 
@@ -82,7 +94,8 @@ def sum_over_ranks(stats: Tensor, batch: bool, ranks: Ranks) -> Tensor:
     own = stats.sum(0, keepdim=True) if batch else stats
     if ranks.average:
         own = own * ranks.size
-    return total + (own - own.detach())
+    result: Tensor = _Total.apply(own, total)  # type: ignore[no-untyped-call]
+    return result
 
 
 def share_of_rank(grad: Tensor, samples: int, ranks: Ranks) -> Tensor:

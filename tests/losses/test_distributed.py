@@ -74,6 +74,11 @@ def sums_of_all_ranks(rank: int, world: int) -> None:
     for a, b in zip(sums[:4], whole.pooled()[:4], strict=True):
         assert not a.requires_grad
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    certain = voxfuse.SumsLoss(
+        lambda sums: sums.NLL.sum(), activation="none", process_group="world"
+    )
+    probabilities = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).double()
+    assert certain(1 - probabilities[own].requires_grad_(), labels[own]) == torch.inf
     loss.class_weight = torch.ones(len(labels[own]), 3)
     with pytest.raises(ValueError, match="class_weight: one for every sample cannot be pooled"):
         loss(logits[own], labels[own])

@@ -671,3 +671,11 @@ def test_lovasz_of_an_empty_batch_is_zero(per_image):
     loss = voxfuse.LovaszLoss(per_image=per_image)(logits, torch.zeros(0, 4, dtype=torch.long))
     loss.backward()
     assert loss == 0
+
+
+def test_the_losses_of_no_sample_go_back():
+    logits = torch.zeros(0, 3, 4, requires_grad=True)
+    loss = voxfuse.DiceCELoss(reduction="none")(logits, torch.zeros(0, 4, dtype=torch.long))
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert logits.grad.shape == logits.shape

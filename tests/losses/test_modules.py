@@ -369,3 +369,13 @@ def test_a_number_that_requires_grad_is_an_error():
     for weights in ([1.0, learnt], torch.ones(2, requires_grad=True)):
         with pytest.raises(ValueError, match=f"weights: {message}"):
             voxfuse.DeepSupervisionLoss(voxfuse.DiceLoss(), weights=weights)
+
+
+@pytest.mark.parametrize("name", ["batch", "include_background", "likelihood_include_background"])
+def test_a_flag_is_true_or_false(name):
+    message = f"{name}: got 'False', expected True or False"
+    with pytest.raises(TypeError, match=message):
+        voxfuse.DiceCELoss(**{name: "False"})
+    with pytest.raises(TypeError, match=message):
+        voxfuse.functional.dice_ce_loss(TENSOR, TENSOR[:, 0].long(), **{name: "False"})
+    assert getattr(voxfuse.DiceCELoss(**{name: np.bool_(True)}), name)

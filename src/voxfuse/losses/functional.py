@@ -24,7 +24,7 @@ from voxfuse.losses.compound import (
 from voxfuse.losses.declared import did_you_mean
 from voxfuse.losses.likelihood import BCELoss, CrossEntropyLoss, FocalLoss, TopKLoss
 from voxfuse.losses.lovasz import LovaszHingeLoss, LovaszLoss
-from voxfuse.losses.options import WEIGHT_NAMES, weights_of
+from voxfuse.losses.options import WEIGHT_NAMES, check_flag, weights_of
 from voxfuse.losses.overlap import (
     DiceLoss,
     FBetaLoss,
@@ -119,6 +119,7 @@ def function_of(
                 raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{more}")
             if key in WEIGHT_NAMES:
                 weights_of(key, given[key])
+            check_flag(key, given[key], kind.defaults[key])
         return kind.of(Given({**defaults, **given}), input, target, mask, return_sums, annotated)
 
     own = inspect.signature(loss)

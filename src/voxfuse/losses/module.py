@@ -17,6 +17,7 @@ from voxfuse.losses.options import (
     WEIGHT_NAMES,
     ClassWeights,
     OverlapOptions,
+    check_flag,
     held,
     monai_hint,
     refuse_arguments,
@@ -126,6 +127,7 @@ class Loss(Declared):
             value = weights_of(name, value)
         elif name in self.defaults:
             value = held(name, value, self.defaults[name])
+            check_flag(name, value, self.defaults[name])
         super().__setattr__(name, value)
         if name in self.defaults:
             self.__dict__["_recipe"] = None

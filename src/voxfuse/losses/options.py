@@ -191,6 +191,15 @@ def refuse_gradients(name: str, value: object) -> None:
         raise ValueError(f"{name}: requires grad, but no gradient flows to it; detach it")
 
 
+def check_flag(name: str, value: object, default: object) -> None:
+    """Raise for what is neither True nor False, where the ``default`` is; "no" would be True."""
+    optional = name == "likelihood_include_background"
+    if not (isinstance(default, bool) or optional) or isinstance(value, (bool, np.bool_)):
+        return
+    if not (optional and value is None):
+        raise TypeError(f"{name}: got {_checks.given(value)}, expected True or False")
+
+
 def held(name: str, value: Any, default: Any) -> Any:
     """``value`` as a number or a tuple, which no later change of what was given changes."""
     if isinstance(value, (list, tuple)):
