@@ -184,7 +184,7 @@ def test_errors_name_what_is_wrong(head):
         simulate(head, options=only)
 
 
-def test_the_command_writes_folders_that_training_reads(tmp_path, capsys):
+def test_the_command_writes_folders_that_training_reads(tmp_path, capsys, monkeypatch):
     out = tmp_path / "made"
     arguments = ["simulate", "--host", str(HEAD), "--out", str(out), "--count", "1", "--seed", "3"]
     assert main([*arguments, "--with-hosts"]) == 0
@@ -214,9 +214,15 @@ def test_the_command_writes_folders_that_training_reads(tmp_path, capsys):
     head.mkdir(parents=True)
     (head / "t1.nii.gz").symlink_to(HEAD)
     arguments = ["simulate", "--host", str(head.parent), "--out", str(head.parent), "--with-hosts"]
-    assert main(arguments) == 1
+    other = head.parent / "b/T1.nii.gz"
+    other.parent.mkdir()
+    other.symlink_to(HEAD)
+    with pytest.warns(UserWarning, match="heads: left out: b, with no t1$"):
+        assert main(arguments) == 1
     assert "heads/a is there already; expected a new folder" in capsys.readouterr().err
-    assert [path.name for path in head.parent.iterdir()] == ["a"]
+    assert sorted(path.name for path in head.parent.iterdir()) == ["a", "b"]
+    monkeypatch.chdir(head)
+    assert [each.subject.name for each in find_hosts(["."], ["t1"], "lesions")] == ["a"]
 
 
 def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):

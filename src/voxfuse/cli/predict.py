@@ -22,7 +22,8 @@ Segment scans with a model that `voxfuse train` made, a program that torch.expor
 network in a module of Python. A study's segmentation lies on its own grid; outside the mask it is
 background. One study is written to OUT if that ends as an image does, several to OUT/STUDY.nii.gz
 with OUT/status/STUDY.json and OUT/summary.json; a file that is there is replaced only if its status
-says that it is as this command wrote it, or with --overwrite, and never a study's image or mask.
+says that it is as this command wrote it, of the same images, or with --overwrite, and never a
+study's image or mask.
 Exit status: 0; 1 if nothing was written; 3 if some studies failed; 130 if interrupted.
 """
 
