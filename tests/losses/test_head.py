@@ -717,3 +717,10 @@ def test_a_training_run_on_116_regions_is_the_same_fused_and_unfused():
     allowed = 2 * drift + math.sqrt(len(truth)) * truth.max()
     assert (curve(torch.float32, True) - truth).abs().max() <= allowed * eps
     assert (exact - truth).abs().max() <= allowed * torch.finfo(torch.float64).eps
+
+
+def test_autocast_leaves_float64_and_so_its_complaint_is_of_what_was_given():
+    features, labels = torch.randn(1, 4, 8, dtype=torch.float64), torch.zeros(1, 8).long()
+    message = r"weight: got float32 of shape \(3, 4\) .*, expected the features' dtype float64"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        voxfuse.HeadDiceCELoss()(features, torch.randn(3, 4), None, labels)

@@ -168,12 +168,13 @@ def check_head(
     classes = weight.shape[0]
     if bias is not None and tuple(bias.shape) != (classes,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({classes},)")
-    # Under autocast the operator itself brings the three to one dtype.
+    # Under autocast the operator itself brings the three to one dtype; float64 stays.
     autocast = torch.is_autocast_enabled(features.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if not tensor.is_floating_point() or (tensor.dtype != features.dtype and not autocast):
+        kept = not autocast or torch.float64 in (tensor.dtype, features.dtype)
+        if not tensor.is_floating_point() or (tensor.dtype != features.dtype and kept):
             raise TypeError(
                 f"{name}: got {_checks.describe(tensor)}, expected the features' dtype "
                 f"{str(features.dtype).removeprefix('torch.')}"
