@@ -14,7 +14,7 @@ import torch
 
 from tests.inference.test_studies import intensities, predict, read, write
 from voxfuse.inference.models import load_network
-from voxfuse.inference.night import nameless
+from voxfuse.inference.night import Target, nameless
 from voxfuse.inference.plan import plan_of
 from voxfuse.inference.reading import find_studies
 from voxfuse.inference.request import Request, prepare
@@ -113,6 +113,10 @@ def test_another_study_of_the_same_name_replaces_nothing(tmp_path, capsys):
     assert run(scans["p2"], "--overwrite") == (0, "")
     assert (read(label) == truths["p2"]).all()
     assert not beside.exists()
+    segment = Target(out / "FLAIR.dcm", status=out / "status/FLAIR.json")  # beside the other format
+    assert segment.is_of_others(["sha256:0"])
+    label.unlink()
+    assert not segment.is_of_others(["sha256:0"])
 
 
 def test_one_file_is_replaced_only_where_that_is_said(tmp_path, capsys):

@@ -78,7 +78,9 @@ class Target:
 
         Of another model the same study may have fewer images, or more.
         """
-        there = self.path.exists() or probabilities_of(self.path).exists()
+        stem = self.path.name.removesuffix(".dcm").removesuffix(".gz").removesuffix(".nii")
+        endings = (".nii.gz", ".nii", ".dcm", "_probabilities.nii.gz")  # which share a status
+        there = any(self.path.with_name(stem + ending).exists() for ending in endings)
         before, given = set(self.recorded().get("inputs", ())), set(images)
         return there and bool(before) and not (given <= before or before <= given)
 
