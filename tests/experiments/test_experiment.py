@@ -200,7 +200,7 @@ def _finished(name, task, structures, subjects, dice):
 
 def test_the_page_of_losses_has_means_and_differences_of_pairs():
     """The mean over structures, seeds and subjects; differences over the seeds that both have."""
-    ways = ("0.5", "tuned-dice", "tuned-f2")
+    ways = ("0.5", "tuned-dice", "tuned-f2", "argmax")
     dice = {("dice", way): [[0.5, 0.7], [0.6, 0.8]] for way in ways}
     dice |= {("jaccard", way): [[0.25, 0.45]] for way in ways}
     finished = _finished("losses", "two-class", ("anterior", "posterior"), "ab", dice)
@@ -223,4 +223,4 @@ def test_the_page_of_lesions_averages_scans_of_a_patient():
     page = lesions.pages(finished)["README.md"]
     assert "| dice | 1 | 0.250 | 0.250 | 0.400 |" in page
     assert "| cross-entropy | 1 | -0.150 (-0.785 to +0.485), one seed, 0 of 2 patients" in page
-    assert "| dice | 3 of 6, 3 false | 3 of 6, 3 false |" in page
+    assert "| dice | 1 | 3 of 6, 3 false | 3 of 6, 3 false |" in page
