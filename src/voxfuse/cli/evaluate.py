@@ -466,8 +466,9 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _beside(path: Path) -> str:
     """Where the probabilities of a mask lie, if voxfuse predict wrote them there."""
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    probabilities = path.with_name(f"{stem}_probabilities.nii.gz")
+    from voxfuse.metrics.files import probabilities_of
+
+    probabilities = probabilities_of(path)
     if not probabilities.is_file():
         return ""
     return (

@@ -21,6 +21,7 @@ from voxfuse._files import unfinished, write_text
 from voxfuse.inference.dicom import is_dicom
 from voxfuse.inference.models import digest_of_file
 from voxfuse.inference.segmenters import Overdue, Segmentation, Segmenter, Watch
+from voxfuse.metrics.files import probabilities_of
 from voxfuse.training.dataset import DataError, Subject
 from voxfuse.training.volumes import Placement, Volume
 
@@ -30,12 +31,6 @@ STATUS, SUMMARY = "status", "summary.json"
 
 class Refused(FileExistsError):
     """What is there is another study's, and stays, as does its status."""
-
-
-def probabilities_of(path: Path) -> Path:
-    """The file of a segmentation's probabilities."""
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    return path.with_name(f"{stem}_probabilities.nii.gz")
 
 
 @dataclass(frozen=True)

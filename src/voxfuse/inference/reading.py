@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
 from voxfuse.metrics.files import ENDINGS, Scan, affine_in_mm, load_scan
-from voxfuse.training.dataset import Subject, file_named, images_in, name_of, numbered
+from voxfuse.training.dataset import Subject, file_named, images_in, name_of, numbered, say_left_out
 
 
 def read_scan(path: Path) -> Scan:
@@ -101,12 +100,8 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
             paths.append(path)
         elif path.is_dir() and _has_images(path):
             others.append(path.name)
-    if paths and others:
-        more = f" and {len(others) - 6} more" if others[6:] else ""
-        shown = ", ".join(others[:6])
-        warnings.warn(
-            f"{folder}: left out: {shown}{more}, folders of images beside studies", stacklevel=4
-        )
+    if paths:
+        say_left_out(folder, others, "folders of images beside studies")
     numbers = {number for _, number in map(numbered, paths) if number is not None}
     channels = numbers == set(range(len(numbers)))  # else years, or numbers of patients
     found: dict[str, dict[int, Path]] = {}

@@ -18,7 +18,7 @@ import torch
 from voxfuse.fusion.options import FusionOptions
 from voxfuse.inference.dicom import is_series, write_segmentation
 from voxfuse.inference.models import Network, is_network, load_network
-from voxfuse.inference.night import STATUS, SUMMARY, Target, probabilities_of
+from voxfuse.inference.night import STATUS, SUMMARY, Target
 from voxfuse.inference.reading import find_studies, header_of
 from voxfuse.inference.segmenters import (
     NetworkOptions,
@@ -27,9 +27,9 @@ from voxfuse.inference.segmenters import (
     Segmentation,
     Segmenter,
 )
-from voxfuse.metrics.files import ENDINGS, channels_comment
+from voxfuse.metrics.files import ENDINGS, channels_comment, probabilities_of
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
-from voxfuse.training.dataset import Subject, check_order, file_of, find_inputs
+from voxfuse.training.dataset import Subject, check_order, file_of, find_inputs, with_name
 from voxfuse.training.predict import load_model
 from voxfuse.training.volumes import Placement, save_like
 
@@ -146,9 +146,7 @@ def prepare(request: Request) -> Job:
         ValueError: options do not fit each other, the model or the studies.
         RuntimeError: the network does not take patches as they would be.
     """
-    # A folder "." has no name, which studies get from folders.
-    named = [path.resolve() if path.name in ("", "..") else path for path in request.input]
-    request = dataclasses.replace(request, input=named)
+    request = dataclasses.replace(request, input=[with_name(path) for path in request.input])
     if is_network(request.model):
         return _of_network(request)
     return _of_run(request)
@@ -516,14 +514,18 @@ def _targets(
             )
     if one_file and len(studies) > 1:
         raise ValueError(f"--output: got {output} for {len(studies)} subjects, expected a folder")
+
+    def beside(path: Path) -> Path | None:
+        return probabilities_of(path) if request.probabilities else None
+
     if one_file:
-        targets = [Target(output, _beside(output, request.probabilities))]
+        targets = [Target(output, beside(output))]
     else:
         targets = []
         for study in studies:
             path = output / f"{study.name}{'.dcm' if dicom else '.nii.gz'}"
             status = output / STATUS / f"{study.name}.json"
-            targets.append(Target(path, _beside(path, request.probabilities), status))
+            targets.append(Target(path, beside(path), status))
     kept = {path.resolve() for path in truths}
     for study in studies:
         kept |= {p.resolve() for p in (*study.images, study.mask) if p is not None}
@@ -566,7 +568,3 @@ def _check_ours(request: Request, targets: Sequence[Target], to_folder: bool) ->
         raise FileExistsError(
             f"--output: {foreign[0]} {why}{more}; expected another place, or --overwrite"
         )
-
-
-def _beside(path: Path, wanted: bool) -> Path | None:
-    return probabilities_of(path) if wanted else None

@@ -98,6 +98,12 @@ def affine_in_mm(image: Any) -> Floats:
     return affine
 
 
+def probabilities_of(path: Path) -> Path:
+    """The file of a segmentation's probabilities, as ``voxfuse predict`` calls it."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.with_name(f"{stem}_probabilities.nii.gz")
+
+
 def channels_comment(channels: Sequence[int], regions: bool = False) -> str:
     """What a NIfTI comment says of the channels of probabilities; :func:`load_scan` reads it.
 

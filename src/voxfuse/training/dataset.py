@@ -84,6 +84,11 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
+def with_name(path: Path) -> Path:
+    """The path by its name, which subjects get: ``.`` and ``..`` have none."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder itself, but for hidden ones."""
     return sorted(
@@ -193,11 +198,12 @@ def _subjects_in(
         if subject is not None:
             subjects.append(subject)
     if subjects:
-        _say_left_out(folder, others, f"with no {', '.join(images)} in them")
+        say_left_out(folder, others, f"with no {', '.join(images)} in them")
     return subjects
 
 
-def _say_left_out(folder: Path, names: Sequence[str], why: str) -> None:
+def say_left_out(folder: Path, names: Sequence[str], why: str) -> None:
+    """Warn of what has images and is no subject."""
     if names:
         more = f" and {len(names) - 6} more" if names[6:] else ""
         warnings.warn(f"{folder}: left out: {', '.join(names[:6])}{more}, {why}", stacklevel=4)
@@ -604,7 +610,7 @@ def find_inputs(
     one = subject_of_folder(folder, images, plain)
     if one is not None:
         below = [subject.name for subject in several]
-        _say_left_out(folder, below, f"as the folder itself has {', '.join(images)}")
+        say_left_out(folder, below, f"as the folder itself has {', '.join(images)}")
         return [one]
     files = images_in(folder)
 
@@ -615,7 +621,7 @@ def find_inputs(
 
     if any(path.exists() for subject in several for path in subject.images):
         left = [path.name for path in besides(subject.name for subject in several)]
-        _say_left_out(folder, left, "beside folders of subjects")
+        say_left_out(folder, left, "beside folders of subjects")
         return several
     cases: dict[str, dict[int, Path]] = {}
     for path in files:
@@ -635,7 +641,7 @@ def find_inputs(
                 has = ", ".join(f"{k:04d}" for k in sorted(found))
                 raise ValueError(f"{name}: {folder} has {has} of it, expected {expected}")
             skipped += [found[k].name for k in sorted(found) if k not in wanted]
-        _say_left_out(folder, skipped, f"as {expected} is taken of each subject")
+        say_left_out(folder, skipped, f"as {expected} is taken of each subject")
         subjects = [
             Subject(
                 name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from voxfuse.training.dataset import (
     images_in,
     name_of,
     patients_of,
+    say_left_out,
     subject_of_folder,
+    with_name,
 )
 from voxfuse.training.simulation.hosts import Host
 from voxfuse.training.simulation.placement import SimulationOptions, simulate
@@ -72,14 +73,12 @@ def find_hosts(
             continue
         if not place.is_dir():
             raise FileNotFoundError(f"--host: {place} is no folder, nor an image")
-        own = place.resolve() if place.name in ("", "..") else place  # "." has no name
-        folders = [own] if file_named(place, "t1") else sorted(x for x in place.iterdir())
+        folders = [with_name(place)] if file_named(place, "t1") else sorted(place.iterdir())
         heads = [folder for folder in folders if folder.is_dir() and file_named(folder, "t1")]
         if not heads:
             raise FileNotFoundError(f"--host: {place} has no t1, nor has a folder in it")
         others = [x.name for x in folders if x.is_dir() and x not in heads and images_in(x)]
-        if others:
-            warnings.warn(f"{place}: left out: {', '.join(others)}, with no t1", stacklevel=2)
+        say_left_out(place, others, "with no t1")
         for head in heads:
             present = [name for name in ordered if file_named(head, name)]
             data = DataOptions(images=present, label=label, mask=mask, normalisation="none")
