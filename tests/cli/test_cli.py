@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
+import numpy as np
+
 from voxfuse import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,3 +49,16 @@ def test_a_command_of_nnunet_without_nnunet(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nnunetv2.inference.predict_from_raw_data", None)
     assert cli.main(["nnunet-predict", "-h"]) == 1
     assert capsys.readouterr().err.endswith("nnU-Net is not installed: pip install nnunetv2\n")
+
+
+def test_a_warning_is_a_line_of_the_command(tmp_path, capsys):
+    image = nibabel.Nifti1Image(np.arange(64, dtype=np.int16).reshape(4, 4, 4), np.eye(4))
+    for name in ("a/t1", "a/lesions", "atlas/mni"):
+        path = tmp_path / "heads" / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask = nibabel.Nifti1Image((image.get_fdata() > 40).astype(np.uint8), np.eye(4))
+        nibabel.save(mask if name == "a/lesions" else image, path)
+    heads = tmp_path / "heads"
+    assert cli.main(["train", "--init", str(heads), str(tmp_path / "made.toml")]) == 0
+    expected = f"voxfuse train: warning: {heads}: left out: atlas, with no t1 in them\n"
+    assert capsys.readouterr().err == expected

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from voxfuse.cli import (
     evaluate,
@@ -40,6 +44,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Show voxfuse's own warnings as a line of the command, without the line of the source."""
+    package = str(Path(__file__).parents[1])
+
+    def show(message: Any, category: Any, filename: str, *rest: Any, **named: Any) -> None:
+        if filename.startswith(package):
+            print(f"voxfuse {command}: warning: {message}", file=sys.stderr)
+        else:
+            before(message, category, filename, *rest, **named)
+
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+        warnings.showwarning = show
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -47,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return nnunet_predict.run(arguments[1:])
     options = parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
+        with _plain_warnings(options.command):
+            status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough (`voxfuse info | head -1`); what is left goes nowhere, at exit.
