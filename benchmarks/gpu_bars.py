@@ -5,8 +5,9 @@
 Every result is checked before it is timed. A wrong one of this package ends the run with exit
 status 3; a wrong peer is left out and named. Peers run in the same process, interleaved, on the
 same tensors. On a GPU the clock is a pair of events behind a read of a buffer larger than any
-second-level cache, which also hides the launches; where a bar speaks of wall time, it is the
-processor's clock around a synchronised call. ``--device cpu`` runs the same steps on small shapes.
+second-level cache and of a pause, which hide the launches; where a bar speaks of wall time, it is
+the processor's clock around a synchronised call. ``--device cpu`` runs the same steps on small
+shapes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Which heads stay in registers, with what block shapes, and the launches."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from voxfuse.triton_kernels.head_confusion.load import Head, HeadOptions
 from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     device_guard,
+    launches_of,
     most_registers,
     power_of_two,
 )
@@ -101,7 +103,8 @@ def precision(dtype: torch.dtype) -> str:
     """
     if torch.version.hip is not None:
         return "ieee"
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+    # Unlike torch.get_float32_matmul_precision, this can be asked however it was set.
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
@@ -185,6 +188,10 @@ def head_confusion(
             *options[:5], full, chunk_bytes, focal_classes, unlabelled, annotated,
             confusion=logits_kernels.soft_confusion,
         )  # fmt: skip
+    parts = launches_of(features, target, voxel_weight)
+    if len(parts) > 1:
+        rest = (*options[:5], full, chunk_bytes, focal_classes)
+        return torch.cat([head_confusion(x, weight, bias, *labels, *rest) for x, *labels in parts])
     flat, flat_target, flat_weight = views_of(features, target, voxel_weight)
     chosen = plan(problem, channels, backward=False)
     tiles_a_chunk, chunks, slots = reduction_shape(
@@ -242,8 +249,7 @@ def head_confusion_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients at features, weight and bias; empty ones for what is not needed."""
     options = ConfusionOptions(activation, likelihood, overlap, ignore_index, gamma, focal_classes)
-    batch, channels = features.shape[:2]
-    classes, sums = grad.shape[1:]
+    channels, (classes, sums) = features.shape[1], grad.shape[1:]
     problem = describe(features, classes, target, voxel_weight, sums, False, options)
     resident = in_registers(features.dtype, classes, channels, problem.labels_only, True)
     if features.numel() == 0 or not resident or annotated is not None:
@@ -253,10 +259,36 @@ def head_confusion_backward(
             focal_classes, unlabelled, annotated,
             confusion_backward=logits_kernels.soft_confusion_backward,
         )  # fmt: skip
+    gradient = torch.empty_like(features) if need_features else None
+    parts = launches_of(gradient, grad, features, target, voxel_weight)
+    of_head = [_backward(*part, weight, bias, options, chunk_bytes, need_head) for part in parts]
+    of_weight, of_bias = (functools.reduce(torch.add, each) for each in zip(*of_head, strict=True))
+    return (
+        features.new_empty(0) if gradient is None else gradient,
+        of_weight.to(weight.dtype),
+        weight.new_empty(0) if bias is None else of_bias.to(bias.dtype),
+    )
+
+
+def _backward(
+    gradient: torch.Tensor | None,
+    grad: torch.Tensor,
+    features: torch.Tensor,
+    target: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: ConfusionOptions,
+    chunk_bytes: int,
+    need_head: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the gradient at features, if there is one; return the others in float64, or empty."""
+    batch, channels = features.shape[:2]
+    classes, sums = grad.shape[1:]
+    problem = describe(features, classes, target, voxel_weight, sums, False, options)
     flat, flat_target, flat_weight = views_of(features, target, voxel_weight)
-    gradient = torch.empty_like(features) if need_features else features.new_empty(0)
-    output = output_view(gradient) if need_features else None
-    chosen = plan(problem, channels, True, need_features, need_head)
+    output = None if gradient is None else output_view(gradient)
+    chosen = plan(problem, channels, True, gradient is not None, need_head)
     columns = chosen.head.CHANNELS
     tiles_a_chunk, chunks, slots = reduction_shape(
         problem.voxels,
@@ -284,18 +316,16 @@ def head_confusion_backward(
             channels,
             tiles_a_chunk,
             chunks,
-            ignore_index if problem.has_ignore else 0,
-            gamma,
+            options.ignore_index if problem.has_ignore else 0,
+            options.gamma,
             constexprs(chosen.options),
             constexprs(chosen.head),
             **_launch_options(chosen.num_warps),
         )
-    if output is not None and output.pointer is not gradient:
+    if gradient is not None and output.pointer is not gradient:
         gradient.copy_(output.pointer)
     if not need_head:
-        return gradient, weight.new_empty(0), weight.new_empty(0)
+        return partial, partial
     weights, biases = partial.split([math.prod(rows) * columns, math.prod(rows)])
-    weights = weights.view(*rows, columns)[..., :channels].sum((0, 1)).to(weight.dtype)
-    if bias is None:
-        return gradient, weights, weight.new_empty(0)
-    return gradient, weights, biases.view(rows).sum((0, 1)).to(bias.dtype)
+    weights = weights.view(*rows, columns)[..., :channels].sum((0, 1))
+    return weights, biases.view(rows).sum((0, 1))

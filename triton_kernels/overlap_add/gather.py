@@ -41,19 +41,20 @@ def _add_patch(
 ):
     """``values`` of the channels from ``channel`` on, and what a patch adds to them."""
     source = voxels_of_patch(patches, patch, at)
+    # Of 64 bits: a stride that has fewer comes as 32, and a multiple of it may need more.
+    step = tl.zeros([1, 1], tl.int64) + patches.channel
     greatest = 0.0
     if OPTIONS.ACTIVATION == contract.Activation.softmax:
         if softmax is None:
-            step = tl.zeros([1, 1], tl.int64) + patches.channel
             greatest, inverse = softmax_of(source, channels, step, covered, OPTIONS)
         else:
             greatest, inverse = normalised(softmax, extent, patch, at, covered)
         weight = weight * inverse
-    source += channel * patches.channel
+    source += channel * step
     new = ()
     for c in tl.static_range(OPTIONS.CHANNELS):
         mask = covered & (channel + c < channels)
-        value = tl.load(source + c * patches.channel, mask=mask, other=0.0).to(OPTIONS.DTYPE)
+        value = tl.load(source + c * step, mask=mask, other=0.0).to(OPTIONS.DTYPE)
         value = activated(value, greatest, OPTIONS)
         new = new + (tl.where(mask, values[c] + weight * value, values[c]),)
     return new

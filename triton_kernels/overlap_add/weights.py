@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from voxfuse.triton_kernels.overlap_add.views import index_in
+
 
 @triton.jit
 def _factor(placed, patch, at, axis: tl.constexpr, NORMALISED, OPTIONS: tl.constexpr):
@@ -25,7 +27,7 @@ def weights_of(
     """
     extent = placed.extent
     if OPTIONS.DENSE:
-        place = placed.tables.x + (at.z * extent.y + at.y) * extent.x + at.x
+        place = placed.tables.x + index_in(extent, at)
         weight = tl.load(place, mask=inside, other=0.0)
         if NORMALISED:
             weight = weight.to(OPTIONS.DTYPE)

@@ -5,7 +5,6 @@ shape is another order of summation, that is other bits of the sums.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from voxfuse.triton_kernels.launches import (
     LAUNCH_OPTIONS,
     VECTOR_BYTES,
     device_guard,
+    launches_of,
     most_registers,
     power_of_two,
 )
@@ -49,8 +49,6 @@ MAX_SLOTS = 31 * 132
 SLOT_MULTIPLE = 132
 #: Tiles of a volume above which chunks grow.
 TILES_TO_FILL = 2048
-#: Most samples a launch takes.
-MAX_SAMPLES = 65535
 #: Registers that a thread may take, and that the threads of a program may take together.
 REGISTERS, REGISTERS_A_PROGRAM = 255, 1 << 16
 #: Most tiles in a chunk: so many float32 additions follow each other in a thread.
@@ -219,14 +217,6 @@ def output_view(gradient: torch.Tensor) -> View:
     return in_place or view_of(torch.empty_like(gradient, memory_format=contiguous))
 
 
-def _split(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Parts of at most MAX_SAMPLES samples of every tensor."""
-    batch = next(len(x) for x in tensors if x is not None)
-    for start in range(0, batch, MAX_SAMPLES):
-        part = slice(start, start + MAX_SAMPLES)
-        yield tuple(None if x is None else x[part] for x in tensors)
-
-
 def soft_confusion(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -250,8 +240,8 @@ def soft_confusion(
     options = ConfusionOptions(
         activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled
     )
-    if shape[0] > MAX_SAMPLES:
-        parts = _split(input, target, weight, annotated)
+    parts = launches_of(input, target, weight, annotated)
+    if len(parts) > 1:
         rest = (*options[:5], full, *options[5:])
         return torch.cat([soft_confusion(*x, *rest, which) for *x, which in parts])
     views = views_of(input, target, weight)
@@ -303,9 +293,9 @@ def soft_confusion_backward(
     options = ConfusionOptions(
         activation, likelihood, overlap, ignore_index, gamma, focal_classes, unlabelled
     )
-    if input.shape[0] > MAX_SAMPLES:
-        parts = _split(grad, input, target, weight, annotated)
-        for (*part, which), output in zip(parts, gradient.split(MAX_SAMPLES), strict=True):
+    parts = launches_of(gradient, grad, input, target, weight, annotated)
+    if len(parts) > 1:
+        for output, *part, which in parts:
             output.copy_(soft_confusion_backward(*part, *options, which))
         return gradient
     views, output = views_of(input, target, weight), output_view(gradient)

@@ -580,7 +580,10 @@ def _machine(device: torch.device) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "tf32": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
+            "float32": [
+                torch.backends.cuda.matmul.fp32_precision,
+                torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+            ],
         }
     return found
 

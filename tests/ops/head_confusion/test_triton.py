@@ -19,6 +19,7 @@ from tests.ops.soft_confusion.cases import (
 from voxfuse.contract import ConfusionOptions
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
+from voxfuse.triton_kernels import launches  # noqa: E402
 from voxfuse.triton_kernels.head_confusion import launch as kernels  # noqa: E402
 from voxfuse.triton_kernels.soft_confusion.options import describe  # noqa: E402
 
@@ -211,22 +212,39 @@ def test_only_wanted_gradients_are_made(wanted):
         assert torch.equal(some[i], all_of_them[i]) if needed else some[i].numel() == 0
 
 
-@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("setting", ["highest", "high", "medium", "ieee", "tf32"])
 def test_tf32_only_where_torch_allows_it(setting):
+    """By the setting of all backends, and by that of one, after which the other cannot be asked."""
     target = torch.empty(1, 64, dtype=torch.uint8)
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision(setting)
+        if setting in ("ieee", "tf32"):
+            matmul.fp32_precision = setting
+        else:
+            torch.set_float32_matmul_precision(setting)
         for dtype in DTYPES[:3]:
             features = torch.empty(1, 32, 64, dtype=dtype)
             options = ConfusionOptions(*OPTIONS)
             problem = describe(features, 117, target, None, 4, False, options)
             chosen = kernels.plan(problem, 32, backward=False).head
             # Half types lose nothing in TF32, which holds their numbers.
-            exact = dtype == torch.float32 and setting == "highest"
+            exact = dtype == torch.float32 and setting in ("highest", "ieee")
             assert ("ieee" if exact else "tf32") == chosen.PRECISION
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_more_samples_than_a_launch_takes(monkeypatch, bias):
+    monkeypatch.setattr(launches, "MAX_SAMPLES", 2)
+    for layout in ("contiguous", "channels_last"):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = ConfusionCase(
+                batch=5, spatial=(2, 3), weight=torch.float32, layout=layout, dtype=dtype
+            )
+            check(case, 6, OPERATORS, device=DEVICE, bias=bias)
 
 
 def test_every_output_is_written(poisoned_memory):

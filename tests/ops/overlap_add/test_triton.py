@@ -234,6 +234,20 @@ def test_channels_last_patches_are_read_in_place():
     check(RandomPatches(layout="channels_last", channels=4))
 
 
+def test_channels_so_far_apart_that_a_multiple_needs_64_bits():
+    """Of the 4 GiB that they lie in, little is written to."""
+    stride = 1 << 29
+    case = RandomPatches(channels=5, count=1, dtype=torch.float16)
+    patches, *tables = on_device(*case.tensors())
+    room = torch.empty(4 * stride + 64, dtype=patches.dtype, device=DEVICE)
+    far = room.as_strided(patches.shape, (room.numel(), stride, *patches.stride()[2:]))
+    far.copy_(patches)
+    volume = list(case.volume)
+    expected = OPERATORS.overlap_add(patches, *tables, volume)
+    assert expected.count_nonzero() > 0
+    assert torch.equal(OPERATORS.overlap_add(far, *tables, volume), expected)
+
+
 def test_tiles_smaller_than_the_volume_and_more_patches_than_a_block(monkeypatch):
     monkeypatch.setattr(launch, "TILE", 16)
     monkeypatch.setattr(launch, "MAX_WIDTH", 4)

@@ -24,6 +24,7 @@ from voxfuse.contract import Activation
 from voxfuse.reference import soft_confusion as reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
+from voxfuse.triton_kernels import launches  # noqa: E402
 from voxfuse.triton_kernels.soft_confusion import launch as kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -471,7 +472,7 @@ def test_the_workspace_is_bounded_and_every_chunk_has_one_slot(classes, sums, dt
 
 
 def test_more_samples_than_a_launch_takes(monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_SAMPLES", 2)
+    monkeypatch.setattr(launches, "MAX_SAMPLES", 2)
     for layout in ("contiguous", "channels_last"):
         case = ConfusionCase(batch=5, spatial=(2, 3), weight=torch.float32, layout=layout)
         check(case, OPERATORS, DEVICE)
