@@ -146,6 +146,26 @@ def test_shapes_of_masks_scale_with_the_brain(tmp_path):
         MaskShapes.from_folder(tmp_path, leave_out=["c"])
 
 
+def test_voxels_of_masks_are_those_of_the_affine_as_everywhere(tmp_path):
+    mask = np.zeros((20, 21, 22), np.uint8)
+    mask[5:9, 5:10, 5:7] = 1
+    affine = np.array([[0, 0, -3.0, 5], [2, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(mask, affine)
+    image.header["pixdim"][1:4], image.header["qform_code"] = 1, 0
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    with pytest.warns(UserWarning, match=r"affine has voxels of 2 x 1.5 x 3 mm, which are taken"):
+        [template] = MaskShapes.from_folder(tmp_path).templates
+    assert template.volume == pytest.approx(40 * 9)
+    assert template.spacing == pytest.approx([3, 2, 1.5])
+    assert template.depth.shape == (6, 8, 9)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 2)), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match=r"got shape \(4, 4, 4, 2\), expected \(x, y, z\)"):
+        MaskShapes.from_folder(tmp_path)
+    (tmp_path / "a.nii.gz").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"a.nii.gz: cannot be read"):
+        MaskShapes.from_folder(tmp_path)
+
+
 def test_a_lesion_grows_to_its_volume_where_there_is_room():
     score = -np.abs(np.indices((9, 9, 9)) - 4.0).sum(0)
     free = np.ones((9, 9, 9), bool)
