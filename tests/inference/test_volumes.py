@@ -6,18 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
-from tests.inference.test_studies import NETWORKS, intensities, predict
+from tests.inference.test_studies import NETWORKS, intensities, predict, write
 from voxfuse.inference.request import Request
 
 zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
 
 from voxfuse.inference import results  # noqa: E402
 from voxfuse.inference.volumes import open_volume, settle  # noqa: E402
-from voxfuse.scale import create_destination, open_destination, open_source  # noqa: E402
+from voxfuse.scale import Space, create_destination, open_destination, open_source  # noqa: E402
 
 OPTIONS = ["--patch", 16, "--batch", 2]
 
@@ -72,6 +74,58 @@ def test_a_foreground_that_was_corrected_is_another(volume, tmp_path, capsys):
     assert open_source(str(tmp_path / "m.zarr")).fingerprint() == before  # which is of samples
     assert predict(*same, tmp_path / "m.zarr") == 1
     assert "--foreground: is above 0 in other patches than when" in capsys.readouterr().err
+
+
+def stored(path, array, kind="zarr", axes=None):
+    """The array as NIfTI, whose axes are x, y, z; as Zarr; or as OME-Zarr of these axes."""
+    if kind == "nifti":
+        return write(path.with_suffix(".nii"), array)
+    if axes is not None:
+        like = Space(tuple(axes), (1.0,) * 3, (0.0,) * 3, (None,) * 3)
+        made = create_destination(path, array.shape, array.dtype, kind=kind, like=like)
+        made[tuple(slice(0, n) for n in array.shape)] = array
+    else:
+        zarr.create_array(str(path), data=array, chunks=(16, 16, 16))
+    return path
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 40, 24)])
+@pytest.mark.parametrize(
+    ("volume", "mask", "turned"),
+    [
+        (dict(), dict(), False),
+        (dict(), dict(kind="nifti"), True),
+        (dict(kind="nifti"), dict(), True),
+        (dict(kind="nifti"), dict(kind="nifti"), False),
+        (dict(kind="image", axes="xyz"), dict(), True),
+        (dict(kind="image", axes="ZYX"), dict(kind="nifti"), True),
+        (dict(kind="array", axes="xyz"), dict(kind="nifti"), False),
+        (dict(kind="image", axes=("axial", "coronal", "sagittal")), dict(), False),
+    ],
+)
+def test_axes_of_a_foreground_are_matched_by_name(volume, mask, turned, shape, tmp_path):
+    array = np.zeros(shape, np.float32)
+    array[:8, :, 16:] = 1
+    looked_at = stored(tmp_path / "m.zarr", (array.T if turned else array).astype("u1"), **mask)
+    path = stored(tmp_path / "in.zarr", array, **volume)
+    request = Request(f"{NETWORKS}:three_classes", [path], tmp_path / "out.zarr", patch=[8])
+    job = open_volume(request, str(looked_at))
+    for origin in product(*(range(0, n, 8) for n in shape)):
+        patch = tuple(slice(start, start + 8) for start in origin)
+        assert job.skip_origin(origin) == (not array[patch].any()), origin
+
+
+def test_axes_of_a_foreground_that_cannot_be_matched_are_an_error(tmp_path):
+    array = np.ones((16, 16, 24), np.float32)
+    names = ("axial", "coronal", "sagittal")
+    path = stored(tmp_path / "in.zarr", array, "image", names)
+    request = Request(f"{NETWORKS}:three_classes", [path], tmp_path / "out.zarr", patch=[8])
+    mask = stored(tmp_path / "m.zarr", array, "nifti")
+    with pytest.raises(ValueError, match="--foreground: has axes x, y, z, expected those of the v"):
+        open_volume(request, str(mask))
+    request = replace(request, input=[stored(tmp_path / "zyx.zarr", array)])
+    with pytest.raises(ValueError, match=r"\(16, 16, 24\) \(x, y, z\), expected \(24, 16, 16\)"):
+        open_volume(request, str(mask))
 
 
 @pytest.mark.parametrize("name", ["three_classes", "two_regions"])

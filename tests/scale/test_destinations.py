@@ -17,6 +17,7 @@ from voxfuse._files import unfinished
 from voxfuse.scale import (
     DamagedError,
     Space,
+    build_pyramid,
     create_destination,
     open_destination,
     open_source,
@@ -307,6 +308,20 @@ def test_an_array_is_replaced_only_where_that_is_said(tmp_path):
     again = create_destination(tmp_path / "x.zarr", (9, 9, 9), np.int32, overwrite=True)
     assert (again.shape, again.dtype) == ((9, 9, 9), np.int32)
     assert not (tmp_path / "x.zarr/c").exists()
+
+
+def test_a_label_image_that_is_replaced_keeps_no_colours(tmp_path):
+    def made(**options):
+        labels = create_destination(
+            tmp_path, SHAPE, np.uint8, kind="labels", name="a", **SMALL, **options
+        )
+        write(labels, values_of(dtype=np.uint8))
+        build_pyramid(tmp_path, labels="a", factors=[(2, 2, 2)])
+        return zarr.open_group(tmp_path / "labels/a", mode="r").attrs["ome"]["image-label"]
+
+    red = {"label-value": 1, "rgba": [255, 0, 0, 255]}
+    assert made(colors={1: (255, 0, 0, 255)}) == {"colors": [red]}  # a pyramid leaves them
+    assert made(overwrite=True) == {}
 
 
 def test_a_destination_is_made_to_the_end_or_is_not_taken(tmp_path, monkeypatch):

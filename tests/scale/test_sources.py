@@ -106,6 +106,43 @@ def test_level_channel_and_timepoint_of_ome_zarr(tmp_path, version):
             open_source(tmp_path / "image.zarr", **wrong)
 
 
+@pytest.mark.parametrize(
+    "names", [("axial", "coronal", "sagittal"), ("row", "col"), ("tz", "c", "x"), ("y1", "y2")]
+)
+def test_space_axes_of_ome_zarr_may_have_any_names(names, tmp_path):
+    array = values_of((12, 20, 28)[: len(names)])
+    group = ome_image(tmp_path / "image.zarr", array, "0.5", names, range(1, len(names) + 1))
+    ome = group.attrs["ome"]
+    for axis in ome["multiscales"][0]["axes"]:
+        axis["type"] = "space"
+    group.attrs["ome"] = ome
+    source = open_source(tmp_path / "image.zarr")
+    assert source.shape == (1, *array.shape)
+    assert np.array_equal(whole(source)[0], array)
+    assert source.space.axes == names
+    made = create_destination(tmp_path / "made.zarr", array.shape, np.uint8, like=source)
+    assert made.shape == array.shape
+    for axis in ome["multiscales"][0]["axes"]:
+        axis["name"] = "y"
+    group.attrs["ome"] = ome
+    with pytest.raises(ValueError, match=r"has axes y, y.*, expected different names"):
+        open_source(tmp_path / "image.zarr")
+
+
+@pytest.mark.parametrize("names", [("c", "y", "x"), ("t", "y", "x"), ("time", "channel", "y", "x")])
+def test_axes_of_ome_zarr_without_types_are_known_by_name(names, tmp_path):
+    array = values_of((2, 3, 18, 13)[-len(names) :])
+    group = ome_image(tmp_path / "image.zarr", array, "0.4", names, [1] * len(names))
+    [described] = group.attrs["multiscales"]
+    described["axes"] = [{"name": name} for name in names]
+    group.attrs["multiscales"] = [described]
+    timed = names[0] != "c"
+    source = open_source(tmp_path / "image.zarr", timepoint=1 if timed else None)
+    expected = array[1] if timed else array
+    assert np.array_equal(whole(source), expected.reshape(-1, 18, 13))
+    assert source.space.axes == ("y", "x")
+
+
 def test_channels_may_lie_last_and_axes_may_be_named():
     array = values_of((*SHAPE, 3))
     source = open_source(array, axes="zyxc")

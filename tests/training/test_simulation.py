@@ -146,6 +146,26 @@ def test_shapes_of_masks_scale_with_the_brain(tmp_path):
         MaskShapes.from_folder(tmp_path, leave_out=["c"])
 
 
+def test_voxels_of_masks_are_those_of_the_affine_as_everywhere(tmp_path):
+    mask = np.zeros((20, 21, 22), np.uint8)
+    mask[5:9, 5:10, 5:7] = 1
+    affine = np.array([[0, 0, -3.0, 5], [2, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(mask, affine)
+    image.header["pixdim"][1:4], image.header["qform_code"] = 1, 0
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    with pytest.warns(UserWarning, match=r"affine has voxels of 2 x 1.5 x 3 mm, which are taken"):
+        [template] = MaskShapes.from_folder(tmp_path).templates
+    assert template.volume == pytest.approx(40 * 9)
+    assert template.spacing == pytest.approx([3, 2, 1.5])
+    assert template.depth.shape == (6, 8, 9)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 2)), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match=r"got shape \(4, 4, 4, 2\), expected \(x, y, z\)"):
+        MaskShapes.from_folder(tmp_path)
+    (tmp_path / "a.nii.gz").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"a.nii.gz: cannot be read"):
+        MaskShapes.from_folder(tmp_path)
+
+
 def test_a_lesion_grows_to_its_volume_where_there_is_room():
     score = -np.abs(np.indices((9, 9, 9)) - 4.0).sum(0)
     free = np.ones((9, 9, 9), bool)
@@ -223,7 +243,7 @@ def test_the_command_writes_folders_that_training_reads(tmp_path, capsys, monkey
     assert "heads/a is there already; expected a new folder" in said
     assert sorted(path.name for path in head.parent.iterdir()) == ["a", "b"]
     monkeypatch.chdir(head)
-    assert [each.subject.name for each in find_hosts(["."], ["t1"], "lesions")] == ["a"]
+    assert [each.subject.name for each in find_hosts(["."])] == ["a"]
 
 
 def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):
@@ -232,7 +252,7 @@ def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):
         (tmp_path / name / "t1.nii.gz").touch()
     table = tmp_path / "subjects.csv"
 
-    heads = find_hosts([tmp_path], ["t1"], "lesions")
+    heads = find_hosts([tmp_path])
     table.write_text("subject,patient\np1_b, p1\np2_a,p2\n", encoding="utf-8-sig")
     assert [_patient(head.subject) for head in heads] == ["p1", "p2"]
     table.write_text("subject,patient\np1_b,p1\n")
@@ -243,6 +263,59 @@ def test_hosts_are_of_the_patients_that_their_table_says(tmp_path):
         DataError, match="--host: .*subjects.csv: got subject 'p1_b' and patient ''"
     ):
         _patient(heads[0].subject)
+
+
+def _head_files(folder: Path, **files: np.ndarray) -> Path:
+    """A folder of images of these names."""
+    folder.mkdir(parents=True)
+    for name, array in files.items():
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_files_of_a_head_in_another_spelling_are_an_error(tmp_path, capsys):
+    scan, lesion = np.ones((4, 4, 4), np.float32), np.eye(4, dtype=np.uint8)[None].repeat(4, 0)
+    head = _head_files(tmp_path / "a", t1=scan, FLAIR=scan, Lesions=lesion)
+    message = "a has FLAIR.nii.gz, Lesions.nii.gz, expected t1, flair, t2, lesions, in this spelli"
+    for place in (head, tmp_path):
+        assert main(["simulate", "--host", str(place), "--out", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"a has Lesions.nii.gz, expected t1, lesions"):
+        find_hosts([head / "t1.nii.gz"])
+    [host] = find_hosts([head], ["t1", "FLAIR"], "Lesions")
+    assert host.images == ("t1", "FLAIR")
+    assert host.subject.label == head / "Lesions.nii.gz"
+    # As BraTS calls them, and training reads them.
+    other = _head_files(tmp_path / "b", t1=scan, b_flair=scan, b_lesions=lesion)
+    [host] = find_hosts([other])
+    assert host.images == ("t1", "flair")
+    assert host.subject.label == other / "b_lesions.nii.gz"
+
+
+def test_names_that_were_given_have_to_be_there(tmp_path):
+    scan = np.ones((4, 4, 4), np.float32)
+    _head_files(tmp_path / "a", t1=scan)
+    _head_files(tmp_path / "b", t1=scan, pd=scan, wmh=scan)
+    assert len(find_hosts([tmp_path], ["t1", "pd"], "wmh")) == 2  # one of them has them
+    with pytest.raises(ValueError, match="--images: got flair, which no head of --host has"):
+        find_hosts([tmp_path], ["t1", "flair"])
+    with pytest.raises(ValueError, match="--label: got lesions, which no head of --host has"):
+        find_hosts([tmp_path], label="lesions")
+
+
+def test_the_mask_of_a_t1_file_lies_beside_it(tmp_path):
+    scan, brain = np.ones((4, 4, 4), np.float32), np.zeros((4, 4, 4), np.uint8)
+    brain[1:3] = 1
+    head = _head_files(tmp_path / "a", scan=scan, brain=brain, lesions=brain)
+    [host] = find_hosts([head / "scan.nii.gz"], mask="brain")
+    assert host.subject.name == "scan"
+    assert host.images == ("t1",)
+    volume = load_volume(host.subject, host.data, {"background": 0, "lesion": 1})
+    assert np.array_equal(volume.mask, brain > 0)
+    assert np.array_equal(volume.label, brain)
+    [host] = find_hosts([head / "scan.nii.gz"], mask="skull")
+    with pytest.raises(DataError, match=r"^scan: .*skull.nii.gz is missing"):
+        load_volume(host.subject, host.data, None)
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,18 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default: 0)")
     parser.add_argument(
-        "--images", nargs="+", default=["t1", "flair", "t2"], metavar="NAME",
-        help="modalities to write, those that a head has (default: t1 flair t2)",
+        "--images", nargs="+", metavar="NAME",
+        help="modalities to write, those that a head has (default: t1 flair t2); some head has to "
+        "have each that is given",
     )  # fmt: skip
     parser.add_argument(
-        "--label", default="lesions", metavar="NAME",
-        help="file of a head's own lesions, which stay; and of those written (default: lesions)",
+        "--label", metavar="NAME",
+        help="file of a head's own lesions, which stay; and of those written (default: lesions, "
+        "where a head has it)",
     )  # fmt: skip
     parser.add_argument(
         "--mask", default="positive", metavar="NAME",
-        help="file of a head's brain mask (default: T1 > 0)",
+        help="file of a head's brain mask, beside its T1 (default: T1 > 0)",
     )  # fmt: skip
     parser.add_argument(
         "--with-hosts", action="store_true", help="write the heads as they are as well"
@@ -67,7 +69,7 @@ def add(commands: Any) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     try:
         from voxfuse.training.simulation import MaskShapes, RandomShapes
-        from voxfuse.training.simulation.files import find_hosts, write_simulated
+        from voxfuse.training.simulation.files import LABEL, find_hosts, write_simulated
 
         if options.count < 1:
             raise ValueError(f"--count: got {options.count}, expected 1 or more")
@@ -83,8 +85,8 @@ def _simulate(options: argparse.Namespace) -> int:
                 options.shapes_pattern,
             )  # fmt: skip
         for line in write_simulated(
-            hosts, shapes, options.out, options.count, options.seed, options.label,
-            with_hosts=options.with_hosts,
+            hosts, shapes, options.out, options.count, options.seed,
+            options.label or LABEL, with_hosts=options.with_hosts,
         ):  # fmt: skip
             print(line, flush=True)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

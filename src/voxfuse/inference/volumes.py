@@ -39,6 +39,8 @@ from voxfuse.training.config import PredictionOptions
 _SMALLER = "take a smaller --batch or --patch"
 #: What a --foreground that is no number is called.
 _VOLUME = "a volume"
+#: Axes of a volume that names none.
+_UNNAMED = ("z", "y", "x")
 #: Options of studies, which volumes in boxes do not have.
 _REFUSED = ("orientation", "spacing", "clip", "mask", "format")
 
@@ -174,7 +176,7 @@ def open_volume(
     Args:
         request: see :class:`voxfuse.inference.request.Request`.
         foreground: a number, above which a patch has to have a voxel to be predicted; or a volume
-            of the same extent with a voxel above 0 there.
+            of the same extent with a voxel above 0 there, whose axes are matched by their names.
         memory: bytes that a box may take beside the network and its predictions.
         shards: how many processes the plan reckons with.
 
@@ -343,6 +345,7 @@ def _background(
     foreground: str, source: Any, patch: tuple[int, ...], shape: Sequence[int]
 ) -> tuple[str, Callable[[tuple[int, ...]], bool]]:
     """Which patches have nothing to predict, in words, and whether one has, by its origin."""
+    places = [0, 1, 2]
     try:
         level, looked_at = float(foreground), source
         said = str(level)
@@ -355,9 +358,13 @@ def _background(
             ) from None
         level, looked_at = 0.0, open_source(foreground)
         said = f"{_VOLUME} ({looked_at.fingerprint()[:16]})"
-        if tuple(looked_at.shape[-3:]) != tuple(shape):
+        places = _matching(source, looked_at)
+        expected = tuple(shape[place] for place in places)
+        if tuple(looked_at.shape[-3:]) != expected:
+            axes = ", ".join(_names(looked_at) or _UNNAMED)
             raise ValueError(
-                f"--foreground: has extent {tuple(looked_at.shape[-3:])}, expected {tuple(shape)}"
+                f"--foreground: has extent {tuple(looked_at.shape[-3:])} ({axes}), expected "
+                f"{expected}"
             ) from None
 
     def empty(origin: tuple[int, ...]) -> bool:
@@ -366,9 +373,39 @@ def _background(
             for start, size, extent in zip(origin, patch, shape, strict=True)
         )
         lead = (slice(None),) * (len(looked_at.shape) - 3)
-        return not bool((np.asarray(looked_at[(*lead, *key)]) > level).any())
+        own = (key[place] for place in places)
+        return not bool((np.asarray(looked_at[(*lead, *own)]) > level).any())
 
     return said, empty
+
+
+def _matching(source: Source, mask: Source) -> list[int]:
+    """Of each of a mask's axes, which of the volume's it is.
+
+    Names that a file lacks are z, y, x, as :func:`open_source` says; beside others its axes are
+    taken in their order.
+    """
+    wanted, names = _names(source), _names(mask)
+    volume, other = wanted or _UNNAMED, names or _UNNAMED
+    if sorted(volume) == sorted(other):
+        return [volume.index(name) for name in other]
+    if wanted and names:
+        raise ValueError(
+            f"--foreground: has axes {', '.join(names)}, expected those of the volume, "
+            f"{', '.join(wanted)}, in any order"
+        )
+    return [0, 1, 2]
+
+
+def _names(source: Source) -> tuple[str, ...] | None:
+    """Of the last three axes, as the file names them; None if it does not."""
+    names: Sequence[str | None] | None = None
+    if source.space is not None:
+        names = ("", *source.space.axes)
+    else:  # of an array of Zarr 3
+        names = getattr(getattr(source.behind, "metadata", None), "dimension_names", None)
+    found = [(name or "").lower() for name in names or ()][-3:]
+    return tuple(found) if len(set(found)) == 3 else None
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -200,7 +200,7 @@ def create_destination(
         probabilities: values in [0, 1] are given as float32 and stored as uint8, the nearest
             multiple of 1/255; ``dtype`` is then uint8.
         colors: (red, green, blue, alpha), each 0 to 255, by label.
-        overwrite: replace what is there.
+        overwrite: replace what is there, a label image's colours among it.
         storage_options: of fsspec, with a URL.
 
     Raises:
@@ -269,7 +269,7 @@ def create_destination(
             axes=("c",) * channels + space.axes,
             attributes={"voxfuse": {"probabilities": True}} if probabilities else {},
         )
-        layout.describe(bool(channels), [("0", space)], colors=colors)
+        layout.describe(bool(channels), [("0", space)], colors=colors or {})
 
     def free() -> None:
         if not overwrite:

@@ -156,7 +156,11 @@ class Layout:
         method: str | None = None,
         colors: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        """Write the groups' metadata: of the image, and the list of an image's label images."""
+        """Write the groups' metadata: of the image, and the list of an image's label images.
+
+        With ``colors``, of which there may be none, a label image's own are begun anew; None leaves
+        them.
+        """
         if self.kind == "array":
             return
         group = self._group(self.group)
@@ -164,10 +168,10 @@ class Layout:
         described = multiscale_attributes(self.name, channel, levels, method)
         ome: dict[str, Any] = before | {"version": "0.5", "multiscales": [described]}
         if self.kind == "labels":
-            label = dict(before.get("image-label", {}))
+            label = dict(before.get("image-label", {})) if colors is None else {}
             if self.image("") is not None:
                 label["source"] = {"image": "../../"}
-            if colors is not None:
+            if colors:
                 label["colors"] = [
                     {"label-value": int(value), "rgba": [int(part) for part in color]}
                     for value, color in sorted(colors.items())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 VERSIONS = ("0.4", "0.5")
+#: What an axis of this name is, where its type is not said.
+KINDS_BY_NAME = {"t": "time", "time": "time", "c": "channel", "channel": "channel"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,13 @@ class Multiscale:
     levels: tuple[Level, ...]
 
     def order(self) -> str:
-        """A letter an axis: t, c, and the spatial axes' own, made one letter."""
+        """A letter an axis: t of time, c of channels; of space the names' first, or by place."""
+        space = [axis.name[:1] for axis in self.axes if axis.kind == "space"]
+        if len({*space, "t", "c", ""}) < len(space) + 3:  # two begin alike, or as time does
+            space = list("zyx"[3 - len(space) :])
+        found = iter(space)
         letters = {"time": "t", "channel": "c"}
-        return "".join(letters.get(axis.kind, axis.name[:1]) for axis in self.axes)
+        return "".join(letters.get(axis.kind) or next(found) for axis in self.axes)
 
     def space(self, level: Level) -> Space:
         """Where a level's voxels lie."""
@@ -114,7 +120,11 @@ def multiscale_of(attributes: Mapping[str, Any], where: str) -> Multiscale | Non
         )
     try:
         axes = tuple(
-            Axis(str(axis["name"]), str(axis.get("type", "space")), axis.get("unit"))
+            Axis(
+                str(axis["name"]),
+                str(axis.get("type") or KINDS_BY_NAME.get(axis["name"], "space")),
+                axis.get("unit"),
+            )
             for axis in described["axes"]
         )
         overall = described.get("coordinateTransformations")

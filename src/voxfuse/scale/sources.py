@@ -318,8 +318,9 @@ def _zarr(node: Any, name: str, level: Any, axes: str | None, given: dict[str, A
 
 def _check_axes(image: Multiscale, array: Any, where: str) -> None:
     order = image.order()
-    if len(set(order)) != len(order):
-        raise ValueError(f"{where}: has axes {order!r}, expected names that begin differently")
+    names = [axis.name for axis in image.axes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: has axes {', '.join(names)}, expected different names")
     if len(array.shape) != len(order):
         raise ValueError(
             f"{where}: has {len(array.shape)} axes, but its metadata names {len(order)}: {order!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from voxfuse.training.dataset import (
     DataError,
     Subject,
     file_named,
+    file_of,
     images_in,
     name_of,
+    near_files,
     patients_of,
     say_left_out,
     subject_of_folder,
@@ -29,6 +31,8 @@ from voxfuse.training.simulation.placement import SimulationOptions, simulate
 from voxfuse.training.simulation.shapes import Shapes
 from voxfuse.training.volumes import Volume, load_volume, save_like, turn_back
 
+#: What is looked for where no names are given.
+IMAGES, LABEL = ("t1", "flair", "t2"), "lesions"
 #: The table of the simulated heads.
 TABLE = "subjects.csv"
 COLUMNS = ("subject", "patient", "host", "seed", "lesions", "simulated_ml", "lesion_ml")
@@ -44,14 +48,19 @@ class HostFiles:
 
 
 def find_hosts(
-    places: Sequence[str | Path], images: Sequence[str], label: str, mask: str = "positive"
+    places: Sequence[str | Path],
+    images: Sequence[str] | None = None,
+    label: str | None = None,
+    mask: str = "positive",
 ) -> list[HostFiles]:
     """The heads of folders and files.
 
     Args:
-        places: a folder with ``t1`` is a head, another folder one of such folders; a file is a T1.
+        places: a folder with ``t1`` is a head, another folder one of such folders; a file is a T1,
+            whose label and mask lie beside it.
         images: modalities that are taken where a head has them; ``t1`` has to be among them.
-        label: name of a head's own lesions, where it has any.
+            Default: :data:`IMAGES`.
+        label: name of a head's own lesions, where it has any. Default: :data:`LABEL`.
         mask: name of the brain mask, or "positive" for T1 > 0.
 
     A ``subjects.csv`` beside the folders of heads says by its columns subject and patient whose
@@ -59,17 +68,20 @@ def find_hosts(
 
     Raises:
         FileNotFoundError: a place is not there, or has no T1.
-        ValueError: ``images`` has no t1, or two heads have one name.
+        ValueError: ``images`` has no t1, two heads have one name, a head has a file in another
+            spelling of its name, or no head has an image or label that was given.
     """
-    if "t1" not in images:
-        raise ValueError(f"--images: got {', '.join(images)}, expected t1 among them")
-    ordered = ["t1", *(name for name in images if name != "t1")]
+    wanted = IMAGES if images is None else images
+    if "t1" not in wanted:
+        raise ValueError(f"--images: got {', '.join(wanted)}, expected t1 among them")
+    ordered = ["t1", *(name for name in wanted if name != "t1")]
     found: list[HostFiles] = []
     for place in map(Path, places):
         if place.is_file() and place.name.endswith(ENDINGS):
+            host = _host_in(with_name(place.parent), [name_of(place)], label or LABEL, mask)
             name = name_of(place)
-            data = DataOptions(images=["t1"], normalisation="none")
-            found.append(HostFiles(Subject(name, (place,), None, None, name), ("t1",), data))
+            subject = replace(host.subject, name=name, images=(place,), group=name)
+            found.append(replace(host, subject=subject, images=("t1",)))
             continue
         if not place.is_dir():
             raise FileNotFoundError(f"--host: {place} is no folder, nor an image")
@@ -79,17 +91,33 @@ def find_hosts(
             raise FileNotFoundError(f"--host: {place} has no t1, nor has a folder in it")
         others = [x.name for x in folders if x.is_dir() and x not in heads and images_in(x)]
         say_left_out(place, others, "with no t1")
-        for head in heads:
-            present = [name for name in ordered if file_named(head, name)]
-            data = DataOptions(images=present, label=label, mask=mask, normalisation="none")
-            subject = subject_of_folder(head, present, data)
-            assert subject is not None
-            found.append(HostFiles(subject, tuple(present), data))
+        found += [_host_in(head, ordered, label or LABEL, mask) for head in heads]
     names = [host.subject.name for host in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--host: two heads are called {name}")
+    for name in images or ():
+        if not any(name in host.images for host in found):
+            raise ValueError(f"--images: got {name}, which no head of --host has")
+    if label is not None and not any(host.subject.label for host in found):
+        raise ValueError(f"--label: got {label}, which no head of --host has")
     return found
+
+
+def _host_in(folder: Path, names: Sequence[str], label: str, mask: str) -> HostFiles:
+    """The head whose files lie in a folder, with those of the modalities that it has."""
+    present = [name for name in names if file_of(folder, name)]
+    data = DataOptions(images=present, label=label, mask=mask, normalisation="none")
+    subject = subject_of_folder(folder, present, data)
+    assert subject is not None
+    missing = [name for name in names if name not in present]
+    near = near_files(folder, missing if subject.label else [*missing, label])
+    if near:
+        raise ValueError(
+            f"--host: {folder} has {', '.join(path.name for path in near)}, expected "
+            f"{', '.join([*names, label])}, in this spelling"
+        )
+    return HostFiles(subject, tuple(present), data)
 
 
 def _patient(subject: Subject) -> str:
@@ -121,7 +149,7 @@ def write_simulated(
     out: Path,
     count: int = 1,
     seed: int = 0,
-    label: str = "lesions",
+    label: str = LABEL,
     options: SimulationOptions | None = None,
     with_hosts: bool = False,
 ) -> Iterator[str]:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.metrics._arrays import as_mask, as_spacing, bounding_box, optional
-from voxfuse.metrics.files import find_scans, unit_in_mm
+from voxfuse.metrics.files import find_scans, load_scan
+from voxfuse.training.volumes import oriented, placement_of, turn
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -296,9 +297,9 @@ class MaskShapes:
 
         Raises:
             FileNotFoundError: no such folder, or no mask in it.
-            ValueError: a file is no mask of 0 and 1; a name to leave out is not there.
+            ValueError: a file cannot be read, or is no mask of 0 and 1; a name to leave out is not
+                there.
         """
-        nibabel = optional("nibabel", "Reading masks")
         found = find_scans(folder, pattern)
         for name in leave_out:
             if name not in found:
@@ -307,13 +308,16 @@ class MaskShapes:
         for name, path in found.items():
             if name in leave_out:
                 continue
-            image = nibabel.as_closest_canonical(nibabel.load(path))
+            scan = load_scan(path)
+            if scan.array.ndim != 3:
+                raise ValueError(f"{path}: got shape {scan.array.shape}, expected (x, y, z)")
             try:
-                mask = as_mask("mask", np.asanyarray(image.dataobj))
+                mask = as_mask("mask", scan.array)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: {error}") from None
-            unit = unit_in_mm(image)
-            templates += templates_of(mask, [n * unit for n in image.header.get_zooms()[:3]])
+            turned = oriented(placement_of(scan, path), "RAS").turned
+            sizes = [size for _, size in sorted(zip(turned, scan.spacing, strict=True))]
+            templates += templates_of(turn(mask, turned), sizes)
         return cls(tuple(templates), brain_volume)
 
     def draw(
