@@ -252,6 +252,33 @@ def test_a_dataset_json_says_the_same_as_folders(heads, tmp_path, kind):
             find_dataset(tmp_path / "set", DataOptions(images=["FLIAR"]))
 
 
+def test_channels_of_one_name_are_known_by_place(heads, tmp_path):
+    """nnU-Net's names of channels say how they are normalised."""
+    folder = tmp_path / "set"
+    as_layout(heads, folder, "nnunet")
+    content = json.loads((folder / "dataset.json").read_text())
+    content["channel_names"] = {"0": "MRI", "1": "MRI"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    files = [folder / "imagesTr/a_0000.nii.gz", folder / "imagesTr/a_0001.nii.gz"]
+    first = initial_config(folder).data
+    assert first.images == ["MRI", "MRI"]
+    for data in (DataOptions(), first):
+        dataset = find_dataset(folder, data)
+        assert (dataset.channels, dataset.unused_channels) == ((0, 1), ())
+        assert dataset.subjects["a"].images == tuple(files)
+        for paths in ([folder / "imagesTr"], files):
+            given = find_inputs(paths, dataset.images, data, dataset.channels, ())
+            assert given[0].images == tuple(files)
+    (folder / "imagesTr/MRI.nii.gz").touch()
+    given = find_inputs([folder / "imagesTr"], ("MRI", "MRI"), DataOptions(), (0, 1), ())
+    assert [len(set(subject.images)) for subject in given] == [2, 2, 2, 1]  # one of both channels
+    content["channel_names"]["2"] = "T1"
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="data.images: got 'MRI', which .* calls 2 channels, exp"):
+        find_dataset(folder, DataOptions(images=["T1", "MRI"]))
+    assert find_dataset(folder, DataOptions(images=["T1"])).channels == (2,)
+
+
 def test_what_a_first_configuration_finds(tmp_path, capsys):
     """Names that hold the folder's, a scan with air below 0 in other axes than RAS."""
     rolled = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
@@ -536,6 +563,7 @@ def test_files_that_are_named_as_modalities_are_in_their_order():
         "sub-01_T1w_brain sub-01_T2w_brain": "T1 t2w",
         "a_0001 a_0002": "flair t1",  # counted from 1, it may be
         "t1_a t1_b": "t1 flair",  # all of a study that is called so
+        "a mri": "MRI MRI",
     }.items():
         check(files, images)
     check("a_0003 a_0001", "t1 flair", 3, 1)

@@ -245,12 +245,19 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
                 f"data.images: {path} has no channel {name!r}{did_you_mean(name, channels)} "
                 f"(it has {', '.join(channels)})"
             )
+        if chosen != channels and channels.count(name) > 1:
+            raise ValueError(
+                f"data.images: got {name!r}, which {path} calls {channels.count(name)} channels, "
+                "expected all channels in their order, or []"
+            )
     if options.mask not in ("positive", "all"):
         raise ValueError(
             f"data.mask: got {options.mask!r}, expected positive or all with a dataset.json"
         )
     cases, given = _cases(folder, content, channels)
-    places = tuple(channels.index(channel) for channel in chosen)
+    # All are known by place: nnU-Net's names say how they are normalised, and may be one name.
+    every = range(len(channels))
+    places = tuple(every if chosen == channels else map(channels.index, chosen))
     subjects = {}
     for name, (images, label, group) in cases.items():
         if len(images) == len(channels):
@@ -508,9 +515,10 @@ def _modality_in(name: str, images: Sequence[str]) -> int | None:
     text, found = _words(name), []
     for image in sorted(images, key=len, reverse=True):  # t1_ce is no t1
         if _words(image) in text:
-            found.append(images.index(image))
+            found.append(_words(image))
             text = text.replace(_words(image), "__")
-    return found[0] if len(found) == 1 else None
+    places = [k for k, image in enumerate(images) if [_words(image)] == found]
+    return places[0] if len(places) == 1 else None
 
 
 def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence[int] = ()) -> None:
@@ -606,8 +614,10 @@ def find_inputs(
         return [Subject(name_of(paths[0]), tuple(paths), None, mask)]
     folder = paths[0]
     plain = DataOptions(mask=options.mask)
-    several = _subjects_in(folder, images, plain, options.label)
-    one = subject_of_folder(folder, images, plain)
+    # Channels of one name, as a dataset.json may have them, have no files of their names.
+    names = images if len(set(images)) == len(images) else ()
+    several = _subjects_in(folder, names, plain, options.label) if names else []
+    one = subject_of_folder(folder, names, plain)
     if one is not None:
         below = [subject.name for subject in several]
         say_left_out(folder, below, f"as the folder itself has {', '.join(images)}")
@@ -652,9 +662,9 @@ def find_inputs(
         ]
         others = [path for path in besides(cases) if numbered(path)[1] is None]
         return subjects + [Subject(name_of(path), (path,), None) for path in others]
-    near = near_files(folder, images)
+    near = near_files(folder, names)
     if not files:
-        near = [path for s in several for path in near_files(s.images[0].parent, images)]
+        near = [path for s in several for path in near_files(s.images[0].parent, names)]
     if near:
         raise FileNotFoundError(
             f"--input: {folder} has {near[0].relative_to(folder)}, expected {', '.join(images)}, "
