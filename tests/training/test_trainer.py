@@ -286,6 +286,46 @@ def test_deep_supervision_and_mixed_precision(heads, tmp_path):
             Trainer(config(training__precision="float16"), heads, tmp_path / "run", quiet)
 
 
+class Outputs(torch.nn.Module):
+    """A network of as many outputs as it is told, that loses voxels at the border."""
+
+    def __init__(self, in_channels, out_channels, outputs=2, lost=0, listed=False):
+        super().__init__()
+        self.features = torch.nn.Conv3d(in_channels, 4, 3, padding=1 - lost)
+        self.norm = torch.nn.BatchNorm3d(4)
+        self.head = torch.nn.Conv3d(4, outputs, 1)
+        self.listed = listed
+
+    def forward(self, x):
+        x = torch.nn.functional.dropout(self.norm(self.features(x)), training=True)
+        return [self.head(x)] * 2 if self.listed else self.head(x)
+
+
+def test_a_network_with_other_outputs_than_classes_is_named_before_anything_trains(heads, tmp_path):
+    def made(**options):
+        changes = {f"network__{name}": value for name, value in options.items()}
+        wanted = config(**changes, loss__activation="sigmoid")
+        del wanted.network.options["features"]
+        wanted.network.name = f"{__name__}:Outputs"
+        return Trainer(wanted, heads, tmp_path / "run", quiet)
+
+    for options, shape, more in (
+        ({"outputs": 1}, "1, 1, 16, 16, 16", "class; with a sigmoid too the background has a chan"),
+        ({"outputs": 3, "listed": True}, "1, 3, 16, 16, 16", "class$"),
+        ({"lost": 1}, "1, 2, 14, 14, 14", "class$"),
+    ):
+        expected = r"patch of 16 x .* expected \(1, 2, 16, 16, 16\), a channel a "
+        pattern = rf"network.name: .*:Outputs makes \({shape}\) of a {expected}{more}"
+        with pytest.raises(ConfigError, match=pattern):
+            made(**options)
+    assert not (tmp_path / "run").exists()
+    state = torch.random.get_rng_state()
+    trainer = made(listed=True)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert trainer.network.training
+    assert not trainer.network.norm.num_batches_tracked
+
+
 def test_voxels_outside_the_mask_do_not_count_where_the_loss_has_it(heads, tmp_path):
     trainer = Trainer(config(training__loss_inside_mask=True), heads, tmp_path / "run", quiet)
     batch = trainer.batch(0)

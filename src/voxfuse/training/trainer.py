@@ -125,6 +125,7 @@ class Trainer:
             )
         check_patch(self.network, config.sampling.patch, config.sampling.batch)
         self.network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self._check_outputs(len(self.dataset.images), classes)
         self.optimiser = make_optimiser(self.network, config.optimiser)
         half = config.training.precision == "float16"
         if half and self.device.type != "cuda":
@@ -182,6 +183,31 @@ class Trainer:
                         f"{section}.{key}: got {wanted!r}, but the run in {self.run} has {was!r}; "
                         "another folder for another run"
                     )
+
+    def _check_outputs(self, channels: int, classes: int) -> None:
+        """The network has to predict a channel a class: what it has learnt could not be used else.
+
+        A patch of zeros goes through it once; through those with a factor, as voxfuse's own, a
+        small one, as 128^3 voxels take long on a CPU.
+        """
+        factor = getattr(self.network, "factor", None)
+        extent = self.config.sampling.patch
+        if isinstance(factor, int):
+            extent = [min(n, 2 * factor) for n in extent]
+        training = self.network.training
+        self.network.eval()
+        with torch.no_grad(), _random_state(None, self.device):
+            patch = torch.zeros(1, channels, *extent, device=self.device)
+            patch = patch.contiguous(memory_format=torch.channels_last_3d)
+            got = tuple(first_output(self.network(patch)).shape)
+        self.network.train(training)
+        if got != (1, classes, *extent):
+            more = "; with a sigmoid too the background has a channel" if got[1:2] == (1,) else ""
+            raise ConfigError(
+                f"network.name: {self.config.network.name} makes {got} of a patch of "
+                f"{' x '.join(map(str, extent))} voxels, expected {(1, classes, *extent)}, a "
+                f"channel a class{more}"
+            )
 
     def _load(self) -> dict[str, Volume]:
         """Everyone's arrays checked, those of training and validation kept."""
