@@ -103,6 +103,18 @@ def test_every_loss_by_name(name):
     assert logits.grad.any()
 
 
+def test_a_stack_of_outputs_is_a_list_of_them():
+    import torch
+
+    for name in ("DiceCELoss", "LovaszHingeLoss"):
+        objective = Objective(parse({"loss": {"name": name}}).loss)
+        stack = torch.randn(2, 3, 1 if name == "LovaszHingeLoss" else 2, 4, 4, 4)
+        label = torch.randint(0, 2, (2, 1, 4, 4, 4), dtype=torch.uint8)
+        mask = torch.rand(2, 1, 4, 4, 4) > 0.5
+        listed = list(stack.unbind(1))
+        assert torch.equal(objective(stack, label, mask), objective(listed, label, mask))
+
+
 def test_what_makes_no_loss():
     with pytest.raises(ConfigError, match="loss.name: got 'DiceCLoss', .*did you mean DiceCELoss"):
         Objective(parse({"loss": {"name": "DiceCLoss"}}).loss)

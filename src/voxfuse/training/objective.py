@@ -22,7 +22,9 @@ LOSSES: Mapping[str, Any] = {
 
 
 class Objective(nn.Module):
-    """A loss of what a network returns: logits, or a list of them, the finest first.
+    """A loss of what a network returns: logits, or several of them, the finest first.
+
+    Several are a list, or a stack (B, outputs, classes, \\*spatial) as MONAI's DynUNet has them.
 
     Depths are weighed by ``depth_weights``; the labels of a coarser one are those of the rarest
     class that it covers, so that a lesion of one voxel is in all of them.
@@ -72,6 +74,8 @@ class Objective(nn.Module):
         self, outputs: Tensor | Sequence[Tensor], label: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The loss; label and mask (B, 1, \\*spatial)."""
+        if isinstance(outputs, Tensor) and outputs.ndim == label.ndim + 1:
+            outputs = outputs.unbind(1)
         one = isinstance(outputs, Tensor)
         value: Tensor = (self.loss if one else self.deep)(outputs, label, mask)
         return value
