@@ -242,6 +242,22 @@ def test_a_run_is_of_one_configuration_and_one_set_of_scans(heads, tmp_path):
         Trainer(config(), heads, tmp_path / "full")
 
 
+def test_a_run_is_of_one_table_of_patients(heads, tmp_path):
+    """Patients are drawn, then one of their scans."""
+    scans = shutil.copytree(heads, tmp_path / "scans")
+    run, table = tmp_path / "run", scans / "who.csv"
+    table.write_text("subject,patient\na,p\nb,p\nc,q\n")
+    wanted = config(data__groups="who.csv", training__steps=2)
+    train(wanted, scans, run, stop_at=1)
+    table.write_text("subject,patient\na,p\nb,o\nc,q\n")
+    with pytest.raises(ConfigError, match="data.groups: the patients of the subjects in .* others"):
+        train(wanted, scans, run)
+    checkpoint = checkpoints.restore(run / "checkpoint.pt")
+    del checkpoint["groups"]  # as those of older versions
+    checkpoints.save(run / "checkpoint.pt", checkpoint)
+    assert train(wanted, scans, run)
+
+
 def test_the_best_model_by_validation_is_kept_and_training_stops_early(
     heads, tmp_path, monkeypatch
 ):

@@ -356,6 +356,12 @@ class Trainer:
                     f"--data: the scans of {self.dataset.folder} are others than those that the "
                     f"run in {self.run} began with"
                 )
+            # Checkpoints of older versions have no patients.
+            if content.get("groups", self.sampler.groups) != self.sampler.groups:
+                raise ConfigError(
+                    f"data.groups: the patients of the subjects in {self.dataset.folder} are "
+                    f"others than those that the run in {self.run} began with"
+                )
             self.network.load_state_dict(content["network"])
             self.optimiser.load_state_dict(content["optimiser"])
             self.scaler.load_state_dict(content["scaler"])
@@ -501,6 +507,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "progress": dict(vars(progress)),
                 "fingerprint": self.fingerprint,
+                "groups": self.sampler.groups,
             },
         )
 
