@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from tests.training.phantom import SECTIONS, write_heads
 from voxfuse import cli
-from voxfuse.training.config import DataOptions, SamplingOptions
+from voxfuse.training.config import DataOptions, SamplingOptions, parse
 from voxfuse.training.dataset import (
     DataError,
     Dataset,
@@ -26,6 +26,7 @@ from voxfuse.training.dataset import (
 from voxfuse.training.initial import initial_config
 from voxfuse.training.predict import decided, load_model
 from voxfuse.training.sampling import Sampler
+from voxfuse.training.trainer import Trainer
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 
 LABELS = {"background": 0, "lesion": 1}
@@ -195,6 +196,11 @@ def test_every_subject_is_named_at_once_and_an_empty_label_is_allowed(tmp_path):
     assert [line[:2] for line in str(caught.value).splitlines()] == ["a:", "c:"]
     kept = check_subjects([dataset.subjects["b"]], data, dataset.labels, ["b"])
     assert not kept["b"].label.any()
+    write_heads(tmp_path / "more", ["a", "b", "c"], shape=(24, 20, 28))
+    rewrite(tmp_path / "more/c/t1.nii.gz", lambda x: np.stack([x, x], -1))
+    sections = {**SECTIONS, "data": {**SECTIONS["data"], "images": ["t1"]}}
+    with pytest.raises(DataError, match="^c: .*t1.nii.gz has 2 channels, expected 1: t1$"):
+        Trainer(parse(sections), tmp_path / "more", tmp_path / "run")  # c is tested
 
 
 # --- Layouts --------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from voxfuse.training.augmentation import steps_of
 from voxfuse.training.config import Config, ConfigError, load, to_toml
 from voxfuse.training.dataset import (
     IGNORED,
-    DataError,
     Dataset,
     Split,
     find_dataset,
@@ -215,14 +214,9 @@ class Trainer:
         everyone = [*split.training, *split.validation, *split.test]
         keep = [*split.training, *split.validation]
         subjects = [self.dataset.subjects[name] for name in everyone]
-        volumes = check_subjects(subjects, data, self.dataset.labels, keep, self.dataset.ignored)
-        channels = len(self.dataset.images)
-        for name, volume in volumes.items():
-            if volume.image.shape[0] != channels:
-                raise DataError(
-                    f"{name}: {volume.placement.path} has {volume.image.shape[0]} channels, "
-                    f"expected {channels}: {', '.join(self.dataset.images)}"
-                )
+        volumes = check_subjects(
+            subjects, data, self.dataset.labels, keep, self.dataset.ignored, self.dataset.images
+        )
         self.say(
             f"training on {len(split.training)} subjects ({', '.join(split.training[:6])}"
             f"{', ...' if split.training[6:] else ''}), validation {len(split.validation)}, "
