@@ -104,6 +104,22 @@ def test_simulated_lesions_change_with_the_steps_and_a_run_goes_on_with_the_same
         Trainer(wanted, heads, tmp_path / "x", quiet)
 
 
+@pytest.mark.parametrize("method", ["balanced", "lesions"])
+def test_simulated_lesions_are_drawn_about_in_heads_without_their_own(heads, tmp_path, method):
+    healthy = shutil.copytree(heads, tmp_path / "healthy")
+    for path in healthy.glob("*/lesions.nii.gz"):
+        image = nibabel.load(path)
+        empty = np.zeros(image.shape, np.uint8)
+        nibabel.save(nibabel.Nifti1Image(empty, image.affine), path)
+    wanted = config(augmentation__simulate_every=4, sampling__method=method)
+    trainer = Trainer(wanted, healthy, tmp_path / "run", quiet)
+    trainer.batch(0)
+    assert trainer.sampler.options.method == method
+    assert all(trainer.sampler.classes.values())
+    with pytest.raises(ValueError, match="no training subject has a voxel of a lesion"):
+        Trainer(config(sampling__method=method), healthy, tmp_path / "run", quiet)
+
+
 def test_a_run_that_is_left_goes_on_to_the_same_bits(heads, tmp_path):
     wanted = config(**THOROUGH)
     assert train(wanted, heads, tmp_path / "whole")

@@ -22,7 +22,7 @@ from voxfuse._files import unfinished, write_text
 from voxfuse.metrics import SegmentationScores
 from voxfuse.training import checkpoints
 from voxfuse.training.augmentation import steps_of
-from voxfuse.training.config import Config, ConfigError, load, to_toml
+from voxfuse.training.config import Config, ConfigError, SamplingOptions, load, to_toml
 from voxfuse.training.dataset import (
     IGNORED,
     Dataset,
@@ -136,7 +136,13 @@ class Trainer:
         self.progress = Progress(losses=[])
         volumes = self._load()
         self.validation = [volumes[name] for name in self.split.validation]
-        self.sampler = self._sampler({name: volumes[name] for name in self.split.training})
+        # With simulated lesions another one takes its place before a patch is drawn; these heads
+        # may have none.
+        drawn = config.sampling
+        if config.augmentation.simulate_every:
+            drawn = replace(drawn, method="uniform")
+        trained = {name: volumes[name] for name in self.split.training}
+        self.sampler = self._sampler(trained, drawn)
         #: Of the arrays as they are on disk: a run is not gone on with on others.
         self.fingerprint = _fingerprint([*self.sampler.volumes.values(), *self.validation])
         self.renewal: Renewal | None = None
@@ -225,9 +231,9 @@ class Trainer:
         )
         return volumes
 
-    def _sampler(self, volumes: Mapping[str, Volume]) -> Sampler:
+    def _sampler(self, volumes: Mapping[str, Volume], options: SamplingOptions) -> Sampler:
         groups = {name: self.dataset.subjects[name].group for name in volumes}
-        return Sampler(volumes, self.config.sampling, groups, self.config.training.seed)
+        return Sampler(volumes, options, groups, self.config.training.seed)
 
     @cached_property
     def test_fingerprint(self) -> int:
@@ -250,7 +256,9 @@ class Trainer:
             first = number * training.updates_per_patch  # the patches are of one simulation
             renewed = first // self.config.augmentation.simulate_every
             if renewed != self.renewed:
-                self.sampler, self.renewed = self._sampler(self.renewal.volumes(renewed)), renewed
+                simulated = self.renewal.volumes(renewed)
+                self.sampler = self._sampler(simulated, self.config.sampling)
+                self.renewed = renewed
         random = generator(training.seed, number, AUGMENTATION)
         images, labels, masks, relaxed = [], [], [], 0
         for place, patch in self.sampler.patches(number):
