@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -625,6 +626,25 @@ def test_no_patient_is_in_two_lists():
         assert len({SCANS[name] for name in drawn.validation}) == 2
         assert {SCANS[x] for x in drawn.validation} & {SCANS[x] for x in drawn.training} == set()
         assert drawn == split_dataset(scans(), DataOptions(validation_share=0.4, test=["e"]), seed)
+
+
+def test_the_training_of_a_dataset_json_lacks_who_is_validated_or_tested():
+    given = {"training": ["a1", "a2", "b1", "c1"], "validation": ["d1"]}
+    dataset = dataclasses.replace(scans(), given=given)
+    split = split_dataset(dataset, DataOptions(test=["a1"]))
+    assert (split.training, split.validation) == (("b1", "c1"), ("d1",))
+    assert (split.test, split.unused) == (("a1",), ("a2", "e1"))
+    split = split_dataset(dataset, DataOptions(validation=["c"], test=["d1"]))
+    assert (split.training, split.validation) == (("a1", "a2", "b1"), ("c1",))
+    drawn = split_dataset(dataset, DataOptions(validation=["b"], test=["c"]))
+    assert drawn.training == ("a1", "a2")
+    with pytest.raises(ValueError, match="data.test: c1 is of patient c, who is in data.training"):
+        split_dataset(dataset, DataOptions(training=["c1"], test=["c1"]))
+    with pytest.raises(ValueError, match="data.test: d1 is of patient d, who is in data.validat"):
+        split_dataset(dataset, DataOptions(test=["d1"]))
+    given["validation"] = ["a1"]  # the file's own lists contradict each other
+    with pytest.raises(ValueError, match="data.validation: a1 is of patient a, who is in data.tr"):
+        split_dataset(dataset, DataOptions(test=["b1"]))
 
 
 def test_patients_of_a_table(tmp_path):

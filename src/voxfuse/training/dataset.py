@@ -422,7 +422,9 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
     """Who is trained on, validated and tested.
 
     Lists name subjects, or patients for all of theirs. Where nothing is said of training, it is
-    everyone else, but for scans of patients who are validated or tested.
+    everyone else, but for scans of patients who are validated or tested. A dataset.json's own lists
+    hold where the options have none; its training, but for the patients whom the options validate
+    or test.
 
     Args:
         dataset: see :func:`find_dataset`.
@@ -465,6 +467,10 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
         return {subjects[name].group or name for name in names}
 
     training, validation, test = named("training"), named("validation"), named("test")
+    if not options.training:
+        asked = (validation if options.validation else []) + (test if options.test else [])
+        held = patients(asked)
+        training = [name for name in training if not patients([name]) & held]
     if not validation and options.validation_share:
         held = patients(test)
         free = sorted(patients(training or subjects) - held)
