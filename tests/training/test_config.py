@@ -29,6 +29,7 @@ from voxfuse.training.objective import LOSSES, Objective
             "background, core, enhancing; weights",
         ),
         ({"data": {"orientation": "RAL"}}, "data.orientation: got 'RAL'"),
+        ({"data": {"orientation": "RASX"}}, "data.orientation: got 'RASX'"),
         ({"data": {"clip": [99, 1]}}, "data.clip: .* the lower first"),
         ({"sampling": {"method": "lesion"}}, r"expected one of balanced, lesions, uniform; did yo"),
         ({"sampling": {"patch": [32, 32]}}, r"sampling.patch: got \[32, 32\], expected three"),
@@ -124,5 +125,7 @@ def test_what_makes_no_loss():
         Objective(parse({"loss": {"name": "TverskyLoss", "alpa": 0.3}}).loss)
     with pytest.raises(ConfigError, match="loss.alpha: got -1"):
         Objective(parse({"loss": {"name": "TverskyLoss", "alpha": -1}}).loss)
+    with pytest.raises(ConfigError, match="loss.reduction: got 'none', expected mean or sum"):
+        Objective(parse({"loss": {"name": "DiceLoss", "reduction": "none"}}).loss)
     with pytest.raises(ConfigError, match="loss.activation: got 'none'"):
         Objective(parse({"loss": {"name": "DiceLoss", "activation": "none"}}).loss)

@@ -478,6 +478,8 @@ def test_a_device_that_is_not_there_and_a_sigmoid_of_several_labels_are_named(he
     with pytest.raises(ValueError, match=r"device: got 'cuda:99', but PyTorch .* sees \d+ GPUs"):
         device_of("cuda:99", "device")
     labels = {"background": 0, "lesion": 1, "other": 2}
+    with pytest.raises(ConfigError, match="loss.ignore_index: got 1, .* 'ignore' in data.labels"):
+        Trainer(config(loss__ignore_index=1), heads, tmp_path / "run", quiet)
     several = config(data__labels=labels, loss__name="BCELoss")
     with pytest.raises(ConfigError, match="loss.activation: got 'sigmoid' for 2 labels"):
         Trainer(several, heads, tmp_path / "run", quiet)

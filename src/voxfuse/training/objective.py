@@ -35,8 +35,8 @@ class Objective(nn.Module):
         ignored: the class whose voxels do not count.
 
     Raises:
-        ConfigError: an unknown loss or option (the message has the nearest one), or one that wants
-            probabilities: networks give logits.
+        ConfigError: an unknown loss or option (the message has the nearest one), one that wants
+            probabilities: networks give logits; or one that is no number.
 
     Example:
         >>> import torch
@@ -62,6 +62,8 @@ class Objective(nn.Module):
             self.loss = made(**{**options.options, **label})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"loss.{error}") from None
+        if getattr(self.loss, "reduction", None) == "none":
+            raise ConfigError("loss.reduction: got 'none', expected mean or sum: one number a step")
         #: What makes probabilities of the logits that it trains: "softmax" or "sigmoid".
         self.activation = getattr(self.loss, "activation", None) or (
             "sigmoid" if options.name in ("BCELoss", "LovaszHingeLoss") else "softmax"

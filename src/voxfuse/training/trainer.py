@@ -108,6 +108,11 @@ class Trainer:
         self.split: Split = split_dataset(self.dataset, config.data, config.training.seed)
         self.device = device_of(config.training.device)
         self.ignored = None if self.dataset.ignored is None else IGNORED
+        if "ignore_index" in config.loss.options:  # not in Objective: such models still predict
+            raise ConfigError(
+                f"loss.ignore_index: got {config.loss.options['ignore_index']!r}, expected no such "
+                "key: the label whose voxels do not count is the one called 'ignore' in data.labels"
+            )
         self.objective = Objective(config.loss, config.training.depth_weights, self.ignored)
         if self.objective.activation == "sigmoid" and len(self.dataset.labels) > 2:
             raise ConfigError(
