@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -311,6 +312,18 @@ def test_what_a_first_configuration_finds(tmp_path, capsys):
             path.rename(place / path.name.replace("BraTS", f"P{k}"))
     with pytest.raises(DataError, match="--init: P._00._lesions, .* is in 1 of 3 folders"):
         initial_config(tmp_path / "set")
+
+
+def test_two_files_of_one_modality_are_named(heads, tmp_path):
+    folder = shutil.copytree(heads, tmp_path / "set")
+    (folder / "b/t1.nii").touch()
+    pattern = "^b: .*b has t1.nii.gz and t1.nii, expected one file t1$"
+    with pytest.raises(DataError, match=pattern):
+        find_dataset(folder, options())
+    for paths in ([folder], [folder / "b"]):
+        with pytest.raises(DataError, match=pattern):
+            find_inputs(paths, ["flair", "t1"], DataOptions())
+    assert find_dataset(folder, options(images=["flair"])).subjects["b"]
 
 
 def test_labels_outside_the_mask_are_said(tmp_path):

@@ -60,18 +60,33 @@ class Split:
     unused: tuple[str, ...] = ()
 
 
+def files_named(folder: Path, name: str) -> list[Path]:
+    """The image files of this name without the ending."""
+    paths = [folder / f"{name}{ending}" for ending in ENDINGS]
+    return [path for path in paths if path.is_file()]
+
+
 def file_named(folder: Path, name: str) -> Path | None:
-    """The image file of this name without the ending, or None."""
-    for ending in ENDINGS:
-        if (folder / f"{name}{ending}").is_file():
-            return folder / f"{name}{ending}"
-    return None
+    """The image file of this name without the ending, or None.
+
+    Raises:
+        DataError: there are several, with other endings.
+    """
+    found = files_named(folder, name)
+    if len(found) > 1:
+        listed = " and ".join(path.name for path in found)
+        raise DataError(f"{folder.name}: {folder} has {listed}, expected one file {name}")
+    return found[0] if found else None
+
+
+def names_of(place: Path, name: str) -> list[str]:
+    """What a subject's file may be called: this, or its folder's name and this, as BraTS has it."""
+    return [name, *(f"{place.name}{between}{name}" for between in "_-")]
 
 
 def file_of(place: Path, name: str) -> Path | None:
-    """A subject's file of this name, or of its folder's and this one, as BraTS has them."""
-    names = [name, *(f"{place.name}{between}{name}" for between in "_-")]
-    return next((path for path in (file_named(place, x) for x in names) if path), None)
+    """A subject's file of this name, see :func:`names_of`, or None."""
+    return next(filter(None, (file_named(place, x) for x in names_of(place, name))), None)
 
 
 def name_of(path: Path) -> str:
@@ -141,8 +156,8 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it.
-        DataError: a ``dataset.json`` that cannot be read, more than 255 classes, a table of
-            patients that lacks a subject (see :func:`patients_of`).
+        DataError: a ``dataset.json`` that cannot be read, two files of one name, more than 255
+            classes, a table of patients that lacks a subject (see :func:`patients_of`).
         ValueError: ``images`` or ``labels`` are not said, or not in the ``dataset.json``.
     """
     folder = Path(folder)
@@ -602,7 +617,8 @@ def find_inputs(
 
     Raises:
         FileNotFoundError: no such path, or nothing there.
-        ValueError: not as many files as modalities, in another order, or of other numbers.
+        ValueError: not as many files as modalities, in another order, of other numbers, or two of
+            one name.
     """
     for path in paths:
         if not path.exists():
