@@ -29,6 +29,7 @@ from voxfuse.training.objective import LOSSES, Objective
             "background, core, enhancing; weights",
         ),
         ({"data": {"orientation": "RAL"}}, "data.orientation: got 'RAL'"),
+        ({"data": {"orientation": "RASX"}}, "data.orientation: got 'RASX'"),
         ({"data": {"clip": [99, 1]}}, "data.clip: .* the lower first"),
         ({"sampling": {"method": "lesion"}}, r"expected one of balanced, lesions, uniform; did yo"),
         ({"sampling": {"patch": [32, 32]}}, r"sampling.patch: got \[32, 32\], expected three"),
@@ -103,6 +104,18 @@ def test_every_loss_by_name(name):
     assert logits.grad.any()
 
 
+def test_a_stack_of_outputs_is_a_list_of_them():
+    import torch
+
+    for name in ("DiceCELoss", "LovaszHingeLoss"):
+        objective = Objective(parse({"loss": {"name": name}}).loss)
+        stack = torch.randn(2, 3, 1 if name == "LovaszHingeLoss" else 2, 4, 4, 4)
+        label = torch.randint(0, 2, (2, 1, 4, 4, 4), dtype=torch.uint8)
+        mask = torch.rand(2, 1, 4, 4, 4) > 0.5
+        listed = list(stack.unbind(1))
+        assert torch.equal(objective(stack, label, mask), objective(listed, label, mask))
+
+
 def test_what_makes_no_loss():
     with pytest.raises(ConfigError, match="loss.name: got 'DiceCLoss', .*did you mean DiceCELoss"):
         Objective(parse({"loss": {"name": "DiceCLoss"}}).loss)
@@ -112,5 +125,7 @@ def test_what_makes_no_loss():
         Objective(parse({"loss": {"name": "TverskyLoss", "alpa": 0.3}}).loss)
     with pytest.raises(ConfigError, match="loss.alpha: got -1"):
         Objective(parse({"loss": {"name": "TverskyLoss", "alpha": -1}}).loss)
+    with pytest.raises(ConfigError, match="loss.reduction: got 'none', expected mean or sum"):
+        Objective(parse({"loss": {"name": "DiceLoss", "reduction": "none"}}).loss)
     with pytest.raises(ConfigError, match="loss.activation: got 'none'"):
         Objective(parse({"loss": {"name": "DiceLoss", "activation": "none"}}).loss)

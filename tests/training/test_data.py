@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -13,7 +15,7 @@ from scipy import ndimage
 
 from tests.training.phantom import SECTIONS, write_heads
 from voxfuse import cli
-from voxfuse.training.config import DataOptions, SamplingOptions
+from voxfuse.training.config import DataOptions, SamplingOptions, parse
 from voxfuse.training.dataset import (
     DataError,
     Dataset,
@@ -26,6 +28,7 @@ from voxfuse.training.dataset import (
 from voxfuse.training.initial import initial_config
 from voxfuse.training.predict import decided, load_model
 from voxfuse.training.sampling import Sampler
+from voxfuse.training.trainer import Trainer
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 
 LABELS = {"background": 0, "lesion": 1}
@@ -195,6 +198,11 @@ def test_every_subject_is_named_at_once_and_an_empty_label_is_allowed(tmp_path):
     assert [line[:2] for line in str(caught.value).splitlines()] == ["a:", "c:"]
     kept = check_subjects([dataset.subjects["b"]], data, dataset.labels, ["b"])
     assert not kept["b"].label.any()
+    write_heads(tmp_path / "more", ["a", "b", "c"], shape=(24, 20, 28))
+    rewrite(tmp_path / "more/c/t1.nii.gz", lambda x: np.stack([x, x], -1))
+    sections = {**SECTIONS, "data": {**SECTIONS["data"], "images": ["t1"]}}
+    with pytest.raises(DataError, match="^c: .*t1.nii.gz has 2 channels, expected 1: t1$"):
+        Trainer(parse(sections), tmp_path / "more", tmp_path / "run")  # c is tested
 
 
 # --- Layouts --------------------------------------------------------------------------------------
@@ -252,6 +260,33 @@ def test_a_dataset_json_says_the_same_as_folders(heads, tmp_path, kind):
             find_dataset(tmp_path / "set", DataOptions(images=["FLIAR"]))
 
 
+def test_channels_of_one_name_are_known_by_place(heads, tmp_path):
+    """nnU-Net's names of channels say how they are normalised."""
+    folder = tmp_path / "set"
+    as_layout(heads, folder, "nnunet")
+    content = json.loads((folder / "dataset.json").read_text())
+    content["channel_names"] = {"0": "MRI", "1": "MRI"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    files = [folder / "imagesTr/a_0000.nii.gz", folder / "imagesTr/a_0001.nii.gz"]
+    first = initial_config(folder).data
+    assert first.images == ["MRI", "MRI"]
+    for data in (DataOptions(), first):
+        dataset = find_dataset(folder, data)
+        assert (dataset.channels, dataset.unused_channels) == ((0, 1), ())
+        assert dataset.subjects["a"].images == tuple(files)
+        for paths in ([folder / "imagesTr"], files):
+            given = find_inputs(paths, dataset.images, data, dataset.channels, ())
+            assert given[0].images == tuple(files)
+    (folder / "imagesTr/MRI.nii.gz").touch()
+    given = find_inputs([folder / "imagesTr"], ("MRI", "MRI"), DataOptions(), (0, 1), ())
+    assert [len(set(subject.images)) for subject in given] == [2, 2, 2, 1]  # one of both channels
+    content["channel_names"]["2"] = "T1"
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="data.images: got 'MRI', which .* calls 2 channels, exp"):
+        find_dataset(folder, DataOptions(images=["T1", "MRI"]))
+    assert find_dataset(folder, DataOptions(images=["T1"])).channels == (2,)
+
+
 def test_what_a_first_configuration_finds(tmp_path, capsys):
     """Names that hold the folder's, a scan with air below 0 in other axes than RAS."""
     rolled = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
@@ -277,6 +312,18 @@ def test_what_a_first_configuration_finds(tmp_path, capsys):
             path.rename(place / path.name.replace("BraTS", f"P{k}"))
     with pytest.raises(DataError, match="--init: P._00._lesions, .* is in 1 of 3 folders"):
         initial_config(tmp_path / "set")
+
+
+def test_two_files_of_one_modality_are_named(heads, tmp_path):
+    folder = shutil.copytree(heads, tmp_path / "set")
+    (folder / "b/t1.nii").touch()
+    pattern = "^b: .*b has t1.nii.gz and t1.nii, expected one file t1$"
+    with pytest.raises(DataError, match=pattern):
+        find_dataset(folder, options())
+    for paths in ([folder], [folder / "b"]):
+        with pytest.raises(DataError, match=pattern):
+            find_inputs(paths, ["flair", "t1"], DataOptions())
+    assert find_dataset(folder, options(images=["flair"])).subjects["b"]
 
 
 def test_labels_outside_the_mask_are_said(tmp_path):
@@ -536,6 +583,7 @@ def test_files_that_are_named_as_modalities_are_in_their_order():
         "sub-01_T1w_brain sub-01_T2w_brain": "T1 t2w",
         "a_0001 a_0002": "flair t1",  # counted from 1, it may be
         "t1_a t1_b": "t1 flair",  # all of a study that is called so
+        "a mri": "MRI MRI",
     }.items():
         check(files, images)
     check("a_0003 a_0001", "t1 flair", 3, 1)
@@ -591,6 +639,25 @@ def test_no_patient_is_in_two_lists():
         assert len({SCANS[name] for name in drawn.validation}) == 2
         assert {SCANS[x] for x in drawn.validation} & {SCANS[x] for x in drawn.training} == set()
         assert drawn == split_dataset(scans(), DataOptions(validation_share=0.4, test=["e"]), seed)
+
+
+def test_the_training_of_a_dataset_json_lacks_who_is_validated_or_tested():
+    given = {"training": ["a1", "a2", "b1", "c1"], "validation": ["d1"]}
+    dataset = dataclasses.replace(scans(), given=given)
+    split = split_dataset(dataset, DataOptions(test=["a1"]))
+    assert (split.training, split.validation) == (("b1", "c1"), ("d1",))
+    assert (split.test, split.unused) == (("a1",), ("a2", "e1"))
+    split = split_dataset(dataset, DataOptions(validation=["c"], test=["d1"]))
+    assert (split.training, split.validation) == (("a1", "a2", "b1"), ("c1",))
+    drawn = split_dataset(dataset, DataOptions(validation=["b"], test=["c"]))
+    assert drawn.training == ("a1", "a2")
+    with pytest.raises(ValueError, match="data.test: c1 is of patient c, who is in data.training"):
+        split_dataset(dataset, DataOptions(training=["c1"], test=["c1"]))
+    with pytest.raises(ValueError, match="data.test: d1 is of patient d, who is in data.validat"):
+        split_dataset(dataset, DataOptions(test=["d1"]))
+    given["validation"] = ["a1"]  # the file's own lists contradict each other
+    with pytest.raises(ValueError, match="data.validation: a1 is of patient a, who is in data.tr"):
+        split_dataset(dataset, DataOptions(test=["b1"]))
 
 
 def test_patients_of_a_table(tmp_path):

@@ -104,6 +104,22 @@ def test_simulated_lesions_change_with_the_steps_and_a_run_goes_on_with_the_same
         Trainer(wanted, heads, tmp_path / "x", quiet)
 
 
+@pytest.mark.parametrize("method", ["balanced", "lesions"])
+def test_simulated_lesions_are_drawn_about_in_heads_without_their_own(heads, tmp_path, method):
+    healthy = shutil.copytree(heads, tmp_path / "healthy")
+    for path in healthy.glob("*/lesions.nii.gz"):
+        image = nibabel.load(path)
+        empty = np.zeros(image.shape, np.uint8)
+        nibabel.save(nibabel.Nifti1Image(empty, image.affine), path)
+    wanted = config(augmentation__simulate_every=4, sampling__method=method)
+    trainer = Trainer(wanted, healthy, tmp_path / "run", quiet)
+    trainer.batch(0)
+    assert trainer.sampler.options.method == method
+    assert all(trainer.sampler.classes.values())
+    with pytest.raises(ValueError, match="no training subject has a voxel of a lesion"):
+        Trainer(config(sampling__method=method), healthy, tmp_path / "run", quiet)
+
+
 def test_a_run_that_is_left_goes_on_to_the_same_bits(heads, tmp_path):
     wanted = config(**THOROUGH)
     assert train(wanted, heads, tmp_path / "whole")
@@ -242,6 +258,22 @@ def test_a_run_is_of_one_configuration_and_one_set_of_scans(heads, tmp_path):
         Trainer(config(), heads, tmp_path / "full")
 
 
+def test_a_run_is_of_one_table_of_patients(heads, tmp_path):
+    """Patients are drawn, then one of their scans."""
+    scans = shutil.copytree(heads, tmp_path / "scans")
+    run, table = tmp_path / "run", scans / "who.csv"
+    table.write_text("subject,patient\na,p\nb,p\nc,q\n")
+    wanted = config(data__groups="who.csv", training__steps=2)
+    train(wanted, scans, run, stop_at=1)
+    table.write_text("subject,patient\na,p\nb,o\nc,q\n")
+    with pytest.raises(ConfigError, match="data.groups: the patients of the subjects in .* others"):
+        train(wanted, scans, run)
+    checkpoint = checkpoints.restore(run / "checkpoint.pt")
+    del checkpoint["groups"]  # as those of older versions
+    checkpoints.save(run / "checkpoint.pt", checkpoint)
+    assert train(wanted, scans, run)
+
+
 def test_the_best_model_by_validation_is_kept_and_training_stops_early(
     heads, tmp_path, monkeypatch
 ):
@@ -284,6 +316,46 @@ def test_deep_supervision_and_mixed_precision(heads, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="training.precision: got 'float16' on cpu"):
             Trainer(config(training__precision="float16"), heads, tmp_path / "run", quiet)
+
+
+class Outputs(torch.nn.Module):
+    """A network of as many outputs as it is told, that loses voxels at the border."""
+
+    def __init__(self, in_channels, out_channels, outputs=2, lost=0, listed=False):
+        super().__init__()
+        self.features = torch.nn.Conv3d(in_channels, 4, 3, padding=1 - lost)
+        self.norm = torch.nn.BatchNorm3d(4)
+        self.head = torch.nn.Conv3d(4, outputs, 1)
+        self.listed = listed
+
+    def forward(self, x):
+        x = torch.nn.functional.dropout(self.norm(self.features(x)), training=True)
+        return [self.head(x)] * 2 if self.listed else self.head(x)
+
+
+def test_a_network_with_other_outputs_than_classes_is_named_before_anything_trains(heads, tmp_path):
+    def made(**options):
+        changes = {f"network__{name}": value for name, value in options.items()}
+        wanted = config(**changes, loss__activation="sigmoid")
+        del wanted.network.options["features"]
+        wanted.network.name = f"{__name__}:Outputs"
+        return Trainer(wanted, heads, tmp_path / "run", quiet)
+
+    for options, shape, more in (
+        ({"outputs": 1}, "1, 1, 16, 16, 16", "class; with a sigmoid too the background has a chan"),
+        ({"outputs": 3, "listed": True}, "1, 3, 16, 16, 16", "class$"),
+        ({"lost": 1}, "1, 2, 14, 14, 14", "class$"),
+    ):
+        expected = r"patch of 16 x .* expected \(1, 2, 16, 16, 16\), a channel a "
+        pattern = rf"network.name: .*:Outputs makes \({shape}\) of a {expected}{more}"
+        with pytest.raises(ConfigError, match=pattern):
+            made(**options)
+    assert not (tmp_path / "run").exists()
+    state = torch.random.get_rng_state()
+    trainer = made(listed=True)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert trainer.network.training
+    assert not trainer.network.norm.num_batches_tracked
 
 
 def test_voxels_outside_the_mask_do_not_count_where_the_loss_has_it(heads, tmp_path):
@@ -406,6 +478,8 @@ def test_a_device_that_is_not_there_and_a_sigmoid_of_several_labels_are_named(he
     with pytest.raises(ValueError, match=r"device: got 'cuda:99', but PyTorch .* sees \d+ GPUs"):
         device_of("cuda:99", "device")
     labels = {"background": 0, "lesion": 1, "other": 2}
+    with pytest.raises(ConfigError, match="loss.ignore_index: got 1, .* 'ignore' in data.labels"):
+        Trainer(config(loss__ignore_index=1), heads, tmp_path / "run", quiet)
     several = config(data__labels=labels, loss__name="BCELoss")
     with pytest.raises(ConfigError, match="loss.activation: got 'sigmoid' for 2 labels"):
         Trainer(several, heads, tmp_path / "run", quiet)

@@ -29,7 +29,14 @@ from voxfuse.inference.segmenters import (
 )
 from voxfuse.metrics.files import ENDINGS, channels_comment, probabilities_of
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
-from voxfuse.training.dataset import Subject, check_order, file_of, find_inputs, with_name
+from voxfuse.training.dataset import (
+    Subject,
+    check_order,
+    files_named,
+    find_inputs,
+    names_of,
+    with_name,
+)
 from voxfuse.training.predict import load_model
 from voxfuse.training.volumes import Placement, save_like
 
@@ -170,8 +177,9 @@ def _of_run(request: Request) -> Job:
             request.input, model.images, model.config.data, model.channels, model.unused_channels
         )
     label = model.config.data.label
-    truths = [file_of(s.images[0].parent, label) if label else None for s in studies]
-    targets, to_folder = _targets(request, studies, [path for path in truths if path])
+    places = [study.images[0].parent for study in studies] if label else []
+    truths = [path for x in places for name in names_of(x, label) for path in files_named(x, name)]
+    targets, to_folder = _targets(request, studies, truths)
     segmenter = RunSegmenter(model, Path(request.model), options, request.probabilities)
 
     def probe() -> Probe:

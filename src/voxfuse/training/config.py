@@ -458,7 +458,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"data.clip: got {data.clip}, expected two percentiles, the lower first")
     sides = ["LR", "PA", "IS"]
     axes = sorted(i for x in data.orientation for i, side in enumerate(sides) if x in side)
-    if data.orientation and axes != [0, 1, 2]:
+    if data.orientation and (len(data.orientation) != 3 or axes != [0, 1, 2]):
         raise ConfigError(
             f"data.orientation: got {data.orientation!r}, expected '' or one of each of L or R, P "
             "or A, I or S, such as 'RAS'"

@@ -60,18 +60,33 @@ class Split:
     unused: tuple[str, ...] = ()
 
 
+def files_named(folder: Path, name: str) -> list[Path]:
+    """The image files of this name without the ending."""
+    paths = [folder / f"{name}{ending}" for ending in ENDINGS]
+    return [path for path in paths if path.is_file()]
+
+
 def file_named(folder: Path, name: str) -> Path | None:
-    """The image file of this name without the ending, or None."""
-    for ending in ENDINGS:
-        if (folder / f"{name}{ending}").is_file():
-            return folder / f"{name}{ending}"
-    return None
+    """The image file of this name without the ending, or None.
+
+    Raises:
+        DataError: there are several, with other endings.
+    """
+    found = files_named(folder, name)
+    if len(found) > 1:
+        listed = " and ".join(path.name for path in found)
+        raise DataError(f"{folder.name}: {folder} has {listed}, expected one file {name}")
+    return found[0] if found else None
+
+
+def names_of(place: Path, name: str) -> list[str]:
+    """What a subject's file may be called: this, or its folder's name and this, as BraTS has it."""
+    return [name, *(f"{place.name}{between}{name}" for between in "_-")]
 
 
 def file_of(place: Path, name: str) -> Path | None:
-    """A subject's file of this name, or of its folder's and this one, as BraTS has them."""
-    names = [name, *(f"{place.name}{between}{name}" for between in "_-")]
-    return next((path for path in (file_named(place, x) for x in names) if path), None)
+    """A subject's file of this name, see :func:`names_of`, or None."""
+    return next(filter(None, (file_named(place, x) for x in names_of(place, name))), None)
 
 
 def name_of(path: Path) -> str:
@@ -141,8 +156,8 @@ def find_dataset(folder: str | Path, options: DataOptions) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it.
-        DataError: a ``dataset.json`` that cannot be read, more than 255 classes, a table of
-            patients that lacks a subject (see :func:`patients_of`).
+        DataError: a ``dataset.json`` that cannot be read, two files of one name, more than 255
+            classes, a table of patients that lacks a subject (see :func:`patients_of`).
         ValueError: ``images`` or ``labels`` are not said, or not in the ``dataset.json``.
     """
     folder = Path(folder)
@@ -245,12 +260,19 @@ def _from_json(folder: Path, options: DataOptions) -> Dataset:
                 f"data.images: {path} has no channel {name!r}{did_you_mean(name, channels)} "
                 f"(it has {', '.join(channels)})"
             )
+        if chosen != channels and channels.count(name) > 1:
+            raise ValueError(
+                f"data.images: got {name!r}, which {path} calls {channels.count(name)} channels, "
+                "expected all channels in their order, or []"
+            )
     if options.mask not in ("positive", "all"):
         raise ValueError(
             f"data.mask: got {options.mask!r}, expected positive or all with a dataset.json"
         )
     cases, given = _cases(folder, content, channels)
-    places = tuple(channels.index(channel) for channel in chosen)
+    # All are known by place: nnU-Net's names say how they are normalised, and may be one name.
+    every = range(len(channels))
+    places = tuple(every if chosen == channels else map(channels.index, chosen))
     subjects = {}
     for name, (images, label, group) in cases.items():
         if len(images) == len(channels):
@@ -415,7 +437,9 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
     """Who is trained on, validated and tested.
 
     Lists name subjects, or patients for all of theirs. Where nothing is said of training, it is
-    everyone else, but for scans of patients who are validated or tested.
+    everyone else, but for scans of patients who are validated or tested. A dataset.json's own lists
+    hold where the options have none; its training, but for the patients whom the options validate
+    or test.
 
     Args:
         dataset: see :func:`find_dataset`.
@@ -458,6 +482,10 @@ def split_dataset(dataset: Dataset, options: DataOptions, seed: int = 0) -> Spli
         return {subjects[name].group or name for name in names}
 
     training, validation, test = named("training"), named("validation"), named("test")
+    if not options.training:
+        asked = (validation if options.validation else []) + (test if options.test else [])
+        held = patients(asked)
+        training = [name for name in training if not patients([name]) & held]
     if not validation and options.validation_share:
         held = patients(test)
         free = sorted(patients(training or subjects) - held)
@@ -508,9 +536,10 @@ def _modality_in(name: str, images: Sequence[str]) -> int | None:
     text, found = _words(name), []
     for image in sorted(images, key=len, reverse=True):  # t1_ce is no t1
         if _words(image) in text:
-            found.append(images.index(image))
+            found.append(_words(image))
             text = text.replace(_words(image), "__")
-    return found[0] if len(found) == 1 else None
+    places = [k for k, image in enumerate(images) if [_words(image)] == found]
+    return places[0] if len(places) == 1 else None
 
 
 def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence[int] = ()) -> None:
@@ -588,7 +617,8 @@ def find_inputs(
 
     Raises:
         FileNotFoundError: no such path, or nothing there.
-        ValueError: not as many files as modalities, in another order, or of other numbers.
+        ValueError: not as many files as modalities, in another order, of other numbers, or two of
+            one name.
     """
     for path in paths:
         if not path.exists():
@@ -606,8 +636,10 @@ def find_inputs(
         return [Subject(name_of(paths[0]), tuple(paths), None, mask)]
     folder = paths[0]
     plain = DataOptions(mask=options.mask)
-    several = _subjects_in(folder, images, plain, options.label)
-    one = subject_of_folder(folder, images, plain)
+    # Channels of one name, as a dataset.json may have them, have no files of their names.
+    names = images if len(set(images)) == len(images) else ()
+    several = _subjects_in(folder, names, plain, options.label) if names else []
+    one = subject_of_folder(folder, names, plain)
     if one is not None:
         below = [subject.name for subject in several]
         say_left_out(folder, below, f"as the folder itself has {', '.join(images)}")
@@ -652,9 +684,9 @@ def find_inputs(
         ]
         others = [path for path in besides(cases) if numbered(path)[1] is None]
         return subjects + [Subject(name_of(path), (path,), None) for path in others]
-    near = near_files(folder, images)
+    near = near_files(folder, names)
     if not files:
-        near = [path for s in several for path in near_files(s.images[0].parent, images)]
+        near = [path for s in several for path in near_files(s.images[0].parent, names)]
     if near:
         raise FileNotFoundError(
             f"--input: {folder} has {near[0].relative_to(folder)}, expected {', '.join(images)}, "

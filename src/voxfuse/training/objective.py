@@ -22,7 +22,9 @@ LOSSES: Mapping[str, Any] = {
 
 
 class Objective(nn.Module):
-    """A loss of what a network returns: logits, or a list of them, the finest first.
+    """A loss of what a network returns: logits, or several of them, the finest first.
+
+    Several are a list, or a stack (B, outputs, classes, \\*spatial) as MONAI's DynUNet has them.
 
     Depths are weighed by ``depth_weights``; the labels of a coarser one are those of the rarest
     class that it covers, so that a lesion of one voxel is in all of them.
@@ -33,8 +35,8 @@ class Objective(nn.Module):
         ignored: the class whose voxels do not count.
 
     Raises:
-        ConfigError: an unknown loss or option (the message has the nearest one), or one that wants
-            probabilities: networks give logits.
+        ConfigError: an unknown loss or option (the message has the nearest one), one that wants
+            probabilities: networks give logits; or one that is no number.
 
     Example:
         >>> import torch
@@ -60,6 +62,8 @@ class Objective(nn.Module):
             self.loss = made(**{**options.options, **label})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"loss.{error}") from None
+        if getattr(self.loss, "reduction", None) == "none":
+            raise ConfigError("loss.reduction: got 'none', expected mean or sum: one number a step")
         #: What makes probabilities of the logits that it trains: "softmax" or "sigmoid".
         self.activation = getattr(self.loss, "activation", None) or (
             "sigmoid" if options.name in ("BCELoss", "LovaszHingeLoss") else "softmax"
@@ -72,6 +76,8 @@ class Objective(nn.Module):
         self, outputs: Tensor | Sequence[Tensor], label: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The loss; label and mask (B, 1, \\*spatial)."""
+        if isinstance(outputs, Tensor) and outputs.ndim == label.ndim + 1:
+            outputs = outputs.unbind(1)
         one = isinstance(outputs, Tensor)
         value: Tensor = (self.loss if one else self.deep)(outputs, label, mask)
         return value

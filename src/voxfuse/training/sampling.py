@@ -92,18 +92,18 @@ class Sampler:
                 f"sampling.method: got {options.method!r}, but no training subject has a voxel of "
                 "a lesion or other foreground; 'uniform' needs none"
             )
-        groups = groups or {}
-        self.patients = self._patients(groups, options.minimum_subject_voxels)
-        self.later_patients = self._patients(groups, options.relaxed_subject_voxels)
+        self.groups = {name: (groups or {}).get(name) or name for name in volumes}
+        self.patients = self._patients(options.minimum_subject_voxels)
+        self.later_patients = self._patients(options.relaxed_subject_voxels)
 
-    def _patients(self, groups: Mapping[str, str], least: int) -> list[list[str]]:
+    def _patients(self, least: int) -> list[list[str]]:
         """The scans of every patient; for "lesions", of ``least`` lesion voxels or none at all."""
         scans: dict[str, list[str]] = {}
         enough = False
         for name in self.volumes:
             lesion = sum(voxels.size for voxels in self.classes[name])
             if self.options.method != "lesions" or lesion == 0 or lesion >= least:
-                scans.setdefault(groups.get(name) or name, []).append(name)
+                scans.setdefault(self.groups[name], []).append(name)
                 enough = enough or lesion > 0
         if self.options.method == "lesions" and not enough:
             raise ValueError(

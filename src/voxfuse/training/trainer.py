@@ -22,10 +22,9 @@ from voxfuse._files import unfinished, write_text
 from voxfuse.metrics import SegmentationScores
 from voxfuse.training import checkpoints
 from voxfuse.training.augmentation import steps_of
-from voxfuse.training.config import Config, ConfigError, load, to_toml
+from voxfuse.training.config import Config, ConfigError, SamplingOptions, load, to_toml
 from voxfuse.training.dataset import (
     IGNORED,
-    DataError,
     Dataset,
     Split,
     find_dataset,
@@ -109,6 +108,11 @@ class Trainer:
         self.split: Split = split_dataset(self.dataset, config.data, config.training.seed)
         self.device = device_of(config.training.device)
         self.ignored = None if self.dataset.ignored is None else IGNORED
+        if "ignore_index" in config.loss.options:  # not in Objective: such models still predict
+            raise ConfigError(
+                f"loss.ignore_index: got {config.loss.options['ignore_index']!r}, expected no such "
+                "key: the label whose voxels do not count is the one called 'ignore' in data.labels"
+            )
         self.objective = Objective(config.loss, config.training.depth_weights, self.ignored)
         if self.objective.activation == "sigmoid" and len(self.dataset.labels) > 2:
             raise ConfigError(
@@ -125,6 +129,7 @@ class Trainer:
             )
         check_patch(self.network, config.sampling.patch, config.sampling.batch)
         self.network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self._check_outputs(len(self.dataset.images), classes)
         self.optimiser = make_optimiser(self.network, config.optimiser)
         half = config.training.precision == "float16"
         if half and self.device.type != "cuda":
@@ -136,7 +141,13 @@ class Trainer:
         self.progress = Progress(losses=[])
         volumes = self._load()
         self.validation = [volumes[name] for name in self.split.validation]
-        self.sampler = self._sampler({name: volumes[name] for name in self.split.training})
+        # With simulated lesions another one takes its place before a patch is drawn; these heads
+        # may have none.
+        drawn = config.sampling
+        if config.augmentation.simulate_every:
+            drawn = replace(drawn, method="uniform")
+        trained = {name: volumes[name] for name in self.split.training}
+        self.sampler = self._sampler(trained, drawn)
         #: Of the arrays as they are on disk: a run is not gone on with on others.
         self.fingerprint = _fingerprint([*self.sampler.volumes.values(), *self.validation])
         self.renewal: Renewal | None = None
@@ -183,20 +194,40 @@ class Trainer:
                         "another folder for another run"
                     )
 
+    def _check_outputs(self, channels: int, classes: int) -> None:
+        """The network has to predict a channel a class: what it has learnt could not be used else.
+
+        A patch of zeros goes through it once; through those with a factor, as voxfuse's own, a
+        small one, as 128^3 voxels take long on a CPU.
+        """
+        factor = getattr(self.network, "factor", None)
+        extent = self.config.sampling.patch
+        if isinstance(factor, int):
+            extent = [min(n, 2 * factor) for n in extent]
+        training = self.network.training
+        self.network.eval()
+        with torch.no_grad(), _random_state(None, self.device):
+            patch = torch.zeros(1, channels, *extent, device=self.device)
+            patch = patch.contiguous(memory_format=torch.channels_last_3d)
+            got = tuple(first_output(self.network(patch)).shape)
+        self.network.train(training)
+        if got != (1, classes, *extent):
+            more = "; with a sigmoid too the background has a channel" if got[1:2] == (1,) else ""
+            raise ConfigError(
+                f"network.name: {self.config.network.name} makes {got} of a patch of "
+                f"{' x '.join(map(str, extent))} voxels, expected {(1, classes, *extent)}, a "
+                f"channel a class{more}"
+            )
+
     def _load(self) -> dict[str, Volume]:
         """Everyone's arrays checked, those of training and validation kept."""
         split, data = self.split, self.config.data
         everyone = [*split.training, *split.validation, *split.test]
         keep = [*split.training, *split.validation]
         subjects = [self.dataset.subjects[name] for name in everyone]
-        volumes = check_subjects(subjects, data, self.dataset.labels, keep, self.dataset.ignored)
-        channels = len(self.dataset.images)
-        for name, volume in volumes.items():
-            if volume.image.shape[0] != channels:
-                raise DataError(
-                    f"{name}: {volume.placement.path} has {volume.image.shape[0]} channels, "
-                    f"expected {channels}: {', '.join(self.dataset.images)}"
-                )
+        volumes = check_subjects(
+            subjects, data, self.dataset.labels, keep, self.dataset.ignored, self.dataset.images
+        )
         self.say(
             f"training on {len(split.training)} subjects ({', '.join(split.training[:6])}"
             f"{', ...' if split.training[6:] else ''}), validation {len(split.validation)}, "
@@ -205,9 +236,9 @@ class Trainer:
         )
         return volumes
 
-    def _sampler(self, volumes: Mapping[str, Volume]) -> Sampler:
+    def _sampler(self, volumes: Mapping[str, Volume], options: SamplingOptions) -> Sampler:
         groups = {name: self.dataset.subjects[name].group for name in volumes}
-        return Sampler(volumes, self.config.sampling, groups, self.config.training.seed)
+        return Sampler(volumes, options, groups, self.config.training.seed)
 
     @cached_property
     def test_fingerprint(self) -> int:
@@ -230,7 +261,9 @@ class Trainer:
             first = number * training.updates_per_patch  # the patches are of one simulation
             renewed = first // self.config.augmentation.simulate_every
             if renewed != self.renewed:
-                self.sampler, self.renewed = self._sampler(self.renewal.volumes(renewed)), renewed
+                simulated = self.renewal.volumes(renewed)
+                self.sampler = self._sampler(simulated, self.config.sampling)
+                self.renewed = renewed
         random = generator(training.seed, number, AUGMENTATION)
         images, labels, masks, relaxed = [], [], [], 0
         for place, patch in self.sampler.patches(number):
@@ -329,6 +362,12 @@ class Trainer:
                 raise ConfigError(
                     f"--data: the scans of {self.dataset.folder} are others than those that the "
                     f"run in {self.run} began with"
+                )
+            # Checkpoints of older versions have no patients.
+            if content.get("groups", self.sampler.groups) != self.sampler.groups:
+                raise ConfigError(
+                    f"data.groups: the patients of the subjects in {self.dataset.folder} are "
+                    f"others than those that the run in {self.run} began with"
                 )
             self.network.load_state_dict(content["network"])
             self.optimiser.load_state_dict(content["optimiser"])
@@ -475,6 +514,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "progress": dict(vars(progress)),
                 "fingerprint": self.fingerprint,
+                "groups": self.sampler.groups,
             },
         )
 

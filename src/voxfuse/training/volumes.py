@@ -138,11 +138,18 @@ def check_subjects(
     labels: dict[str, int],
     keep: Sequence[str],
     ignored: int | None = None,
+    images: Sequence[str] = (),
 ) -> dict[str, Volume]:
     """Load every subject, and keep those named; of all errors make one.
 
+    Args:
+        subjects, options, labels, ignored: see :func:`load_volume`.
+        keep: names of subjects.
+        images: the modalities; empty: any number of them.
+
     Raises:
-        DataError: the first ten of what :func:`load_volume` raises, a line each.
+        DataError: the first ten of what :func:`load_volume` raises, and of another number of
+            modalities, a line each.
     """
     volumes: dict[str, Volume] = {}
     problems: list[str] = []
@@ -152,7 +159,12 @@ def check_subjects(
         except DataError as error:
             problems.append(str(error))
             continue
-        if subject.name in keep:
+        if images and len(volume.image) != len(images):
+            problems.append(
+                f"{subject.name}: {volume.placement.path} has {len(volume.image)} channels, "
+                f"expected {len(images)}: {', '.join(images)}"
+            )
+        elif subject.name in keep:
             volumes[subject.name] = volume
     if problems:
         more = f"\n... and {len(problems) - 10} more" if problems[10:] else ""

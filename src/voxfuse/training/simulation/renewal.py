@@ -46,10 +46,11 @@ class Renewal:
         seed: int = 0,
     ) -> None:
         names = [image.lower() for image in images]
-        if "t1" not in names or not set(names) <= set(CONTRASTS):
+        known = set(names) <= set(CONTRASTS) and len(set(names)) == len(names)
+        if "t1" not in names or not known:
             raise ConfigError(
                 f"augmentation.simulate_every: got images {', '.join(images)}, expected t1 and any "
-                f"of {', '.join(name for name in CONTRASTS if name != 't1')}"
+                f"of {', '.join(name for name in CONTRASTS if name != 't1')}, each once"
             )
         if len(labels) != 2:
             raise ConfigError(
