@@ -126,6 +126,10 @@ def test_axes_of_a_foreground_that_cannot_be_matched_are_an_error(tmp_path):
     request = replace(request, input=[stored(tmp_path / "zyx.zarr", array)])
     with pytest.raises(ValueError, match=r"\(16, 16, 24\) \(x, y, z\), expected \(24, 16, 16\)"):
         open_volume(request, str(mask))
+    mirrored = write(tmp_path / "mirrored.nii", array, np.diag([-1.0, 1, 1, 1]))
+    request = replace(request, input=[mirrored])
+    with pytest.raises(ValueError, match="--foreground: lies elsewhere than the volume: their aff"):
+        open_volume(request, str(mask))
 
 
 @pytest.mark.parametrize("name", ["three_classes", "two_regions"])

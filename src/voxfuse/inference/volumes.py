@@ -35,6 +35,7 @@ from voxfuse.inference.segmenters import MEMBERS
 from voxfuse.scale import Job, Plan, Source, open_source
 from voxfuse.scale.manifest import MANIFEST, Folder
 from voxfuse.training.config import PredictionOptions
+from voxfuse.training.volumes import TOLERANCE
 
 _SMALLER = "take a smaller --batch or --patch"
 #: What a --foreground that is no number is called.
@@ -366,6 +367,13 @@ def _background(
                 f"--foreground: has extent {tuple(looked_at.shape[-3:])} ({axes}), expected "
                 f"{expected}"
             ) from None
+        if source.affine is not None and looked_at.affine is not None:
+            gap = float(np.abs(source.affine - looked_at.affine).max())
+            if not gap <= TOLERANCE:
+                raise ValueError(
+                    "--foreground: lies elsewhere than the volume: their affines differ by up to "
+                    f"{gap:g} mm, expected at most {TOLERANCE:g}"
+                ) from None
 
     def empty(origin: tuple[int, ...]) -> bool:
         key = tuple(

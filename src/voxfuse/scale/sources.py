@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from voxfuse.metrics.files import affine_in_mm
 from voxfuse.scale._optional import require
 from voxfuse.scale.chunk_cache import ChunkCache, Slices, box_bytes, edges_of
 from voxfuse.scale.manifest import fingerprint_of
@@ -41,6 +42,8 @@ class Source:
     space: Space | None
     #: Why the voxels lie elsewhere than ``space`` says; None where they do not.
     elsewhere: str | None = None
+    #: Of a NIfTI file, in mm.
+    affine: NDArray[np.float64] | None = None
 
     def __init__(
         self,
@@ -389,7 +392,7 @@ def _nifti(path: Path, axes: str | None, scratch: Any, given: dict[str, Any]) ->
         floats = np.dtype(np.float64 if array.dtype.itemsize > 4 else np.float32)
         given = given | {"value": value, "dtype": floats}
     source = Source(array, name=name, order=order, space=space, **given)
-    source.elsewhere = elsewhere
+    source.elsewhere, source.affine = elsewhere, affine_in_mm(image)
     return source
 
 
