@@ -23,11 +23,11 @@ from voxfuse.training.dataset import (
     check_order,
     find_dataset,
     find_inputs,
-    split_dataset,
 )
 from voxfuse.training.initial import initial_config
 from voxfuse.training.predict import decided, load_model
 from voxfuse.training.sampling import Sampler
+from voxfuse.training.split import split_dataset
 from voxfuse.training.trainer import Trainer
 from voxfuse.training.volumes import check_subjects, load_volume, on_own_grid, save_like
 

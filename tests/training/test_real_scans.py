@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from voxfuse.training.config import load
-from voxfuse.training.dataset import find_dataset, split_dataset
+from voxfuse.training.dataset import find_dataset
 from voxfuse.training.initial import initial_config
 from voxfuse.training.sampling import Sampler
+from voxfuse.training.split import split_dataset
 from voxfuse.training.volumes import check_subjects
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,13 +23,7 @@ from voxfuse.metrics import SegmentationScores
 from voxfuse.training import checkpoints
 from voxfuse.training.augmentation import steps_of
 from voxfuse.training.config import Config, ConfigError, SamplingOptions, load, to_toml
-from voxfuse.training.dataset import (
-    IGNORED,
-    Dataset,
-    Split,
-    find_dataset,
-    split_dataset,
-)
+from voxfuse.training.dataset import IGNORED, Dataset, find_dataset
 from voxfuse.training.evaluation import rows_of_subjects, write_rows
 from voxfuse.training.networks import check_patch, make_network
 from voxfuse.training.objective import Objective
@@ -44,6 +38,7 @@ from voxfuse.training.predict import (
 )
 from voxfuse.training.sampling import AUGMENTATION, NETWORK, Sampler, generator
 from voxfuse.training.simulation.renewal import Renewal
+from voxfuse.training.split import Split, split_dataset
 from voxfuse.training.volumes import Volume, check_subjects
 
 #: Columns of log.csv. A row is the mean of the steps since the row before; "relaxed" is the share
