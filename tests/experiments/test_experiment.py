@@ -154,6 +154,23 @@ def test_one_run_of_the_quick_losses(tmp_path, hippocampi):
     assert (results.folder / "README.md").is_file()
 
 
+def test_what_fails_in_processes_is_told_in_a_line(tmp_path, capfd):
+    folders = ["--data", str(tmp_path), "--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["experiment", "losses", "--jobs", "2", *folders]) == 1
+    told = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("losses:")]
+    assert [line.split(": ")[0] for line in told] == ["voxfuse experiment"] * 3
+    assert str(tmp_path) in told[0]
+    assert told[2].endswith("losses: 2 of 2 processes failed")
+
+
+def test_processes_do_what_is_left_and_one_page(tmp_path):
+    folders = ["--work", str(tmp_path), "--quick"]
+    assert main(["experiment", "bounds", "--jobs", "2", "--runs", "1", *folders]) == 0
+    results = tmp_path / "quick" / "results"
+    assert len((results / "bounds" / "runs.csv").read_text().splitlines()) == 2
+    assert (results / "README.md").is_file()
+
+
 def test_an_unknown_experiment_is_named(capsys):
     assert main(["experiment", "loses"]) == 1
     expected = f"NAME: got 'loses', expected one of {', '.join(EXPERIMENTS)}"

@@ -48,6 +48,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--page", action="store_true", help="do no runs: make the pages from the rows there are"
     )
+    # What a process of --jobs is called with: runs alone, in the folders as they are.
+    parser.add_argument("--share", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_experiment)
 
 
@@ -58,8 +60,12 @@ def _experiment(options: argparse.Namespace) -> int:
 
         experiment = find(options.name)
         data = Path(options.data or Path.cwd().parent / "shared" / "data")
-        work = options.work / "quick" if options.quick else options.work
-        out = work / "results" if options.quick else options.out
+        work, out = options.work, options.out
+        if options.share:
+            experiment.do(Place(data, work, out, options.quick), options.runs, options.seconds)
+            return 0
+        if options.quick:
+            work, out = work / "quick", work / "quick" / "results"
         place = Place(data, work, out, options.quick)
         if not options.page:
             how = {"jobs": options.jobs, "runs": options.runs, "seconds": options.seconds}

@@ -145,10 +145,15 @@ def _by_processes(
         share = None if runs is None else (runs + jobs - 1 - k) // jobs
         if share == 0:
             continue
-        call = f"do({experiment.name!r}, {_paths(place)!r}, {place.quick}, {share}, {seconds})"
-        command = f"from voxfuse.experiments.registry import do; {call}"
+        command = [sys.executable, "-m", "voxfuse", "experiment", experiment.name, "--share"]
+        command += ["--quick"] if place.quick else []
+        for option, value in (
+            ("--data", place.data), ("--work", place.work), ("--out", place.results),
+            ("--runs", share), ("--seconds", seconds),
+        ):  # fmt: skip
+            command += [] if value is None else [option, str(value)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, "-c", command], env=environment))
+        processes.append(subprocess.Popen(command, env=environment))
     try:
         failed = [process.args for process in processes if process.wait()]
     finally:
@@ -156,7 +161,3 @@ def _by_processes(
             process.terminate()  # those that an interrupt has left
     if failed:
         raise RuntimeError(f"{experiment.name}: {len(failed)} of {jobs} processes failed")
-
-
-def _paths(place: Place) -> tuple[str, str, str]:
-    return str(place.data), str(place.work), str(place.results)

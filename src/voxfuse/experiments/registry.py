@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 
 from voxfuse.experiments.claims import write_page
 from voxfuse.experiments.experiment import Experiment, Place
@@ -30,15 +29,3 @@ def write_pages(place: Place) -> None:
         if (place.results / name / "results.csv").is_file():
             find(name).write_pages(place)
     write_page(place.results)
-
-
-def do(
-    name: str,
-    paths: tuple[str, str, str],
-    quick: bool,
-    runs: int | None,
-    seconds: float | None,
-) -> None:
-    """:meth:`Experiment.do` of an experiment by name, for a process of its own."""
-    data, work, results = map(Path, paths)
-    find(name).do(Place(data, work, results, quick), runs, seconds)
