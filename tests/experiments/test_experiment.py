@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from voxfuse.cli import main
-from voxfuse.experiments import lesions, losses
+from voxfuse.experiments import lesions, losses, tables
 from voxfuse.experiments.experiment import Experiment, Finished, Place, carry_out
 from voxfuse.experiments.registry import EXPERIMENTS, find
 from voxfuse.experiments.results import Results, claim
@@ -241,3 +241,20 @@ def test_the_page_of_lesions_averages_scans_of_a_patient():
     assert "| dice | 1 | 0.250 | 0.250 | 0.400 |" in page
     assert "| cross-entropy | 1 | -0.150 (-0.785 to +0.485), one seed, 0 of 2 patients" in page
     assert "| dice | 1 | 3 of 6, 3 false | 3 of 6, 3 false |" in page
+
+
+def test_pages_tell_what_tuning_does_and_which_thresholds_it_chose():
+    dice = {("dice", "0.5"): [[0.5, 0.7], [0.6, 0.8]], ("dice", "tuned-f2"): [[0.5, 0.5]] * 2}
+    dice |= {("dice", "tuned-dice"): [[0.6, 0.8], [0.7, 0.9]]}
+    rows = _finished("losses", "binary", ("hippocampus",), "ab", dice).rows
+    scores = tables.Scores(rows, "binary")
+    assert "| dice | 2 | +0.100 (+0.100 to +0.100) |" in tables.tuning(scores)
+    chosen = {("0", "tuned-dice"): "0.3", ("1", "tuned-dice"): "0.9999", ("0", "tuned-f2"): "0.1"}
+    for row in rows:
+        row["level"] = chosen.get((row["seed"], row["threshold"]), "0.2")
+    told = tables.levels(rows, "binary", ("hippocampus",))
+    line = "| dice | 0.3 (0.3 to 0.9999), 1 of 2 an end of the range | 0.1 (0.1 to 0.2) |"
+    assert told.splitlines()[-1] == line
+    by_subject = tables.levels(rows, "binary", ("hippocampus",), of=lambda row: row["subject"])
+    assert "2 of 4 an end of the range" in by_subject
+    assert not tables.levels(rows, "binary", ("amygdala",))

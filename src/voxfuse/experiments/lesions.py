@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 
 from voxfuse.experiments.experiment import Experiment, Finished, Place, Run
 from voxfuse.experiments.results import Row
-from voxfuse.experiments.scores import CHOICES, by_size, curve, leave_one_out, row
+from voxfuse.experiments.scores import CHOICES, TUNED, by_size, curve, leave_one_out, row
 from voxfuse.experiments.scores import tuned_threshold as tuned
 from voxfuse.experiments.statistics import few_patients
 from voxfuse.experiments.tables import (
+    AGAINST,
     GLOSSARY,
     Scores,
     beta_chart,
     differences,
     done,
+    levels,
     markdown,
     means,
+    tuning,
 )
 from voxfuse.experiments.trained import COLUMNS, KEY, LOSSES, beta_of, predicted, trained
 from voxfuse.training.config import Config, LossOptions, parse
@@ -257,9 +260,17 @@ def pages(finished: Finished) -> dict[str, str]:
             "trained on, whose own lesions count neither way:",
             means(scores, ("0.5", *SEMIREAL)),
         ]  # fmt: skip
-        for against in ("dice", "cross-entropy"):
+        for against in AGAINST:
             if scores.seeds(against):
                 text.append(differences(scores, against, few_patients))
+        ways = {**TUNED, **SEMIREAL}
+        chosen = levels(finished.rows, "lesion", ("lesion",), tuple(ways), _tuned_for)
+        text += [
+            "What tuning does to a loss, and the thresholds that it chose, one a network and "
+            "patient: the median, and from which to which. Chosen on two patients they lie far "
+            "apart; where a mean is below 0, networks did worse with them than at 0.5.",
+            tuning(scores, ways, few_patients), chosen,
+        ]  # fmt: skip
         name, chart = "beta_lesion.svg", beta_chart(scores)
         if chart:
             charts[name] = chart
@@ -272,6 +283,11 @@ def pages(finished: Finished) -> dict[str, str]:
             f"{float(cost[0]['seconds']) / 3600:.1f} hours of one core. No claim is made of it."
         )
     return {"README.md": "\n\n".join(filter(None, text)) + "\n", **charts}
+
+
+def _tuned_for(row: Mapping[str, str]) -> str:
+    """Whom a row's threshold was chosen for: those of heads are a network's, for all patients."""
+    return row["subject"].rsplit("-", 1)[0] if row["threshold"] in TUNED else ""
 
 
 def _size_table(finished: Finished, scores: Scores) -> str:

@@ -15,7 +15,18 @@ from voxfuse._files import write_text, write_whole
 from voxfuse.experiments.experiment import Experiment, Finished, Place, Run
 from voxfuse.experiments.results import Row
 from voxfuse.experiments.scores import ARGMAX, CHOICES
-from voxfuse.experiments.tables import GLOSSARY, Scores, beta_chart, differences, done, lost, means
+from voxfuse.experiments.tables import (
+    AGAINST,
+    GLOSSARY,
+    Scores,
+    beta_chart,
+    differences,
+    done,
+    levels,
+    lost,
+    means,
+    tuning,
+)
 from voxfuse.experiments.trained import BETAS, COLUMNS, KEY, LOSSES, scored, trained
 from voxfuse.metrics._arrays import optional
 from voxfuse.training.config import Config, LossOptions, parse
@@ -141,7 +152,8 @@ def pages(finished: Finished) -> dict[str, str]:
         "What was asked, of whom and how, is in the [protocol](../protocol.md). Scores are means "
         "over seeds and 90 test subjects; differences are within seed and subject, with 95 % "
         "intervals of a bootstrap that draws seeds and subjects. Of five seeds such an interval "
-        "covers about 91 %, of one the subjects' spread alone. In the two-class task a subject's "
+        "covers between 82 %, where seeds alone differ, and 95 %; of fewer seeds, less. In the "
+        "two-class task a subject's "
         'score is the mean of both structures, and "argmax" takes the class of greatest '
         "probability, as networks of several classes are used.",
         GLOSSARY,
@@ -162,9 +174,14 @@ def pages(finished: Finished) -> dict[str, str]:
             f"(seed {', '.join(map(str, seeds))})."
             for (loss, structure), seeds in lost(finished.rows, task).items()
         ]
-        for against in ("dice", "cross-entropy"):
+        for against in AGAINST:
             if scores.seeds(against):
                 text.append(differences(scores, against))
+        text += [
+            "What tuning does to a loss, and the thresholds that it chose, one a network and "
+            "structure: the median, and from which to which.",
+            tuning(scores), levels(finished.rows, task, TASKS[task]),
+        ]  # fmt: skip
         name, chart = f"beta_{task}.svg", beta_chart(scores)
         if chart:
             charts[name] = chart

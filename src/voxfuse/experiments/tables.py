@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.experiments.experiment import Finished
-from voxfuse.experiments.scores import ARGMAX, CHOICES, SCORES
+from voxfuse.experiments.scores import ARGMAX, CHOICES, SCORES, TUNED
 from voxfuse.experiments.statistics import Interval, crossed_bootstrap
 from voxfuse.experiments.trained import BETAS, LOSSES
 from voxfuse.metrics.report.charts import HEIGHT, LEFT, PALETTE, WIDTH, Series, xy_chart
+from voxfuse.training.evaluation import thresholds
 
 Floats = NDArray[np.float64]
 
@@ -23,6 +24,12 @@ STYLE = (
     ".line{fill:none;stroke-width:2}"
 )
 
+
+#: What every loss is compared with: the papers' two, and what most networks are trained with.
+AGAINST = ("dice", "cross-entropy", "dice-ce")
+
+#: Of the thresholds among which one is chosen: the best may lie beyond.
+ENDS = (min(thresholds()), max(thresholds()))
 
 #: What the tables' words mean.
 GLOSSARY = (
@@ -181,6 +188,58 @@ def differences(
         lines.append([loss, str(len(scores.seeds(loss, against))), *cells])
     head = [f"{name}, {way}" if name != "ap" else "AP" for way, name in wanted]
     return markdown([f"loss less {against}", "seeds", *head], lines) if lines else ""
+
+
+def tuning(
+    scores: Scores,
+    ways: Mapping[str, str] = TUNED,
+    interval: Callable[[Floats], Interval] = crossed_bootstrap,
+) -> str:
+    """A line a loss: the score at the thresholds that were tuned for it, less that at 0.5."""
+    lines = []
+    for loss in filter(scores.seeds, scores.losses):
+        gains = [
+            scores.values(loss, way, name) - scores.values(loss, "0.5", name)
+            for way, name in ways.items()
+        ]
+        lines.append([loss, str(len(scores.seeds(loss))), *(str(interval(gain)) for gain in gains)])
+    head = [f"{name}, {way} less 0.5" for way, name in ways.items()]
+    return markdown(["loss", "seeds", *head], lines)
+
+
+def levels(
+    rows: Iterable[Mapping[str, str]],
+    task: str,
+    structures: Sequence[str],
+    ways: Sequence[str] = tuple(TUNED),
+    of: Callable[[Mapping[str, str]], str] = lambda row: "",
+) -> str:
+    """A line a loss: the median of the thresholds that were chosen, and their range.
+
+    Args:
+        rows, task, structures: as :class:`Scores` takes them.
+        ways: of choosing.
+        of: whom of a run's test subjects a threshold was chosen for; as it is, for all of them.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
+    for row in rows:
+        if row["task"] == task and row["split"] == "test" and row["structure"] in structures:
+            cell = row["seed"], row["fold"], row["structure"], of(row)
+            found.setdefault((row["loss"], row["threshold"]), {})[cell] = float(row["level"] or 0.5)
+
+    def said(chosen: Iterable[float]) -> str:
+        every = np.array(list(chosen))
+        low, middle, high = np.quantile(every, [0, 0.5, 1], method="nearest")
+        at_end = int(((every <= ENDS[0]) | (every >= ENDS[1])).sum())
+        ends = f", {at_end} of {every.size} an end of the range" * (at_end > 0)
+        return f"{middle:.4g} ({low:.4g} to {high:.4g}){ends}"
+
+    lines = [
+        [loss, *(said(found[loss, way].values()) for way in ways)]
+        for loss in LOSSES
+        if all((loss, way) in found for way in ways)
+    ]
+    return markdown(["loss", *ways], lines) if lines else ""
 
 
 def done(finished: Finished, command: str) -> str:
