@@ -143,6 +143,19 @@ def test_a_shift_by_a_voxel_is_seen_as_its_size():
         assert moved.surface_dice(size) == 1
 
 
+@pytest.mark.parametrize("outline", ["voxels", "areas"])
+@pytest.mark.parametrize("size", [1.0, np.nextafter(np.float32(1), 2), np.float32(1.2)])
+def test_rounding_of_voxel_sizes_does_not_decide_what_is_within_the_tolerance(outline, size):
+    """A layer of voxels more, at their size to six digits: all of it is within."""
+    if outline == "areas":
+        pytest.importorskip("monai", reason="the areas are MONAI's")
+    truth, prediction = np.zeros((2, 9, 9, 9), bool)
+    truth[3:6, 3:6, 3:6] = prediction[3:7, 3:6, 3:6] = True
+    distances = metrics.surface_distances(prediction, truth, float(size), outline=outline)
+    assert distances.surface_dice(round(float(size), 5)) == 1
+    assert distances.surface_dice(0.999 * size) < 1
+
+
 def test_errors_name_the_argument():
     mask = np.ones((2, 2))
     with pytest.raises(ValueError, match="outline: got 'mesh'"):

@@ -14,6 +14,10 @@ from voxfuse.contract import TARGET_ROOM
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
+#: Share by which lengths and volumes may be off: affines are float32, direction cosines of DICOM
+#: have 6 digits.
+ROUNDING = 1e-5
+
 
 def optional(module: str, purpose: str) -> Any:
     """Import a module of an optional package, or say what it is needed for.

@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from voxfuse.metrics._arrays import Floats, Mask, as_pair, as_spacing, bounding_box, optional
+from voxfuse.metrics._arrays import (
+    ROUNDING,
+    Floats,
+    Mask,
+    as_pair,
+    as_spacing,
+    bounding_box,
+    optional,
+)
 from voxfuse.metrics.definitions import METRICS
 
 
@@ -54,14 +62,18 @@ class SurfaceDistances:
         return float(distances @ areas / areas.sum())
 
     def surface_dice(self, tolerance: float = 1.0) -> float:
-        """The share of both surfaces that lies within ``tolerance`` mm of the other (NSD)."""
+        """The share of both surfaces that lies within ``tolerance`` mm of the other (NSD).
+
+        A distance that exceeds it by a hundred-thousandth or less is within: voxels of 1 mm read
+        from a rotated affine may be of 1.00000003.
+        """
         if not tolerance >= 0:
             raise ValueError(f"tolerance: got {tolerance}, expected 0 or more mm")
         settled = self._settled("surface_dice")
         if settled is not None:
             return settled
         distances, areas = self._both()
-        return float(areas[distances <= tolerance].sum() / areas.sum())
+        return float(areas[distances <= tolerance * (1 + ROUNDING)].sum() / areas.sum())
 
     def _both(self) -> tuple[Floats, Floats]:
         distances = np.concatenate([self.prediction_to_truth, self.truth_to_prediction])
