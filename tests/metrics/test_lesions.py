@@ -73,6 +73,17 @@ def test_voxel_sizes_decide_what_is_too_small():
     assert metrics.match_lesions(line("#"), line("#"), (0.3, 0.1, 100), "msseg").detected.size == 0
 
 
+@pytest.mark.parametrize("share", [1 - 1e-6, 1, 1 + 1e-6])
+def test_rounding_of_voxel_sizes_does_not_decide_what_is_too_small(share):
+    """Three voxels are of 3 mm3 or less, ten of 10 mm3 or more, as read from a float32 affine."""
+    three, four, ten = (line(f"{'#' * count:.<10}") for count in (3, 4, 10))
+    assert metrics.match_lesions(three, three, share, "msseg").detected.size == 0
+    assert metrics.match_lesions(four, four, share, "msseg").detected.size == 1
+    assert not metrics.remove_small_lesions(ten, 10, share).any()
+    strata = dict(metrics.match_lesions(ten, three, share).by_size([3, 10]))
+    assert strata["3 to 10"].detected.size == strata[">= 10"].matching.size == 1
+
+
 # --- One shared voxel: ISBI 2015 and WMH 2017 -----------------------------------------------------
 
 

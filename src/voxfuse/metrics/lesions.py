@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxfuse.metrics._arrays import (
+    ROUNDING,
     Floats,
     Mask,
     as_mask,
@@ -34,13 +35,13 @@ SIZE_EDGES = (10.0, 50.0, 500.0)
 class LesionRule:
     """When a lesion counts as detected.
 
-    Lesions are connected components. Those of ``minimum_volume`` mm3 or less are dropped from the
-    prediction and the truth. With ``matching="voxel"`` a true lesion is detected if one predicted
-    lesion shares a voxel with it. With ``matching="coverage"`` (the Anima tool's rule, of MSSEG
-    2016), it is if predicted lesions cover more than ``alpha`` of it, and, taking them by
-    decreasing overlap until ``gamma`` of the covered part is explained, none lies by more than
-    ``beta`` outside all true lesions. With the roles swapped, the same says whether a predicted
-    lesion is a true one.
+    Lesions are connected components. Those of ``minimum_volume`` mm3 or less (to 5 digits, as voxel
+    sizes are rounded) are dropped from the prediction and the truth. With ``matching="voxel"`` a
+    true lesion is detected if one predicted lesion shares a voxel with it. With
+    ``matching="coverage"`` (the Anima tool's rule, of MSSEG 2016), it is if predicted lesions cover
+    more than ``alpha`` of it, and, taking them by decreasing overlap until ``gamma`` of the covered
+    part is explained, none lies by more than ``beta`` outside all true lesions. With the roles
+    swapped, the same says whether a predicted lesion is a true one.
 
     Args:
         name: what tables call it.
@@ -111,7 +112,7 @@ def label_lesions(
     Args:
         mask: (\\*spatial), booleans or 0 and 1.
         connectivity: 6, 18 or 26; in 2D, 6 means 4 and the others 8 neighbours.
-        minimum_volume: components of so many mm3 or less are dropped.
+        minimum_volume: components of so many mm3 or less, to 5 digits, are dropped.
         spacing: voxel size in mm.
 
     Returns:
@@ -132,8 +133,8 @@ def label_lesions(
     structure = ndimage.generate_binary_structure(mask.ndim, min(ranks[connectivity], mask.ndim))
     numbers[box], count = ndimage.label(mask[box], structure, output=np.int32)
     voxels = np.bincount(numbers[box].ravel(), minlength=count + 1)[1:]
-    # In voxels, as the sizes are: 3 voxels of 1 mm3 are 3 mm3 however the product was rounded.
-    kept = voxels > minimum_volume / voxel * (1 + 1e-9)
+    # 3 voxels of 1 mm3 are 3 mm3 however their sizes were rounded.
+    kept = voxels * voxel > minimum_volume * (1 + ROUNDING)
     if not kept.all():
         renumber = np.zeros(count + 1, np.int32)
         renumber[1:][kept] = np.arange(1, kept.sum() + 1)
@@ -228,7 +229,8 @@ class LesionMatch:
         """The lesions of each stratum: true ones by their volume, predicted ones by theirs.
 
         Args:
-            edges: bounds in mm3, ascending. A stratum holds its lower bound, not its upper one.
+            edges: bounds in mm3, ascending. A stratum holds its lower bound, to 5 digits, not its
+                upper one.
 
         >>> match = match_lesions([[1, 1, 1, 0, 0]], [[1, 1, 0, 0, 1]], spacing=2)
         >>> [(name, part.sensitivity) for name, part in match.by_size([5])]
@@ -240,8 +242,8 @@ class LesionMatch:
         names = [f"< {bounds[0]:g}"]
         names += [f"{a:g} to {b:g}" for a, b in itertools.pairwise(bounds)]
         names.append(f">= {bounds[-1]:g}")
-        true = np.digitize(self.truth_volumes, bounds)
-        predicted = np.digitize(self.prediction_volumes, bounds)
+        true = np.digitize(self.truth_volumes * (1 + ROUNDING), bounds)
+        predicted = np.digitize(self.prediction_volumes * (1 + ROUNDING), bounds)
         return [
             (
                 name,
