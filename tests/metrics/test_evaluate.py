@@ -385,6 +385,25 @@ def test_resampling_takes_the_nearest_voxel(tmp_path, capsys):
     assert "| Dice | 1.000 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_resampling_by_half_a_voxel_takes_every_voxel_once(tmp_path, turned):
+    """Rounding of the affine, as of a turned one, decides nothing."""
+    from voxfuse.metrics.files import load_scan, on_grid_of
+
+    affine = np.diag([0.7, 0.7, 3, 1])
+    if turned:
+        c, s = np.cos(0.3), np.sin(0.3)
+        turn = np.array([[c, -s, 0, 9.1], [s, c, 0, -71.3], [0, 0, 1, 3.7], [0, 0, 0, 1]])
+        affine = turn @ affine
+    numbers = np.arange(1, 13, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 4), np.uint8)
+    save(tmp_path / "p.nii", numbers, affine)
+    moved = np.eye(4)
+    moved[0, 3] = 0.5
+    save(tmp_path / "t.nii", numbers, affine @ moved)
+    scan, truth = load_scan(tmp_path / "p.nii"), load_scan(tmp_path / "t.nii")
+    np.testing.assert_array_equal(on_grid_of(scan, truth, resample=True).array, numbers)
+
+
 def test_patterns_find_a_subject_s_file(study, capsys):
     for name in ("p1", "p2", "p3"):
         (study / "truth" / name).mkdir()

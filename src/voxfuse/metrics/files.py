@@ -23,6 +23,8 @@ COMMENT = 6
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
 #: NIfTI's codes of a meter and a micron, in mm; a file without a unit is taken for one in mm.
 UNITS = {1: 1000.0, 3: 0.001}
+#: Voxels by which a place between two voxels may be off, as affines are rounded.
+BETWEEN = 1e-3
 
 
 class GridError(ValueError):
@@ -205,8 +207,8 @@ def on_grid_of(scan: Scan, truth: Scan, resample: bool = False) -> Scan:
 
     Args:
         scan, truth: see :func:`load_scan`.
-        resample: look up the voxel nearest to each voxel of the truth, 0 outside. Labels stay
-            labels.
+        resample: look up the voxel nearest to each voxel of the truth, of two the one of lower
+            index; 0 outside. Labels stay labels.
 
     Raises:
         GridError: shapes or affines differ, and ``resample`` is False.
@@ -227,9 +229,10 @@ def on_grid_of(scan: Scan, truth: Scan, resample: bool = False) -> Scan:
     forward = np.linalg.inv(scan.affine) @ truth.affine
     out: NDArray[Any] = np.zeros(truth.shape + scan.array.shape[3:], scan.array.dtype)
     x, y, z = (np.arange(n, dtype=np.float64) for n in truth.shape)
+    half = 0.5 - BETWEEN  # a whole 0.5, or rounding to even, would take some voxels twice
     for k in z:  # slice by slice: positions of a whole volume would be several times its size
         place = [
-            np.rint(row[0] * x[:, None] + row[1] * y + row[2] * k + row[3]).astype(np.int64)
+            np.floor(row[0] * x[:, None] + row[1] * y + row[2] * k + row[3] + half).astype(np.int64)
             for row in forward[:3]
         ]
         inside = np.ones(place[0].shape, bool)
