@@ -319,6 +319,13 @@ def test_masks_as_probabilities_are_named(study, capsys):
         assert "probabilities/p2.nii.gz" in text
 
 
+def with_bytes(path, place, content):
+    """A file of which some bytes are others."""
+    found = bytearray(nibabel.Nifti1Image(lesions((2, 2, 2)), AFFINE).to_bytes())
+    found[place : place + len(content)] = content
+    path.write_bytes(found)
+
+
 def with_header(path, array, affine=AFFINE, unit=None, sizes=None):
     image = nibabel.Nifti1Image(array, affine)
     if sizes is not None:
@@ -434,6 +441,11 @@ def test_patterns_find_a_subject_s_file(study, capsys):
             "expected probabilities in [0, 1] without NaN",
         ),
         (lambda f: (f / "ours/p1.nii.gz").write_bytes(b"?"), (), "p1.nii.gz: cannot be read"),
+        (
+            lambda f: with_bytes((f / "ours/p1.nii.gz").rename(f / "ours/p1.nii"), 70, b"\xe7\3"),
+            (),
+            "p1.nii: cannot be read: data code 999 not recognized",
+        ),
         (
             lambda f: save(f / "ours/p1.nii.gz", np.zeros((20, 24, 10), np.complex64)),
             (),
