@@ -336,6 +336,14 @@ def with_header(path, array, affine=AFFINE, unit=None, sizes=None):
     nibabel.save(image, path)
 
 
+@pytest.mark.parametrize(("value", "shown"), [(0, "1 x 1 x 0"), (np.nan, "1 x 1 x nan")])
+def test_voxels_without_a_size_are_an_error(tmp_path, capsys, value, shown):
+    with_bytes(tmp_path / "a.nii", 320, np.float32(value).tobytes())  # of srow_z
+    assert run(tmp_path / "a.nii", tmp_path / "a.nii") == 1
+    error = capsys.readouterr().err
+    assert f"a.nii: got an affine with voxels of {shown} mm, expected finite numbers and" in error
+
+
 @pytest.mark.parametrize(("unit", "factor"), [("micron", 1000), ("meter", 0.001), ("mm", 1)])
 def test_sizes_are_in_mm_whatever_the_unit(tmp_path, unit, factor):
     """And what is written like such a scan lies where it does."""

@@ -56,8 +56,8 @@ def load_scan(path: str | Path) -> Scan:
     """Read a NIfTI or MGH file by nibabel.
 
     Raises:
-        ValueError: the file cannot be read, has fewer than three axes, or complex numbers or
-            colours.
+        ValueError: the file cannot be read, has fewer than three axes, complex numbers or colours,
+            or an affine with a number that is not finite or voxels without extent.
         ModuleNotFoundError: nibabel is not installed.
     """
     nibabel = optional("nibabel", f"Reading {path}")
@@ -75,6 +75,11 @@ def load_scan(path: str | Path) -> Scan:
         raise ValueError(f"{path}: got shape {array.shape}, expected (x, y, z) or (x, y, z, C)")
     affine = affine_in_mm(image)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and (sizes > 0).all()):
+        raise ValueError(
+            f"{path}: got an affine with voxels of {_times(sizes)} mm, expected finite numbers and "
+            "sizes above 0"
+        )
     said = np.abs(image.header.get_zooms()[:3]) * unit_in_mm(image)
     if (np.abs(sizes - said) > 0.01 * sizes).any():
         warnings.warn(
