@@ -386,6 +386,25 @@ def test_hidden_files_are_no_subjects(study):
     assert list(find_scans(study / "truth", ".old/{}.nii.gz")) == ["p9"]
 
 
+@pytest.mark.parametrize("pattern", [None, "{}/m.nii.gz"])
+def test_links_are_followed(tmp_path, pattern):
+    """Once, where they go in a circle; one to nothing is an error."""
+    from voxfuse.metrics.files import find_scans
+
+    for name in ("a", "b"):
+        save(tmp_path / "store" / name / "m.nii.gz", lesions())
+    folder = tmp_path / "truth"
+    save(folder / "c/m.nii.gz", lesions())
+    for name in ("a", "b"):
+        (folder / name).symlink_to(tmp_path / "store" / name)
+    (folder / "c/all").symlink_to(folder)
+    named = [name if pattern else f"{name}/m" for name in ("a", "b", "c")]
+    assert list(find_scans(folder, pattern)) == named
+    (folder / "d").symlink_to(tmp_path / "store/d")
+    with pytest.raises(FileNotFoundError, match=r"truth/d: is a link to .*/store/d, which is not"):
+        find_scans(folder, pattern)
+
+
 def test_resampling_takes_the_nearest_voxel(tmp_path, capsys):
     """The same mask, stored from the other end of two axes, and moved by a voxel."""
     truth = lesions((2, 2, 2), (10, 12, 5))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,10 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
             ``"{}/lesions.nii.gz"``. Default: every image; the subject is its path without the
             ending. Hidden files, such as ``._a.nii.gz`` of macOS, are none.
 
+    Links to files and folders are followed.
+
     Raises:
-        FileNotFoundError: no such path, or no image in it.
+        FileNotFoundError: no such path, no image in it, or a link to nothing.
         ValueError: the pattern has no ``{}``, or two files are one subject's.
     """
     path = Path(path)
@@ -153,18 +156,17 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
         return {_without_ending(path.name): path}
     if pattern is not None and pattern.count("{}") != 1:
         raise ValueError(f"pattern: got {pattern!r}, expected one {{}} for the subject's name")
+    parts = None if pattern is None else pattern.split("/")
     found: dict[str, Path] = {}
-    for file in sorted(path.rglob("*")):
+    for file in _files_below(path, parts):
         name = file.relative_to(path).as_posix()
         if pattern is None:
-            subject = _without_ending(name) if name.endswith(ENDINGS) else None
+            if not name.endswith(ENDINGS):
+                continue
+            subject = _without_ending(name)
         else:
-            before, after = (re.escape(part) for part in pattern.split("{}"))
-            match = re.fullmatch(f"{before}([^/]+){after}", name)
-            subject = match[1] if match else None
-        hidden = subject is not None and any(part.startswith(".") for part in subject.split("/"))
-        if subject is None or hidden or not file.is_file():
-            continue
+            before, after = pattern.split("{}")
+            subject = name[len(before) : len(name) - len(after)]
         if subject in found:
             raise ValueError(f"{path}: {found[subject].name} and {file.name} are both {subject}")
         found[subject] = file
@@ -172,6 +174,31 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
         looked_for = pattern.replace("{}", "*") if pattern else ", ".join("*" + e for e in ENDINGS)
         raise FileNotFoundError(f"{path}: there is no file {looked_for}")
     return found
+
+
+def _files_below(
+    folder: Path, parts: Sequence[str] | None, above: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """Files in a folder and those below that are not hidden, or whose path is of these parts."""
+    here = os.path.realpath(folder)
+    if here in above:  # a link to a folder that it lies in
+        return
+    for path in sorted(folder.iterdir()):
+        if parts is None:
+            wanted, deeper = not path.name.startswith("."), True
+        else:
+            before, braces, after = parts[0].partition("{}")
+            # A subject's name is no hidden one.
+            name = f"{re.escape(before)}{'[^.][^/]*' if braces else ''}{re.escape(after)}"
+            wanted, deeper = re.fullmatch(name, path.name) is not None, len(parts) > 1
+        if not wanted:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path}: is a link to {os.readlink(path)}, which is not there")
+        if path.is_dir() and deeper:
+            yield from _files_below(path, None if parts is None else parts[1:], (*above, here))
+        elif path.is_file() and (parts is None or not deeper):
+            yield path
 
 
 def _without_ending(name: str) -> str:
