@@ -386,6 +386,13 @@ def test_hidden_files_are_no_subjects(study):
     assert list(find_scans(study / "truth", ".old/{}.nii.gz")) == ["p9"]
 
 
+def test_endings_in_capitals_are_read(study, capsys):
+    for name, ending in (("p1", "NII.GZ"), ("p2", "nii.GZ")):
+        (study / f"truth/{name}.nii.gz").rename(study / f"truth/{name}.{ending}")
+    assert run(study / "ours", study / "truth") == 0
+    assert "## foreground: 3 subjects" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pattern", [None, "{}/m.nii.gz"])
 def test_links_are_followed(tmp_path, pattern):
     """Once, where they go in a circle; one to nothing is an error."""

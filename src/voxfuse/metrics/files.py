@@ -19,7 +19,7 @@ from voxfuse.metrics._arrays import Floats, optional
 
 #: NIfTI's code of an extension that is a comment.
 COMMENT = 6
-#: Endings of the files that are looked for in folders; nibabel reads them.
+#: Endings of the files that are looked for in folders; nibabel reads them, in capitals too.
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh")
 #: NIfTI's codes of a meter and a micron, in mm; a file without a unit is taken for one in mm.
 UNITS = {1: 1000.0, 3: 0.001}
@@ -161,7 +161,7 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
     for file in _files_below(path, parts):
         name = file.relative_to(path).as_posix()
         if pattern is None:
-            if not name.endswith(ENDINGS):
+            if not name.lower().endswith(ENDINGS):
                 continue
             subject = _without_ending(name)
         else:
@@ -203,7 +203,7 @@ def _files_below(
 
 def _without_ending(name: str) -> str:
     for ending in ENDINGS:
-        if name.endswith(ending):
+        if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
 
