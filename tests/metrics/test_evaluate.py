@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +392,19 @@ def test_endings_in_capitals_are_read(study, capsys):
         (study / f"truth/{name}.nii.gz").rename(study / f"truth/{name}.{ending}")
     assert run(study / "ours", study / "truth") == 0
     assert "## foreground: 3 subjects" in capsys.readouterr().out
+
+
+def test_names_are_one_however_accents_are_encoded(study):
+    """Composed, and decomposed as macOS hands them out."""
+    from voxfuse.metrics.files import find_scans
+
+    one, other = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    save(study / f"ours/{one}.nii.gz", lesions())
+    save(study / f"truth/{other}.nii.gz", lesions())
+    assert run(study / "ours", study / "truth", "--tune-on", "p1", other) == 0
+    assert one in find_scans(study / "truth", "{}.nii.gz")
+    save(study / f"truth/{other}/m.nii.gz", lesions())
+    assert list(find_scans(study / "truth", f"{one}/{{}}.nii.gz")) == ["m"]
 
 
 @pytest.mark.parametrize("pattern", [None, "{}/m.nii.gz"])

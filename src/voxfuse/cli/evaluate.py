@@ -151,6 +151,8 @@ class _Evaluation:
             raise ValueError(f"--out: {options.out} is a file, expected a folder")
         self.files, self.study, self.report = files, study, report
         self.options = options
+        if options.tune_on:
+            options.tune_on = [files.composed(subject) for subject in options.tune_on]
         self.wanted = study.Options(
             rules=tuple(as_rule(rule) for rule in dict.fromkeys(options.rule)),
             tolerance=options.tolerance,

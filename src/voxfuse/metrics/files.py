@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +144,8 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
             ``"{}/lesions.nii.gz"``. Default: every image; the subject is its path without the
             ending. Hidden files, such as ``._a.nii.gz`` of macOS, are none.
 
-    Links to files and folders are followed.
+    Links to files and folders are followed. Names are in Unicode's composed form (NFC), so that one
+    that macOS has decomposed is the same.
 
     Raises:
         FileNotFoundError: no such path, no image in it, or a link to nothing.
@@ -153,13 +155,14 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if path.is_file():
-        return {_without_ending(path.name): path}
+        return {_without_ending(composed(path.name)): path}
     if pattern is not None and pattern.count("{}") != 1:
         raise ValueError(f"pattern: got {pattern!r}, expected one {{}} for the subject's name")
+    pattern = None if pattern is None else composed(pattern)
     parts = None if pattern is None else pattern.split("/")
     found: dict[str, Path] = {}
     for file in _files_below(path, parts):
-        name = file.relative_to(path).as_posix()
+        name = composed(file.relative_to(path).as_posix())
         if pattern is None:
             if not name.lower().endswith(ENDINGS):
                 continue
@@ -190,7 +193,7 @@ def _files_below(
             before, braces, after = parts[0].partition("{}")
             # A subject's name is no hidden one.
             name = f"{re.escape(before)}{'[^.][^/]*' if braces else ''}{re.escape(after)}"
-            wanted, deeper = re.fullmatch(name, path.name) is not None, len(parts) > 1
+            wanted, deeper = re.fullmatch(name, composed(path.name)) is not None, len(parts) > 1
         if not wanted:
             continue
         if path.is_symlink() and not path.exists():
@@ -199,6 +202,11 @@ def _files_below(
             yield from _files_below(path, None if parts is None else parts[1:], (*above, here))
         elif path.is_file() and (parts is None or not deeper):
             yield path
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _without_ending(name: str) -> str:
