@@ -515,6 +515,11 @@ def test_patterns_find_a_subject_s_file(study, capsys):
         (lambda f: None, ("--image-pattern", "{}.nii"), "--image-pattern: is for --images"),
         (
             lambda f: None,
+            ("--truth-pattern", "*/{}.nii"),
+            "pattern: got '*/{}.nii', expected {}, and names of files as they are",
+        ),
+        (
+            lambda f: None,
             ("--tune-on", "p1", "--minimum-volume", "0"),
             "--minimum-volume: got one beside --tune-on, which chooses it",
         ),

@@ -105,7 +105,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     for side in ("prediction", "truth", "image"):
         parser.add_argument(
-            f"--{side}-pattern", metavar="GLOB",
+            f"--{side}-pattern", metavar="PATTERN",
             help=f"where a subject's {side} lies, such as '{{}}/lesions.nii.gz'",
         )  # fmt: skip
     parser.set_defaults(run=_evaluate)

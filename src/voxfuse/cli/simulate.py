@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="masks whose lesions are put in, deformed and scaled; none: a random model (default)",
     )  # fmt: skip
     parser.add_argument(
-        "--shapes-pattern", metavar="GLOB",
+        "--shapes-pattern", metavar="PATTERN",
         help="where a mask lies in FOLDER, such as '{}/lesions.nii.gz' (default: all images are)",
     )  # fmt: skip
     parser.add_argument(

@@ -149,7 +149,8 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: no such path, no image in it, or a link to nothing.
-        ValueError: the pattern has no ``{}``, or two files are one subject's.
+        ValueError: the pattern has no ``{}``, or a ``*``, which means nothing there; two files are
+            one subject's.
     """
     path = Path(path)
     if not path.exists():
@@ -158,6 +159,8 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
         return {_without_ending(composed(path.name)): path}
     if pattern is not None and pattern.count("{}") != 1:
         raise ValueError(f"pattern: got {pattern!r}, expected one {{}} for the subject's name")
+    if pattern is not None and "*" in pattern:
+        raise ValueError(f"pattern: got {pattern!r}, expected {{}}, and names of files as they are")
     pattern = None if pattern is None else composed(pattern)
     parts = None if pattern is None else pattern.split("/")
     found: dict[str, Path] = {}
