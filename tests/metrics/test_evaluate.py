@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -405,6 +407,19 @@ def test_names_are_one_however_accents_are_encoded(study):
     assert one in find_scans(study / "truth", "{}.nii.gz")
     save(study / f"truth/{other}/m.nii.gz", lesions())
     assert list(find_scans(study / "truth", f"{one}/{{}}.nii.gz")) == ["m"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="whose file systems have UTF-8 only")
+def test_a_name_that_no_table_can_hold_is_an_error(study, capsys):
+    latin = os.fsdecode(b"M\xfcller")
+    save(study / latin / "p1.nii.gz", lesions())
+    shutil.copy(study / "ours/p1.nii.gz", study / f"ours/{latin}.nii.gz")
+    for place in ("ours", latin, f"ours/{latin}.nii.gz"):
+        assert run(study / place, study / "truth", "--out", study / "out") == 1
+        error = capsys.readouterr().err
+        assert "M\\udcfcller" in error
+        assert "expected one in UTF-8" in error
+    assert not (study / "out").exists()
 
 
 @pytest.mark.parametrize("pattern", [None, "{}/m.nii.gz"])

@@ -163,6 +163,8 @@ class _Evaluation:
         )
         self.others = self.wanted  # of the method that is compared
         self.names = _names(options.predictions, options.compare)
+        for name in (*self.names, options.out or ""):
+            files.as_text(Path(name))
         self.ignore = options.ignore_label
         if self.ignore is None and options.rule == ["wmh"] and 2 not in (options.labels or []):
             self.ignore = 2

@@ -150,13 +150,13 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
     Raises:
         FileNotFoundError: no such path, no image in it, or a link to nothing.
         ValueError: the pattern has no ``{}``, or a ``*``, which means nothing there; two files are
-            one subject's.
+            one subject's; a name is not UTF-8, so that no table can hold it.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if path.is_file():
-        return {_without_ending(composed(path.name)): path}
+        return {_without_ending(composed(as_text(path).name)): path}
     if pattern is not None and pattern.count("{}") != 1:
         raise ValueError(f"pattern: got {pattern!r}, expected one {{}} for the subject's name")
     if pattern is not None and "*" in pattern:
@@ -173,6 +173,7 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
         else:
             before, after = pattern.split("{}")
             subject = name[len(before) : len(name) - len(after)]
+        as_text(file)
         if subject in found:
             raise ValueError(f"{path}: {found[subject].name} and {file.name} are both {subject}")
         found[subject] = file
@@ -205,6 +206,19 @@ def _files_below(
             yield from _files_below(path, None if parts is None else parts[1:], (*above, here))
         elif path.is_file() and (parts is None or not deeper):
             yield path
+
+
+def as_text(path: Path) -> Path:
+    """The path, whose name is UTF-8.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"got the name {str(path)!r}, expected one in UTF-8") from None
+    return path
 
 
 def composed(name: str) -> str:
