@@ -562,6 +562,24 @@ def test_errors_say_what_is_wrong_and_where(study, capsys, break_it, arguments, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size-edges", 50, 10), "--size-edges: got [50.0, 10.0], expected ascending volumes"),
+        (("--size-edges", "nan"), "--size-edges: got [nan], expected ascending volumes"),
+        (("--out", "truth/p1.nii.gz/out"), "--out: truth/p1.nii.gz/out cannot be written: "),
+    ],
+)
+def test_what_can_be_known_at_the_start_is_said_there(
+    study, capsys, monkeypatch, arguments, message
+):
+    """Before anything is scored."""
+    monkeypatch.chdir(study)
+    monkeypatch.setattr("voxfuse.metrics.study.score_subject", None)
+    assert run("ours", "truth", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_predictions_without_a_truth_are_named(study, capsys):
     save(study / "ours" / "p4.nii.gz", lesions())
     assert run(study / "ours", study / "truth") == 0

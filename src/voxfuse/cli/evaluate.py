@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,7 +126,7 @@ class _Evaluation:
     def __init__(self, options: argparse.Namespace) -> None:
         # Imported here: no other command needs them.
         from voxfuse.metrics import files, report, study
-        from voxfuse.metrics.lesions import as_rule
+        from voxfuse.metrics.lesions import as_edges, as_rule
 
         _refuse_without_effect(options)
         for name, value in _DEFAULTS.items():
@@ -137,6 +138,7 @@ class _Evaluation:
             raise ValueError(f"--bins: got {options.bins}, expected 0 or a multiple of 10")
         if not options.tolerance >= 0 or not options.minimum_volume >= 0:
             raise ValueError("--tolerance, --minimum-volume: expected 0 or more")
+        as_edges(options.size_edges, "--size-edges")
         if options.tune_on and options.labels and len(options.labels) > 1:
             raise ValueError("--tune-on: expected one label in --labels")
         for name in ("labels", "channels"):
@@ -178,6 +180,8 @@ class _Evaluation:
         self.misses: list[Any] = []
         self.seen: set[int] = set()
         self.masks: dict[str, None] = {}  # files of probabilities that look like masks
+        if options.out is not None:
+            _make(options.out)
 
     def _pairs(self, predictions: Path) -> dict[str, tuple[Path, Path]]:
         found = self.files.find_scans(predictions, self.options.prediction_pattern)
@@ -462,6 +466,16 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
     for side, paths in sides.items():
         if given[f"{side}_pattern"] is not None and all(p is None or p.is_file() for p in paths):
             raise ValueError(f"--{side}-pattern: is for folders, but {paths[0]} is a file")
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and see that files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be written: {error}") from None
 
 
 def _listed(numbers: Sequence[int]) -> str:

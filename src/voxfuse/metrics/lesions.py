@@ -100,6 +100,14 @@ def as_rule(rule: str | LesionRule) -> LesionRule:
     return RULES[rule]
 
 
+def as_edges(edges: Sequence[float], name: str = "edges") -> Floats:
+    bounds = np.asarray(edges, dtype=np.float64)
+    ascending = bounds.ndim == 1 and bounds.size and (np.diff(bounds) > 0).all()
+    if not ascending or not np.isfinite(bounds).all():
+        raise ValueError(f"{name}: got {edges!r}, expected ascending volumes in mm3")
+    return bounds
+
+
 def label_lesions(
     mask: Any,
     connectivity: int = 26,
@@ -236,9 +244,7 @@ class LesionMatch:
         >>> [(name, part.sensitivity) for name, part in match.by_size([5])]
         [('< 5', 0.0), ('>= 5', 1.0)]
         """
-        bounds = np.asarray(edges, dtype=np.float64)
-        if bounds.ndim != 1 or not bounds.size or (np.diff(bounds) <= 0).any():
-            raise ValueError(f"edges: got {edges!r}, expected ascending volumes in mm3")
+        bounds = as_edges(edges)
         names = [f"< {bounds[0]:g}"]
         names += [f"{a:g} to {b:g}" for a, b in itertools.pairwise(bounds)]
         names.append(f">= {bounds[-1]:g}")
