@@ -496,7 +496,7 @@ def test_patterns_find_a_subject_s_file(study, capsys):
         (
             lambda f: save(f / "ours/p1.nii.gz", np.full((20, 24, 10), 0.4, np.float32)),
             (),
-            "numbers that are no labels; --probabilities takes those",
+            "got 0.4 at voxel (0, 0, 0), expected whole numbers; --probabilities takes others",
         ),
         (
             lambda f: save(f / "ours/p1.nii.gz", np.full((20, 24, 10), 7.0, np.float32)),
@@ -578,6 +578,26 @@ def test_what_can_be_known_at_the_start_is_said_there(
     monkeypatch.setattr("voxfuse.metrics.study.score_subject", None)
     assert run("ours", "truth", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.inf, "got inf at voxel (1, 2, 3), expected a label"),
+        (np.nan, "got nan at voxel (1, 2, 3), expected a label"),
+        (60000.3, "got 60000.3 at voxel (1, 2, 3), expected whole numbers"),
+        (60000.0005, None),
+    ],
+)
+@pytest.mark.parametrize("side", ["ours", "truth"])
+def test_labels_are_finite_whole_numbers(study, capsys, side, value, expected):
+    mask = lesions((2, 2, 2)).astype(np.float64)
+    mask[1, 2, 3] = value
+    save(study / side / "p1.nii.gz", mask)
+    assert run(study / "ours", study / "truth") == int(expected is not None)
+    error = capsys.readouterr().err
+    assert "warning" not in error
+    assert expected is None or f"{side}/p1.nii.gz: {expected}" in error
 
 
 def test_predictions_without_a_truth_are_named(study, capsys):

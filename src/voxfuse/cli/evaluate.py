@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 DESCRIPTION = """\
 Compare predictions with truths: voxels, lesions by the rules of ISBI 2015, MSSEG 2016 and WMH 2017,
@@ -333,9 +334,7 @@ class _Evaluation:
     def _masks(self, prediction: Path, truth: Path) -> Any:
         """Label, prediction, truth and what to ignore, of each label; and the truth's scan."""
         predicted, true = self._read(prediction, truth)
-        whole = np.rint(true.array)
-        if not np.allclose(true.array, whole, atol=1e-3):
-            raise ValueError(f"{truth}: got numbers that are no labels, expected whole ones")
+        whole = _labels(true, "expected whole numbers")
         ignore = None if self.ignore is None else whole == self.ignore
         for label in self.options.labels or [None]:
             g = whole == label if label is not None else whole > 0
@@ -356,11 +355,7 @@ class _Evaluation:
                     f"{scan.path}: got shape {array.shape}, expected a mask (x, y, z); "
                     "--probabilities takes channels"
                 )
-            whole = np.rint(array)
-            if not np.allclose(array, whole, atol=1e-3):
-                raise ValueError(
-                    f"{scan.path}: got numbers that are no labels; --probabilities takes those"
-                )
+            whole = _labels(scan, "expected whole numbers; --probabilities takes others")
             return whole == label if label is not None else whole > 0
         if scan.channels is None and len(self.options.labels or []) > 1:
             raise ValueError(f"{scan.path}: got one volume, expected a channel for each label")
@@ -466,6 +461,23 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
     for side, paths in sides.items():
         if given[f"{side}_pattern"] is not None and all(p is None or p.is_file() for p in paths):
             raise ValueError(f"--{side}-pattern: is for folders, but {paths[0]} is a file")
+
+
+def _labels(scan: Any, expected: str) -> NDArray[Any]:
+    """A file's labels, whole numbers to 0.001."""
+    array = scan.array
+    if array.dtype.kind in "bui":
+        return array  # type: ignore[no-any-return]
+    whole = np.rint(array)
+    wrong = ~np.isfinite(array)
+    if wrong.any():
+        expected = "expected a label"
+    else:
+        wrong = np.abs(array - whole) > 1e-3
+    if wrong.any():
+        place = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(f"{scan.path}: got {array[place]!s} at voxel {place}, {expected}")
+    return whole  # type: ignore[no-any-return]
 
 
 def _make(folder: Path) -> None:
