@@ -108,6 +108,9 @@ def test_comparison_says_who_wins_on_which_subject(study):
         assert "volume_difference_ml" not in found
     assert "| \\|Volume difference\\| [ml] | " in (out / "summary.md").read_text()
     assert "<td>|Volume difference| [ml]</td>" in (out / "report.html").read_text()
+    # Beside results without a comparison, it would be of other predictions.
+    assert run(study / "ours", study / "truth", "--out", out) == 0
+    assert not (out / "compare.csv").exists()
 
 
 def test_probabilities_give_curves(study):

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 DESCRIPTION = """\
 Compare predictions with truths: voxels, lesions by the rules of ISBI 2015, MSSEG 2016 and WMH 2017,
 surfaces in mm. Files are matched by name, unless both are given as files. Without --out the summary
-is printed; with it, DIR holds subjects.csv, pooled.csv, lesions.csv, summary.md, results.json and
-report.html.
+is printed; with it, DIR holds subjects.csv, pooled.csv, lesions.csv, compare.csv (with --compare),
+summary.md, results.json and report.html.
 """
 
 #: Of options whose default is None, so that it is seen whether they are given.

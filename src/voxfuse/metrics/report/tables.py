@@ -192,7 +192,10 @@ def _comparison(report: Report, compared: list[Comparison]) -> str:
 
 
 def write_tables(report: Report, folder: Path) -> list[Path]:
-    """Write subjects.csv, pooled.csv, lesions.csv, compare.csv, summary.md and results.json."""
+    """Write subjects.csv, pooled.csv, lesions.csv, summary.md and results.json.
+
+    And compare.csv, if there is a comparison; else one of an earlier run goes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = [
         _csv(folder / "subjects.csv", _subject_rows(report)),
@@ -201,6 +204,8 @@ def write_tables(report: Report, folder: Path) -> list[Path]:
     ]
     if report.comparisons:
         written.append(_csv(folder / "compare.csv", _compare_rows(report)))
+    else:
+        (folder / "compare.csv").unlink(missing_ok=True)
     (folder / "summary.md").write_text(markdown(report), encoding="utf-8")
     text = json.dumps(_plain(as_json(report)), indent=1, allow_nan=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
