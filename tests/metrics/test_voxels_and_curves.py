@@ -72,6 +72,7 @@ def test_correlation_is_pearson_s():
     assert metrics.correlation(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert math.isnan(metrics.correlation([1.0], [1.0]))
     assert math.isnan(metrics.correlation([1.0, 1.0], [1.0, 2.0]))
+    assert math.isnan(metrics.correlation([0.1] * 3, [0.1] * 3))  # whose mean is not 0.1
 
 
 def test_parity_with_monai_and_scikit_learn():

@@ -182,7 +182,8 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"second: got shape {b.shape}, expected one number a subject, {a.shape}")
-    if a.size < 2:
+    # Constant ones are not quite their mean in floating point.
+    if a.size < 2 or not np.ptp(a) or not np.ptp(b):
         return np.nan
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
