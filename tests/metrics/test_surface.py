@@ -50,6 +50,18 @@ def test_the_inside_of_a_mask_is_no_surface():
     assert slices.truth_to_prediction.size == 5 * 16
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_a_single_slice_is_measured_as_a_plane(axis):
+    """Else every voxel would be one of the surface, those above and below being outside."""
+    prediction, truth = blobs(1)[0][..., 6], blobs(2)[0][..., 6]
+    plane = metrics.surface_distances(prediction, truth, (0.8, 1.2))
+    masks = [np.expand_dims(mask, axis) for mask in (prediction, truth)]
+    single = metrics.surface_distances(*masks, np.insert((0.8, 1.2), axis, 5))
+    assert 0 < len(plane.truth_to_prediction) < truth.sum()
+    np.testing.assert_array_equal(single.truth_to_prediction, plane.truth_to_prediction)
+    np.testing.assert_array_equal(single.prediction_to_truth, plane.prediction_to_truth)
+
+
 @pytest.mark.parametrize("outline", ["voxels", "slices", "areas"])
 def test_policy_for_empty_masks_is_the_table_s(outline):
     if outline == "areas":

@@ -108,10 +108,13 @@ def surface_distances(
         outline: what the surface is.
 
             - ``"voxels"``: voxels of the mask with a face towards the outside, as MONAI takes them.
+              A single slice, (x, y, 1), is taken for the plane (x, y): above and below it is no
+              outside.
             - ``"slices"``: voxels with a neighbour outside among the eight in their slice; the end
               of the image is no outside. WMH 2017's.
             - ``"areas"``: the elements between 2 x 2 x 2 voxels, weighted by their areas; the
-              definition of DeepMind's surface-distance, by MONAI's tables. 3D only; needs MONAI.
+              definition of DeepMind's surface-distance, by MONAI's tables. 3D only, and a single
+              slice has its areas above and below; needs MONAI.
         slice_axis: the axis across slices, for ``"slices"``; the last one in files read by nibabel.
         ignore: mask of voxels that are taken out of both.
 
@@ -132,6 +135,10 @@ def surface_distances(
             raise ValueError(f"slice_axis: got {slice_axis}, expected an axis of {truth.ndim}")
         surfaces = [_slice_outline(mask, slice_axis % truth.ndim) for mask in (prediction, truth)]
         return _measured(surfaces[0], surfaces[1], sizes)
+    if outline == "voxels":
+        plane = [axis for axis, n in enumerate(truth.shape) if n != 1]
+        if len(plane) > 1:
+            prediction, truth, sizes = prediction.squeeze(), truth.squeeze(), sizes[plane]
     box = bounding_box(prediction, truth)
     prediction, truth = prediction[box], truth[box]
     if outline == "voxels":
