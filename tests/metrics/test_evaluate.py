@@ -261,6 +261,28 @@ def test_an_image_is_not_shown_for_another_subject(study, capsys):
     assert "--images: there is none for p2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_images_are_shown_beside_what_is_not_finite(dtype):
+    from voxfuse.metrics import match_lesions
+    from voxfuse.metrics.report.pictures import find_misses
+
+    truth = lesions((2, 2, 2)) > 0
+    none = np.zeros_like(truth)
+    match = match_lesions(none, truth)
+    image = np.random.default_rng(0).integers(1, 1000, truth.shape).astype(dtype)
+
+    def picture():
+        names = {"subject": "a", "label": "1", "image": image}
+        return find_misses(none, truth, match, np.eye(4), **names)[0].picture.astype(int)
+
+    expected = picture()
+    if dtype == np.float32:
+        image[19, :8], image[19, 8], image[19, 9] = np.inf, np.nan, -np.inf
+        expected[-10:, 0] = np.array([0, 0, *[255] * 8])[:, None]  # x and y are turned around
+    assert expected.max() > 200
+    assert np.abs(picture() - expected).max() <= 10  # the percentiles are of fewer voxels
+
+
 def test_label_2_of_wmh_counts_as_nothing(tmp_path, capsys):
     truth = lesions((2, 2, 2)) + lesions((10, 10, 5), label=2)
     save(tmp_path / "t.nii.gz", truth)

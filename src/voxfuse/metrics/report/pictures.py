@@ -54,7 +54,7 @@ def find_misses(
         prediction, truth: masks (x, y, z).
         match: of these masks, with the numbered lesions.
         affine: from voxels to mm, RAS.
-        image: shown below the colours, on the same grid.
+        image: shown below the colours, on the same grid; NaN is black, infinity white.
     """
     if match.truth_numbers is None or match.prediction_numbers is None:
         raise ValueError("match: expected one of match_lesions, with its numbered lesions")
@@ -79,8 +79,9 @@ def find_misses(
     shown_prediction, shown_truth = turned(prediction), turned(truth)
     background = None if image is None else turned(image)
     window = None
-    if background is not None and (background > 0).any():
-        window = np.percentile(background[background > 0], (1, 99.5))
+    if background is not None:
+        bright = background[np.isfinite(background) & (background > 0)]
+        window = np.percentile(bright, (1, 99.5)) if bright.size else None
     sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))[list(axes)]
     boxes = {
         kind: optional("scipy.ndimage", "Slices through lesions").find_objects(volume)
@@ -125,6 +126,7 @@ def _painted(
     shade = np.full(truth.shape, 28.0)
     if image is not None and window is not None:
         low, high = window
+        image = np.nan_to_num(image, nan=low, posinf=high, neginf=low)
         shade = 255 * np.clip((image - low) / max(high - low, 1e-9), 0, 1)
     picture = np.repeat(shade[:, :, None], 3, axis=2)
     for name, mask in (
