@@ -648,6 +648,17 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     assert "default-src 'none'" in text
 
 
+def test_the_page_of_empty_truths_has_no_best_threshold(study):
+    for path in (study / "truth").iterdir():
+        save(path, lesions())
+    out = study / "out"
+    assert run(study / "probabilities", study / "truth", "--probabilities", "--out", out) == 0
+    text = (out / "report.html").read_text()
+    assert "<figcaption>Undefined, as no truth has a voxel.</figcaption>" in text
+    assert "is best" not in text
+    assert "All voxels pooled: average precision \N{EN DASH}." in text
+
+
 def test_the_page_escapes_what_it_is_given(tmp_path):
     name = "<b>x & y"
     save(tmp_path / "p" / f"{name}.nii.gz", lesions((1, 1, 1)))

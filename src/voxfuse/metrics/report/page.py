@@ -213,12 +213,12 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
         curve = study.curves.precision_recall()
         pooled = Series("all voxels", [0.0, *curve.recall], [curve.precision[0], *curve.precision],
                         steps=True)  # fmt: skip
-        area = study.curves.average_precision()
+        area = number(study.curves.average_precision(), "average_precision")
         whole = " Small lesions are not removed here." if report.options.minimum_volume else ""
         yield _figure(
             "Precision and recall",
             xy_chart([pooled, subjects], "recall (sensitivity)", "precision", x_range=(0, 1)),
-            f"All voxels pooled: average precision {area:.3f}.{whole} Points: subjects at the "
+            f"All voxels pooled: average precision {area}.{whole} Points: subjects at the "
             "threshold.",
         )
         series = []
@@ -270,6 +270,8 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
 
 
 def _best_thresholds(series: Sequence[Series]) -> str:
+    if all(math.isnan(value) for one in series for value in one.y):
+        return "Undefined, as no truth has a voxel."
     parts = []
     for one in series:
         best = max(range(len(one.y)), key=lambda index, one=one: one.y[index])  # type: ignore[misc]
