@@ -659,6 +659,15 @@ def test_the_page_of_empty_truths_has_no_best_threshold(study):
     assert "All voxels pooled: average precision \N{EN DASH}." in text
 
 
+@pytest.mark.parametrize("bins", [0, 1000])
+def test_the_page_of_ignored_voxels_has_no_curves(study, bins):
+    for path in (study / "truth").iterdir():
+        save(path, np.full((20, 24, 10), 9, np.uint8))
+    command = study / "probabilities", study / "truth", "--probabilities", "--ignore-label", 9
+    assert run(*command, "--bins", bins, "--out", study / "out") == 0
+    assert "Every voxel is ignored, so" in (study / "out/report.html").read_text()
+
+
 def test_the_page_escapes_what_it_is_given(tmp_path):
     name = "<b>x & y"
     save(tmp_path / "p" / f"{name}.nii.gz", lesions((1, 1, 1)))

@@ -203,11 +203,16 @@ def _charts(report: Report, study: Study) -> Iterable[str]:
     subjects = Series(
         "subjects", column("sensitivity"), column("precision"), names, line=False, dots=True
     )
-    if study.curves is None:
+    if study.curves is None or not study.curves.precision_recall().thresholds.size:
+        why = (
+            "Probabilities would give a curve (--probabilities)."
+            if study.curves is None
+            else "Every voxel is ignored, so that there is no curve."
+        )
         yield _figure(
             "Precision and recall",
             xy_chart([subjects], "recall (sensitivity)", "precision", x_range=(0, 1)),
-            "Voxels, one point a subject. Probabilities would give a curve (--probabilities).",
+            f"Voxels, one point a subject. {why}",
         )
     else:
         curve = study.curves.precision_recall()
