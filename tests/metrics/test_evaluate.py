@@ -605,6 +605,33 @@ def test_what_can_be_known_at_the_start_is_said_there(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("side", ["ours", "theirs", "images", "truth"])
+def test_a_file_that_does_not_fit_is_an_error_before_anything_is_scored(
+    study, capsys, monkeypatch, side
+):
+    """The last one: what it needs is in its header."""
+    shutil.copytree(study / "ours", study / "images")
+    command = study / "ours", study / "truth", "--compare", study / "theirs", "--images"
+    command += study / "images", "--out", study / "out"
+    monkeypatch.setattr("voxfuse.metrics.study.score_subject", None)
+
+    def error():
+        assert run(*command) == 1
+        assert not (study / "out").exists()
+        return capsys.readouterr().err
+
+    path = study / side / "p3.nii.gz"
+    save(path, lesions(), np.diag([1, 1, 3, 1]))
+    assert "p3.nii.gz lies elsewhere than the truth" in error()
+    save(path, np.zeros((20, 24, 10, 2), np.float32))
+    assert f"{side}/p3.nii.gz: got shape (20, 24, 10, 2), expected" in error()
+    path.write_bytes(b"?")
+    assert f"{side}/p3.nii.gz: cannot be read" in error()
+    if side == "images":
+        path.unlink()
+        assert "--images: there is none for p3" in error()
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

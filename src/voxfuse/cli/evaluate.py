@@ -181,8 +181,6 @@ class _Evaluation:
         self.misses: list[Any] = []
         self.seen: set[int] = set()
         self.masks: dict[str, None] = {}  # files of probabilities that look like masks
-        if options.out is not None:
-            _make(options.out)
 
     def _pairs(self, predictions: Path) -> dict[str, tuple[Path, Path]]:
         found = self.files.find_scans(predictions, self.options.prediction_pattern)
@@ -204,6 +202,9 @@ class _Evaluation:
         """Score, print or write; return the exit status."""
         from voxfuse import __version__
 
+        self._check_headers()
+        if self.options.out is not None:
+            _make(self.options.out)
         if self.options.tune_on:
             self._tune()
         if self.ignore is not None:
@@ -272,27 +273,53 @@ class _Evaluation:
             print("\r\x1b[K", end="", file=sys.stderr)
         return [self.study.pool(scores) for scores in by_label.values()]
 
-    def _load(self, path: Path) -> Any:
+    def _check_headers(self) -> None:
+        """Raise for what would end the run when the last subject's turn comes."""
+        for subject, (prediction, truth) in self.pairs.items():
+            true = self._load(truth, voxels=False)
+            self._aligned(self._load(prediction, voxels=False), true, voxels=False)
+            if self.other:
+                other = self._load(self.other[subject][0], voxels=False)
+                self._aligned(other, true, voxels=False)
+            if subject not in (self.options.tune_on or []):
+                self._image(subject, true, voxels=False)
+
+    def _load(self, path: Path, voxels: bool = True) -> Any:
         """A file's scan; what its header contradicts becomes a note."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
-            scan = self.files.load_scan(path)
+            scan = (self.files.load_scan if voxels else self.files.load_header)(path)
         for note in (str(one.message) for one in caught):
             if note not in self.notes:
                 self._note(note)
         return scan
 
     def _read(self, prediction: Path, truth: Path) -> tuple[Any, Any]:
-        true = self._load(truth)
-        if true.array.ndim != 3:
-            raise ValueError(f"{truth}: got shape {true.array.shape}, expected a mask (x, y, z)")
-        predicted = self._load(prediction)
+        true, predicted = self._load(truth), self._load(prediction)
         if self.options.probabilities:
             predicted = replace(predicted, channels=self._channels(predicted))
             if predicted.array.max() == 1 and np.isin(predicted.array, (0, 1)).all():
                 self.masks[str(prediction)] = None
-        return self.files.on_grid_of(predicted, true, self.options.resample), true
+        return self._aligned(predicted, true), true
+
+    def _aligned(self, predicted: Any, true: Any, voxels: bool = True) -> Any:
+        """The prediction on the truth's grid."""
+        if true.array.ndim != 3:
+            raise ValueError(
+                f"{true.path}: got shape {true.array.shape}, expected a mask (x, y, z)"
+            )
+        if predicted.array.ndim != 3 and not self.options.probabilities:
+            raise ValueError(
+                f"{predicted.path}: got shape {predicted.array.shape}, expected a mask (x, y, z); "
+                "--probabilities takes channels"
+            )
+        return self._on_grid_of(true, predicted, voxels)
+
+    def _on_grid_of(self, true: Any, scan: Any, voxels: bool = True) -> Any:
+        if self.options.resample and not voxels:  # any grid will do
+            return scan
+        return self.files.on_grid_of(scan, true, self.options.resample)
 
     def _channels(self, scan: Any) -> tuple[int, ...] | None:
         """The label of each channel of probabilities; None for one volume that does not say."""
@@ -350,11 +377,6 @@ class _Evaluation:
 
         array = scan.array
         if not self.options.probabilities:
-            if array.ndim != 3:
-                raise ValueError(
-                    f"{scan.path}: got shape {array.shape}, expected a mask (x, y, z); "
-                    "--probabilities takes channels"
-                )
             whole = _labels(scan, "expected whole numbers; --probabilities takes others")
             return whole == label if label is not None else whole > 0
         if scan.channels is None and len(self.options.labels or []) > 1:
@@ -397,7 +419,7 @@ class _Evaluation:
                 )  # fmt: skip
             yield label, self.study.without_volumes(one)
 
-    def _image(self, subject: str, truth: Any) -> Any:
+    def _image(self, subject: str, truth: Any, voxels: bool = True) -> Any:
         if not self.images:
             return None
         both_files = self.options.images.is_file() and self.options.truth.is_file()
@@ -407,7 +429,7 @@ class _Evaluation:
                 "such as '{}/t1.nii.gz'"
             )
         path = self.images.get(subject) or next(iter(self.images.values()))
-        image = self.files.on_grid_of(self._load(path), truth, self.options.resample)
+        image = self._on_grid_of(truth, self._load(path, voxels), voxels)
         if image.array.ndim != 3:
             raise ValueError(f"{path}: got shape {image.array.shape}, expected (x, y, z)")
         return image.array

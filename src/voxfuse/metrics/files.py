@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,21 @@ def load_scan(path: str | Path) -> Scan:
             or an affine with a number that is not finite or voxels without extent.
         ModuleNotFoundError: nibabel is not installed.
     """
+    return _load(path, lambda image: np.asanyarray(image.dataobj))
+
+
+def load_header(path: str | Path) -> Scan:
+    """The same without reading the voxels: zeros, which take no memory, stand for them."""
+    return _load(
+        path, lambda image: np.broadcast_to(np.zeros((), image.get_data_dtype()), image.shape)
+    )
+
+
+def _load(path: str | Path, voxels: Callable[[Any], NDArray[Any]]) -> Scan:
     nibabel = optional("nibabel", f"Reading {path}")
     try:
         image = nibabel.load(path)
-        array = np.asanyarray(image.dataobj)
+        array = voxels(image)
     except Exception as error:  # of many kinds, nibabel's own among them
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if array.dtype.kind not in "buif":
