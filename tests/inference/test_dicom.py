@@ -113,6 +113,63 @@ def test_a_series_that_is_no_regular_grid_is_refused(tmp_path, change, pattern):
         load_series(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil", "pattern"),
+    [
+        ("IM007", lambda whole: b"", "is empty"),
+        ("IM007", lambda whole: whole[:100], "is cut off"),
+        ("IM007", lambda whole: bytes(len(whole)), "is damaged"),
+        ("IM007", lambda whole: whole[132:], "lacks the preamble"),
+        ("IM007", lambda whole: whole[:128] + whole[132:], "is damaged"),
+        ("IM007.dcm", lambda whole: b"x" * len(whole), "is damaged"),
+        ("IM007.IMA", lambda whole: b"x" * len(whole), "is damaged"),
+        ("IM007", lambda whole: whole[:150], "has no Rows and is cut off"),  # nothing is left
+        ("IM007", lambda whole: whole[:500], "has no Rows and is cut off"),
+        ("IM007", None, "is a link to a file that is not there"),
+    ],
+)
+def test_a_slice_that_is_damaged_is_not_left_out(tmp_path, name, spoil, pattern):
+    """The last one or the first: no neighbour on its other side tells that it is missing."""
+    folder = write_series(tmp_path / "s", intensities((8, 7, 8)))
+    last = next(p for p in folder.iterdir() if pydicom.dcmread(p).InstanceNumber == 8)
+    whole = last.read_bytes()
+    if name.startswith("IM007."):
+        last.unlink()
+        last = folder / name
+    if spoil is None:
+        last.unlink()
+        last.symlink_to(tmp_path / "nowhere")
+    else:
+        last.write_bytes(spoil(whole))
+    with pytest.raises(ValueError, match=rf"{last.name}: .*({pattern})"):
+        load_series(folder, pixels=False)
+
+
+def test_no_cut_takes_a_slice_away_without_a_word(tmp_path):
+    folder = write_series(tmp_path / "s", intensities((8, 7, 3)))
+    last = next(p for p in folder.iterdir() if pydicom.dcmread(p).InstanceNumber == 3)
+    whole = last.read_bytes()
+    for length in range(0, len(whole), 7):
+        last.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="s"):
+            read_series(folder)
+
+
+def test_what_is_no_slice_may_lie_beside_slices(tmp_path):
+    folder = write_series(tmp_path / "s", intensities((8, 7, 8)))
+    for name in ("notes.txt", "a.JSON", ".DS_Store", "._IM007", "DICOMDIR", "shot.png", "b.nii.gz"):
+        (folder / name).write_bytes(b"short")
+    (folder / "log").write_bytes(b"a longer text that no program takes for DICOM, " * 4)
+    (folder / "inside").mkdir()
+    report = pydicom.Dataset()  # of another series, without an image
+    report.file_meta = pydicom.dataset.FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    report.SOPClassUID = pydicom.uid.BasicTextSRStorage
+    report.SOPInstanceUID = report.SeriesInstanceUID = pydicom.uid.generate_uid()
+    report.save_as(folder / "SR001", enforce_file_format=True)
+    assert load_series(folder).shape == (8, 7, 8)
+
+
 def test_from_a_series_to_nifti_and_to_dicom_seg(tmp_path):
     highdicom = pytest.importorskip("highdicom", reason="needs the extra dicom: highdicom")
     truth = intensities((20, 17, 14), levels=3)

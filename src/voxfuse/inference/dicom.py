@@ -22,6 +22,16 @@ _NEEDED = (
 )  # fmt: skip
 #: What a table of contents is, in its first lines (MediaStorageSOPClassUID).
 _DIRECTORY = b"1.2.840.10008.1.3.10"
+#: Endings of slices, where their names have one, and of what may lie beside them.
+_ENDINGS = (".dcm", ".ima", ".dicom")
+_OTHERS = (
+    ".bmp", ".bval", ".bvec", ".csv", ".db", ".doc", ".docx", ".exe", ".gif", ".gz", ".htm",
+    ".html", ".inf", ".ini", ".jpeg", ".jpg", ".json", ".log", ".md", ".md5", ".nii", ".pdf",
+    ".png", ".rtf", ".sh", ".sha256", ".tif", ".tiff", ".toml", ".tsv", ".txt", ".xls", ".xlsx",
+    ".xml", ".yaml", ".yml", ".zip",
+)  # fmt: skip
+#: Groups that a file without preamble begins with, in either order of bytes.
+_FIRST_GROUPS = (b"\2\0", b"\0\2", b"\x08\0", b"\0\x08")
 #: Files of a folder that are looked at before it is taken for no series.
 _LOOKED_AT = 64
 #: Positions, in mm, and direction cosines that differ by no more are the same.
@@ -55,6 +65,26 @@ def is_dicom(path: Path) -> bool:
     return head[128:132] == b"DICM" and _DIRECTORY not in head
 
 
+def _damage(file: Path) -> str:
+    """What is wrong with a file that is not of DICOM but looks like a slice; "" if it does not."""
+    name = file.name.lower()
+    if name.startswith((".", "dicomdir")) or name.endswith(_OTHERS):
+        return ""
+    if not file.exists():
+        return "is a link to a file that is not there"
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        head = opened.read(132)
+    if head[128:] == b"DICM":  # a table of contents by another name
+        return ""
+    if len(head) < 132:
+        return "is cut off" if head else "is empty"
+    if name.endswith(_ENDINGS) or head[:2] in _FIRST_GROUPS or not any(head[:128]):
+        return "lacks the preamble of DICOM, or is damaged"
+    return ""
+
+
 @dataclass(frozen=True)
 class Series:
     """Slices of one grid, in the order of their places."""
@@ -72,17 +102,25 @@ class Series:
 def load_series(folder: Path, pixels: bool = True) -> Series:
     """The slices of a folder, checked to be all of a regular grid.
 
+    Files beside them whose names say that they are none, and hidden ones, are left out, as is
+    DICOM of other series without images.
+
     Raises:
         ValueError: several series, or none; a slice that does not say where it lies; another
             grid or orientation among the slices; two in one place; one that is
-            missing; pixels that are no single grey value.
+            missing; a file that seems to be one, but is empty, cut off or without DICOM's
+            preamble; pixels that are no single grey value.
         ModuleNotFoundError: pydicom is not installed.
     """
     pydicom = _pydicom()
     slices: list[Any] = []
     placeless: dict[str, Path] = {}  # an image of each series that lies nowhere
+    imageless: list[tuple[Path, set[str]]] = []  # and what it is of
+    damaged: dict[Path, str] = {}
     for file in sorted(folder.iterdir()):
         if not file.is_file() or not is_dicom(file):
+            if damage := _damage(file):
+                damaged[file] = damage
             continue
         try:
             with warnings.catch_warnings():
@@ -97,6 +135,9 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
             raise ValueError(f"{file}: has several frames, expected a file a slice")
         elif "Rows" in found:
             placeless.setdefault(str(found.get("SeriesInstanceUID")), file)
+        else:
+            of = {str(found.get(uid, "")) for uid in ("SeriesInstanceUID", "SOPClassUID")}
+            imageless.append((file, of))
     if not slices:
         raise ValueError(f"{folder}: has no slices with a position (ImagePositionPatient)")
     count = len({str(s.SeriesInstanceUID) for s in slices})
@@ -105,6 +146,15 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
     lost = placeless.get(str(slices[0].SeriesInstanceUID))
     if lost is not None:
         raise ValueError(f"{lost}: has no ImagePositionPatient, which other slices have")
+    ours = {str(slices[0].SeriesInstanceUID), str(slices[0].get("SOPClassUID", ""))}
+    for file, of in imageless:
+        if of & {*ours, ""}:  # "": that is cut off as well
+            damaged[file] = "has no Rows and is cut off, or is no slice"
+    if damaged:
+        file, damage = next(iter(damaged.items()))
+        raise ValueError(
+            f"{file}: {damage}; expected a slice: copy it again, or move it out of the series"
+        )
     return _arranged(folder, slices)
 
 
