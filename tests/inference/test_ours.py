@@ -169,6 +169,26 @@ def test_no_study_of_a_folder_is_left_out_without_a_word(tmp_path):
     assert [study.name for study in found] == ["all", "b"]  # no file is called by --mask all
 
 
+@pytest.mark.parametrize("kind", ["network", "run"])
+def test_capitals_and_links_to_nothing_are_studies(tmp_path, capsys, kind):
+    """Content of git-annex that was not fetched is such a link."""
+    for name in ("a", "b"):
+        write(tmp_path / f"in/{name}.nii.gz", intensities(levels=3))
+    (tmp_path / "in/b.nii.gz").rename(tmp_path / "in/b.NII.GZ")
+    (tmp_path / "in/c.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    out = tmp_path / "out"
+    if kind == "run":
+        save_run(tmp_path)
+        assert predict(tmp_path / "model.pt", tmp_path / "in", out, "--quiet") == 3
+    else:
+        assert predict("above_half", tmp_path / "in", out, *PATCH) == 3
+    assert re.search(r"1 of 3 failed:\n  c: .*in/c.nii.gz", capsys.readouterr().err)
+    assert sorted(path.name for path in out.glob("*.gz")) == ["a.nii.gz", "b.nii.gz"]
+    write(tmp_path / "in/b.nii.gz", intensities())
+    assert predict("above_half", tmp_path / "in", out, *PATCH) == 1
+    assert "b.NII.GZ and b.nii.gz in" in capsys.readouterr().err
+
+
 def test_numbers_are_channels_where_they_count_from_0(tmp_path):
     def names(*files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -96,7 +96,9 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or (mask not in ("all", "positive") and name_of(path) == mask):
             continue
-        if (path.is_file() and path.name.endswith(ENDINGS)) or is_series(path):
+        # A link to what is not there, as of git-annex, is a study that fails.
+        is_image = path.name.lower().endswith(ENDINGS) and not path.is_dir()
+        if is_image or is_series(path):
             paths.append(path)
         elif path.is_dir() and _has_images(path):
             others.append(path.name)

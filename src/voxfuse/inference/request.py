@@ -196,7 +196,7 @@ def _has_series(folder: Path) -> bool:
         return False
     inside = list(folder.iterdir())
     folders = [path for path in inside if path.is_dir()]
-    images = any(path.name.endswith(ENDINGS) for path in inside)
+    images = any(path.name.lower().endswith(ENDINGS) for path in inside)
     return bool(folders) and not images and all(is_series(path) for path in folders)
 
 

@@ -82,7 +82,7 @@ def name_of(path: Path) -> str:
     if path.is_dir():
         return path.name
     for ending in ENDINGS:
-        if path.name.endswith(ending):
+        if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
     return path.stem
 
@@ -93,11 +93,11 @@ def with_name(path: Path) -> Path:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder itself, but for hidden ones."""
+    """The image files of a folder itself, but for hidden ones; and links to what is not there."""
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name.endswith(ENDINGS) and not path.name.startswith(".")
+        if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
     )
 
 
