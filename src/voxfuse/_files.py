@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +53,33 @@ def _link(file: Path, path: Path) -> None:
         os.replace(file, path)
 
 
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A folder beside a file, for it and others until all are whole; gone afterwards.
+
+    Raises:
+        OSError: of a file in it, by the name that it was to have.
+    """
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        at = Path(str(error.filename))
+        if error.errno is None or folder not in (at, *at.parents):
+            raise
+        meant = path.with_name(at.name) if at.parent == folder and at.suffix != ".part" else path
+        raise OSError(error.errno, error.strerror, str(meant)) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_file(file: Path, path: Path) -> None:
+    """Give a file that is whole its name, in place of what has it."""
+    os.replace(file, path)
+    _to_disk(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, with their names on the disk."""
     if folder.is_dir():
@@ -73,7 +102,10 @@ def move_folder(folder: Path, path: Path) -> bool:
 
 
 def unfinished(folder: Path, name: str = "") -> list[Path]:
-    """Files, or those of one name, that :func:`write_whole` was writing when its process died."""
+    """Files, or those of one name, that :func:`write_whole` was writing when its process died.
+
+    Of one name also the folders of :func:`staging`.
+    """
     return list(folder.glob(f".{glob.escape(name)}.*.part" if name else ".*.part"))
 
 

@@ -136,7 +136,7 @@ class Paced:
         pass
 
     def write(self, segmentation, placement, target):
-        k = self.targets.index(target)
+        k = [own.path.name for own in self.targets].index(target.path.name)
         self.when_written(k)
         target.path.write_bytes(b"written")
         self.written[k].set()
@@ -181,15 +181,19 @@ def test_a_study_that_takes_too_long_has_failed_and_the_others_are_done(tmp_path
         numbers = iter([0, 1, 2, 3])
         paced.when_predicted = lambda _: hold_up(next(numbers))
     paced.targets[1] = replace(paced.targets[1], status=tmp_path / "out/status/t1.json")
+    earlier = paced.targets[1].path
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"of another night")
     outcomes = paced.run()
     forever.set()
-    if part == "written":  # what comes too late goes again
+    if part == "written":  # what comes too late takes no place
         assert paced.written[1].wait(20)
         for _ in range(200):
-            if not paced.targets[1].path.exists():
+            if not list(earlier.parent.glob(".t1*")):
                 break
             time.sleep(0.05)
-        assert not paced.targets[1].path.exists()
+    assert not list(earlier.parent.glob(".*"))
+    assert earlier.read_bytes() == b"of another night"
     assert json.loads(paced.targets[1].status.read_text())["state"] == "failed"
     assert {n: o.state for n, o in outcomes.items()} == {
         "t0": "done", "t1": "failed", "t2": "done", "t3": "done",

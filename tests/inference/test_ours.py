@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.inference.test_studies import intensities, predict, read, write
+from voxfuse.inference import request
 from voxfuse.inference.models import load_network
 from voxfuse.inference.night import Target, nameless
 from voxfuse.inference.plan import plan_of
@@ -117,6 +118,32 @@ def test_another_study_of_the_same_name_replaces_nothing(tmp_path, capsys):
     assert segment.is_of_others(["sha256:0"])
     label.unlink()
     assert not segment.is_of_others(["sha256:0"])
+
+
+@pytest.mark.parametrize("output", ["out", "out/a.nii.gz"])
+@pytest.mark.parametrize("full", ["_probabilities.nii.gz", "a.nii.gz"])
+def test_a_study_that_is_not_written_whole_leaves_what_was_there(
+    tmp_path, monkeypatch, output, full
+):
+    """As on a full disk: probabilities are no other labels' than those beside them."""
+    scan = write(tmp_path / "in/a.nii.gz", intensities())
+    out = tmp_path / "out"
+    options = [*PATCH, "--probabilities", "--overwrite"]
+    assert predict("above_half", scan, tmp_path / output, *options) == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    assert len(before) == 2
+    own = request.save_like
+
+    def save_like(array, placement, path, comment=""):
+        if path.name.endswith(full):
+            raise OSError(28, "No space left on device", str(path))
+        own(array, placement, path, comment)
+
+    monkeypatch.setattr(request, "save_like", save_like)
+    other = ["--normalize", "0:3", "--threshold", 0.9]
+    assert predict("above_half", scan, tmp_path / output, *options, *other) == 1
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == before
+    assert not list(out.rglob("*.part"))
 
 
 def test_one_file_is_replaced_only_where_that_is_said(tmp_path, capsys):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from voxfuse._backends import versions
-from voxfuse._files import unfinished, write_text
+from voxfuse._files import move_file, staging, unfinished, write_text
 from voxfuse.inference.dicom import is_dicom
 from voxfuse.inference.models import digest_of_file
 from voxfuse.inference.segmenters import Overdue, Segmentation, Segmenter, Watch
@@ -45,6 +46,11 @@ class Target:
     def paths(self) -> list[Path]:
         """All of it."""
         return [self.path] if self.beside is None else [self.path, self.beside]
+
+    def below(self, folder: Path) -> Target:
+        """The same files in another folder."""
+        beside = None if self.beside is None else folder / self.beside.name
+        return Target(folder / self.path.name, beside)
 
     @property
     def exists(self) -> bool:
@@ -143,7 +149,8 @@ class Night:
 
     Args:
         segmenter: reads and predicts.
-        write: writes; see :class:`Target`. A file appears when it is whole.
+        write: writes to the paths of a :class:`Target`, in a folder from which all of its files
+            take their places when they are whole.
         timeout: seconds that reading and predicting a study, and writing it, may take; a call of
             the network is not interrupted, but no further one begins.
         skip_existing: leave out studies whose output is there, unless their status is of another
@@ -265,44 +272,59 @@ class Night:
         target = outcome.target
         self._check_other(study, target, read.digests)  # another process may have written it since
         target.path.parent.mkdir(parents=True, exist_ok=True)
-        before = target.recorded()
-        earlier = _digests(before)
-        known = {"earlier": earlier, "inputs": read.digests}
-        self._status(study, replace(outcome, state="writing"), known)
-        if target.beside is None and not self._is_same(before, read.digests, "probabilities"):
-            beside = probabilities_of(target.path)  # beside other labels they would be another's
-            if beside.is_file() and (
-                before.get("state") == "writing" or digest_of_file(beside) in earlier
-            ):
-                beside.unlink()
         for path in target.paths:  # of a process that was killed
             for left in unfinished(path.parent, path.name):
-                left.unlink(missing_ok=True)
-        self._write(segmentation, placement, target)
-        outcome.voxels = int(np.count_nonzero(segmentation.labels))
-        outcome.seconds["write"] = time.perf_counter() - begun
-        counts = np.bincount(segmentation.labels.reshape(-1).astype(np.int64))
-        found = {
-            "shape": list(segmentation.labels.shape),
-            "network_shape": list(read.volume.mask.shape),
-            "voxels": {str(value): int(n) for value, n in enumerate(counts) if n},
-            "inputs": read.digests,
-            "output": digest_of_file(target.path),
-        }
-        if segmentation.note:
-            found["note"] = outcome.note = segmentation.note
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+        with staging(target.path) as folder:
+            made = target.below(folder)
+            self._write(segmentation, placement, made)
+            outcome.voxels = int(np.count_nonzero(segmentation.labels))
+            outcome.seconds["write"] = time.perf_counter() - begun
+            counts = np.bincount(segmentation.labels.reshape(-1).astype(np.int64))
+            found = {
+                "shape": list(segmentation.labels.shape),
+                "network_shape": list(read.volume.mask.shape),
+                "voxels": {str(value): int(n) for value, n in enumerate(counts) if n},
+                "inputs": read.digests,
+                "output": digest_of_file(made.path),
+            }
+            if segmentation.note:
+                found["note"] = outcome.note = segmentation.note
+            if made.beside is not None:
+                found["probabilities"] = digest_of_file(made.beside)
+            before = target.recorded()
+            earlier = _digests(before)
+            if target.beside is None and earlier:  # its probabilities may stay
+                found["earlier"] = earlier
+            outdated = self._outdated(target, before, read.digests)
+            with self._deciding:
+                if outcome.error:  # too late: it has failed already
+                    return
+                known = {"earlier": earlier, "inputs": read.digests}
+                self._status(study, replace(outcome, state="writing"), known)
+                # Whenever the process dies, probabilities lie beside no other labels than theirs.
+                if outdated is not None:
+                    outdated.unlink(missing_ok=True)
+                for file, path in zip(made.paths, target.paths, strict=True):
+                    move_file(file, path)
+                self._status(study, replace(outcome, state="done"), found)
+                outcome.state = "done"
+                self._made.add(_identity(target.path))
+
+    def _outdated(
+        self, target: Target, before: Mapping[str, Any], digests: Sequence[str]
+    ) -> Path | None:
+        """Earlier probabilities that would lie beside labels that are not theirs."""
         if target.beside is not None:
-            found["probabilities"] = digest_of_file(target.beside)
-        elif earlier:  # probabilities of an earlier night may still be there
-            found["earlier"] = earlier
-        with self._deciding:
-            if outcome.error:  # too late: it has failed already
-                for path in target.paths:
-                    path.unlink(missing_ok=True)
-                return
-            self._status(study, replace(outcome, state="done"), found)
-            outcome.state = "done"
-            self._made.add(_identity(target.path))
+            return target.beside
+        beside = probabilities_of(target.path)
+        if self._is_same(before, digests, "probabilities") or not beside.is_file():
+            return None
+        ours = before.get("state") == "writing" or digest_of_file(beside) in _digests(before)
+        return beside if ours else None
 
     def _written(self, task: _Task, study: Subject, outcome: Outcome) -> None:
         try:
