@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.inference.test_studies import intensities, predict, read, write
-from voxfuse.inference import request
+from voxfuse.inference import night, request
 from voxfuse.inference.models import load_network
 from voxfuse.inference.night import Target, nameless
 from voxfuse.inference.plan import plan_of
@@ -56,16 +57,14 @@ def test_a_file_is_replaced_only_if_its_status_says_that_it_is_ours(tmp_path, ca
     assert run() == (0, "")  # ours are the probabilities too, still
     assert run("--probabilities") == (0, "")
 
-    # A study that fails takes nothing of this away, nor does a process that is killed.
+    # A study that fails takes nothing of this away.
     whole = scan.read_bytes()
     scan.write_bytes(whole[:-100])
     assert run()[0] == 3
     scan.write_bytes(whole)
     assert run("--probabilities") == (0, "")
-    status = out / "status/a.json"
-    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "writing"}))
     (out / ".a.nii.gz.0123.part").write_bytes(b"killed")
-    write(label, truth)  # by the same process
+    (out / ".a.nii.gz.4567.part").mkdir()
     assert run("--skip-existing") == (0, "")
     assert not list(out.rglob("*.part"))
 
@@ -79,6 +78,44 @@ def test_a_file_is_replaced_only_if_its_status_says_that_it_is_ours(tmp_path, ca
     assert run("--overwrite") == (0, "")
     (out / "summary.json").write_text('{"foreground_mean": {}}')
     assert "out/summary.json is not" in refused()
+
+
+@pytest.mark.parametrize("more", [[], ["--probabilities"]])
+def test_a_night_that_is_killed_while_it_writes_leaves_nothing_unknown(
+    tmp_path, capsys, monkeypatch, more
+):
+    """Wherever it is: the next one goes on, and replaces no mask that was corrected since."""
+    write(tmp_path / "in/a.nii.gz", intensities())
+    out, moments = tmp_path / "out", []
+    assert predict("above_half", tmp_path / "in", out, *PATCH, "--probabilities") == 0
+
+    def around(function):
+        def kept(*arguments):
+            for step in (lambda: None, lambda: function(*arguments)):
+                step()
+                moments.append(tmp_path / f"moment{len(moments)}")
+                shutil.copytree(out, moments[-1])
+
+        return kept
+
+    for name in ("move_file", "write_text"):
+        monkeypatch.setattr(night, name, around(getattr(night, name)))
+    options = [*PATCH, "--normalize", "0:1.2", *more]
+    assert predict("above_half", tmp_path / "in", out, *options) == 0
+    monkeypatch.undo()
+    assert len(moments) == 6 + 2 * len(more)
+    expected = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    assert len(expected) == 1 + len(more)
+    for k, moment in enumerate(moments):
+        killed = shutil.copytree(moment, tmp_path / f"killed{k}")
+        again = predict("above_half", tmp_path / "in", killed, *options, "--skip-existing")
+        assert (again, capsys.readouterr().err) == (0, "")
+        assert {path.name: path.read_bytes() for path in killed.glob("*.nii.gz")} == expected
+        assert not list(killed.rglob("*.part/*"))
+        corrected = write(moment / "a.nii.gz", intensities() * 7)
+        assert predict("above_half", tmp_path / "in", moment, *options, "--skip-existing") == 1
+        assert "a.nii.gz is not as the status tells" in capsys.readouterr().err
+        assert (read(corrected) == intensities() * 7).all()
 
 
 def test_another_study_of_the_same_name_replaces_nothing(tmp_path, capsys):

@@ -67,10 +67,7 @@ class Target:
 
     def foreign(self) -> list[Path]:
         """Files that are there and of which the status does not say that they are ours."""
-        content = self.recorded()
-        if content.get("state") == "writing":  # killed before it could say what it wrote
-            return []
-        known = _digests(content)
+        known = _digests(self.recorded())
         there = [path for path in self.paths if path.exists()]
         return [path for path in there if path.is_dir() or digest_of_file(path) not in known]
 
@@ -303,9 +300,10 @@ class Night:
             with self._deciding:
                 if outcome.error:  # too late: it has failed already
                     return
-                known = {"earlier": earlier, "inputs": read.digests}
+                # Whenever the process dies, the status has all that may be there from now on, and
+                # probabilities lie beside no other labels than theirs.
+                known = {"earlier": sorted({*earlier, *_digests(found)}), "inputs": read.digests}
                 self._status(study, replace(outcome, state="writing"), known)
-                # Whenever the process dies, probabilities lie beside no other labels than theirs.
                 if outdated is not None:
                     outdated.unlink(missing_ok=True)
                 for file, path in zip(made.paths, target.paths, strict=True):
@@ -323,8 +321,7 @@ class Night:
         beside = probabilities_of(target.path)
         if self._is_same(before, digests, "probabilities") or not beside.is_file():
             return None
-        ours = before.get("state") == "writing" or digest_of_file(beside) in _digests(before)
-        return beside if ours else None
+        return beside if digest_of_file(beside) in _digests(before) else None
 
     def _written(self, task: _Task, study: Subject, outcome: Outcome) -> None:
         try:
@@ -344,10 +341,8 @@ class Night:
             return
         try:
             content = outcome.target.recorded()
-            ours = set(_digests(content))
-            if content.get("state") == "writing":  # and may have written a part
-                ours |= {digest_of_file(path) for path in outcome.target.paths if path.exists()}
-            known = {"earlier": sorted(ours)} if ours else {}
+            ours = _digests(content)
+            known = {"earlier": ours} if ours else {}
             if ours and "inputs" in content:
                 known["inputs"] = content["inputs"]  # of what is there
             self._status(study, outcome, known)
