@@ -143,6 +143,53 @@ def test_axes_of_ome_zarr_without_types_are_known_by_name(names, tmp_path):
     assert source.space.axes == ("y", "x")
 
 
+@pytest.mark.parametrize("by_path", [True, False])
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (("z", "y", "x", "c"), "zyxc"),
+        (("t", "z", "y", "x"), "tzyx"),
+        (("Time", "Channel", "y", "x"), "tcyx"),
+        (("c", "x", "y", "z"), "cxyz"),
+        (("t", "depth", "height", "width", "c"), "tzyxc"),
+        (("t", "y", "x"), "tyx"),
+        (("z", "y", "x"), "zyx"),
+        (("band", "z", "y", "x"), "czyx"),  # by place, as where a name is missing
+        ((None, "z", "y", "x"), "czyx"),
+        ((None, "t", "y", "x"), "czyx"),
+        (("x", "x", "x", "c"), "czyx"),
+    ],
+)
+def test_axes_of_an_array_of_zarr_are_known_by_name(tmp_path, names, order, by_path):
+    array = values_of((2, 3, 4, 5, 6)[: len(names)])
+    stored = zarr.create_array(
+        tmp_path / "v.zarr", data=array, chunks=(2,) * len(names), dimension_names=names
+    )
+    given = tmp_path / "v.zarr" if by_path else stored
+    if "t" in order:
+        extent = array.shape[order.index("t")]
+        with pytest.raises(ValueError, match=rf"timepoint: .* has {extent}, say which"):
+            open_source(given)
+    timepoint = 1 if "t" in order else None
+    source = open_source(given, timepoint=timepoint)
+    expected = open_source(array, axes=order, timepoint=timepoint)
+    assert np.array_equal(whole(source), whole(expected))
+    said = "cxyzt"[: len(names)]  # goes before names
+    assert open_source(given, axes=said, timepoint=0 if "t" in said else None).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "names", [("z", "y", "x", "channels"), ("s", "w", "z", "y", "t"), ("t", "time", "y", "x")]
+)
+def test_names_of_axes_that_do_not_say_which_are_which_are_an_error(tmp_path, names):
+    array = values_of((2, 3, 4, 5, 6)[: len(names)])
+    zarr.create_array(tmp_path / "v.zarr", data=array, chunks=array.shape, dimension_names=names)
+    with pytest.raises(ValueError, match=f"axes: .* calls its axes {', '.join(names)}, expected"):
+        open_source(tmp_path / "v.zarr")
+    said = "cxyzt"[: len(names)]
+    assert open_source(tmp_path / "v.zarr", axes=said, timepoint=0 if "t" in said else None)
+
+
 def test_channels_may_lie_last_and_axes_may_be_named():
     array = values_of((*SHAPE, 3))
     source = open_source(array, axes="zyxc")

@@ -407,12 +407,8 @@ def _matching(source: Source, mask: Source) -> list[int]:
 
 def _names(source: Source) -> tuple[str, ...] | None:
     """Of the last three axes, as the file names them; None if it does not."""
-    names: Sequence[str | None] | None = None
-    if source.space is not None:
-        names = ("", *source.space.axes)
-    else:  # of an array of Zarr 3
-        names = getattr(getattr(source.behind, "metadata", None), "dimension_names", None)
-    found = [(name or "").lower() for name in names or ()][-3:]
+    names = source.axes if source.space is None else source.space.axes
+    found = [name.lower() for name in ("", *(names or ()))][-3:]
     return tuple(found) if len(set(found)) == 3 else None
 
 

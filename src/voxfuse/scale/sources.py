@@ -18,7 +18,7 @@ from voxfuse.metrics.files import affine_in_mm
 from voxfuse.scale._optional import require
 from voxfuse.scale.chunk_cache import ChunkCache, Slices, box_bytes, edges_of
 from voxfuse.scale.manifest import fingerprint_of
-from voxfuse.scale.ome_zarr import Multiscale, Space, multiscale_of
+from voxfuse.scale.ome_zarr import KINDS_BY_NAME, Axis, Multiscale, Space, multiscale_of
 from voxfuse.scale.stores import DamagedError, decoded, insisting, local_path, reading
 
 #: Bytes of chunks that a source keeps at most, where no other number is given.
@@ -42,6 +42,8 @@ class Source:
     space: Space | None
     #: Why the voxels lie elsewhere than ``space`` says; None where they do not.
     elsewhere: str | None = None
+    #: Of an array of Zarr 3 that names its axes: the spatial ones' ("" of one without).
+    axes: tuple[str, ...] | None = None
     #: Of a NIfTI file, in mm.
     affine: NDArray[np.float64] | None = None
 
@@ -207,8 +209,9 @@ def open_source(
         channel: one channel; None takes all.
         timepoint: needed where there are several.
         axes: names of the array's axes, a letter each, "c" the channels and "t" time. Default: what
-            OME-Zarr says; "xyz", "xyzt" and "xyztc" of NIfTI, whose fourth axis is time ("xyzc"
-            where it has channels); else the last ones of "tczyx".
+            OME-Zarr says, or an array's names in Zarr 3 (c or channel, t or time); "xyz", "xyzt"
+            and "xyztc" of NIfTI, whose fourth axis is time ("xyzc" where it has channels); else
+            the last ones of "tczyx".
         cache_bytes: the most bytes of decompressed chunks that are kept.
         storage_options: of fsspec, with a URL.
         scratch: the folder for what .nii.gz decompresses to; default the system's.
@@ -292,8 +295,15 @@ def _zarr(node: Any, name: str, level: Any, axes: str | None, given: dict[str, A
     if hasattr(node, "chunks"):
         if level is not None:
             raise ValueError(f"level: got {level!r}, but {name} is an array, not an OME-Zarr image")
+        names = getattr(node.metadata, "dimension_names", None)
         order = _order(axes, node, UNNAMED, name)
-        return Source(node, name=name, order=order, chunks=node.chunks, **given)
+        if axes is None and names:
+            order = _order_named(names, order, name)
+        array = Source(node, name=name, order=order, chunks=node.chunks, **given)
+        if names:
+            found = zip(order, names, strict=True)
+            array.axes = tuple(each or "" for letter, each in found if letter not in "tc")
+        return array
     attributes = dict(node.attrs)
     image = multiscale_of(attributes, name)
     if image is None:
@@ -457,6 +467,31 @@ def _order(axes: str | None, array: Any, unnamed: Mapping[int, str], name: str) 
     if not 1 <= len(set(axes) - set("tc")) <= 3:
         raise ValueError(f"axes: got {axes!r}, expected 1 to 3 beside c (channels) and t (time)")
     return axes
+
+
+def _order_named(names: Sequence[str | None], unnamed: str, name: str) -> str:
+    """The letters of axes by their names, as of OME-Zarr without types.
+
+    ``unnamed`` where names are not all there and different, or none is of time or channels.
+    """
+    given = [each for each in names if each]
+    if len({*given}) < len(names):
+        return unnamed
+    kinds = [KINDS_BY_NAME.get(each.lower(), "space") for each in given]
+    told = {*kinds} != {"space"}
+    if told:
+        clear = kinds.count("time") < 2 > kinds.count("channel") and 0 < kinds.count("space") < 4
+    else:  # they may still tell that channels do not lie where there are none
+        places = zip(unnamed, given, strict=True)
+        clear = not any(axis in "tc" and each.lower() in {*"zyx"} for axis, each in places)
+    if not clear:
+        raise ValueError(
+            f"axes: {name} calls its axes {', '.join(given)}, expected 1 to 3 beside c or channel, "
+            "and t or time; say what they are, a letter each, as in axes='zyxc'"
+        )
+    if not told:
+        return unnamed
+    return Multiscale(tuple(map(Axis, given, kinds)), ()).order()
 
 
 def _channels(channel: int | None, extent: int | None, name: str) -> range:
