@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 
 from voxfuse import cli
 
@@ -62,3 +63,26 @@ def test_a_warning_is_a_line_of_the_command(tmp_path, capsys):
     assert cli.main(["train", "--init", str(heads), str(tmp_path / "made.toml")]) == 0
     expected = f"voxfuse train: warning: {heads}: left out: atlas, with no t1 in them\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values", "expected"),
+    [
+        ("predict --model m --input a --output b", "--normalize", ["-160:240"], "-160:240"),
+        ("predict --model m --input a --output b", "--foreground", ["-1e3"], "-1e3"),
+        ("predict --model m --input a --output b", "--threshold", ["-.5e-3"], -0.5e-3),
+        ("predict --model m --input a --output b", "--clip", ["-1e-3", "-5."], [-1e-3, -5.0]),
+        ("predict --model m --input a --output b", "--regions", ["-1", "2"], [-1, 2]),
+        ("evaluate a b", "--threshold", ["-1e-3"], -1e-3),
+        ("evaluate a b", "--ignore-label", ["-1"], -1),
+        ("simulate --host a --out b", "--seed", ["-3"], -3),
+    ],
+)
+def test_negative_numbers_are_values(command, option, values, expected):
+    """As docs/predict.md has it of a window of CT numbers."""
+    spellings = [[option, *values]] + ([[f"{option}={values[0]}"]] if len(values) == 1 else [])
+    for given in spellings:
+        options = vars(cli.parser().parse_args([*command.split(), *given]))
+        assert options[option.lstrip("-").replace("-", "_")] == expected
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args([*command.split(), "-x"])
