@@ -16,7 +16,7 @@ import torch
 from tests.inference.test_studies import intensities, predict, read, write
 from voxfuse.inference import night, request
 from voxfuse.inference.models import load_network
-from voxfuse.inference.night import Target, nameless
+from voxfuse.inference.night import Target, nameless, said
 from voxfuse.inference.plan import plan_of
 from voxfuse.inference.reading import find_studies
 from voxfuse.inference.request import Request, prepare
@@ -382,6 +382,50 @@ def test_a_name_is_taken_out_as_a_word():
     study = Subject("1", (Path("/data/1.nii.gz"),), None)
     assert nameless("1: nan at (11, 2)", study) == "the study: nan at (11, 2)"
     assert nameless("/data/1.nii.gz has nan", study) == "image 0 has nan"
+    inside = Subject("jane", (Path("in/jane.nii.gz"),), None)
+    assert nameless("in/jane.nii.gz contains nan", inside) == "image 0 contains nan"
+    assert nameless("jane_flair: nan in 'in/x'", inside) == "the study_flair: nan in 'its folder/x'"
+
+
+@pytest.mark.parametrize("folder", ["out", "", "/data/masks"])
+def test_where_a_result_goes_is_taken_out_too(folder):
+    study = Subject("jane", (Path("in/jane.nii.gz"),), None)
+    place = Path(folder)
+    beside, status = place / "jane_probabilities.nii.gz", place / "status/jane.json"
+    target = Target(place / "jane.nii.gz", beside, status)
+    part = f"{'0' * 32}.part"
+    for path, expected in (
+        (target.path, "the output"),
+        (beside, "the probabilities"),
+        (status, "the status"),
+        (beside.absolute(), "the probabilities"),
+        (place / f".jane.nii.gz.{part}", "the output"),
+        (place / f".jane.nii.gz.{part}/jane.nii.gz", "the output"),
+        (place / f".jane.nii.gz.{part}/.jane_probabilities.nii.gz.{part}", "the probabilities"),
+        (place / f"status/.jane.json.{part}", "the status"),
+    ):
+        error = said(OSError(28, "No space left on device", str(path)))
+        expected = f"[Errno 28] No space left on device: '{expected}'"
+        assert nameless(error, study, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("full", "what"), [("jane.nii.gz", "output"), ("jane_probabilities.nii.gz", "probabilities")]
+)
+def test_the_status_of_a_full_disk_has_no_path(tmp_path, monkeypatch, full, what):
+    write(tmp_path / "in/jane.nii.gz", intensities())
+    monkeypatch.chdir(tmp_path)
+    own = request.save_like
+
+    def save_like(array, placement, path, comment=""):
+        if path.name == full:
+            raise OSError(28, "No space left on device", str(path))
+        own(array, placement, path, comment)
+
+    monkeypatch.setattr(request, "save_like", save_like)
+    assert predict("above_half", "in", "out", *PATCH, "--probabilities") == 1
+    found = json.loads((tmp_path / "out/status/jane.json").read_text())
+    assert found["error"] == f"[Errno 28] No space left on device: 'the {what}'"
 
 
 def test_array_tasks_have_their_shards_when_some_are_done_again(tmp_path):

@@ -367,7 +367,7 @@ class Night:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if outcome.error:
-            content["error"] = nameless(outcome.error, study)
+            content["error"] = nameless(outcome.error, study, outcome.target)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -458,20 +458,42 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def nameless(text: str, study: Subject) -> str:
-    """A message without the names of a study and its files, which may be a patient's."""
+def nameless(text: str, study: Subject, target: Target | None = None) -> str:
+    """A message without paths and names of a study and its files, which may be a patient's."""
+    folders = {path.parent for path in study.images}
+    if target is not None:
+        written = {"output": target.path, "probabilities": target.beside, "status": target.status}
+        paths = {what: path for what, path in written.items() if path is not None}
+        for end, left in (("/", ""), ("", r"\1")):  # while they are written
+            for path in paths.values():
+                part = rf"\.({re.escape(path.name)})\.[0-9a-f]{{32}}\.part{end}"
+                text = re.sub(part, left, text)
+        for what, path in paths.items():
+            text = _without_path(path, f"the {what}", text)
+        folders |= {path.parent for path in paths.values()}
     for k, path in enumerate(study.images):
         for file in path.iterdir() if path.is_dir() else ():
-            text = text.replace(str(file), f"a slice of image {k}")
-        text = _without(path.name, f"image {k}", text.replace(str(path), f"image {k}"))
+            text = _without_path(file, f"a slice of image {k}", text)
+        text = _without(path.name, f"image {k}", _without_path(path, f"image {k}", text))
     if study.mask is not None:
-        text = text.replace(str(study.mask), "the mask")
-    folders = {str(path.parent) for path in study.images} - {".", "/"}
-    for folder in sorted(folders, key=len, reverse=True):
-        text = text.replace(folder, "its folder")
+        text = _without_path(study.mask, "the mask", text)
+    for folder in sorted(folders, key=lambda folder: len(str(folder)), reverse=True):
+        text = _without_path(folder, "its folder", text)
     return _without(study.name, "the study", text)
 
 
+def _without_path(path: Path, instead: str, text: str) -> str:
+    """A path, as it is and from the root; of a single word, as "in" is one, only as a path."""
+    for each in (str(path.absolute()), str(path)):
+        one = re.escape(each)
+        found = rf"(?<![\w./]){one}(?!\w)"
+        if "/" not in each and "." not in each:
+            found = rf"(?<![\w./]){one}(?=/)|(?<=['\"]){one}(?=['\"])"
+        if each not in (".", "/"):
+            text = re.sub(found, instead, text)
+    return text
+
+
 def _without(name: str, instead: str, text: str) -> str:
-    """Only whole words: a name may be a digit."""
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
+    """Only whole words, of which ``_`` is no part: a name may be a digit."""
+    return re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", instead, text)
