@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from voxfuse import cli
+from voxfuse.training.config import PredictionOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,3 +87,14 @@ def test_negative_numbers_are_values(command, option, values, expected):
         assert options[option.lstrip("-").replace("-", "_")] == expected
     with pytest.raises(SystemExit):
         cli.parser().parse_args([*command.split(), "-x"])
+
+
+def test_every_option_has_a_help_and_patches_their_defaults():
+    commands = cli.parser()._subparsers._group_actions[0].choices
+    for name, command in commands.items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest}"
+    said = {action.dest: action.help for action in commands["predict"]._actions}
+    defaults = PredictionOptions()
+    for name in ("window", "overlap", "grid", "orientations"):
+        assert f"of networks {getattr(defaults, name)})" in said[name]

@@ -95,14 +95,31 @@ def _add_patches(parser: argparse.ArgumentParser) -> None:
         "--patch", type=int, nargs="+", metavar="N",
         help="extent of a patch, one number or three; an export's own by default",
     )  # fmt: skip
-    parser.add_argument("--window", help="weights of a patch's voxels, such as bspline or hashemi")
-    parser.add_argument("--overlap", type=float, help="share of a patch that the next one has too")
-    parser.add_argument("--grid", choices=["shifted", "even", "half_patch"])
+    parser.add_argument(
+        "--window",
+        help="weights of a patch's voxels, such as bspline or hashemi (default: the run's; of "
+        "networks bspline)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overlap", type=float,
+        help="share of a patch that the next one has too (default: the run's; of networks 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grid", choices=["shifted", "even", "half_patch"],
+        help="where patches lie: in the scan, the last one shifted back; in it at even distances; "
+        "or half a patch over its border, where it is reflected, with an overlap of 0.5 (default: "
+        "the run's; of networks shifted)",
+    )  # fmt: skip
     parser.add_argument(
         "--tta", "--orientations", dest="orientations", choices=["none", "rotations", "mirror"],
-        help="predictions averaged: four turned by 180 degrees, or eight flips",
+        help="predictions averaged: four turned by 180 degrees, or eight flips (default: the "
+        "run's; of networks none)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, help="patches a call of the network")
+    parser.add_argument(
+        "--batch", type=int,
+        help="patches a call of the network (default: the run's; of networks 1, or as many as an "
+        "export takes at least)",
+    )  # fmt: skip
     parser.add_argument(
         "--head", metavar="LAYER",
         help="the network's last layer, a convolution of extent 1, by name; or FILE.npz with "
