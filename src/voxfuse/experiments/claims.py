@@ -520,7 +520,9 @@ def page(results: Path) -> str:
         "beforehand: those of L and M in the [protocol](protocol.md), those of F on [their "
         "page](fusion/README.md). B are exact counts, without intervals. A claim has a verdict "
         "when all of its seeds are done. This page is made from the rows: "
-        "`voxfuse experiment NAME --page`.",
+        "`voxfuse experiment NAME --page`. What follows from it and from the experiments' pages: "
+        "[which loss, beta and threshold](../choosing_a_loss.md#what-was-measured), [which window "
+        "and overlap](../fusion.md#which-window-which-overlap).",
         markdown(head, table),
         f"Verdicts: *{SHOWN}*, at tuned thresholds; *{ONLY}*, and not at tuned ones; *{NOT}*; "
         f"*{FEW}*; *{WAITING}*. Of L the primary endpoints decide after Holm over all five, at 5 % "
