@@ -252,9 +252,10 @@ def test_pages_tell_what_tuning_does_and_which_thresholds_it_chose():
     chosen = {("0", "tuned-dice"): "0.3", ("1", "tuned-dice"): "0.9999", ("0", "tuned-f2"): "0.1"}
     for row in rows:
         row["level"] = chosen.get((row["seed"], row["threshold"]), "0.2")
-    told = tables.levels(rows, "binary", ("hippocampus",))
-    line = "| dice | 0.3 (0.3 to 0.9999), 1 of 2 an end of the range | 0.1 (0.1 to 0.2) |"
+    told = tables.levels(scores, rows, "binary", ("hippocampus",))
+    line = "| dice | 0.65 (0.3 to 0.9999), 1 of 2 an end of the range | 0.15 (0.1 to 0.2) |"
     assert told.splitlines()[-1] == line
-    by_subject = tables.levels(rows, "binary", ("hippocampus",), of=lambda row: row["subject"])
+    of = lambda row: row["subject"]  # noqa: E731
+    by_subject = tables.levels(scores, rows, "binary", ("hippocampus",), of=of)
     assert "2 of 4 an end of the range" in by_subject
-    assert not tables.levels(rows, "binary", ("amygdala",))
+    assert not tables.levels(scores, rows, "binary", ("amygdala",))

@@ -25,7 +25,7 @@ from voxfuse.experiments.statistics import (
     over_seeds,
     rising,
 )
-from voxfuse.experiments.tables import Scores, lost, markdown
+from voxfuse.experiments.tables import Scores, lost, markdown, patient_of
 from voxfuse.experiments.verdicts import FEW, NOT, ONLY, SHOWN, WAITING, of_few
 
 Floats = NDArray[np.float64]
@@ -213,7 +213,7 @@ BOUNDS = (
 
 def _scores(rows: Rows, task: str, split: str = "test") -> Scores:
     whole = [row for row in rows if not row["structure"].startswith("lesions ")]
-    patients = {row["subject"]: row["subject"].rsplit("-", 1)[0] for row in whole}
+    patients = {row["subject"]: patient_of(row) for row in whole}
     return Scores(whole, task, patients if task == "lesion" else None, split)
 
 
@@ -414,7 +414,7 @@ def _by_fold(rows: Rows, scores: Scores, compared: tuple[str, str, str, str]) ->
     """The difference in each fold, whose patients share their networks."""
     means = scores.difference(*compared).mean(0)
     tested = [row for row in rows if (row["task"], row["split"]) == ("lesion", "test")]
-    folds = {row["subject"].rsplit("-", 1)[0]: row["fold"] for row in tested}
+    folds = {patient_of(row): row["fold"] for row in tested}
     parts: dict[str, list[float]] = {}
     for patient, value in zip(sorted(folds), means, strict=True):
         parts.setdefault(folds[patient], []).append(float(value))

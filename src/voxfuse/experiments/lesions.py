@@ -27,6 +27,7 @@ from voxfuse.experiments.tables import (
     levels,
     markdown,
     means,
+    patient_of,
     tuning,
 )
 from voxfuse.experiments.trained import COLUMNS, KEY, LOSSES, beta_of, predicted, trained
@@ -238,7 +239,7 @@ def _by_size(called: NDArray[np.bool_], truth: NDArray[np.bool_]) -> list[dict[s
 
 def pages(finished: Finished) -> dict[str, str]:
     """Means of every loss, differences to Dice loss and cross-entropy, lesions by size."""
-    patients = {row["subject"]: row["subject"].rsplit("-", 1)[0] for row in finished.rows}
+    patients = {row["subject"]: patient_of(row) for row in finished.rows}
     scores = Scores(finished.rows, "lesion", patients, structures=("lesion",))
     text = [
         "# Losses on MS lesions",
@@ -264,7 +265,7 @@ def pages(finished: Finished) -> dict[str, str]:
             if scores.seeds(against):
                 text.append(differences(scores, against, few_patients))
         ways = {**TUNED, **SEMIREAL}
-        chosen = levels(finished.rows, "lesion", ("lesion",), tuple(ways), _tuned_for)
+        chosen = levels(scores, finished.rows, "lesion", ("lesion",), tuple(ways), _tuned_for)
         text += [
             "What tuning does to a loss, and the thresholds that it chose, one a network and "
             "patient: the median, and from which to which. Chosen on two patients they lie far "
@@ -287,7 +288,7 @@ def pages(finished: Finished) -> dict[str, str]:
 
 def _tuned_for(row: Mapping[str, str]) -> str:
     """Whom a row's threshold was chosen for: those of heads are a network's, for all patients."""
-    return row["subject"].rsplit("-", 1)[0] if row["threshold"] in TUNED else ""
+    return patient_of(row) if row["threshold"] in TUNED else ""
 
 
 def _size_table(finished: Finished, scores: Scores) -> str:

@@ -152,7 +152,7 @@ def pages(finished: Finished) -> dict[str, str]:
         "What was asked, of whom and how, is in the [protocol](../protocol.md). Scores are means "
         "over seeds and 90 test subjects; differences are within seed and subject, with 95 % "
         "intervals of a bootstrap that draws seeds and subjects. Of five seeds such an interval "
-        "covers between 82 %, where seeds alone differ, and 95 %; of fewer seeds, less. In the "
+        "covers between 84 %, where seeds alone differ, and 95 %. In the "
         "two-class task a subject's "
         'score is the mean of both structures, and "argmax" takes the class of greatest '
         "probability, as networks of several classes are used.",
@@ -180,7 +180,7 @@ def pages(finished: Finished) -> dict[str, str]:
         text += [
             "What tuning does to a loss, and the thresholds that it chose, one a network and "
             "structure: the median, and from which to which.",
-            tuning(scores), levels(finished.rows, task, TASKS[task]),
+            tuning(scores), levels(scores, finished.rows, task, TASKS[task]),
         ]  # fmt: skip
         name, chart = f"beta_{task}.svg", beta_chart(scores)
         if chart:

@@ -41,6 +41,11 @@ GLOSSARY = (
 )
 
 
+def patient_of(row: Mapping[str, str]) -> str:
+    """Whose scan a row's is, of subjects with a number a scan."""
+    return row["subject"].rsplit("-", 1)[0]
+
+
 class Scores:
     """Scores of finished runs, each the mean over the structures of a subject.
 
@@ -208,6 +213,7 @@ def tuning(
 
 
 def levels(
+    scores: Scores,
     rows: Iterable[Mapping[str, str]],
     task: str,
     structures: Sequence[str],
@@ -217,19 +223,23 @@ def levels(
     """A line a loss: the median of the thresholds that were chosen, and their range.
 
     Args:
+        scores: of these rows, which say what seeds are whole.
         rows, task, structures: as :class:`Scores` takes them.
         ways: of choosing.
-        of: whom of a run's test subjects a threshold was chosen for; as it is, for all of them.
+        of: of a row, for whom its threshold was chosen, where a run has several.
     """
     found: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
+    whole = {loss: {str(seed) for seed in scores.seeds(loss)} for loss in scores.losses}
     for row in rows:
-        if row["task"] == task and row["split"] == "test" and row["structure"] in structures:
+        if (row["task"], row["split"]) != (task, "test") or row["structure"] not in structures:
+            continue
+        if row["seed"] in whole[row["loss"]]:
             cell = row["seed"], row["fold"], row["structure"], of(row)
             found.setdefault((row["loss"], row["threshold"]), {})[cell] = float(row["level"] or 0.5)
 
     def said(chosen: Iterable[float]) -> str:
         every = np.array(list(chosen))
-        low, middle, high = np.quantile(every, [0, 0.5, 1], method="nearest")
+        low, middle, high = np.quantile(every, [0, 0.5, 1])
         at_end = int(((every <= ENDS[0]) | (every >= ENDS[1])).sum())
         ends = f", {at_end} of {every.size} an end of the range" * (at_end > 0)
         return f"{middle:.4g} ({low:.4g} to {high:.4g}){ends}"
