@@ -145,20 +145,36 @@ def test_a_slice_that_is_damaged_is_not_left_out(tmp_path, name, spoil, pattern)
         load_series(folder, pixels=False)
 
 
+def test_a_folder_of_damaged_slices_alone_is_a_study_that_fails(tmp_path, capsys):
+    write_series(tmp_path / "in/a", intensities((8, 7, 8)))
+    (tmp_path / "in/b").mkdir()
+    (tmp_path / "in/b/1.dcm").touch()
+    (tmp_path / "in/c").mkdir()
+    (tmp_path / "in/c/1.dcm").symlink_to("nowhere")
+    assert predict("above_half", tmp_path / "in", tmp_path / "out", *PATCH) == 3
+    failed = capsys.readouterr().err
+    assert re.search(r"b: .*1.dcm: is empty", failed), failed
+    assert re.search(r"c: .*1.dcm: is a link to a file that is not there", failed), failed
+
+
 def test_no_cut_takes_a_slice_away_without_a_word(tmp_path):
     folder = write_series(tmp_path / "s", intensities((8, 7, 3)))
     last = next(p for p in folder.iterdir() if pydicom.dcmread(p).InstanceNumber == 3)
     whole = last.read_bytes()
     for length in range(0, len(whole), 7):
         last.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="s"):
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
             read_series(folder)
 
 
 def test_what_is_no_slice_may_lie_beside_slices(tmp_path):
     folder = write_series(tmp_path / "s", intensities((8, 7, 8)))
-    for name in ("notes.txt", "a.JSON", ".DS_Store", "._IM007", "DICOMDIR", "shot.png", "b.nii.gz"):
+    for name in ("notes.txt", "a.JSON", ".DS_Store", "._IM007", "DICOMDIR", "VERSION", "b.nii.gz"):
         (folder / name).write_bytes(b"short")
+    for name in ("DONE", "Icon\r", "x.bak"):
+        (folder / name).touch()
+    (folder / "seg.raw").write_bytes(bytes(1000))
+    (folder / "CHANGES").symlink_to("nowhere")
     (folder / "log").write_bytes(b"a longer text that no program takes for DICOM, " * 4)
     (folder / "inside").mkdir()
     report = pydicom.Dataset()  # of another series, without an image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +23,10 @@ _NEEDED = (
 )  # fmt: skip
 #: What a table of contents is, in its first lines (MediaStorageSOPClassUID).
 _DIRECTORY = b"1.2.840.10008.1.3.10"
-#: Endings of slices, where their names have one, and of what may lie beside them.
+#: Endings of slices, where their names have one.
 _ENDINGS = (".dcm", ".ima", ".dicom")
-_OTHERS = (
-    ".bmp", ".bval", ".bvec", ".csv", ".db", ".doc", ".docx", ".exe", ".gif", ".gz", ".htm",
-    ".html", ".inf", ".ini", ".jpeg", ".jpg", ".json", ".log", ".md", ".md5", ".nii", ".pdf",
-    ".png", ".rtf", ".sh", ".sha256", ".tif", ".tiff", ".toml", ".tsv", ".txt", ".xls", ".xlsx",
-    ".xml", ".yaml", ".yml", ".zip",
-)  # fmt: skip
-#: Groups that a file without preamble begins with, in either order of bytes.
-_FIRST_GROUPS = (b"\2\0", b"\0\2", b"\x08\0", b"\0\x08")
+#: What slices of a series differ by in their names: numbers, or digests.
+_NUMBER = re.compile(r"[0-9a-f]{8,}|\d+")
 #: Files of a folder that are looked at before it is taken for no series.
 _LOOKED_AT = 64
 #: Positions, in mm, and direction cosines that differ by no more are the same.
@@ -51,38 +46,38 @@ def _pydicom() -> Any:
 
 
 def is_series(path: Path) -> bool:
-    """Whether a folder has DICOM files."""
+    """Whether a folder has DICOM files, or what is called so."""
     if not path.is_dir():
         return False
-    files = [file for file in sorted(path.iterdir()) if file.is_file()]
-    return any(is_dicom(file) for file in files[:_LOOKED_AT])
+    files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
+    return any(_is_called_slice(file) or is_dicom(file) for file in files[:_LOOKED_AT])
+
+
+def _is_called_slice(file: Path) -> bool:
+    name = file.name.lower()
+    return name.endswith(_ENDINGS) and not name.startswith(".")
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is of DICOM, but no medium's table of contents (DICOMDIR)."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         head = file.read(512)
     return head[128:132] == b"DICM" and _DIRECTORY not in head
 
 
 def _damage(file: Path) -> str:
-    """What is wrong with a file that is not of DICOM but looks like a slice; "" if it does not."""
-    name = file.name.lower()
-    if name.startswith((".", "dicomdir")) or name.endswith(_OTHERS):
-        return ""
+    """What is wrong with a file that is not of DICOM; "" of a medium's table of contents."""
     if not file.exists():
         return "is a link to a file that is not there"
-    if not file.is_file():
-        return ""
     with file.open("rb") as opened:
         head = opened.read(132)
-    if head[128:] == b"DICM":  # a table of contents by another name
+    if head[128:] == b"DICM":
         return ""
     if len(head) < 132:
         return "is cut off" if head else "is empty"
-    if name.endswith(_ENDINGS) or head[:2] in _FIRST_GROUPS or not any(head[:128]):
-        return "lacks the preamble of DICOM, or is damaged"
-    return ""
+    return "lacks the preamble of DICOM, or is damaged"
 
 
 @dataclass(frozen=True)
@@ -102,25 +97,27 @@ class Series:
 def load_series(folder: Path, pixels: bool = True) -> Series:
     """The slices of a folder, checked to be all of a regular grid.
 
-    Files beside them whose names say that they are none, and hidden ones, are left out, as is
-    DICOM of other series without images.
+    Files beside them that are not named as slices are, and hidden ones, are left out, as is DICOM
+    without images.
 
     Raises:
         ValueError: several series, or none; a slice that does not say where it lies; another
             grid or orientation among the slices; two in one place; one that is
-            missing; a file that seems to be one, but is empty, cut off or without DICOM's
+            missing; a file that is named as a slice, but is empty, cut off or without DICOM's
             preamble; pixels that are no single grey value.
         ModuleNotFoundError: pydicom is not installed.
     """
     pydicom = _pydicom()
     slices: list[Any] = []
+    forms: set[str] = set()  # of their names
     placeless: dict[str, Path] = {}  # an image of each series that lies nowhere
-    imageless: list[tuple[Path, set[str]]] = []  # and what it is of
-    damaged: dict[Path, str] = {}
+    imageless: dict[Path, str] = {}  # and what it is of
+    others: list[Path] = []
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or not is_dicom(file):
-            if damage := _damage(file):
-                damaged[file] = damage
+        if file.is_dir() or file.name.startswith("."):
+            continue
+        if not is_dicom(file):
+            others.append(file)
             continue
         try:
             with warnings.catch_warnings():
@@ -131,13 +128,25 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
         if "ImagePositionPatient" in found and "Rows" in found:
             _check_slice(file, found)
             slices.append(found)
+            forms.add(_form(file))
         elif int(found.get("NumberOfFrames", 1)) > 1:
             raise ValueError(f"{file}: has several frames, expected a file a slice")
         elif "Rows" in found:
             placeless.setdefault(str(found.get("SeriesInstanceUID")), file)
         else:
-            of = {str(found.get(uid, "")) for uid in ("SeriesInstanceUID", "SOPClassUID")}
-            imageless.append((file, of))
+            imageless[file] = str(found.get("SOPClassUID", ""))
+    damaged = {
+        file: _damage(file) for file in others if _is_called_slice(file) or _form(file) in forms
+    }
+    kinds = {str(one.get("SOPClassUID", "")) for one in slices}
+    for file, kind in imageless.items():
+        if any(one.startswith(kind) for one in kinds):  # it may be cut off as well
+            damaged[file] = "has no Rows and is cut off, or is no slice"
+    for file, damage in damaged.items():
+        if damage:
+            raise ValueError(
+                f"{file}: {damage}; expected a slice: copy it again, or move it out of the series"
+            )
     if not slices:
         raise ValueError(f"{folder}: has no slices with a position (ImagePositionPatient)")
     count = len({str(s.SeriesInstanceUID) for s in slices})
@@ -146,16 +155,12 @@ def load_series(folder: Path, pixels: bool = True) -> Series:
     lost = placeless.get(str(slices[0].SeriesInstanceUID))
     if lost is not None:
         raise ValueError(f"{lost}: has no ImagePositionPatient, which other slices have")
-    ours = {str(slices[0].SeriesInstanceUID), str(slices[0].get("SOPClassUID", ""))}
-    for file, of in imageless:
-        if of & {*ours, ""}:  # "": that is cut off as well
-            damaged[file] = "has no Rows and is cut off, or is no slice"
-    if damaged:
-        file, damage = next(iter(damaged.items()))
-        raise ValueError(
-            f"{file}: {damage}; expected a slice: copy it again, or move it out of the series"
-        )
     return _arranged(folder, slices)
+
+
+def _form(file: Path) -> str:
+    """A file's name without what the slices of a series differ by."""
+    return _NUMBER.sub("0", file.name.lower())
 
 
 def _check_slice(file: Path, one: Any) -> None:
