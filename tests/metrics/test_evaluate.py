@@ -466,6 +466,37 @@ def test_links_are_followed(tmp_path, pattern):
         find_scans(folder, pattern)
 
 
+@pytest.mark.parametrize("pattern", [None, "{}/m.nii.gz"])
+def test_of_files_that_git_annex_has_not_fetched_scans_are_errors(tmp_path, pattern):
+    from voxfuse.metrics.files import find_scans
+
+    save(tmp_path / "a/m.nii.gz", lesions())
+    content = ".git/annex/objects/x/y"
+    (tmp_path / "CHANGES").symlink_to(content)
+    assert list(find_scans(tmp_path, pattern)) == ["a" if pattern else "a/m"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/m.nii.gz").symlink_to("../" + content)
+    with pytest.raises(FileNotFoundError, match="m.nii.gz: is a link to"):
+        find_scans(tmp_path, pattern)
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    from voxfuse.metrics.files import find_scans
+
+    save(tmp_path / "a/m.nii.gz", lesions())
+    (tmp_path / "lost+found").mkdir()
+    inside = Path.iterdir
+
+    def refused(folder):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return inside(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.warns(UserWarning, match=r"lost\+found: left out, as it may not be read"):
+        assert list(find_scans(tmp_path)) == ["a/m"]
+
+
 def test_resampling_takes_the_nearest_voxel(tmp_path, capsys):
     """The same mask, stored from the other end of two axes, and moved by a voxel."""
     truth = lesions((2, 2, 2), (10, 12, 5))

@@ -179,7 +179,7 @@ def test_axes_of_an_array_of_zarr_are_known_by_name(tmp_path, names, order, by_p
 
 
 @pytest.mark.parametrize(
-    "names", [("z", "y", "x", "channels"), ("s", "w", "z", "y", "t"), ("t", "time", "y", "x")]
+    "names", [("z", "y", "x", "band"), ("s", "w", "z", "y", "t"), ("t", "time", "y", "x")]
 )
 def test_names_of_axes_that_do_not_say_which_are_which_are_an_error(tmp_path, names):
     array = values_of((2, 3, 4, 5, 6)[: len(names)])

@@ -564,9 +564,10 @@ def test_no_subject_is_left_out_without_a_word(heads, tmp_path):
         check_subjects(dataset.subjects.values(), DataOptions(), LABELS, [])
 
 
-def test_files_that_are_named_as_modalities_are_in_their_order():
+@pytest.mark.parametrize("ending", [".nii.gz", ".NII.GZ"])
+def test_files_that_are_named_as_modalities_are_in_their_order(ending):
     def check(files, images, *channels):
-        check_order([Path(f"x/{file}.nii.gz") for file in files.split()], images.split(), channels)
+        check_order([Path(f"x/{file}{ending}") for file in files.split()], images.split(), channels)
 
     for files, images in {
         "flair t1": "flair t1",

@@ -204,7 +204,7 @@ class _Evaluation:
 
         self._check_headers()
         if self.options.out is not None:
-            _make(self.options.out)
+            _check_writable(self.options.out)
         if self.options.tune_on:
             self._tune()
         if self.ignore is not None:
@@ -502,7 +502,7 @@ def _labels(scan: Any, expected: str) -> NDArray[Any]:
     return whole  # type: ignore[no-any-return]
 
 
-def _make(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Make a folder, and see that files can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from voxfuse.inference.dicom import is_series, load_series, read_series
 from voxfuse.metrics._arrays import optional
-from voxfuse.metrics.files import ENDINGS, Scan, affine_in_mm, load_scan
+from voxfuse.metrics.files import ENDINGS, Scan, affine_in_mm, is_image, load_scan
 from voxfuse.training.dataset import Subject, file_named, images_in, name_of, numbered, say_left_out
 
 
@@ -97,8 +97,7 @@ def _in_folder(folder: Path, mask: str) -> dict[str, list[Path]]:
         if path.name.startswith(".") or (mask not in ("all", "positive") and name_of(path) == mask):
             continue
         # A link to what is not there, as of git-annex, is a study that fails.
-        is_image = path.name.lower().endswith(ENDINGS) and not path.is_dir()
-        if is_image or is_series(path):
+        if (is_image(path) and not path.is_dir()) or is_series(path):
             paths.append(path)
         elif path.is_dir() and _has_images(path):
             others.append(path.name)

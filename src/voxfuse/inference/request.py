@@ -27,7 +27,7 @@ from voxfuse.inference.segmenters import (
     Segmentation,
     Segmenter,
 )
-from voxfuse.metrics.files import ENDINGS, channels_comment, probabilities_of
+from voxfuse.metrics.files import channels_comment, is_image, probabilities_of
 from voxfuse.training.config import Config, ConfigError, DataOptions, PredictionOptions, parse
 from voxfuse.training.dataset import (
     Subject,
@@ -196,7 +196,7 @@ def _has_series(folder: Path) -> bool:
         return False
     inside = list(folder.iterdir())
     folders = [path for path in inside if path.is_dir()]
-    images = any(path.name.lower().endswith(ENDINGS) for path in inside)
+    images = any(map(is_image, inside))
     return bool(folders) and not images and all(is_series(path) for path in folders)
 
 

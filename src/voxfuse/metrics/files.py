@@ -178,7 +178,7 @@ def find_scans(path: str | Path, pattern: str | None = None) -> dict[str, Path]:
     for file in _files_below(path, parts):
         name = composed(file.relative_to(path).as_posix())
         if pattern is None:
-            if not name.lower().endswith(ENDINGS):
+            if not is_image(file):
                 continue
             subject = _without_ending(name)
         else:
@@ -201,7 +201,14 @@ def _files_below(
     here = os.path.realpath(folder)
     if here in above:  # a link to a folder that it lies in
         return
-    for path in sorted(folder.iterdir()):
+    try:
+        inside = sorted(folder.iterdir())
+    except PermissionError:
+        if not above:
+            raise
+        warnings.warn(f"{folder}: left out, as it may not be read", stacklevel=3)
+        return
+    for path in inside:
         if parts is None:
             wanted, deeper = not path.name.startswith("."), True
         else:
@@ -212,7 +219,12 @@ def _files_below(
         if not wanted:
             continue
         if path.is_symlink() and not path.exists():
-            raise FileNotFoundError(f"{path}: is a link to {os.readlink(path)}, which is not there")
+            target = os.readlink(path)
+            # What git-annex has not fetched is a file, which another name may tell is no scan.
+            is_file = "annex/objects" in target
+            if (is_image(path) or not is_file) if parts is None else not (deeper and is_file):
+                raise FileNotFoundError(f"{path}: is a link to {target}, which is not there")
+            continue
         if path.is_dir() and deeper:
             yield from _files_below(path, None if parts is None else parts[1:], (*above, here))
         elif path.is_file() and (parts is None or not deeper):
@@ -235,6 +247,11 @@ def as_text(path: Path) -> Path:
 def composed(name: str) -> str:
     """A name in Unicode's composed form."""
     return unicodedata.normalize("NFC", name)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name ends as those that nibabel reads."""
+    return path.name.lower().endswith(ENDINGS)
 
 
 def _without_ending(name: str) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 
 VERSIONS = ("0.4", "0.5")
 #: What an axis of this name is, where its type is not said.
-KINDS_BY_NAME = {"t": "time", "time": "time", "c": "channel", "channel": "channel"}
+KINDS_BY_NAME = {
+    "t": "time",
+    "time": "time",
+    "c": "channel",
+    "channel": "channel",
+    "channels": "channel",
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def multiscale_of(attributes: Mapping[str, Any], where: str) -> Multiscale | Non
         axes = tuple(
             Axis(
                 str(axis["name"]),
-                str(axis.get("type") or KINDS_BY_NAME.get(axis["name"], "space")),
+                str(axis.get("type") or KINDS_BY_NAME.get(axis["name"].lower(), "space")),
                 axis.get("unit"),
             )
             for axis in described["axes"]

@@ -249,7 +249,7 @@ def open_source(
             raise FileNotFoundError(2, "there is no such file", str(path))
         array = np.load(path, mmap_mode="r")
         opened = Source(array, name=name, order=_order(axes, array, UNNAMED, name), **given)
-    elif path is not None and (path.name.endswith((".nii", ".nii.gz"))):
+    elif path is not None and path.name.lower().endswith((".nii", ".nii.gz")):
         _no_level(level, name)
         opened = _nifti(path, axes, scratch, given)
     elif path is not None or isinstance(source, str):
@@ -361,8 +361,8 @@ def _nifti(path: Path, axes: str | None, scratch: Any, given: dict[str, Any]) ->
         raise FileNotFoundError(2, "there is no such file", str(path))
     name, file = str(path), path
     with tempfile.TemporaryDirectory(dir=scratch, prefix="voxfuse.") as folder:
-        if path.name.endswith(".gz"):
-            file = Path(folder) / path.name.removesuffix(".gz")
+        if path.name.lower().endswith(".gz"):
+            file = Path(folder) / path.name[: -len(".gz")]
 
             def decompress() -> None:
                 with gzip.open(path) as packed, file.open("wb") as plain:

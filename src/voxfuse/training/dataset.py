@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from voxfuse.losses.declared import did_you_mean
-from voxfuse.metrics.files import ENDINGS
+from voxfuse.metrics.files import ENDINGS, is_image
 from voxfuse.training.config import IGNORE, DataOptions
 
 #: What the voxels of the label "ignore" are in a volume; classes lie below it.
@@ -95,9 +95,7 @@ def with_name(path: Path) -> Path:
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder itself, but for hidden ones; and links to what is not there."""
     return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
+        path for path in folder.iterdir() if is_image(path) and not path.name.startswith(".")
     )
 
 
@@ -472,7 +470,7 @@ def check_order(paths: Sequence[Path], images: Sequence[str], channels: Sequence
     words = [_modality_in(name_of(path), images) for path in paths]
     said = list(words)
     for k, path in enumerate(paths):
-        number = numbered(path)[1] if path.name.endswith(ENDINGS) else None
+        number = numbered(path)[1] if is_image(path) else None
         if words[k] is None and number in numbers:
             said[k] = numbers.index(number)
         elif words[k] is None and channels and number is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voxfuse.metrics.files import ENDINGS, load_scan
+from voxfuse.metrics.files import is_image, load_scan
 from voxfuse.training.config import IGNORE, Config, DataOptions
 from voxfuse.training.dataset import (
     DataError,
@@ -82,7 +82,7 @@ def _look_into(folder: Path, options: DataOptions) -> None:
     places = sorted(path for path in folder.iterdir() if path.is_dir())
     held: dict[str, set[str]] = {}
     for place in places:
-        names = (name_of(path) for path in place.iterdir() if path.name.endswith(ENDINGS))
+        names = (name_of(path) for path in place.iterdir() if is_image(path))
         # BraTS_001/BraTS_001_flair.nii.gz is flair.
         held[place.name] = {
             name[len(place.name) + 1 :]

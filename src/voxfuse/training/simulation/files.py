@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from voxfuse.metrics.files import ENDINGS
+from voxfuse.metrics.files import is_image
 from voxfuse.training.config import DataOptions
 from voxfuse.training.dataset import (
     DataError,
@@ -77,7 +77,7 @@ def find_hosts(
     ordered = ["t1", *(name for name in wanted if name != "t1")]
     found: list[HostFiles] = []
     for place in map(Path, places):
-        if place.is_file() and place.name.endswith(ENDINGS):
+        if place.is_file() and is_image(place):
             host = _host_in(with_name(place.parent), [name_of(place)], label or LABEL, mask)
             name = name_of(place)
             subject = replace(host.subject, name=name, images=(place,), group=name)
