@@ -253,10 +253,15 @@ def levels(
 
 
 def done(finished: Finished, command: str) -> str:
-    """What a page is made from, and what it took."""
+    """What a page is made from, what it took, and of which losses there is none."""
+    there = {run.get("loss") for run in finished.runs}
+    losses = dict.fromkeys(run["loss"] for run in finished.declared if "loss" in run)
+    named = ", ".join(loss for loss in losses if loss not in there)
+    without = f" Not done: {named}." if named and there else ""
     return (
         f"{len(finished.runs)} of {len(finished.declared)} runs are done, in {finished.hours:.1f} "
         f"hours of one core: `{command}`. A run that was interrupted counts from where it went on."
+        f"{without}"
     )
 
 
