@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,16 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _to_disk(folder.parent)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder; raise where no file can be written there, before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{option}: nothing can be written to {folder}: {error}") from None
 
 
 def move_folder(folder: Path, path: Path) -> bool:

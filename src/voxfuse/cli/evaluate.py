@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -201,10 +200,11 @@ class _Evaluation:
     def run(self) -> int:
         """Score, print or write; return the exit status."""
         from voxfuse import __version__
+        from voxfuse._files import check_writable
 
         self._check_headers()
         if self.options.out is not None:
-            _check_writable(self.options.out)
+            check_writable(self.options.out, "--out")
         if self.options.tune_on:
             self._tune()
         if self.ignore is not None:
@@ -500,16 +500,6 @@ def _labels(scan: Any, expected: str) -> NDArray[Any]:
         place = tuple(map(int, np.argwhere(wrong)[0]))
         raise ValueError(f"{scan.path}: got {array[place]!s} at voxel {place}, {expected}")
     return whole  # type: ignore[no-any-return]
-
-
-def _check_writable(folder: Path) -> None:
-    """Make a folder, and see that files can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out: {folder} cannot be written: {error}") from None
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +223,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from voxfuse._files import write_text
+    from voxfuse._files import check_writable, write_text
     from voxfuse.inference.night import SUMMARY, Night
     from voxfuse.inference.plan import memory_of_machine, parse_bytes, plan_of
     from voxfuse.inference.request import Request, is_volume, prepare
@@ -248,7 +247,7 @@ def _run(options: argparse.Namespace) -> int:
         planned.check(job, limit)
         return (SOME_FAILED if planned.extents else 1) if planned.unreadable else 0
     planned.check(job, limit)
-    _check_place(options.output if job.to_folder else options.output.parent)
+    check_writable(options.output if job.to_folder else options.output.parent, "--output")
     shown = _Progress(job, options.quiet)
 
     def write_summary() -> None:
@@ -279,16 +278,6 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         write_summary()
     return _ending(outcomes, night, options.quiet)
-
-
-def _check_place(folder: Path) -> None:
-    """Raise where nothing can be written, before a night is spent."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"--output: nothing can be written to {folder}: {error}") from None
 
 
 def _volume(options: argparse.Namespace, request: Request, limit: int) -> int:

@@ -152,9 +152,8 @@ def pages(finished: Finished) -> dict[str, str]:
         "What was asked, of whom and how, is in the [protocol](../protocol.md). Scores are means "
         "over seeds and 90 test subjects; differences are within seed and subject, with 95 % "
         "intervals of a bootstrap that draws seeds and subjects. Of five seeds such an interval "
-        "covers between 84 %, where seeds alone differ, and 95 %. In the "
-        "two-class task a subject's "
-        'score is the mean of both structures, and "argmax" takes the class of greatest '
+        "covers between 84 %, where seeds alone differ, and 95 %. In the two-class task a "
+        'subject\'s score is the mean of both structures, and "argmax" takes the class of greatest '
         "probability, as networks of several classes are used.",
         GLOSSARY,
     ]
